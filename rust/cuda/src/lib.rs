@@ -1,0 +1,1 @@
+//! CUDA kernel sources, embedded; launch records for a plan. No driver.

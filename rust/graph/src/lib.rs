@@ -1,0 +1,1 @@
+//! The compiler: typed graph, autodiff, passes, memory plan, plan. No kernels.

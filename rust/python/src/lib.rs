@@ -1,0 +1,6 @@
+//! The Python bindings.
+use pyo3::prelude::*;
+
+/// The native half of pyrformer.
+#[pymodule]
+mod _core {}

@@ -1,0 +1,1 @@
+//! Decoding over slices of logits: processors, sampling, beams, stopping.
