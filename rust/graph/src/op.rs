@@ -1,0 +1,697 @@
+//! The operations: a closed set, few and large, and the type rule of each.
+//!
+//! `Op` is one short enum so that adding a member makes the compiler list every place to fill: its type rule here, its
+//! derivative in `autodiff`, its cost in `cost`, its kernel in each executor, its naive twin in the CPU crate's
+//! `reference`. `docs/adding-an-op.md` is the checklist.
+
+use serde::{Deserialize, Serialize};
+
+use crate::dtype::{DType, Shape, TensorType};
+use crate::error::{Error, Result};
+
+/// An elementwise function of one argument.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unary {
+    /// x · s.
+    Scale(f64),
+    /// eˣ.
+    Exp,
+    /// tanh x.
+    Tanh,
+    /// 1 / (1 + e⁻ˣ).
+    Sigmoid,
+    /// max(x, 0).
+    Relu,
+    /// x · Φ(x) with the normal distribution's Φ by erf. Source: Hendrycks and Gimpel 2016, section 2.
+    Gelu,
+    /// The tanh form of GELU, `gelu_new`. Source: Hendrycks and Gimpel 2016, section 2.
+    GeluTanh,
+    /// x · sigmoid(x). Source: Elfwing et al. 2017.
+    Silu,
+}
+
+impl Unary {
+    /// The name used in printed graphs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scale(_) => "scale",
+            Self::Exp => "exp",
+            Self::Tanh => "tanh",
+            Self::Sigmoid => "sigmoid",
+            Self::Relu => "relu",
+            Self::Gelu => "gelu",
+            Self::GeluTanh => "gelu_tanh",
+            Self::Silu => "silu",
+        }
+    }
+}
+
+/// An elementwise function of two arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Binary {
+    /// a + b.
+    Add,
+    /// a − b.
+    Sub,
+    /// a · b.
+    Mul,
+    /// a / b.
+    Div,
+}
+
+impl Binary {
+    /// The name used in printed graphs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Sub => "sub",
+            Self::Mul => "mul",
+            Self::Div => "div",
+        }
+    }
+}
+
+/// What a matrix product does to a finished tile while it is still in cache; filled in by the `fuse` pass.
+///
+/// y = act(A·B + bias) ⊙ act_grad'(x) + residual, each part optional.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Epilogue {
+    /// Operand `bias [N]` is added.
+    pub bias: bool,
+    /// The activation applied.
+    pub act: Option<Unary>,
+    /// The value before the activation is a second result (the backward pass wants it).
+    pub keep_pre: bool,
+    /// Operand `x` (shape of the result): the product is multiplied by this function's derivative at `x`.
+    pub act_grad: Option<Unary>,
+    /// Operand `residual` (shape of the result) is added last.
+    pub residual: bool,
+}
+
+impl Epilogue {
+    /// Whether nothing is fused.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Dropout of one site of the model: which elements fall out is a pure function of (rng, stream, element).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DropoutSpec {
+    /// Probability of a zero; the rest is scaled by 1 / (1 − p).
+    pub p: f64,
+    /// The site: different sites draw independently.
+    pub stream: u32,
+}
+
+/// Scaled dot-product attention: which keys each query sees. Source: Vaswani et al. 2017, equation 1.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttentionSpec {
+    /// Query heads, H.
+    pub heads: usize,
+    /// Key-value heads, K; H is a multiple (grouped-query attention, Ainslie et al. 2023).
+    pub kv_heads: usize,
+    /// Queries see no later keys.
+    pub causal: bool,
+    /// Queries see only the last `window` keys, themselves included.
+    pub window: Option<usize>,
+    /// Factor on q·k, usually 1/√D.
+    pub scale: f64,
+    /// An operand `segments i32[B, T]` is present: a key is seen only from its own segment, segment 0 (padding) never.
+    /// A query that sees nothing gives zeros.
+    pub segments: bool,
+    /// Dropout on the probabilities.
+    pub dropout: Option<DropoutSpec>,
+}
+
+/// An operation. Shapes use the crate's dimension letters; `..` stands for any leading axes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Op {
+    // ---- Leaves ------------------------------------------------------------------------------------------------
+    /// A value the caller gives at each run.
+    Input {
+        /// Its name.
+        name: String,
+    },
+    /// A value kept between runs: a parameter, an optimiser moment, a cache.
+    State {
+        /// Its name.
+        name: String,
+    },
+    /// A tensor of one repeated value.
+    Fill {
+        /// The value.
+        value: f64,
+    },
+
+    // ---- Layout: views where possible, a copy otherwise --------------------------------------------------------
+    /// The same elements under another shape.
+    Reshape,
+    /// Cuts the last axis into parts: `[.., Σ sizes] → [.., sizes[i]]` each.
+    Split {
+        /// Extents of the parts.
+        sizes: Vec<usize>,
+    },
+    /// Joins along the last axis.
+    Concat,
+    /// The same elements in memory of their own; put in by lowering.
+    Copy,
+
+    // ---- Rows by index -----------------------------------------------------------------------------------------
+    /// `table [R, C], index i32[..] → [.., C]`.
+    Gather,
+    /// `source [.., C], index i32[..], (base [R, C]) → [R, C]`: base (or zero) plus each source row at its index, in
+    /// the order of the rows.
+    ScatterAdd {
+        /// R.
+        rows: usize,
+    },
+
+    // ---- Elementwise and reductions ----------------------------------------------------------------------------
+    /// f(x).
+    Unary(Unary),
+    /// `x, dy → f'(x) · dy`.
+    UnaryGrad(Unary),
+    /// `a, b → a ∘ b`; b's shape is a's or a suffix of it, repeated over a's leading axes.
+    Binary(Binary),
+    /// Sums leading axes away: `[.., S] → [S]`, in fixed order.
+    SumTo,
+    /// Repeats over leading axes: `[S] → [.., S]`.
+    Broadcast,
+    /// `x, rng i32[4] → x · mask / (1 − p)`. Source: Srivastava et al. 2014.
+    Dropout(DropoutSpec),
+
+    // ---- Transformer parts -------------------------------------------------------------------------------------
+    /// `a [.., K], b [K, N] → [.., N]`; with `tb`, b is `[N, K]`; with `ta`, a is `[.., M]` and b `[.., N]`, both seen as
+    /// rows: `[M, N]`. Then the epilogue's operands in its order: bias, x, residual.
+    MatMul {
+        /// Transpose a.
+        ta: bool,
+        /// Transpose b.
+        tb: bool,
+        /// What is fused.
+        epilogue: Epilogue,
+    },
+    /// `x [.., C], weight [C], (bias [C]) → y [.., C], mean [..], rstd [..]`. Source: Ba et al. 2016, equation 4.
+    LayerNorm {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// `dy, x, weight, mean, rstd, (residual [.., C]) → dx (+ residual), dweight [C], dbias [C]`.
+    LayerNormGrad,
+    /// `q [B, T, H·D], k [B, T, K·D], v [B, T, K·D], (segments i32[B, T]), (rng i32[4]) → out [B, T, H·D], lse [B, H, T]`;
+    /// lse is the log of the softmax's denominator (−∞ where a query sees nothing).
+    Attention(AttentionSpec),
+    /// `dout, q, k, v, out, lse, (segments), (rng) → dq, dk, dv`. Source: Dao et al. 2022, algorithm 4.
+    AttentionGrad(AttentionSpec),
+    /// `x [.., C], weight [V, C], (bias [V]), labels i32[..] → loss []`: the sum over labels ≥ 0 of −log softmax(x·Wᵀ + b),
+    /// in chunks of rows; the logits are never held in full. Other labels (−100) are ignored.
+    LinearCrossEntropy {
+        /// Whether the bias operand is present.
+        bias: bool,
+    },
+    /// `x, weight, (bias), labels, dloss [] → loss [], dx, dweight, (dbias)`.
+    LinearCrossEntropyGrad {
+        /// Whether the bias operand and its gradient are present.
+        bias: bool,
+    },
+    /// `labels i32[..] → []`: how many labels are ≥ 0, as `dtype`.
+    CountLabels {
+        /// Type of the result.
+        dtype: DType,
+    },
+
+    // ---- Decoding ----------------------------------------------------------------------------------------------
+    /// `cache [R, S, C], new [B, T, C], row i32[B], start i32[B], count i32[B] → cache`: sequence b's first count[b] tokens
+    /// go to cache row row[b] from slot start[b] on.
+    CacheWrite,
+    /// `q [B, T, H·D], k_cache [R, S, K·D], v_cache [R, S, K·D], rows i32[B, S], start i32[B], count i32[B] → [B, T, H·D]`.
+    /// Query t of sequence b stands at position start[b] + t and sees positions p up to its own, each read from cache
+    /// row rows[b, p]: sequences share prefixes without copies. Queries from count[b] on give zeros.
+    CachedAttention(AttentionSpec),
+
+    // ---- Optimiser ---------------------------------------------------------------------------------------------
+    /// `g₀, g₁, … → []`: √(Σ ‖gᵢ‖²).
+    GlobalNorm,
+    /// `norm [] → min(1, max_norm / (norm + 1e-6)) []`. Source: torch.nn.utils.clip_grad_norm_.
+    ClipFactor {
+        /// The bound on the global norm.
+        max_norm: f64,
+    },
+    /// `p, g, m, v, clip [], lr [], step i32[] → p, m, v`; step counts from 1. Source: Loshchilov and Hutter 2019,
+    /// algorithm 2, in torch.optim.AdamW's order (decay by lr·weight_decay first).
+    AdamW {
+        /// Decay of the first moment.
+        beta1: f64,
+        /// Decay of the second moment.
+        beta2: f64,
+        /// Added to the root of the second moment.
+        eps: f64,
+        /// Decoupled weight decay.
+        weight_decay: f64,
+    },
+}
+
+impl Op {
+    /// The name used in printed graphs, plans and errors.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Input { .. } => "input",
+            Self::State { .. } => "state",
+            Self::Fill { .. } => "fill",
+            Self::Reshape => "reshape",
+            Self::Split { .. } => "split",
+            Self::Concat => "concat",
+            Self::Copy => "copy",
+            Self::Gather => "gather",
+            Self::ScatterAdd { .. } => "scatter_add",
+            Self::Unary(f) => f.name(),
+            Self::UnaryGrad(_) => "unary_grad",
+            Self::Binary(f) => f.name(),
+            Self::SumTo => "sum_to",
+            Self::Broadcast => "broadcast",
+            Self::Dropout(_) => "dropout",
+            Self::MatMul { .. } => "matmul",
+            Self::LayerNorm { .. } => "layer_norm",
+            Self::LayerNormGrad => "layer_norm_grad",
+            Self::Attention(_) => "attention",
+            Self::AttentionGrad(_) => "attention_grad",
+            Self::LinearCrossEntropy { .. } => "linear_cross_entropy",
+            Self::LinearCrossEntropyGrad { .. } => "linear_cross_entropy_grad",
+            Self::CountLabels { .. } => "count_labels",
+            Self::CacheWrite => "cache_write",
+            Self::CachedAttention(_) => "cached_attention",
+            Self::GlobalNorm => "global_norm",
+            Self::ClipFactor { .. } => "clip_factor",
+            Self::AdamW { .. } => "adamw",
+        }
+    }
+
+    /// Whether the operation has no kernel: lowering turns it into a view.
+    #[must_use]
+    pub fn is_layout(&self) -> bool {
+        matches!(self, Self::Reshape | Self::Split { .. } | Self::Concat)
+    }
+
+    /// Whether the value comes from outside the plan.
+    #[must_use]
+    pub fn is_leaf(&self) -> bool {
+        matches!(self, Self::Input { .. } | Self::State { .. })
+    }
+
+    /// Pairs (operand, result) that a kernel may put into the same memory, because it reads each element of the operand
+    /// before it writes that element of the result.
+    #[must_use]
+    pub fn in_place(&self) -> Vec<(usize, usize)> {
+        match self {
+            Self::Unary(_) | Self::Dropout(_) | Self::Binary(_) | Self::CacheWrite => vec![(0, 0)],
+            Self::UnaryGrad(_) => vec![(1, 0), (0, 0)],
+            Self::ScatterAdd { .. } => vec![(2, 0)],
+            Self::LayerNormGrad => vec![(5, 0), (0, 0)],
+            // The product is then accumulated onto the residual, so nothing may come between the two.
+            Self::MatMul { epilogue: e, .. } if e.residual && e.act.is_none() && e.act_grad.is_none() => {
+                vec![(2 + usize::from(e.bias), 0)]
+            }
+            Self::AdamW { .. } => vec![(0, 0), (2, 1), (3, 2)],
+            _ => vec![],
+        }
+    }
+
+    /// The types of the results, or why the operands do not fit.
+    ///
+    /// `Input`, `State`, `Fill`, `Reshape`, `SumTo` and `Broadcast` are given their result type: `declared`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::DType`], naming the operation and all operand types.
+    pub fn infer(&self, operands: &[&TensorType], declared: Option<&TensorType>) -> Result<Vec<TensorType>> {
+        Check { op: self, operands }.infer(declared)
+    }
+}
+
+/// One operation with its operands while they are checked.
+struct Check<'a> {
+    op: &'a Op,
+    operands: &'a [&'a TensorType],
+}
+
+impl Check<'_> {
+    fn shape_error(&self, expected: &str) -> Error {
+        let got: Vec<String> = self.operands.iter().map(ToString::to_string).collect();
+        Error::Shape {
+            op: self.op.name().to_owned(),
+            message: format!("expected {expected}, got {}", got.join(", ")),
+        }
+    }
+
+    fn require(&self, ok: bool, expected: &str) -> Result<()> {
+        if ok { Ok(()) } else { Err(self.shape_error(expected)) }
+    }
+
+    fn count(&self, from: usize, to: usize) -> Result<()> {
+        let n = self.operands.len();
+        if (from..=to).contains(&n) {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op: self.op.name().to_owned(),
+            message: format!("expected {from} to {to} operands, got {n}"),
+        })
+    }
+
+    fn dtype(&self, i: usize, expected: DType) -> Result<()> {
+        let got = self.operands[i].dtype;
+        if got == expected {
+            return Ok(());
+        }
+        Err(Error::DType {
+            op: self.op.name().to_owned(),
+            message: format!("operand {i} must be {expected}, got {got}"),
+        })
+    }
+
+    /// Operands `floats` share one floating-point type, operands `ints` are i32.
+    fn dtypes(&self, floats: &[usize], ints: &[usize]) -> Result<DType> {
+        let dtype = self.operands[floats[0]].dtype;
+        if !dtype.is_float() {
+            return Err(Error::DType {
+                op: self.op.name().to_owned(),
+                message: format!("operand {} must be a float type, got {dtype}", floats[0]),
+            });
+        }
+        floats.iter().try_for_each(|&i| self.dtype(i, dtype))?;
+        ints.iter().try_for_each(|&i| self.dtype(i, DType::I32))?;
+        Ok(dtype)
+    }
+
+    fn shape(&self, i: usize) -> &Shape {
+        &self.operands[i].shape
+    }
+
+    fn infer(&self, declared: Option<&TensorType>) -> Result<Vec<TensorType>> {
+        let all: Vec<usize> = (0..self.operands.len()).collect();
+        let like = |i: usize| self.operands[i].clone();
+        let is = |i: usize, dims: &[usize]| self.operands[i].shape.0 == dims;
+        let declared = || {
+            declared.cloned().ok_or_else(|| Error::Internal(format!("{} without a declared type", self.op.name())))
+        };
+        match self.op {
+            Op::Input { .. } | Op::State { .. } | Op::Fill { .. } => {
+                self.count(0, 0)?;
+                Ok(vec![declared()?])
+            }
+            Op::Reshape => {
+                self.count(1, 1)?;
+                let to = declared()?;
+                self.require(
+                    to.shape.elements() == self.shape(0).elements() && to.dtype == self.operands[0].dtype,
+                    &format!("as many elements as {to}"),
+                )?;
+                Ok(vec![to])
+            }
+            Op::Copy => {
+                self.count(1, 1)?;
+                Ok(vec![like(0)])
+            }
+            Op::Split { sizes } => {
+                self.count(1, 1)?;
+                let total: usize = sizes.iter().sum();
+                self.require(
+                    self.shape(0).rank() > 0 && self.shape(0).cols() == total && !sizes.contains(&0),
+                    &format!("[.., {total}] for parts {sizes:?}"),
+                )?;
+                let part = |&s| TensorType::new(self.operands[0].dtype, self.shape(0).with_cols(s));
+                Ok(sizes.iter().map(part).collect())
+            }
+            Op::Concat => {
+                self.count(1, usize::MAX)?;
+                let first = self.operands[0];
+                let fits = |t: &&TensorType| {
+                    t.dtype == first.dtype && t.shape.rank() > 0 && t.shape.leading() == first.shape.leading()
+                };
+                self.require(self.operands.iter().all(fits), "operands that differ in their last axis only")?;
+                let cols = self.operands.iter().map(|t| t.shape.cols()).sum();
+                Ok(vec![TensorType::new(first.dtype, first.shape.with_cols(cols))])
+            }
+            Op::Gather => {
+                self.count(2, 2)?;
+                self.dtype(1, DType::I32)?;
+                self.require(self.shape(0).rank() == 2, "table [R, C], index i32[..]")?;
+                let mut dims = self.shape(1).0.clone();
+                dims.push(self.shape(0).cols());
+                Ok(vec![TensorType::new(self.operands[0].dtype, Shape(dims))])
+            }
+            Op::ScatterAdd { rows } => {
+                self.count(2, 3)?;
+                let floats: &[usize] = if self.operands.len() == 3 { &[0, 2] } else { &[0] };
+                let dtype = self.dtypes(floats, &[1])?;
+                let to = [*rows, self.shape(0).cols()];
+                let fits = self.shape(0).rank() > 0
+                    && self.shape(0).leading() == self.shape(1).0
+                    && (self.operands.len() == 2 || is(2, &to));
+                self.require(fits, "source [.., C], index i32[..], base [R, C]")?;
+                Ok(vec![TensorType::new(dtype, to)])
+            }
+            Op::Unary(_) => {
+                self.count(1, 1)?;
+                self.dtypes(&[0], &[])?;
+                Ok(vec![like(0)])
+            }
+            Op::UnaryGrad(_) => {
+                self.count(2, 2)?;
+                self.dtypes(&[0, 1], &[])?;
+                self.require(self.shape(0) == self.shape(1), "x and dy of one shape")?;
+                Ok(vec![like(0)])
+            }
+            Op::Binary(_) => {
+                self.count(2, 2)?;
+                self.dtypes(&[0, 1], &[])?;
+                let fits = self.shape(1).is_suffix_of(self.shape(0));
+                self.require(fits, "the second shape to equal the first or its last axes")?;
+                Ok(vec![like(0)])
+            }
+            Op::SumTo | Op::Broadcast => {
+                self.count(1, 1)?;
+                self.dtypes(&[0], &[])?;
+                let to = declared()?;
+                let (small, large) =
+                    if *self.op == Op::SumTo { (&to.shape, self.shape(0)) } else { (self.shape(0), &to.shape) };
+                let fits = small.is_suffix_of(large) && to.dtype == self.operands[0].dtype;
+                self.require(fits, &format!("a shape that shares its last axes with {to}"))?;
+                Ok(vec![to])
+            }
+            Op::Dropout(spec) => {
+                self.count(2, 2)?;
+                self.dtypes(&[0], &[1])?;
+                self.require(is(1, &[4]), "x [..], rng i32[4]")?;
+                self.probability(spec)?;
+                Ok(vec![like(0)])
+            }
+            Op::MatMul { ta, tb, epilogue } => self.matmul(*ta, *tb, epilogue),
+            Op::LayerNorm { .. } => {
+                self.count(2, 3)?;
+                let dtype = self.dtypes(&all, &[])?;
+                let c = [self.shape(0).cols()];
+                let fits = self.shape(0).rank() > 0 && (1..all.len()).all(|i| is(i, &c));
+                self.require(fits, "x [.., C], weight [C], bias [C]")?;
+                let stat = TensorType::new(dtype, Shape(self.shape(0).leading().to_vec()));
+                Ok(vec![like(0), stat.clone(), stat])
+            }
+            Op::LayerNormGrad => {
+                self.count(5, 6)?;
+                let dtype = self.dtypes(&all, &[])?;
+                let c = [self.shape(1).cols()];
+                let fits = self.shape(0) == self.shape(1)
+                    && is(2, &c)
+                    && is(3, self.shape(1).leading())
+                    && is(4, self.shape(1).leading())
+                    && (all.len() == 5 || self.shape(5) == self.shape(1));
+                self.require(fits, "dy [.., C], x [.., C], weight [C], mean [..], rstd [..], residual [.., C]")?;
+                let w = TensorType::new(dtype, c);
+                Ok(vec![like(1), w.clone(), w])
+            }
+            Op::Attention(spec) => {
+                let [b, t] = self.attention(spec, 0, 3)?;
+                let dtype = self.operands[0].dtype;
+                Ok(vec![like(0), TensorType::new(dtype, [b, spec.heads, t])])
+            }
+            Op::AttentionGrad(spec) => {
+                let [b, t] = self.attention(spec, 1, 6)?;
+                self.dtypes(&[0, 1, 4, 5], &[])?;
+                let fits = self.shape(0) == self.shape(1)
+                    && self.shape(4) == self.shape(1)
+                    && is(5, &[b, spec.heads, t]);
+                self.require(fits, "dout, q, k, v, out [B, T, H·D], lse [B, H, T]")?;
+                Ok(vec![like(1), like(2), like(3)])
+            }
+            Op::LinearCrossEntropy { bias } => {
+                self.cross_entropy(*bias, 0)?;
+                Ok(vec![TensorType::new(self.operands[0].dtype, Shape::scalar())])
+            }
+            Op::LinearCrossEntropyGrad { bias } => {
+                self.cross_entropy(*bias, 1)?;
+                let dtype = self.operands[0].dtype;
+                let last = self.operands.len() - 1;
+                self.dtype(last, dtype)?;
+                self.require(is(last, &[]), "dloss []")?;
+                let mut types = vec![TensorType::new(dtype, Shape::scalar()), like(0), like(1)];
+                if *bias {
+                    types.push(like(2));
+                }
+                Ok(types)
+            }
+            Op::CountLabels { dtype } => {
+                self.count(1, 1)?;
+                self.dtype(0, DType::I32)?;
+                Ok(vec![TensorType::new(*dtype, Shape::scalar())])
+            }
+            Op::CacheWrite => {
+                self.count(5, 5)?;
+                self.dtypes(&[0, 1], &[2, 3, 4])?;
+                let (cache, new) = (self.shape(0), self.shape(1));
+                let fits = cache.rank() == 3
+                    && new.rank() == 3
+                    && cache.cols() == new.cols()
+                    && (2..5).all(|i| is(i, &new.0[..1]));
+                self.require(fits, "cache [R, S, C], new [B, T, C], row, start, count i32[B]")?;
+                Ok(vec![like(0)])
+            }
+            Op::CachedAttention(spec) => {
+                self.count(6, 6)?;
+                self.dtypes(&[0, 1, 2], &[3, 4, 5])?;
+                let (q, cache) = (self.shape(0), self.shape(1));
+                let fits = q.rank() == 3
+                    && cache.rank() == 3
+                    && self.shape(1) == self.shape(2)
+                    && self.heads_fit(spec, q.cols(), cache.cols())
+                    && is(3, &[q.0[0], cache.0[1]])
+                    && is(4, &q.0[..1])
+                    && is(5, &q.0[..1]);
+                self.require(
+                    fits,
+                    "q [B, T, H·D], caches [R, S, K·D], rows i32[B, S], start i32[B], count i32[B]",
+                )?;
+                Ok(vec![like(0)])
+            }
+            Op::GlobalNorm => {
+                self.count(1, usize::MAX)?;
+                let dtype = self.dtypes(&all, &[])?;
+                Ok(vec![TensorType::new(dtype, Shape::scalar())])
+            }
+            Op::ClipFactor { .. } => {
+                self.count(1, 1)?;
+                self.dtypes(&[0], &[])?;
+                self.require(is(0, &[]), "norm []")?;
+                Ok(vec![like(0)])
+            }
+            Op::AdamW { .. } => {
+                self.count(7, 7)?;
+                self.dtypes(&[0, 1, 2, 3, 4, 5], &[6])?;
+                let fits = (1..4).all(|i| self.shape(i) == self.shape(0)) && (4..7).all(|i| is(i, &[]));
+                self.require(fits, "p, g, m, v of one shape, clip [], lr [], step i32[]")?;
+                Ok(vec![like(0), like(2), like(3)])
+            }
+        }
+    }
+
+    fn probability(&self, spec: &DropoutSpec) -> Result<()> {
+        if (0.0..1.0).contains(&spec.p) {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op: self.op.name().to_owned(),
+            message: format!("the dropout probability must be in [0, 1), got {}", spec.p),
+        })
+    }
+
+    fn matmul(&self, ta: bool, tb: bool, e: &Epilogue) -> Result<Vec<TensorType>> {
+        let extra = [e.bias, e.act_grad.is_some(), e.residual].iter().filter(|&&x| x).count();
+        self.count(2 + extra, 2 + extra)?;
+        let all: Vec<usize> = (0..self.operands.len()).collect();
+        let dtype = self.dtypes(&all, &[])?;
+        let (a, b) = (self.shape(0), self.shape(1));
+        self.require(a.rank() > 0 && b.rank() > 0, "matrices")?;
+        let shape = match (ta, tb) {
+            (true, false) => {
+                self.require(a.rows() == b.rows(), "a [.., M] and b [.., N] with as many rows")?;
+                Shape::from([a.cols(), b.cols()])
+            }
+            (false, false) => {
+                self.require(b.rank() == 2 && b.0[0] == a.cols(), "a [.., K], b [K, N]")?;
+                a.with_cols(b.0[1])
+            }
+            (false, true) => {
+                self.require(b.rank() == 2 && b.0[1] == a.cols(), "a [.., K], b [N, K]")?;
+                a.with_cols(b.0[0])
+            }
+            (true, true) => return Err(self.shape_error("at most one transposed operand")),
+        };
+        let mut next = 2;
+        if e.bias {
+            self.require(self.shape(next).0 == [shape.cols()], "bias [N]")?;
+            next += 1;
+        }
+        if e.act_grad.is_some() {
+            self.require(*self.shape(next) == shape, "x of the result's shape")?;
+            next += 1;
+        }
+        if e.residual {
+            self.require(*self.shape(next) == shape, "a residual of the result's shape")?;
+        }
+        let y = TensorType::new(dtype, shape);
+        Ok(if e.keep_pre { vec![y.clone(), y] } else { vec![y] })
+    }
+
+    fn heads_fit(&self, spec: &AttentionSpec, q_cols: usize, kv_cols: usize) -> bool {
+        let (h, k) = (spec.heads, spec.kv_heads);
+        h > 0 && k > 0 && h % k == 0 && q_cols % h == 0 && kv_cols % k == 0 && q_cols / h == kv_cols / k
+    }
+
+    /// Checks q, k, v from operand `at` on, then what follows operand `fixed`; gives [B, T].
+    fn attention(&self, spec: &AttentionSpec, at: usize, fixed: usize) -> Result<[usize; 2]> {
+        let extra = usize::from(spec.segments) + usize::from(spec.dropout.is_some());
+        self.count(fixed + extra, fixed + extra)?;
+        let ints: Vec<usize> = (fixed..fixed + extra).collect();
+        self.dtypes(&[at, at + 1, at + 2], &ints)?;
+        let (q, k, v) = (self.shape(at), self.shape(at + 1), self.shape(at + 2));
+        let fits = q.rank() == 3
+            && k == v
+            && k.rank() == 3
+            && q.leading() == k.leading()
+            && self.heads_fit(spec, q.cols(), k.cols());
+        self.require(
+            fits,
+            &format!("q [B, T, {}·D], k and v [B, T, {}·D]", spec.heads, spec.kv_heads),
+        )?;
+        let mut next = fixed;
+        if spec.segments {
+            self.require(self.shape(next).0 == q.leading(), "segments i32[B, T]")?;
+            next += 1;
+        }
+        if let Some(dropout) = &spec.dropout {
+            self.require(self.shape(next).0 == [4], "rng i32[4]")?;
+            self.probability(dropout)?;
+        }
+        Ok([q.0[0], q.0[1]])
+    }
+
+    fn cross_entropy(&self, bias: bool, extra: usize) -> Result<()> {
+        let n = 3 + usize::from(bias);
+        self.count(n + extra, n + extra)?;
+        let floats: &[usize] = if bias { &[0, 1, 2] } else { &[0, 1] };
+        self.dtypes(floats, &[n - 1])?;
+        let (x, w, labels) = (self.shape(0), self.shape(1), self.shape(n - 1));
+        let fits = x.rank() > 0
+            && w.rank() == 2
+            && w.cols() == x.cols()
+            && x.leading() == labels.0
+            && (!bias || self.shape(2).0 == w.0[..1]);
+        self.require(fits, "x [.., C], weight [V, C], bias [V], labels i32[..]")
+    }
+}
