@@ -5,14 +5,17 @@
 //! outlives a power cut. Temporary names start with `.` and end in `.partial`; a killed process can leave one behind,
 //! a returning one cannot.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::{Error, Result};
 
-/// Writes `bytes` to `path`: afterwards the file holds all of them, or what it held before.
+/// Writes `bytes` to `path`: afterwards the file holds all of them, or what it held before. A symbolic link at `path`
+/// is replaced, not followed.
 ///
 /// # Errors
 /// [`Error::Io`] naming the step that failed; the temporary file is removed.
@@ -29,12 +32,10 @@ pub fn write_file_with(
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<()> {
     let path = path.as_ref();
-    let temporary = Temporary::beside(path)?;
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(&temporary.path)
-        .map_err(Error::io("create", &temporary.path))?;
+    let name = name_beside(path)?;
+    let file =
+        OpenOptions::new().write(true).create_new(true).open(&name).map_err(Error::io("create", &name))?;
+    let temporary = Temporary { path: name };
     let mut writer = BufWriter::new(file);
     write(&mut writer)
         .and_then(|()| writer.flush())
@@ -42,7 +43,6 @@ pub fn write_file_with(
         .map_err(Error::io("write", path))?;
     drop(writer);
     fs::rename(&temporary.path, path).map_err(Error::io("move the finished file to", path))?;
-    temporary.keep();
     sync_directory(parent_of(path))
 }
 
@@ -62,9 +62,9 @@ impl AtomicDir {
     /// [`Error::Io`] when it cannot be created.
     pub fn new(target: impl AsRef<Path>) -> Result<Self> {
         let target = target.as_ref().to_owned();
-        let temporary = Temporary::beside(&target)?;
-        fs::create_dir(&temporary.path).map_err(Error::io("create", &temporary.path))?;
-        Ok(Self { target, temporary })
+        let path = name_beside(&target)?;
+        fs::create_dir(&path).map_err(Error::io("create", &path))?;
+        Ok(Self { target, temporary: Temporary { path } })
     }
 
     /// Where to write the contents meanwhile.
@@ -80,8 +80,8 @@ impl AtomicDir {
     /// `.NAME.….partial` beside the target.)
     ///
     /// # Errors
-    /// [`Error::Exists`] if the target exists and `replace` is false; [`Error::Io`] otherwise. Either way the target
-    /// is as it was and the temporary directory is removed.
+    /// [`Error::Exists`] if the target exists and `replace` is false; [`Error::Io`] otherwise. The target is
+    /// then as it was and the temporary directory is removed (if only the last flush fails, the new one is in place).
     pub fn commit(self, replace: bool) -> Result<()> {
         sync_tree(&self.temporary.path)?;
         let occupied = fs::symlink_metadata(&self.target).is_ok();
@@ -90,16 +90,17 @@ impl AtomicDir {
         }
         let parent = parent_of(&self.target);
         if occupied {
-            let aside = Temporary::beside(&self.target)?;
-            fs::rename(&self.target, &aside.path).map_err(Error::io("move aside", &self.target))?;
+            let aside = name_beside(&self.target)?;
+            fs::rename(&self.target, &aside).map_err(Error::io("move aside", &self.target))?;
+            let aside = Temporary { path: aside };
             if let Err(source) = fs::rename(&self.temporary.path, &self.target) {
                 let restored = fs::rename(&aside.path, &self.target);
                 if restored.is_err() {
-                    aside.keep();
+                    // The only copy must not be cleaned away.
+                    std::mem::forget(aside);
                 }
                 return Err(Error::Io { action: "replace", path: self.target, source });
             }
-            self.temporary.keep();
             // The new directory must be on disk before the old one goes.
             sync_directory(parent)?;
             drop(aside);
@@ -107,44 +108,36 @@ impl AtomicDir {
         }
         fs::rename(&self.temporary.path, &self.target)
             .map_err(Error::io("move the finished directory to", &self.target))?;
-        self.temporary.keep();
         sync_directory(parent)
     }
 }
 
-/// A path that is removed, whatever stands there, when dropped before [`Temporary::keep`].
+/// Something this process made, of which nothing is left under `path` when this is dropped: it is removed, unless it
+/// was renamed.
 #[derive(Debug)]
 struct Temporary {
     path: PathBuf,
-    armed: std::cell::Cell<bool>,
 }
 
-impl Temporary {
-    /// A name beside `target` that no other thread or process of this machine uses.
-    fn beside(target: &Path) -> Result<Self> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
-        let name = target.file_name().ok_or_else(|| Error::Io {
-            action: "write to",
-            path: target.to_owned(),
-            source: io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"),
-        })?;
-        let count = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let mut temporary = std::ffi::OsString::from(".");
-        temporary.push(name);
-        temporary.push(format!(".{}-{count}.partial", std::process::id()));
-        Ok(Self { path: target.with_file_name(temporary), armed: std::cell::Cell::new(true) })
-    }
-
-    fn keep(&self) {
-        self.armed.set(false);
-    }
+/// A name beside `target` that nobody else uses: processes of several containers may share a directory and even their
+/// numbers, so the clock takes part.
+fn name_beside(target: &Path) -> Result<PathBuf> {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let name = target.file_name().ok_or_else(|| Error::Io {
+        action: "write to",
+        path: target.to_owned(),
+        source: io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"),
+    })?;
+    let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+    let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    let mut temporary = OsString::from(".");
+    temporary.push(name);
+    temporary.push(format!(".{}-{count}-{nanoseconds:x}.partial", std::process::id()));
+    Ok(target.with_file_name(temporary))
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        if !self.armed.get() {
-            return;
-        }
         // Nothing useful can be done about a failing clean-up: the error that led here is the one to report.
         let _ = match fs::symlink_metadata(&self.path) {
             Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&self.path),

@@ -28,8 +28,8 @@ pub fn f32_to_f16(value: f32) -> u16 {
     if magnitude > 0x7F80_0000 {
         return sign | 0x7E00;
     }
-    // 65520 lies halfway between the largest binary16 and the next power of two, and its even neighbour is infinity.
-    if magnitude >= 0x477F_F000 {
+    // From 2¹⁶ up all is infinite; a little below, the rounding carry gets there by itself.
+    if magnitude >= 0x4780_0000 {
         return sign | 0x7C00;
     }
     let rounded = if magnitude >= 0x3880_0000 {

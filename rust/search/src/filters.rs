@@ -149,7 +149,7 @@ impl Filters {
         is_default.iter().find(|(_, is)| !is).map(|(name, _)| *name)
     }
 
-    /// Filters `row` [V] in place: temperature divides, every removed token becomes −∞.
+    /// Filters `row` `[V]` in place: temperature divides, every removed token becomes −∞.
     ///
     /// The row must hold a finite logit and neither NaN nor +∞.
     pub(crate) fn apply(&self, row: &mut [f32]) {
@@ -207,7 +207,7 @@ impl Filters {
     }
 }
 
-/// The filtered, renormalised distribution of one row of logits [V].
+/// The filtered, renormalised distribution of one row of logits `[V]`.
 ///
 /// # Errors
 /// [`Error::Option`] for a setting out of range; [`Error::Logits`] (step 0, sequence 0) for NaN, +∞, or no finite

@@ -1,6 +1,6 @@
 //! Processors: penalties, bans, biases and forced tokens.
 //!
-//! Each is a pure function of the ids so far and a row of scores [V]: logits in greedy search and sampling,
+//! Each is a pure function of the ids so far and a row of scores `[V]`: logits in greedy search and sampling,
 //! log-probabilities in beam search. Banned tokens become −∞. Token ids must be below V.
 //! Source: transformers 5.23 `generation/logits_process.py`; the order is that of `_get_logits_processor` in
 //! `generation/utils.py`.
@@ -19,7 +19,7 @@ pub(crate) struct Context<'a> {
     pub(crate) width: usize,
 }
 
-/// Applies every processor that `options` set to `row` [V], in the reference's order, then the filters when sampling,
+/// Applies every processor that `options` set to `row` `[V]`, in the reference's order, then the filters when sampling,
 /// then the renormalisation.
 pub(crate) fn process(options: &GenerationOptions, context: Context<'_>, row: &mut [f32]) {
     let Context { ids, prompt_len, width } = context;
@@ -260,6 +260,21 @@ mod tests {
         assert_eq!(row, [0.0; 5]);
         no_repeat_ngram(&[1], &[1], 3, &mut row);
         assert_eq!(row, [0.0; 5]);
+    }
+
+    #[test]
+    fn biases_wait_for_their_sequence() {
+        let biased = |ids: &[u32], sequence: &[u32]| {
+            let mut row = [0.0; 3];
+            sequence_bias(ids, sequence, 1.5, &mut row);
+            row
+        };
+        assert_eq!(biased(&[0], &[2]), [0.0, 0.0, 1.5]);
+        assert_eq!(biased(&[0, 1], &[1, 2]), [0.0, 0.0, 1.5]);
+        assert_eq!(biased(&[1, 0], &[1, 2]), [0.0; 3]);
+        // One token would complete it, but the reference asks for as many tokens as the sequence has.
+        assert_eq!(biased(&[1], &[1, 2]), [0.0; 3]);
+        assert_eq!(biased(&[1], &[]), [0.0; 3]);
     }
 
     #[test]

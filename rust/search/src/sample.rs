@@ -1,4 +1,4 @@
-//! Arithmetic on one row [V]: normalisation, the largest token, and draws. Sums are in float64.
+//! Arithmetic on one row `[V]`: normalisation, the largest token, and draws. Sums are in float64.
 
 use pyrformer_random::Stream;
 

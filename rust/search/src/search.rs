@@ -128,7 +128,7 @@ impl Search {
         if self.step.tokens.is_empty() { None } else { Some(&self.step) }
     }
 
-    /// Takes the logits [active, V] that [`Search::step`] asked for and goes on.
+    /// Takes the logits `[active, V]` that [`Search::step`] asked for and goes on.
     ///
     /// # Errors
     /// [`Error::Shape`] for a slice of another length (an empty one is right once the search is over);
