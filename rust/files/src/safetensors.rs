@@ -224,8 +224,8 @@ impl SafeTensors {
 
     /// Maps one file and merges its table into this view.
     fn add(&mut self, path: &Path) -> Result<()> {
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        let metadata = file.metadata().map_err(Error::io("inspect", path))?;
+        // Before opening, which would wait for a writer if this were a pipe.
+        let metadata = fs::metadata(path).map_err(Error::io("open", path))?;
         if !metadata.is_file() {
             return Err(Error::format(path, "this is not a regular file; name a .safetensors file"));
         }
@@ -236,6 +236,7 @@ impl SafeTensors {
             );
             return Err(Error::format(path, problem));
         }
+        let file = File::open(path).map_err(Error::io("open", path))?;
         // SAFETY: the map is read-only and private to `Shard`, which hands out shared slices bounded by its own
         // lifetime. That nobody shortens or rewrites the file meanwhile is the documented condition on callers.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;

@@ -73,6 +73,13 @@ fn each_defect_has_its_message() {
 }
 
 #[test]
+fn what_is_no_file_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    assert!(SafeTensors::open(directory.path()).unwrap_err().to_string().contains("not a regular file"));
+    assert!(matches!(SafeTensors::open(directory.path().join("absent")), Err(Error::Io { .. })));
+}
+
+#[test]
 fn odd_but_valid_files_open() {
     assert_eq!(open_bytes(&file("{}", b"")).unwrap().names().len(), 0);
     assert_eq!(open_bytes(&file("{}   ", b"")).unwrap().names().len(), 0);

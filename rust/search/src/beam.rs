@@ -155,7 +155,8 @@ impl Beam {
         } else {
             best.into_sorted_vec().into_iter().map(|Reverse(candidate)| candidate).collect::<Vec<_>>()
         };
-        if chosen.is_empty() && !self.open.is_empty() {
+        // A beam without continuations rests on what it has finished; with nothing finished there is no answer.
+        if chosen.is_empty() && !self.open.is_empty() && self.finished.is_empty() {
             let sequence = prompt * options.num_beams;
             return Err(Error::Logits { step, sequence, problem: setup.all_banned() });
         }

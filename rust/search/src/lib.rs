@@ -33,7 +33,7 @@ mod filters;
 mod independent;
 mod options;
 mod path;
-pub mod processors;
+mod processors;
 mod sample;
 mod search;
 

@@ -138,7 +138,7 @@ impl GenerationOptions {
             ("encoder_repetition_penalty", self.encoder_repetition_penalty),
             ("exponential_decay_length_penalty", self.exponential_decay_length_penalty.map_or(1.0, |p| p.1)),
         ] {
-            if !(penalty > 0.0 && penalty.is_finite()) {
+            if !(penalty as f32 > 0.0 && (penalty as f32).is_finite()) {
                 return Error::option(
                     name,
                     format!("is {penalty}; it must be positive and finite (1 is neutral)"),
@@ -208,7 +208,7 @@ impl GenerationOptions {
             return Error::option("bad_words_ids", "has an empty sequence; remove it");
         }
         for (sequence, bias) in &self.sequence_bias {
-            if sequence.is_empty() || bias.is_nan() || *bias == f64::INFINITY {
+            if sequence.is_empty() || bias.is_nan() || *bias as f32 == f32::INFINITY {
                 return Error::option(
                     "sequence_bias",
                     format!("has {sequence:?}: {bias}; it needs tokens and a number"),

@@ -1,7 +1,8 @@
 //! Processors: penalties, bans, biases and forced tokens.
 //!
 //! Each is a pure function of the ids so far and a row of scores `[V]`: logits in greedy search and sampling,
-//! log-probabilities in beam search. Banned tokens become −∞. Token ids must be below V.
+//! log-probabilities in beam search. Banned tokens become −∞; no score rises beyond the largest finite number. Token
+//! ids must be below V.
 //! Source: transformers 5.23 `generation/logits_process.py`; the order is that of `_get_logits_processor` in
 //! `generation/utils.py`.
 
@@ -79,20 +80,21 @@ pub(crate) fn process(options: &GenerationOptions, context: Context<'_>, row: &m
 }
 
 /// Divides the positive scores, and multiplies the negative ones, of all tokens in `ids` by `penalty`, once each.
-pub fn repetition_penalty(ids: &[u32], penalty: f64, row: &mut [f32]) {
+pub(crate) fn repetition_penalty(ids: &[u32], penalty: f64, row: &mut [f32]) {
     let penalty = penalty as f32;
     let mut tokens = ids.to_vec();
     tokens.sort_unstable();
     tokens.dedup();
     for token in tokens {
         let score = &mut row[token as usize];
-        *score = if *score < 0.0 { *score * penalty } else { *score / penalty };
+        let penalized = if *score < 0.0 { *score * penalty } else { *score / penalty };
+        *score = penalized.min(f32::MAX);
     }
 }
 
 /// Bans every token that would complete an n-gram of `source` after `ids`; `source` is `ids` itself or the prompt.
 /// Nothing happens for `n` = 0 or while `ids` are shorter than `n` (n − 1, if `source` is another text).
-pub fn no_repeat_ngram(ids: &[u32], source: &[u32], n: usize, row: &mut [f32]) {
+pub(crate) fn no_repeat_ngram(ids: &[u32], source: &[u32], n: usize, row: &mut [f32]) {
     if n == 0 || ids.len() + 1 < n {
         return;
     }
@@ -106,26 +108,27 @@ pub fn no_repeat_ngram(ids: &[u32], source: &[u32], n: usize, row: &mut [f32]) {
 
 /// Adds `bias` to the last token of `sequence` if the tokens before it end `ids`. A sequence longer than `ids` is
 /// passed over, one of a single token always applies.
-pub fn sequence_bias(ids: &[u32], sequence: &[u32], bias: f64, row: &mut [f32]) {
+pub(crate) fn sequence_bias(ids: &[u32], sequence: &[u32], bias: f64, row: &mut [f32]) {
     let Some((last, before)) = sequence.split_last() else { return };
     if before.is_empty() || (sequence.len() <= ids.len() && ids.ends_with(before)) {
-        row[*last as usize] += bias as f32;
+        let score = &mut row[*last as usize];
+        *score = (*score + bias as f32).min(f32::MAX);
     }
 }
 
 /// Bans `tokens`.
-pub fn ban(tokens: &[u32], row: &mut [f32]) {
+pub(crate) fn ban(tokens: &[u32], row: &mut [f32]) {
     tokens.iter().for_each(|&token| row[token as usize] = f32::NEG_INFINITY);
 }
 
 /// Bans all but `tokens`, which score 0.
-pub fn force(tokens: &[u32], row: &mut [f32]) {
+pub(crate) fn force(tokens: &[u32], row: &mut [f32]) {
     row.fill(f32::NEG_INFINITY);
     tokens.iter().for_each(|&token| row[token as usize] = 0.0);
 }
 
 /// Raises the end tokens' scores by |score|·(factorⁿ − 1), n the tokens past the start of the rule; nothing at n = 0.
-pub fn exponential_decay(eos: &[u32], n: usize, factor: f64, row: &mut [f32]) {
+pub(crate) fn exponential_decay(eos: &[u32], n: usize, factor: f64, row: &mut [f32]) {
     if n > 0 {
         let growth = (factor.powi(i32::try_from(n).unwrap_or(i32::MAX)) - 1.0) as f32;
         for &token in eos {

@@ -446,6 +446,33 @@ fn faulty_options_and_prompts_are_named() {
 }
 
 #[test]
+fn extreme_settings_stay_searchable() {
+    let table = Table { v: 4, logits: [3e38, -3e38, 0.0, -0.0].repeat(4) };
+    for options in strategies() {
+        for repetition_penalty in [1e-44, 1e38] {
+            let options = GenerationOptions {
+                repetition_penalty,
+                sequence_bias: vec![
+                    (vec![0], 3e38),
+                    (vec![0], 3e38),
+                    (vec![1], -3e38),
+                    (vec![2], f64::NEG_INFINITY),
+                ],
+                exponential_decay_length_penalty: Some((0, 1e30)),
+                bad_words_ids: vec![vec![2], vec![3, 0]],
+                ..options.clone()
+            };
+            for result in table.generate(&options, &prompts(&[&[1, 2, 0]])) {
+                assert!(
+                    result.ids.iter().all(|t| *t != 2) && !result.score.is_some_and(f64::is_nan),
+                    "{result:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn the_default_length_is_twenty_new_tokens() {
     let table = Table::random(5, 1);
     let lengths = |options: GenerationOptions| table.generate(&options, &prompts(&[&[1, 2, 3]]))[0].ids.len();
