@@ -1,0 +1,84 @@
+# One verb per chore, the same in CI and in the documentation. Needs python3 (3.10 or newer) and cargo; everything else
+# goes into the virtual environment, nothing is installed outside it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+override VENV := $(abspath $(VENV))
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One profile for lints and tests, so that dependencies are compiled once.
+PROFILE := --profile dev-fast
+export PYO3_PYTHON := $(BIN)/python
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(READY) ## Make the virtual environment with all tools of development
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("pyrformer needs Python 3.10 or newer: set PYTHON" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+.PHONY: build
+build: $(READY) ## Build the release wheel into dist/ and install it
+	rm -f dist/pyrformer-*.whl
+	$(BIN)/maturin build --release --out dist
+	$(BIN)/python -m pip uninstall -qq --yes pyrformer
+	$(BIN)/python -m pip install --quiet dist/pyrformer-*.whl
+
+.PHONY: develop
+develop: $(READY) ## Build with checks and install so that edits of Python files are live
+	VIRTUAL_ENV=$(VENV) $(BIN)/maturin develop $(PROFILE)
+
+.PHONY: test
+test: lint test-rust build test-python ## Lints, Rust tests, then the Python tests against the installed release wheel
+
+.PHONY: test-rust
+test-rust: $(READY) ## Rust tests only
+	cargo test --workspace $(PROFILE)
+
+# From an empty folder, so that `import pyrformer` cannot find the source tree.
+.PHONY: test-python
+test-python: $(READY) ## Python tests only, against what is installed
+	cd $$(mktemp -d) && $(BIN)/python -m mypy.stubtest pyrformer._core
+	cd $$(mktemp -d) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests
+
+.PHONY: lint
+lint: $(READY) ## Formatting, lints and types of both languages
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets $(PROFILE) -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: build ## Run all benchmarks; each prints a table
+	for file in $(wildcard benchmarks/bench_*.py); do $(BIN)/python "$$file"; done
+
+.PHONY: demo
+demo: build ## Train a small model on eight plays of Shakespeare and let it speak
+	$(BIN)/pyrformer train examples/shakespeare/train.txt --valid examples/shakespeare/valid.txt \
+		--config examples/shakespeare/char.toml --out runs/shakespeare --overwrite
+	$(BIN)/pyrformer sample runs/shakespeare $$'OTHELLO.\n' --max-new-tokens 300 --seed 1
+
+.PHONY: docs
+docs: ## Build the Rust documentation into target/doc
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items
+
+.PHONY: wheel-check
+wheel-check: build ## Build the wheel and test what is in it
+	cd $$(mktemp -d) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/packaging
+
+.PHONY: clean
+clean: ## Remove everything that is built; runs/ stays
+	rm -rf $(VENV) dist target .mypy_cache .pytest_cache .ruff_cache .hypothesis pyrformer/_core*.so
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+"""Documents say only what is there: links between files, the tree in the README, the checksums of the example."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]+\]\((?!https?://|#)([^)#\s]+)[^)]*\)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(document: Path) -> None:
+    links = LINK.findall(document.read_text(encoding="utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_file_tree_of_the_readme_exists() -> None:
+    (tree,) = re.findall(
+        r"## Where things are\n.*?```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S
+    )
+    stack: list[str] = []
+    missing = []
+    for line in tree.splitlines():
+        entry = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        stack[depth:] = [entry.rstrip("/")]
+        if not ROOT.joinpath(*stack).exists():
+            missing.append("/".join(stack))
+    assert missing == []
+    assert len(tree.splitlines()) > 20
+
+
+def test_example_text_is_the_one_described() -> None:
+    folder = ROOT / "examples" / "shakespeare"
+    rows = re.findall(
+        r"\| `(\w+\.txt)` \| ([\d,]+) \| `([0-9a-f]{64})` \|", (folder / "README.md").read_text("utf-8")
+    )
+    assert len(rows) == 2
+    for name, size, digest in rows:
+        data = (folder / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (int(size.replace(",", "")), digest)
