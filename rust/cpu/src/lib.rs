@@ -1,11 +1,21 @@
 //! The CPU executor: threads, SIMD, kernels and their naive twins.
 //!
 //! `view` and `real` are the vocabulary of kernels, `simd` picks the instruction set at run time, `threads` runs tasks,
-//! `gemm` and `math` carry most of the arithmetic.
+//! `gemm` and `math` carry most of the arithmetic. `kernels` holds one file per family of operations, `executor` walks a
+//! plan over `memory`, and `reference` computes the same from the definitions, for tests.
 
+mod error;
+mod executor;
 pub mod gemm;
+pub mod kernels;
 pub mod math;
+mod memory;
 pub mod real;
+pub mod reference;
 pub mod simd;
 pub mod threads;
 pub mod view;
+
+pub use error::{Error, Result};
+pub use executor::{Array, Cpu, CpuExecutor};
+pub use memory::Store;

@@ -133,6 +133,17 @@ impl<'a, T> MatMut<'a, T> {
         Self { data: unsafe { self.data.add(from * self.stride + col) }, rows, cols, ..*self }
     }
 
+    /// Writes one element.
+    ///
+    /// # Safety
+    /// No other thread or slice touches the element.
+    #[inline(always)]
+    pub unsafe fn set(&self, row: usize, col: usize, value: T) {
+        debug_assert!(row < self.rows && col < self.cols, "({row}, {col}) of [{}, {}]", self.rows, self.cols);
+        // SAFETY: inside the view (constructor), and the caller has it alone.
+        unsafe { self.data.add(row * self.stride + col).write(value) }
+    }
+
     /// The same memory, read-only.
     ///
     /// # Safety

@@ -113,7 +113,6 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
                     // d(a/b) = da/b − (a/b)·db/b
                     let da = binary(Binary::Div, dy, b)?;
                     let db = binary(Binary::Mul, da, node.outputs[0])?;
-                    let db = binary(Binary::Div, db, b)?;
                     (da, g.add1(Op::Unary(Unary::Scale(-1.0)), &[db])?)
                 }
             };

@@ -190,6 +190,7 @@ pub enum Op {
     // ---- Transformer parts -------------------------------------------------------------------------------------
     /// `a [.., K], b [K, N] → [.., N]`; with `tb`, b is `[N, K]`; with `ta`, a is `[.., M]` and b `[.., N]`, both seen as
     /// rows: `[M, N]`. Then the epilogue's operands in its order: bias, x, residual.
+    #[serde(rename = "matmul")]
     MatMul {
         /// Transpose a.
         ta: bool,
@@ -246,6 +247,7 @@ pub enum Op {
     },
     /// `p, g, m, v, clip [], lr [], step i32[] → p, m, v`; step counts from 1. Source: Loshchilov and Hutter 2019,
     /// algorithm 2, in torch.optim.AdamW's order (decay by lr·weight_decay first).
+    #[serde(rename = "adamw")]
     AdamW {
         /// Decay of the first moment.
         beta1: f64,

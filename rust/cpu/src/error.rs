@@ -1,0 +1,30 @@
+//! What can go wrong while a plan runs.
+
+/// The crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A run that cannot go on. States are untouched where the error comes from an input: indices are checked before any
+/// update is written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// An index outside its table.
+    #[error("[{op}] {message}")]
+    Index {
+        /// The operation's printed name.
+        op: &'static str,
+        /// Which index, and the range.
+        message: String,
+    },
+    /// An input that is missing, unknown or of another type.
+    #[error("[run] {0}")]
+    Input(String),
+    /// A state that is missing or of another type.
+    #[error("[state] {0}")]
+    State(String),
+    /// Memory that cannot be had.
+    #[error("[memory] {0}")]
+    Memory(String),
+    /// A broken invariant: a fault of this library, not of its user.
+    #[error("[cpu] internal error, please report it: {0}")]
+    Internal(String),
+}

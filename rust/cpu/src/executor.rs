@@ -1,0 +1,414 @@
+//! Runs a plan: copies the inputs in, walks the steps, copies the outputs out. Nothing is allocated inside a step.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pyrformer_graph::op::DropoutSpec;
+use pyrformer_graph::plan::Port;
+use pyrformer_graph::{AttentionSpec, DType, Op, Operand, Plan, Space, Step, Target, TensorType};
+
+use crate::error::{Error, Result};
+use crate::gemm::PackBuffers;
+use crate::kernels::attention::{self, Mask, Saved};
+use crate::kernels::dropout::{Keep, dropout};
+use crate::kernels::loss::{self, Gradients, Head, linear_cross_entropy};
+use crate::kernels::matmul::{Fused, matmul};
+use crate::kernels::optimizer::{self, AdamW};
+use crate::kernels::{cache, elementwise, norm, rows};
+use crate::memory::{Block, PerWorker, State, Store};
+use crate::real::Real;
+use crate::threads::Pool;
+use crate::view::{Mat, MatMut};
+
+/// The CPU as a target of lowering: how much work space its kernels need.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu;
+
+impl Target for Cpu {
+    fn scratch_bytes(&self, op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> usize {
+        let size = |t: &TensorType| t.dtype.size();
+        match op {
+            Op::SumTo => {
+                let (x, y) = (&inputs[0].shape, &outputs[0].shape);
+                elementwise::sum_to_scratch(x.rows(), y.rows(), y.elements()) * size(inputs[0])
+            }
+            Op::LayerNormGrad => {
+                let x = &inputs[1].shape;
+                norm::layer_norm_grad_scratch(x.rows(), x.cols()) * size(inputs[1])
+            }
+            Op::LinearCrossEntropy { .. } | Op::LinearCrossEntropyGrad { .. } => {
+                loss::scratch_elements(inputs[0].shape.rows(), inputs[1].shape.0[0]) * size(inputs[0])
+            }
+            Op::GlobalNorm => {
+                let shapes = inputs.iter().map(|t| (t.shape.rows(), t.shape.cols()));
+                optimizer::global_norm_parts(shapes) * size_of::<f64>()
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// Bytes of work memory each worker needs for a plan.
+fn worker_bytes(plan: &Plan) -> usize {
+    let need = |s: &Step| match &s.op {
+        Op::Attention(spec) | Op::AttentionGrad(spec) => {
+            let q = &s.inputs[usize::from(matches!(s.op, Op::AttentionGrad(_)))].ty;
+            let d = q.shape.cols() / spec.heads;
+            if q.dtype == DType::F64 { attention::worker_bytes::<f64>(d) } else { attention::worker_bytes::<f32>(d) }
+        }
+        Op::CachedAttention(_) => s.inputs[1].ty.shape.0[1] * s.inputs[1].ty.dtype.size(),
+        _ => 0,
+    };
+    plan.steps.iter().map(need).max().unwrap_or(0)
+}
+
+/// A value given for an input, or made for an output: its type and little-endian bytes, row-major without gaps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Array {
+    /// Type.
+    pub ty: TensorType,
+    /// Elements.
+    pub bytes: Vec<u8>,
+}
+
+/// What one run at a time uses.
+struct Work {
+    arena: Block,
+    workers: PerWorker,
+    packs_f32: PackBuffers<f32>,
+    packs_f64: PackBuffers<f64>,
+}
+
+/// The element types, each with its buffers for matrix products.
+trait Element: Real {
+    fn packs(work: &Work) -> &PackBuffers<Self>;
+}
+
+impl Element for f32 {
+    fn packs(work: &Work) -> &PackBuffers<Self> {
+        &work.packs_f32
+    }
+}
+
+impl Element for f64 {
+    fn packs(work: &Work) -> &PackBuffers<Self> {
+        &work.packs_f64
+    }
+}
+
+/// A plan bound to its states, its memory and a pool of threads.
+pub struct CpuExecutor {
+    plan: Arc<Plan>,
+    store: Arc<Store>,
+    states: Vec<Arc<State>>,
+    pool: Arc<Pool>,
+    work: Mutex<Work>,
+}
+
+impl CpuExecutor {
+    /// Binds a plan to a store; states that the store lacks are made, zero.
+    ///
+    /// # Errors
+    /// When a state has another type, or the memory cannot be had.
+    pub fn new(plan: Arc<Plan>, store: Arc<Store>, pool: Arc<Pool>) -> Result<Self> {
+        let states = store.link(&plan)?;
+        let work = Work {
+            arena: Block::new(plan.arena_bytes)?,
+            workers: PerWorker::new(pool.threads(), worker_bytes(&plan))?,
+            packs_f32: PackBuffers::new(pool.threads()),
+            packs_f64: PackBuffers::new(pool.threads()),
+        };
+        Ok(Self { plan, store, states, pool, work: Mutex::new(work) })
+    }
+
+    /// The plan.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Runs the plan once. `inputs` names a value for each of the plan's inputs; gives the outputs in the plan's order.
+    ///
+    /// # Errors
+    /// When an input is missing, unknown or of another type, or an index is out of range.
+    pub fn run(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<Array>> {
+        let work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let _access = self.store.lock(&self.plan);
+        let memory = Memory { arena: &work.arena, states: &self.states };
+        self.check(inputs)?;
+        for port in &self.plan.inputs {
+            let Some((_, _, bytes)) = inputs.iter().find(|i| i.0 == port.name) else {
+                return Err(Error::Input(format!("input {:?} is missing", port.name)));
+            };
+            // SAFETY: `check` compared the sizes, inputs are contiguous, and this run has the arena alone.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.address(&port.operand), bytes.len()) };
+        }
+        for step in &self.plan.steps {
+            let run = Run { memory, pool: &self.pool, work: &work, step };
+            match step.outputs[0].ty.dtype {
+                DType::I32 => run.integers()?,
+                DType::F32 => run.floats::<f32>()?,
+                DType::F64 => run.floats::<f64>()?,
+            }
+        }
+        Ok(self.plan.outputs.iter().map(|port| memory.read(port)).collect())
+    }
+
+    fn check(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<()> {
+        for (name, ty, bytes) in inputs {
+            let Some(port) = self.plan.inputs.iter().find(|p| p.name == *name) else {
+                let known: Vec<&str> = self.plan.inputs.iter().map(|p| p.name.as_str()).collect();
+                return Err(Error::Input(format!("there is no input {name:?}; the inputs are {}", known.join(", "))));
+            };
+            if port.operand.ty != *ty || bytes.len() != ty.bytes() {
+                return Err(Error::Input(format!("input {name:?} must be {}, got {ty}", port.operand.ty)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where the operands of a plan are.
+#[derive(Clone, Copy)]
+struct Memory<'a> {
+    arena: &'a Block,
+    states: &'a [Arc<State>],
+}
+
+impl<'a> Memory<'a> {
+    fn address(&self, o: &Operand) -> *mut u8 {
+        let base = match o.space {
+            Space::Arena => self.arena.as_ptr(),
+            Space::State(i) => self.states[i].block.as_ptr(),
+        };
+        // SAFETY: the memory plan keeps every operand inside its block.
+        unsafe { base.add(o.offset) }
+    }
+
+    fn mat<T>(&self, o: &Operand) -> Mat<'a, T> {
+        let shape = &o.ty.shape;
+        // SAFETY: the memory plan gives the operand these rows, and no step writes to what it reads but as
+        // `Op::in_place` allows, which kernels respect.
+        unsafe { Mat::from_raw(self.address(o).cast(), shape.rows(), shape.cols(), o.row_stride) }
+    }
+
+    fn mat_mut<T>(&self, o: &Operand) -> MatMut<'a, T> {
+        let shape = &o.ty.shape;
+        // SAFETY: as above; the run has the arena alone, and updated states through the store's lock.
+        unsafe { MatMut::from_raw(self.address(o).cast(), shape.rows(), shape.cols(), o.row_stride) }
+    }
+
+    fn read(&self, port: &Port) -> Array {
+        let ty = port.operand.ty.clone();
+        let (rows, row_bytes) = (ty.shape.rows(), ty.shape.cols() * ty.dtype.size());
+        let view: Mat<'_, u8> =
+            // SAFETY: the operand's rows, seen as bytes.
+            unsafe { Mat::from_raw(self.address(&port.operand), rows, row_bytes, port.operand.row_stride * ty.dtype.size()) };
+        let mut bytes = Vec::with_capacity(ty.bytes());
+        (0..rows).for_each(|r| bytes.extend_from_slice(view.row(r)));
+        Array { ty, bytes }
+    }
+}
+
+/// One step under way.
+struct Run<'a> {
+    memory: Memory<'a>,
+    pool: &'a Pool,
+    work: &'a Work,
+    step: &'a Step,
+}
+
+impl<'a> Run<'a> {
+    fn x<T>(&self, i: usize) -> Mat<'a, T> {
+        self.memory.mat(&self.step.inputs[i])
+    }
+
+    fn y<T>(&self, i: usize) -> MatMut<'a, T> {
+        self.memory.mat_mut(&self.step.outputs[i])
+    }
+
+    /// A contiguous integer operand, flattened.
+    fn ints(&self, i: usize) -> &'a [i32] {
+        let o = &self.step.inputs[i];
+        // SAFETY: integer operands are inputs or whole results, without gaps.
+        let flat: Mat<'a, i32> = unsafe { Mat::from_raw(self.memory.address(o).cast(), 1, o.ty.shape.elements(), 0) };
+        flat.row(0)
+    }
+
+    /// A contiguous floating-point operand, flattened to one row.
+    fn flat<T>(&self, i: usize) -> &'a [T] {
+        let o = &self.step.inputs[i];
+        debug_assert!(o.is_contiguous());
+        // SAFETY: statistics and vectors are whole results or states, without gaps.
+        let flat: Mat<'a, T> = unsafe { Mat::from_raw(self.memory.address(o).cast(), 1, o.ty.shape.elements(), 0) };
+        flat.row(0)
+    }
+
+    /// A contiguous result as one row.
+    fn flat_mut<T>(&self, i: usize) -> MatMut<'a, T> {
+        let o = &self.step.outputs[i];
+        // SAFETY: as `flat`, and the kernel has the result alone.
+        unsafe { MatMut::from_raw(self.memory.address(o).cast(), 1, o.ty.shape.elements(), 0) }
+    }
+
+    fn scratch<T>(&self) -> MatMut<'a, T> {
+        match &self.step.scratch {
+            // SAFETY: the scratch holds as many bytes as `Cpu::scratch_bytes` asked for.
+            Some(o) => unsafe {
+                MatMut::from_raw(self.memory.address(o).cast(), 1, o.ty.bytes() / size_of::<T>(), 0)
+            },
+            None => MatMut::new(&mut [], 0, 0),
+        }
+    }
+
+    fn scalar<T: Real>(&self, i: usize) -> f64 {
+        self.x::<T>(i).row(0)[0].to_f64()
+    }
+
+    fn keep(&self, spec: &DropoutSpec, operand: usize) -> Keep {
+        let rng = self.ints(operand);
+        Keep::new(spec, [rng[0], rng[1], rng[2], rng[3]])
+    }
+
+    fn mask(&self, spec: &AttentionSpec, extra: usize) -> Mask<'a> {
+        let segments = spec.segments.then(|| self.ints(extra));
+        let keep = spec.dropout.as_ref().map(|d| self.keep(d, extra + usize::from(spec.segments)));
+        Mask { spec: *spec, segments, keep }
+    }
+
+    fn batch(&self, operand: usize) -> usize {
+        self.step.inputs[operand].ty.shape.0[0]
+    }
+
+    /// Steps whose first result is integer: only layout and rows.
+    fn integers(&self) -> Result<()> {
+        match &self.step.op {
+            Op::Copy => elementwise::copy::<i32>(self.pool, self.x(0), self.y(0)),
+            Op::Gather => rows::gather::<i32>(self.pool, self.x(0), self.ints(1), self.y(0))?,
+            Op::Fill { value } => {
+                let y: MatMut<'_, i32> = self.y(0);
+                // SAFETY: no task runs.
+                (0..y.rows).for_each(|r| unsafe { y.row_mut(r) }.fill(*value as i32));
+            }
+            op => return Err(Error::Internal(format!("{} on integers", op.name()))),
+        }
+        Ok(())
+    }
+
+    fn floats<T: Element>(&self) -> Result<()> {
+        let pool = self.pool;
+        match &self.step.op {
+            Op::Copy => elementwise::copy::<T>(pool, self.x(0), self.y(0)),
+            Op::Fill { value } => elementwise::fill::<T>(pool, *value, self.y(0)),
+            Op::Gather => rows::gather::<T>(pool, self.x(0), self.ints(1), self.y(0))?,
+            Op::ScatterAdd { .. } => {
+                let base = (self.step.inputs.len() == 3).then(|| self.x::<T>(2));
+                rows::scatter_add(pool, self.x::<T>(0), self.ints(1), base, self.y(0))?;
+            }
+            Op::Unary(f) => elementwise::unary::<T>(pool, *f, self.x(0), self.y(0)),
+            Op::UnaryGrad(f) => elementwise::unary_grad::<T>(pool, *f, self.x(0), self.x(1), self.y(0)),
+            Op::Binary(f) => elementwise::binary::<T>(pool, *f, self.x(0), self.x(1), self.y(0)),
+            Op::SumTo => elementwise::sum_to::<T>(pool, self.x(0), self.y(0), self.scratch()),
+            Op::Broadcast => elementwise::broadcast::<T>(pool, self.x(0), self.y(0)),
+            Op::Dropout(spec) => dropout::<T>(pool, &self.keep(spec, 1), self.x(0), self.y(0)),
+            Op::MatMul { ta, tb, epilogue: e } => {
+                let mut next = 2;
+                let mut operand = |present: bool| {
+                    next += usize::from(present);
+                    present.then(|| self.x::<T>(next - 1))
+                };
+                let fused = Fused {
+                    epilogue: *e,
+                    bias: operand(e.bias),
+                    x: operand(e.act_grad.is_some()),
+                    residual: operand(e.residual),
+                    pre: e.keep_pre.then(|| self.y(1)),
+                };
+                matmul::<T>(pool, T::packs(self.work), (self.x(0), *ta), (self.x(1), *tb), self.y(0), fused);
+            }
+            Op::LayerNorm { eps } => {
+                let bias: &[T] = if self.step.inputs.len() == 3 { self.flat(2) } else { &[] };
+                let (mean, rstd) = (self.flat_mut(1), self.flat_mut(2));
+                norm::layer_norm(pool, *eps, self.x(0), self.flat(1), bias, self.y(0), mean, rstd);
+            }
+            Op::LayerNormGrad => {
+                let residual = (self.step.inputs.len() == 6).then(|| self.x::<T>(5));
+                let (mean, rstd) = (self.flat(3), self.flat(4));
+                let (dw, db) = (self.flat_mut(1), self.flat_mut(2));
+                norm::layer_norm_grad(
+                    pool, self.x(0), self.x(1), self.flat(2), mean, rstd, residual, self.y(0), dw, db, self.scratch(),
+                );
+            }
+            Op::Attention(spec) => {
+                let (mask, qkv) = (self.mask(spec, 3), [self.x::<T>(0), self.x(1), self.x(2)]);
+                attention::attention(pool, &self.work.workers, T::packs(self.work), &mask, self.batch(0), qkv, self.y(0), self.y(1));
+            }
+            Op::AttentionGrad(spec) => {
+                let mask = self.mask(spec, 6);
+                let [dout, q, k, v, out, lse] = [0, 1, 2, 3, 4, 5].map(|i| self.x::<T>(i));
+                let saved = Saved { dout, q, k, v, out, lse };
+                let d = [self.y(0), self.y(1), self.y(2)];
+                attention::attention_grad(pool, &self.work.workers, T::packs(self.work), &mask, self.batch(1), saved, d);
+            }
+            Op::LinearCrossEntropy { bias } => self.loss::<T>(*bias, None)?,
+            Op::LinearCrossEntropyGrad { bias } => {
+                let dloss = self.x::<T>(3 + usize::from(*bias)).row(0)[0];
+                let dbias = bias.then(|| self.flat_mut(3));
+                self.loss(*bias, Some(Gradients { dloss, dx: self.y(1), dweight: self.y(2), dbias }))?;
+            }
+            Op::CountLabels { .. } => rows::count_labels::<T>(self.ints(0), self.y(0)),
+            Op::CacheWrite => {
+                let at = cache::Places { start: self.ints(3), count: self.ints(4) };
+                let dims = &self.step.inputs[0].ty.shape.0;
+                // The state is updated in place; where it is not, the rest of it comes first.
+                let (old, new): (Mat<'_, T>, MatMut<'_, T>) = (self.x(0), self.y(0));
+                if !std::ptr::eq(old.as_ptr(), new.as_ptr()) {
+                    elementwise::copy(pool, old, new);
+                }
+                cache::cache_write(self.x::<T>(1), self.ints(2), at, (dims[0], dims[1]), new)?;
+            }
+            Op::CachedAttention(spec) => {
+                let at = cache::Places { start: self.ints(4), count: self.ints(5) };
+                let dims = &self.step.inputs[1].ty.shape.0;
+                let kv = [self.x::<T>(1), self.x(2)];
+                let (workers, rows) = (&self.work.workers, self.ints(3));
+                cache::cached_attention(
+                    pool, workers, spec, self.x(0), kv, (dims[0], dims[1]), rows, at, self.y(0),
+                )?;
+            }
+            Op::GlobalNorm => {
+                let scratch: MatMut<'_, f64> = self.scratch();
+                let shapes = self.step.inputs.iter().map(|o| (o.ty.shape.rows(), o.ty.shape.cols()));
+                let parts = scratch.block(0, 1, 0, optimizer::global_norm_parts(shapes));
+                let count = self.step.inputs.len();
+                optimizer::global_norm(pool, count, &|i| self.x::<T>(i), self.y(0), parts);
+            }
+            Op::ClipFactor { max_norm } => {
+                let factor = (max_norm / (self.scalar::<T>(0) + 1e-6)).min(1.0);
+                elementwise::fill::<T>(pool, factor, self.y(0));
+            }
+            Op::AdamW { beta1, beta2, eps, weight_decay } => {
+                let h = AdamW {
+                    beta1: *beta1,
+                    beta2: *beta2,
+                    eps: *eps,
+                    weight_decay: *weight_decay,
+                    clip: self.scalar::<T>(4),
+                    lr: self.scalar::<T>(5),
+                    step: self.ints(6)[0],
+                };
+                let y = [self.y(0), self.y(1), self.y(2)];
+                optimizer::adamw::<T>(pool, h, [self.x(0), self.x(1), self.x(2), self.x(3)], y);
+            }
+            op @ (Op::Input { .. } | Op::State { .. } | Op::Reshape | Op::Split { .. } | Op::Concat) => {
+                return Err(Error::Internal(format!("{} has no kernel", op.name())));
+            }
+        }
+        Ok(())
+    }
+
+    fn loss<T: Element>(&self, bias: bool, gradients: Option<Gradients<'_, T>>) -> Result<()> {
+        let labels = self.ints(2 + usize::from(bias));
+        let head = Head { x: self.x(0), weight: self.x(1), bias: bias.then(|| self.x(2)), labels };
+        linear_cross_entropy(self.pool, T::packs(self.work), head, self.y(0), gradients, self.scratch())
+    }
+}

@@ -1,0 +1,277 @@
+//! Functions of one element, and sums over leading axes.
+
+use pyrformer_graph::{Binary, Unary};
+
+use crate::kernels::{for_chunks, for_rows, rows_per_task, sum_chunks};
+use crate::real::Real;
+use crate::simd_fn;
+use crate::threads::Pool;
+use crate::view::{Mat, MatMut};
+
+/// √(2/π), the factor inside GELU's tanh form.
+const SQRT_2_OVER_PI: f64 = 0.797_884_560_802_865_4;
+/// The cubic coefficient inside GELU's tanh form. Source: Hendrycks and Gimpel 2016, section 2.
+const GELU_CUBIC: f64 = 0.044_715;
+/// 1/√(2π), the normal density at 0.
+const INV_SQRT_2PI: f64 = 0.398_942_280_401_432_7;
+
+#[inline(always)]
+fn map<T: Real>(x: &[T], y: &mut [T], f: impl Fn(T) -> T) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = f(x);
+    }
+}
+
+#[inline(always)]
+fn sigmoid<T: Real>(x: T) -> T {
+    T::ONE / (T::ONE + (-x).exp())
+}
+
+#[inline(always)]
+fn gelu_inner<T: Real>(x: T) -> T {
+    T::from_f64(SQRT_2_OVER_PI) * (x + T::from_f64(GELU_CUBIC) * x * x * x)
+}
+
+simd_fn! {
+    /// `y = f(x)` for one row.
+    pub(crate) fn unary_row<T: Real>(f: Unary, x: &[T], y: &mut [T]) {
+        let half = T::from_f64(0.5);
+        match f {
+            Unary::Scale(s) => {
+                let s = T::from_f64(s);
+                map(x, y, |x| s * x);
+            }
+            Unary::Exp => map(x, y, |x| x.exp()),
+            Unary::Tanh => map(x, y, |x| x.tanh()),
+            Unary::Sigmoid => map(x, y, |x| sigmoid(x)),
+            Unary::Relu => map(x, y, |x| x.max(T::ZERO)),
+            Unary::Gelu => {
+                let s = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
+                map(x, y, |x| half * x * (T::ONE + (x * s).erf()));
+            }
+            Unary::GeluTanh => map(x, y, |x| half * x * (T::ONE + gelu_inner(x).tanh())),
+            Unary::Silu => map(x, y, |x| x * sigmoid(x)),
+        }
+    }
+}
+
+simd_fn! {
+    /// `dy *= f'(x)` for one row.
+    pub(crate) fn unary_grad_row<T: Real>(f: Unary, x: &[T], dy: &mut [T]) {
+        #[inline(always)]
+        fn times<T: Real>(x: &[T], dy: &mut [T], f: impl Fn(T) -> T) {
+            for (dy, &x) in dy.iter_mut().zip(x) {
+                *dy = *dy * f(x);
+            }
+        }
+        let half = T::from_f64(0.5);
+        match f {
+            Unary::Scale(s) => {
+                let s = T::from_f64(s);
+                times(x, dy, |_| s);
+            }
+            Unary::Exp => times(x, dy, |x| x.exp()),
+            Unary::Tanh => times(x, dy, |x| {
+                let t = x.tanh();
+                T::ONE - t * t
+            }),
+            Unary::Sigmoid => times(x, dy, |x| {
+                let s = sigmoid(x);
+                s * (T::ONE - s)
+            }),
+            Unary::Relu => times(x, dy, |x| if x > T::ZERO { T::ONE } else { T::ZERO }),
+            Unary::Gelu => {
+                let s = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
+                let c = T::from_f64(INV_SQRT_2PI);
+                times(x, dy, |x| half * (T::ONE + (x * s).erf()) + x * c * (-half * x * x).exp());
+            }
+            Unary::GeluTanh => {
+                let c = T::from_f64(SQRT_2_OVER_PI);
+                let cubic = T::from_f64(3.0 * GELU_CUBIC);
+                times(x, dy, |x| {
+                    let t = gelu_inner(x).tanh();
+                    half * (T::ONE + t) + half * x * (T::ONE - t * t) * c * (T::ONE + cubic * x * x)
+                });
+            }
+            Unary::Silu => times(x, dy, |x| {
+                let s = sigmoid(x);
+                s * (T::ONE + x * (T::ONE - s))
+            }),
+        }
+    }
+}
+
+simd_fn! {
+    /// `y = a ∘ b` for one row.
+    fn binary_row<T: Real>(f: Binary, a: &[T], b: &[T], y: &mut [T]) {
+        #[inline(always)]
+        fn zip<T: Real>(a: &[T], b: &[T], y: &mut [T], f: impl Fn(T, T) -> T) {
+            for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                *y = f(a, b);
+            }
+        }
+        match f {
+            Binary::Add => zip(a, b, y, |a, b| a + b),
+            Binary::Sub => zip(a, b, y, |a, b| a - b),
+            Binary::Mul => zip(a, b, y, |a, b| a * b),
+            Binary::Div => zip(a, b, y, |a, b| a / b),
+        }
+    }
+}
+
+simd_fn! {
+    /// `y += x` for one row.
+    pub(crate) fn add_row<T: Real>(x: &[T], y: &mut [T]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = *y + x;
+        }
+    }
+}
+
+/// `y = f(x)`. Shapes: x, y [N, C]; y may be x.
+pub(crate) fn unary<T: Real>(pool: &Pool, f: Unary, x: Mat<'_, T>, y: MatMut<'_, T>) {
+    for_rows(pool, x.rows, rows_per_task(x.cols), |r| {
+        // SAFETY: one task a row; where y is x, the copy below makes the operand the row itself.
+        let row = unsafe { y.row_mut(r) };
+        in_place(&x, r, row);
+        unary_in_place(f, row);
+    });
+}
+
+/// Puts row `r` of `x` into `row`, unless it is there already.
+pub(crate) fn in_place<T: Real>(x: &Mat<'_, T>, r: usize, row: &mut [T]) {
+    let from = x.block(r, 1, 0, x.cols).as_ptr();
+    if !std::ptr::eq(from, row.as_ptr()) {
+        // SAFETY: `cols` elements each; rows of a plan that are not the same do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from, row.as_mut_ptr(), row.len()) }
+    }
+}
+
+/// `row = f(row)`, in pieces that stay in the first cache.
+pub(crate) fn unary_in_place<T: Real>(f: Unary, row: &mut [T]) {
+    let mut piece = [T::ZERO; 256];
+    for part in row.chunks_mut(piece.len()) {
+        let x = &mut piece[..part.len()];
+        x.copy_from_slice(part);
+        unary_row(f, x, part);
+    }
+}
+
+/// `dx = dy · f'(x)`. Shapes: all [N, C]; dx may be dy or x.
+pub(crate) fn unary_grad<T: Real>(pool: &Pool, f: Unary, x: Mat<'_, T>, dy: Mat<'_, T>, dx: MatMut<'_, T>) {
+    for_rows(pool, x.rows, rows_per_task(x.cols), |r| {
+        let mut piece = [T::ZERO; 256];
+        let mut column = 0;
+        while column < x.cols {
+            let cols = piece.len().min(x.cols - column);
+            let part = &mut piece[..cols];
+            part.copy_from_slice(dy.block(r, 1, column, cols).row(0));
+            unary_grad_row(f, x.block(r, 1, column, cols).row(0), part);
+            // SAFETY: one task a row, and the operands of this piece have been read.
+            unsafe { dx.block(r, 1, column, cols).row_mut(0) }.copy_from_slice(part);
+            column += cols;
+        }
+    });
+}
+
+/// `y = a ∘ b`. Shapes: a, y [N, C]; b [M, C] with M a divisor of N, or a scalar. y may be a.
+pub(crate) fn binary<T: Real>(pool: &Pool, f: Binary, a: Mat<'_, T>, b: Mat<'_, T>, y: MatMut<'_, T>) {
+    let scalar = b.rows * b.cols == 1 && a.cols > 1;
+    for_rows(pool, a.rows, rows_per_task(a.cols), |r| {
+        let mut piece = [T::ZERO; 256];
+        let mut constant = [T::ZERO; 256];
+        if scalar {
+            constant.fill(b.row(0)[0]);
+        }
+        let mut column = 0;
+        while column < a.cols {
+            let cols = piece.len().min(a.cols - column);
+            let part = &mut piece[..cols];
+            part.copy_from_slice(a.block(r, 1, column, cols).row(0));
+            let other = if scalar { &constant[..cols] } else { b.block(r % b.rows, 1, column, cols).row(0) };
+            // SAFETY: one task a row, and a's piece, which may be the same memory, has been read.
+            binary_row(f, part, other, unsafe { y.block(r, 1, column, cols).row_mut(0) });
+            column += cols;
+        }
+    });
+}
+
+/// `y = value` everywhere.
+pub(crate) fn fill<T: Real>(pool: &Pool, value: f64, y: MatMut<'_, T>) {
+    let value = T::from_f64(value);
+    // SAFETY: one task a row.
+    for_rows(pool, y.rows, rows_per_task(y.cols), |r| unsafe { y.row_mut(r) }.fill(value));
+}
+
+/// `y = x`, row by row. Shapes: x, y [N, C].
+pub(crate) fn copy<T: Copy + Send + Sync>(pool: &Pool, x: Mat<'_, T>, y: MatMut<'_, T>) {
+    // SAFETY: one task a row, and a copy never shares memory.
+    for_rows(pool, y.rows, rows_per_task(y.cols), |r| unsafe { y.row_mut(r) }.copy_from_slice(x.row(r)));
+}
+
+/// `y[m] = x[m mod M]`: repeats over leading rows. Shapes: x [M, C] or a scalar, y [N, C].
+pub(crate) fn broadcast<T: Real>(pool: &Pool, x: Mat<'_, T>, y: MatMut<'_, T>) {
+    let scalar = x.rows * x.cols == 1 && y.cols > 1;
+    for_rows(pool, y.rows, rows_per_task(y.cols), |r| {
+        // SAFETY: one task a row.
+        let row = unsafe { y.row_mut(r) };
+        if scalar { row.fill(x.row(0)[0]) } else { row.copy_from_slice(x.row(r % x.rows)) }
+    });
+}
+
+/// Elements of scratch that [`sum_to`] needs for an operand of `rows` rows and a result of `result` elements.
+pub(crate) fn sum_to_scratch(rows: usize, result_rows: usize, result: usize) -> usize {
+    sum_chunks(rows / result_rows.max(1)) * result
+}
+
+/// `y[m] = Σ x[m + i·M]`: sums leading rows away. Shapes: x [N, C], y [M, C] with M a divisor of N, or a scalar;
+/// scratch of [`sum_to_scratch`] elements. Chunks of rows are summed on their own, then in order.
+pub(crate) fn sum_to<T: Real>(pool: &Pool, x: Mat<'_, T>, y: MatMut<'_, T>, scratch: MatMut<'_, T>) {
+    let len = y.rows * y.cols;
+    if len == 1 && x.cols > 1 {
+        return sum_all(pool, x, y, scratch);
+    }
+    let blocks = x.rows / y.rows.max(1);
+    let chunks = sum_chunks(blocks);
+    let per = blocks.div_ceil(chunks);
+    for_chunks(pool, blocks, per, |chunk, from, to| {
+        // SAFETY: each chunk has a row of scratch of its own.
+        let sum = unsafe { scratch.block(0, 1, chunk * len, len).row_mut(0) };
+        sum.fill(T::ZERO);
+        for r in from * y.rows..to * y.rows {
+            let at = (r % y.rows) * y.cols;
+            add_row(x.row(r), &mut sum[at..at + y.cols]);
+        }
+    });
+    let used = blocks.div_ceil(per.max(1));
+    for r in 0..y.rows {
+        // SAFETY: the tasks are done; this thread is alone.
+        let row = unsafe { y.row_mut(r) };
+        row.fill(T::ZERO);
+        for chunk in 0..used {
+            // SAFETY: as above.
+            let sum = unsafe { scratch.block(0, 1, chunk * len + r * y.cols, y.cols).row_mut(0) };
+            add_row(sum, row);
+        }
+    }
+}
+
+fn sum_all<T: Real>(pool: &Pool, x: Mat<'_, T>, y: MatMut<'_, T>, scratch: MatMut<'_, T>) {
+    let chunks = sum_chunks(x.rows);
+    let per = x.rows.div_ceil(chunks);
+    for_chunks(pool, x.rows, per, |chunk, from, to| {
+        let mut sum = T::ZERO;
+        for r in from..to {
+            sum = sum + crate::simd::sum(x.row(r));
+        }
+        // SAFETY: each chunk has an element of scratch of its own.
+        unsafe { scratch.set(0, chunk, sum) };
+    });
+    let mut sum = T::ZERO;
+    for chunk in 0..x.rows.div_ceil(per.max(1)) {
+        // SAFETY: the tasks are done; this thread is alone.
+        sum = sum + unsafe { scratch.block(0, 1, chunk, 1).row_mut(0) }[0];
+    }
+    // SAFETY: as above.
+    unsafe { y.set(0, 0, sum) };
+}

@@ -1,0 +1,136 @@
+//! Linear layer and cross-entropy in one, over chunks of rows: the logits of one chunk are all that is ever held.
+
+use crate::error::{Error, Result};
+use crate::gemm::{Gemm, PackBuffers, gemm, no_epilogue};
+use crate::kernels::elementwise::add_row;
+use crate::kernels::{for_rows, rows_per_task};
+use crate::real::Real;
+use crate::simd::{max, reduce};
+use crate::simd_fn;
+use crate::threads::Pool;
+use crate::view::{Mat, MatMut};
+
+/// Elements of logits held at a time.
+const LOGITS: usize = 8 << 20;
+
+/// Rows whose logits are held at a time: a function of the shape.
+pub(crate) fn chunk_rows(rows: usize, vocab: usize) -> usize {
+    (LOGITS / vocab.max(1)).next_multiple_of(16).min(rows).max(1)
+}
+
+/// Elements of scratch: the logits of a chunk and the loss of each row.
+pub(crate) fn scratch_elements(rows: usize, vocab: usize) -> usize {
+    chunk_rows(rows, vocab) * vocab + rows
+}
+
+/// The layer and its labels. Shapes: x [N, C], weight [V, C], bias [V], labels [N].
+#[derive(Clone, Copy)]
+pub(crate) struct Head<'a, T> {
+    pub(crate) x: Mat<'a, T>,
+    pub(crate) weight: Mat<'a, T>,
+    pub(crate) bias: Option<Mat<'a, T>>,
+    pub(crate) labels: &'a [i32],
+}
+
+/// The gradients to fill. Shapes: dx [N, C], dweight [V, C], dbias [V].
+#[derive(Clone, Copy)]
+pub(crate) struct Gradients<'a, T> {
+    /// Cotangent of the summed loss.
+    pub(crate) dloss: T,
+    pub(crate) dx: MatMut<'a, T>,
+    pub(crate) dweight: MatMut<'a, T>,
+    pub(crate) dbias: Option<MatMut<'a, T>>,
+}
+
+simd_fn! {
+    /// −log softmax(row)[label]; leaves `(softmax(row) − onehot(label)) · scale` in `row`.
+    fn loss_row<T: Real>(row: &mut [T], label: usize, scale: T) -> T {
+        let largest = max(row);
+        let target = row[label];
+        for x in row.iter_mut() {
+            *x = (*x - largest).exp();
+        }
+        let sum = reduce(row, T::ZERO, |x| x, |a, b| a + b);
+        let factor = scale / sum;
+        for x in row.iter_mut() {
+            *x = *x * factor;
+        }
+        row[label] = row[label] - scale;
+        sum.ln() + largest - target
+    }
+}
+
+/// The summed loss into `loss` [], and the gradients if asked for.
+///
+/// # Errors
+/// When a label is not below V.
+pub(crate) fn linear_cross_entropy<T: Real>(
+    pool: &Pool,
+    packs: &PackBuffers<T>,
+    head: Head<'_, T>,
+    loss: MatMut<'_, T>,
+    gradients: Option<Gradients<'_, T>>,
+    scratch: MatMut<'_, T>,
+) -> Result<()> {
+    let Head { x, weight, bias, labels } = head;
+    let (rows, vocab) = (x.rows, weight.rows);
+    if let Some(at) = labels.iter().position(|&l| l >= 0 && l as usize >= vocab) {
+        let message = format!("label {} at place {at} is outside 0..{vocab}", labels[at]);
+        return Err(Error::Index { op: "linear_cross_entropy", message });
+    }
+    let chunk = chunk_rows(rows, vocab);
+    let losses = scratch.block(0, 1, chunk * vocab, rows);
+    for from in (0..rows).step_by(chunk) {
+        let n = chunk.min(rows - from);
+        // SAFETY: the scratch holds `chunk · vocab` elements before the losses.
+        let logits = unsafe { MatMut::from_raw(scratch.as_ptr(), n, vocab, vocab) };
+        let xs = x.block(from, n, 0, x.cols);
+        let product = Gemm { a: xs, ta: false, b: weight, tb: true, c: logits, accumulate: false };
+        let add_bias = |_, col, piece: &mut [T]| {
+            if let Some(bias) = &bias {
+                add_row(bias.block(0, 1, col, piece.len()).row(0), piece);
+            }
+        };
+        // SAFETY: the logits are this kernel's scratch.
+        unsafe { gemm(pool, packs, &product, &add_bias) };
+        let scale = gradients.as_ref().map_or(T::ZERO, |g| g.dloss);
+        for_rows(pool, n, rows_per_task(4 * vocab), |r| {
+            // SAFETY: one task a row.
+            let row = unsafe { logits.row_mut(r) };
+            let label = labels[from + r];
+            let value = if label < 0 {
+                row.fill(T::ZERO);
+                T::ZERO
+            } else {
+                loss_row(row, label as usize, scale)
+            };
+            // SAFETY: as above.
+            unsafe { losses.set(0, from + r, value) };
+        });
+        let Some(g) = &gradients else { continue };
+        // SAFETY: the rows are finished, and read only from here on.
+        let d = unsafe { logits.as_mat() };
+        let dx = g.dx.block(from, n, 0, x.cols);
+        let dx = Gemm { a: d, ta: false, b: weight, tb: false, c: dx, accumulate: false };
+        let dw = Gemm { a: d, ta: true, b: xs, tb: false, c: g.dweight, accumulate: from > 0 };
+        // SAFETY: dx and dweight are results of this step and overlap no operand.
+        unsafe {
+            gemm(pool, packs, &dx, &no_epilogue);
+            gemm(pool, packs, &dw, &no_epilogue);
+        }
+        if let Some(dbias) = &g.dbias {
+            // SAFETY: no task runs.
+            let sum = unsafe { dbias.row_mut(0) };
+            if from == 0 {
+                sum.fill(T::ZERO);
+            }
+            (0..n).for_each(|r| add_row(d.row(r), sum));
+        }
+    }
+    // SAFETY: no task runs.
+    unsafe {
+        let total: f64 = losses.row_mut(0).iter().map(|x| x.to_f64()).sum();
+        loss.row_mut(0)[0] = T::from_f64(total);
+    }
+    Ok(())
+}

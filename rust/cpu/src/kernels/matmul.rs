@@ -1,0 +1,55 @@
+//! Matrix product with its epilogue: bias, activation or its derivative, residual, on each row piece while it is in cache.
+
+use pyrformer_graph::Epilogue;
+
+use crate::gemm::{Gemm, PackBuffers, gemm};
+use crate::kernels::elementwise::{add_row, unary_grad_row, unary_in_place};
+use crate::real::Real;
+use crate::threads::Pool;
+use crate::view::{Mat, MatMut};
+
+/// The operands of an epilogue, present as its flags say.
+#[derive(Clone, Copy)]
+pub(crate) struct Fused<'a, T> {
+    pub(crate) epilogue: Epilogue,
+    pub(crate) bias: Option<Mat<'a, T>>,
+    pub(crate) x: Option<Mat<'a, T>>,
+    pub(crate) residual: Option<Mat<'a, T>>,
+    pub(crate) pre: Option<MatMut<'a, T>>,
+}
+
+/// `y = epilogue(op(a)·op(b))`. Shapes: a [M, K] or, with `ta`, [K, M]; b [K, N] or, with `tb`, [N, K]; y [M, N].
+pub(crate) fn matmul<T: Real>(
+    pool: &Pool,
+    packs: &PackBuffers<T>,
+    (a, ta): (Mat<'_, T>, bool),
+    (b, tb): (Mat<'_, T>, bool),
+    y: MatMut<'_, T>,
+    f: Fused<'_, T>,
+) {
+    // A residual that shares y's memory is there already: the product is accumulated onto it.
+    let onto = f.residual.is_some_and(|r| std::ptr::eq(r.as_ptr(), y.as_ptr()));
+    let residual = f.residual.filter(|_| !onto);
+    let g = Gemm { a, ta, b, tb, c: y, accumulate: onto };
+    let finish = |row, col, piece: &mut [T]| {
+        let cols = piece.len();
+        if let Some(bias) = &f.bias {
+            add_row(bias.block(0, 1, col, cols).row(0), piece);
+        }
+        if let Some(pre) = &f.pre {
+            // SAFETY: each element of the result is finished once, by one task.
+            unsafe { pre.block(row, 1, col, cols).row_mut(0) }.copy_from_slice(piece);
+        }
+        if let Some(act) = f.epilogue.act {
+            unary_in_place(act, piece);
+        }
+        if let (Some(act), Some(x)) = (f.epilogue.act_grad, &f.x) {
+            unary_grad_row(act, x.block(row, 1, col, cols).row(0), piece);
+        }
+        if let Some(residual) = &residual {
+            add_row(residual.block(row, 1, col, cols).row(0), piece);
+        }
+    };
+    // SAFETY: the result overlaps no factor; a residual in its place is what the product is added to.
+    unsafe { gemm(pool, packs, &g, &finish) };
+}

@@ -1,0 +1,201 @@
+//! Memory of the executor: aligned blocks, named states, and one block per worker.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::UnsafeCell;
+use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use pyrformer_graph::{Plan, TensorType};
+
+use crate::error::{Error, Result};
+
+/// A zeroed block of memory on a 64-byte boundary.
+#[derive(Debug)]
+pub(crate) struct Block {
+    data: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: a block owns its memory like a `Box<[u8]>`; who writes when is settled by the lock or worker that holds it.
+unsafe impl Send for Block {}
+// SAFETY: as above: `&Block` gives out a raw pointer only.
+unsafe impl Sync for Block {}
+
+impl Block {
+    /// Allocates `bytes` zeros.
+    ///
+    /// # Errors
+    /// When the size is beyond the address space.
+    pub(crate) fn new(bytes: usize) -> Result<Self> {
+        let layout = Layout::from_size_align(bytes.max(1), 64)
+            .map_err(|_| Error::Memory(format!("{bytes} bytes are more than this machine can address")))?;
+        // SAFETY: the layout's size is not zero.
+        let data = unsafe { alloc_zeroed(layout) };
+        if data.is_null() {
+            handle_alloc_error(layout);
+        }
+        Ok(Self { data, layout })
+    }
+
+    /// The first byte.
+    #[must_use]
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.data
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.data, self.layout) }
+    }
+}
+
+/// One tensor kept between runs.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) ty: TensorType,
+    pub(crate) block: Block,
+}
+
+/// Named tensors that several plans share: parameters, optimiser moments, caches.
+///
+/// Many plans may read at once; a plan that updates a state, and [`Store::set`], have the store to themselves.
+#[derive(Debug, Default)]
+pub struct Store {
+    states: RwLock<BTreeMap<String, Arc<State>>>,
+    access: RwLock<()>,
+}
+
+impl Store {
+    /// An empty store.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Names and types of all states, in the order of their names.
+    #[must_use]
+    pub fn types(&self) -> Vec<(String, TensorType)> {
+        read(&self.states).iter().map(|(name, s)| (name.clone(), s.ty.clone())).collect()
+    }
+
+    /// Makes sure that a state of this name and type exists; a new one is zero.
+    ///
+    /// # Errors
+    /// When it exists with another type.
+    pub(crate) fn ensure(&self, name: &str, ty: &TensorType) -> Result<Arc<State>> {
+        let mut states = write(&self.states);
+        if let Some(state) = states.get(name) {
+            if state.ty == *ty {
+                return Ok(state.clone());
+            }
+            return Err(Error::State(format!("state {name:?} is {}, the plan wants {ty}", state.ty)));
+        }
+        let state = Arc::new(State { ty: ty.clone(), block: Block::new(ty.bytes())? });
+        states.insert(name.to_owned(), state.clone());
+        Ok(state)
+    }
+
+    /// Sets a state, making it if there is none.
+    ///
+    /// # Errors
+    /// When it exists with another type, or `bytes` is not its size.
+    pub fn set(&self, name: &str, ty: &TensorType, bytes: &[u8]) -> Result<()> {
+        if bytes.len() != ty.bytes() {
+            let want = ty.bytes();
+            return Err(Error::State(format!("state {name:?} takes {want} bytes, got {}", bytes.len())));
+        }
+        let state = self.ensure(name, ty)?;
+        let _alone = write(&self.access);
+        // SAFETY: the block holds `ty.bytes()` bytes, and nobody else has access.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), state.block.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// A copy of a state's type and bytes.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn get(&self, name: &str) -> Result<(TensorType, Vec<u8>)> {
+        let state = read(&self.states)
+            .get(name)
+            .cloned()
+            .ok_or_else(|| Error::State(format!("there is no state called {name:?}")))?;
+        let _shared = read(&self.access);
+        // SAFETY: the block holds `ty.bytes()` initialised bytes, and writers wait.
+        let bytes = unsafe { std::slice::from_raw_parts(state.block.as_ptr(), state.ty.bytes()) };
+        Ok((state.ty.clone(), bytes.to_vec()))
+    }
+
+    /// Forgets a state; plans that hold it keep it alive.
+    pub fn remove(&self, name: &str) {
+        write(&self.states).remove(name);
+    }
+
+    /// The states of a plan, in its order.
+    pub(crate) fn link(&self, plan: &Plan) -> Result<Vec<Arc<State>>> {
+        plan.states.iter().map(|s| self.ensure(&s.name, &s.ty)).collect()
+    }
+
+    /// Waits until the plan may run: alone if it updates a state, beside other readers otherwise.
+    pub(crate) fn lock(&self, plan: &Plan) -> Access<'_> {
+        if plan.states.iter().any(|s| s.updated) {
+            Access::Alone(write(&self.access))
+        } else {
+            Access::Shared(read(&self.access))
+        }
+    }
+}
+
+/// The right to run a plan on a store, until dropped.
+#[expect(dead_code, reason = "held for its drop")]
+pub(crate) enum Access<'a> {
+    Alone(RwLockWriteGuard<'a, ()>),
+    Shared(RwLockReadGuard<'a, ()>),
+}
+
+// A panic elsewhere leaves tensors of numbers, which are as valid as before: poisoning is ignored.
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// One block of work memory per worker of a pool.
+#[derive(Debug)]
+pub(crate) struct PerWorker {
+    blocks: Vec<UnsafeCell<Block>>,
+    bytes: usize,
+}
+
+// SAFETY: `get` hands block `worker` to that worker only.
+unsafe impl Sync for PerWorker {}
+
+impl PerWorker {
+    /// `bytes` for each of `workers`.
+    ///
+    /// # Errors
+    /// When the size is beyond the address space.
+    pub(crate) fn new(workers: usize, bytes: usize) -> Result<Self> {
+        let blocks: Result<_> = (0..workers).map(|_| Ok(UnsafeCell::new(Block::new(bytes)?))).collect();
+        Ok(Self { blocks: blocks?, bytes })
+    }
+
+    /// The first `len` elements of a worker's block, with whatever was left in them.
+    ///
+    /// # Safety
+    /// * only the task that runs as `worker` uses the result, and lets it go before the task ends;
+    /// * any bit pattern is a valid `T`.
+    ///
+    /// # Panics
+    /// If the block is too small: the executor sized it wrongly.
+    #[must_use]
+    pub(crate) unsafe fn get<T>(&self, worker: usize, len: usize) -> &mut [T] {
+        assert!(len * size_of::<T>() <= self.bytes, "worker memory of {} bytes is too small for {len}", self.bytes);
+        // SAFETY: large enough, aligned to 64, zero-initialised, and used by this worker alone.
+        unsafe { std::slice::from_raw_parts_mut((*self.blocks[worker].get()).as_ptr().cast(), len) }
+    }
+}

@@ -1,0 +1,480 @@
+//! The naive twin of the executor: every operation as plain loops over owned `f64` tensors, straight from its definition.
+//!
+//! It interprets a [`Graph`] node by node, with no views, no reuse of memory and no threads, so that a comparison with
+//! the executor checks kernels, passes, lowering and memory plan together. Slow on purpose.
+
+use std::collections::HashMap;
+
+use pyrformer_graph::op::{AttentionSpec, DropoutSpec, Epilogue};
+use pyrformer_graph::{Binary, Graph, Op, Shape, Unary};
+
+use crate::kernels::dropout::Keep;
+
+/// A tensor in plain memory.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Tensor {
+    /// Floating-point elements, row-major.
+    Float(Vec<f64>),
+    /// Integer elements, row-major.
+    Int(Vec<i32>),
+}
+
+impl Tensor {
+    /// The floating-point elements.
+    ///
+    /// # Panics
+    /// If they are integers.
+    #[must_use]
+    pub fn floats(&self) -> &[f64] {
+        match self {
+            Self::Float(x) => x,
+            Self::Int(_) => panic!("an integer tensor where floats are expected"),
+        }
+    }
+
+    /// The integer elements.
+    ///
+    /// # Panics
+    /// If they are floats.
+    #[must_use]
+    pub fn ints(&self) -> &[i32] {
+        match self {
+            Self::Int(x) => x,
+            Self::Float(_) => panic!("a float tensor where integers are expected"),
+        }
+    }
+}
+
+/// Computes all outputs and updated states of a graph, by name. `leaves` holds inputs and states by name.
+///
+/// # Panics
+/// If a leaf is missing, or an index is out of range: this is a test oracle.
+#[must_use]
+pub fn evaluate(graph: &Graph, leaves: &HashMap<String, Tensor>) -> HashMap<String, Tensor> {
+    let mut values: Vec<Option<Tensor>> = vec![None; graph.value_count()];
+    for node in graph.nodes() {
+        let ins: Vec<(&Shape, &Tensor)> = node
+            .inputs
+            .iter()
+            .map(|&v| (&graph.ty(v).shape, values[v.0 as usize].as_ref().expect("nodes are in order")))
+            .collect();
+        let outs: Vec<&Shape> = node.outputs.iter().map(|&v| &graph.ty(v).shape).collect();
+        let results = match &node.op {
+            Op::Input { name } | Op::State { name } => {
+                vec![leaves.get(name).unwrap_or_else(|| panic!("no value for {name:?}")).clone()]
+            }
+            op => apply(op, &ins, &outs),
+        };
+        for (&v, result) in node.outputs.iter().zip(results) {
+            values[v.0 as usize] = Some(result);
+        }
+    }
+    let get = |v: pyrformer_graph::ValueId| values[v.0 as usize].clone().expect("every value is computed");
+    let mut found: HashMap<String, Tensor> = graph.outputs().iter().map(|(n, v)| (n.clone(), get(*v))).collect();
+    for &(state, v) in graph.updates() {
+        if let Op::State { name } = &graph.producer(state).op {
+            found.insert(name.clone(), get(v));
+        }
+    }
+    found
+}
+
+/// f(x). The error function is libm's.
+#[must_use]
+pub fn unary(f: Unary, x: f64) -> f64 {
+    match f {
+        Unary::Scale(s) => s * x,
+        Unary::Exp => x.exp(),
+        Unary::Tanh => x.tanh(),
+        Unary::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        Unary::Relu => x.max(0.0),
+        Unary::Gelu => x * 0.5 * (1.0 + libm::erf(x / 2f64.sqrt())),
+        Unary::GeluTanh => {
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            0.5 * x * (1.0 + u.tanh())
+        }
+        Unary::Silu => x / (1.0 + (-x).exp()),
+    }
+}
+
+/// f'(x), from the formula.
+#[must_use]
+pub fn unary_grad(f: Unary, x: f64) -> f64 {
+    match f {
+        Unary::Scale(s) => s,
+        Unary::Exp => x.exp(),
+        Unary::Tanh => 1.0 - x.tanh().powi(2),
+        Unary::Sigmoid => {
+            let s = unary(f, x);
+            s * (1.0 - s)
+        }
+        Unary::Relu => f64::from(u8::from(x > 0.0)),
+        Unary::Gelu => {
+            let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+            0.5 * (1.0 + libm::erf(x / 2f64.sqrt())) + x * density
+        }
+        Unary::GeluTanh => {
+            let c = (2.0 / std::f64::consts::PI).sqrt();
+            let t = (c * (x + 0.044715 * x.powi(3))).tanh();
+            0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * c * (1.0 + 3.0 * 0.044715 * x * x)
+        }
+        Unary::Silu => {
+            let s = 1.0 / (1.0 + (-x).exp());
+            s * (1.0 + x * (1.0 - s))
+        }
+    }
+}
+
+fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
+    let f = |i: usize| ins[i].1.floats();
+    let n = |i: usize| ins[i].1.ints();
+    let dims = |i: usize| &ins[i].0.0;
+    let one = |x: Vec<f64>| vec![Tensor::Float(x)];
+    match op {
+        Op::Input { .. } | Op::State { .. } => unreachable!("leaves are given"),
+        Op::Fill { value } => one(vec![*value; outs[0].elements()]),
+        Op::Reshape | Op::Copy => vec![ins[0].1.clone()],
+        Op::Split { sizes } => {
+            let cols = ins[0].0.cols();
+            let mut at = 0;
+            let part = |&size: &usize| {
+                let from = at;
+                at += size;
+                match ins[0].1 {
+                    Tensor::Float(x) => Tensor::Float(x.chunks(cols).flat_map(|r| r[from..from + size].to_vec()).collect()),
+                    Tensor::Int(x) => Tensor::Int(x.chunks(cols).flat_map(|r| r[from..from + size].to_vec()).collect()),
+                }
+            };
+            sizes.iter().map(part).collect()
+        }
+        Op::Concat => {
+            let rows = outs[0].rows();
+            let row = |r: usize| ins.iter().flat_map(move |(s, x)| x.floats()[r * s.cols()..(r + 1) * s.cols()].to_vec());
+            one((0..rows).flat_map(row).collect())
+        }
+        Op::Gather => {
+            let c = ins[0].0.cols();
+            one(n(1).iter().flat_map(|&i| f(0)[i as usize * c..(i as usize + 1) * c].to_vec()).collect())
+        }
+        Op::ScatterAdd { rows } => {
+            let c = ins[0].0.cols();
+            let mut y = if ins.len() == 3 { f(2).to_vec() } else { vec![0.0; rows * c] };
+            for (r, &i) in n(1).iter().enumerate() {
+                for j in 0..c {
+                    y[i as usize * c + j] += f(0)[r * c + j];
+                }
+            }
+            one(y)
+        }
+        Op::Unary(g) => one(f(0).iter().map(|&x| unary(*g, x)).collect()),
+        Op::UnaryGrad(g) => one(f(0).iter().zip(f(1)).map(|(&x, &dy)| dy * unary_grad(*g, x)).collect()),
+        Op::Binary(g) => {
+            let b = f(1);
+            one(f(0).iter().enumerate().map(|(i, &a)| binary(*g, a, b[i % b.len()])).collect())
+        }
+        Op::SumTo => {
+            let mut y = vec![0.0; outs[0].elements()];
+            let len = y.len();
+            for (i, &x) in f(0).iter().enumerate() {
+                y[i % len] += x;
+            }
+            one(y)
+        }
+        Op::Broadcast => one((0..outs[0].elements()).map(|i| f(0)[i % f(0).len()]).collect()),
+        Op::Dropout(spec) => {
+            let keep = keep(spec, n(1));
+            one(f(0).iter().enumerate().map(|(i, &x)| x * keep.factor(i as u64)).collect())
+        }
+        Op::MatMul { ta, tb, epilogue } => matmul(ins, outs[0], *ta, *tb, epilogue),
+        Op::LayerNorm { eps } => {
+            let c = ins[0].0.cols();
+            let (mut y, mut means, mut rstds) = (vec![], vec![], vec![]);
+            for x in f(0).chunks(c) {
+                let mean = x.iter().sum::<f64>() / c as f64;
+                let var = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64;
+                let rstd = 1.0 / (var + eps).sqrt();
+                let bias = |j: usize| if ins.len() == 3 { f(2)[j] } else { 0.0 };
+                y.extend((0..c).map(|j| (x[j] - mean) * rstd * f(1)[j] + bias(j)));
+                means.push(mean);
+                rstds.push(rstd);
+            }
+            vec![Tensor::Float(y), Tensor::Float(means), Tensor::Float(rstds)]
+        }
+        Op::LayerNormGrad => layer_norm_grad(ins),
+        Op::Attention(spec) => attention(spec, ins),
+        Op::AttentionGrad(spec) => attention_grad(spec, ins),
+        Op::LinearCrossEntropy { bias } => one(vec![cross_entropy(ins, *bias).iter().map(|r| r.0).sum()]),
+        Op::LinearCrossEntropyGrad { bias } => cross_entropy_grad(ins, *bias),
+        Op::CountLabels { .. } => one(vec![n(0).iter().filter(|&&l| l >= 0).count() as f64]),
+        Op::CacheWrite => {
+            let (slots, c, t) = (dims(0)[1], dims(0)[2], dims(1)[1]);
+            let mut cache = f(0).to_vec();
+            for b in 0..dims(1)[0] {
+                for i in 0..n(4)[b] as usize {
+                    let to = (n(2)[b] as usize * slots + n(3)[b] as usize + i) * c;
+                    cache[to..to + c].copy_from_slice(&f(1)[(b * t + i) * c..][..c]);
+                }
+            }
+            one(cache)
+        }
+        Op::CachedAttention(spec) => cached_attention(spec, ins),
+        Op::GlobalNorm => {
+            one(vec![ins.iter().map(|g| g.1.floats().iter().map(|x| x * x).sum::<f64>()).sum::<f64>().sqrt()])
+        }
+        Op::ClipFactor { max_norm } => one(vec![(max_norm / (f(0)[0] + 1e-6)).min(1.0)]),
+        Op::AdamW { beta1, beta2, eps, weight_decay } => {
+            let (clip, lr, step) = (f(4)[0], f(5)[0], n(6)[0]);
+            let (mut p, mut m, mut v) = (f(0).to_vec(), f(2).to_vec(), f(3).to_vec());
+            for i in 0..p.len() {
+                let g = f(1)[i] * clip;
+                p[i] *= 1.0 - lr * weight_decay;
+                m[i] = beta1 * m[i] + (1.0 - beta1) * g;
+                v[i] = beta2 * v[i] + (1.0 - beta2) * g * g;
+                let (mh, vh) = (m[i] / (1.0 - beta1.powi(step)), v[i] / (1.0 - beta2.powi(step)));
+                p[i] -= lr * mh / (vh.sqrt() + eps);
+            }
+            vec![Tensor::Float(p), Tensor::Float(m), Tensor::Float(v)]
+        }
+    }
+}
+
+fn binary(f: Binary, a: f64, b: f64) -> f64 {
+    match f {
+        Binary::Add => a + b,
+        Binary::Sub => a - b,
+        Binary::Mul => a * b,
+        Binary::Div => a / b,
+    }
+}
+
+fn keep(spec: &DropoutSpec, rng: &[i32]) -> Keep {
+    Keep::new(spec, [rng[0], rng[1], rng[2], rng[3]])
+}
+
+fn matmul(ins: &[(&Shape, &Tensor)], out: &Shape, ta: bool, tb: bool, e: &Epilogue) -> Vec<Tensor> {
+    let (a, b) = (ins[0].1.floats(), ins[1].1.floats());
+    let (ac, bc) = (ins[0].0.cols(), ins[1].0.cols());
+    let (m, n) = (out.rows(), out.cols());
+    let k = if ta { ins[0].0.rows() } else { ac };
+    let mut next = 2;
+    let mut operand = |present: bool| {
+        present.then(|| {
+            next += 1;
+            ins[next - 1].1.floats()
+        })
+    };
+    let (bias, x, residual) = (operand(e.bias), operand(e.act_grad.is_some()), operand(e.residual));
+    let (mut y, mut pre) = (vec![0.0; m * n], vec![0.0; m * n]);
+    for i in 0..m {
+        for j in 0..n {
+            let at = i * n + j;
+            let mut sum: f64 = (0..k)
+                .map(|l| (if ta { a[l * ac + i] } else { a[i * ac + l] }) * (if tb { b[j * bc + l] } else { b[l * bc + j] }))
+                .sum();
+            sum += bias.map_or(0.0, |bias| bias[j]);
+            pre[at] = sum;
+            sum = e.act.map_or(sum, |f| unary(f, sum));
+            sum *= e.act_grad.zip(x).map_or(1.0, |(f, x)| unary_grad(f, x[at]));
+            y[at] = sum + residual.map_or(0.0, |r| r[at]);
+        }
+    }
+    let mut results = vec![Tensor::Float(y)];
+    results.extend(e.keep_pre.then_some(Tensor::Float(pre)));
+    results
+}
+
+fn layer_norm_grad(ins: &[(&Shape, &Tensor)]) -> Vec<Tensor> {
+    let f = |i: usize| ins[i].1.floats();
+    let c = ins[1].0.cols();
+    let (mut dx, mut dw, mut db) = (vec![], vec![0.0; c], vec![0.0; c]);
+    for r in 0..ins[1].0.rows() {
+        let (dy, x) = (&f(0)[r * c..(r + 1) * c], &f(1)[r * c..(r + 1) * c]);
+        let hat: Vec<f64> = x.iter().map(|x| (x - f(3)[r]) * f(4)[r]).collect();
+        let dhat: Vec<f64> = dy.iter().zip(f(2)).map(|(dy, w)| dy * w).collect();
+        let mean = dhat.iter().sum::<f64>() / c as f64;
+        let along = dhat.iter().zip(&hat).map(|(a, b)| a * b).sum::<f64>() / c as f64;
+        for j in 0..c {
+            dw[j] += dy[j] * hat[j];
+            db[j] += dy[j];
+            let residual = if ins.len() == 6 { f(5)[r * c + j] } else { 0.0 };
+            dx.push(f(4)[r] * (dhat[j] - mean - hat[j] * along) + residual);
+        }
+    }
+    vec![Tensor::Float(dx), Tensor::Float(dw), Tensor::Float(db)]
+}
+
+/// Probabilities of one attention, before dropout: `p[b][h][i][j]`, zero where hidden, and lse.
+fn probabilities(
+    spec: &AttentionSpec,
+    q: (&Shape, &[f64]),
+    k: (&Shape, &[f64]),
+    segments: Option<&[i32]>,
+) -> (Vec<f64>, Vec<f64>) {
+    let (b, t, h) = (q.0.0[0], q.0.0[1], spec.heads);
+    let d = q.0.cols() / h;
+    let group = h / spec.kv_heads;
+    let mut p = vec![0.0; b * h * t * t];
+    let mut lse = vec![f64::NEG_INFINITY; b * h * t];
+    for bi in 0..b {
+        for hi in 0..h {
+            for i in 0..t {
+                let seen = |j: usize| {
+                    (!spec.causal || j <= i)
+                        && spec.window.is_none_or(|w| i < j + w)
+                        && segments.is_none_or(|s| s[bi * t + j] != 0 && s[bi * t + j] == s[bi * t + i])
+                };
+                let score = |j: usize| {
+                    let (qr, kr) = (&q.1[(bi * t + i) * h * d + hi * d..], &k.1[(bi * t + j) * spec.kv_heads * d + hi / group * d..]);
+                    spec.scale * (0..d).map(|x| qr[x] * kr[x]).sum::<f64>()
+                };
+                let scores: Vec<(usize, f64)> = (0..t).filter(|&j| seen(j)).map(|j| (j, score(j))).collect();
+                let max = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(s.1));
+                let sum: f64 = scores.iter().map(|s| (s.1 - max).exp()).sum();
+                if scores.is_empty() {
+                    continue;
+                }
+                let at = (bi * h + hi) * t + i;
+                lse[at] = max + sum.ln();
+                for (j, s) in scores {
+                    p[at * t + j] = (s - lse[at]).exp();
+                }
+            }
+        }
+    }
+    (p, lse)
+}
+
+/// The optional operands after the fixed ones: segments, then the dropout's keep rule.
+fn extras<'a>(spec: &AttentionSpec, rest: &[(&Shape, &'a Tensor)]) -> (Option<&'a [i32]>, Option<Keep>) {
+    let segments = spec.segments.then(|| rest[0].1.ints());
+    let rng = spec.dropout.as_ref().map(|d| keep(d, rest[usize::from(spec.segments)].1.ints()));
+    (segments, rng)
+}
+
+fn attention(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor> {
+    let (q, k, v) = (ins[0].1.floats(), ins[1].1.floats(), ins[2].1.floats());
+    let (b, t, h) = (ins[0].0.0[0], ins[0].0.0[1], spec.heads);
+    let (d, group) = (ins[0].0.cols() / h, h / spec.kv_heads);
+    let (segments, keep) = extras(spec, &ins[3..]);
+    let (p, lse) = probabilities(spec, (ins[0].0, q), (ins[1].0, k), segments);
+    let mut out = vec![0.0; q.len()];
+    for bi in 0..b {
+        for hi in 0..h {
+            for i in 0..t {
+                for j in 0..t {
+                    let at = ((bi * h + hi) * t + i) * t + j;
+                    let p = p[at] * keep.as_ref().map_or(1.0, |k| k.factor(at as u64));
+                    for x in 0..d {
+                        out[(bi * t + i) * h * d + hi * d + x] +=
+                            p * v[(bi * t + j) * spec.kv_heads * d + hi / group * d + x];
+                    }
+                }
+            }
+        }
+    }
+    vec![Tensor::Float(out), Tensor::Float(lse)]
+}
+
+fn attention_grad(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor> {
+    let (dout, q, k, v) = (ins[0].1.floats(), ins[1].1.floats(), ins[2].1.floats(), ins[3].1.floats());
+    let (b, t, h) = (ins[1].0.0[0], ins[1].0.0[1], spec.heads);
+    let (d, group) = (ins[1].0.cols() / h, h / spec.kv_heads);
+    let (segments, keep) = extras(spec, &ins[6..]);
+    let (p, _) = probabilities(spec, (ins[1].0, q), (ins[2].0, k), segments);
+    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+    for bi in 0..b {
+        for hi in 0..h {
+            for i in 0..t {
+                let at = ((bi * h + hi) * t + i) * t;
+                let qo = (bi * t + i) * h * d + hi * d;
+                let ko = |j: usize| (bi * t + j) * spec.kv_heads * d + hi / group * d;
+                let factor = |j: usize| keep.as_ref().map_or(1.0, |k| k.factor((at + j) as u64));
+                let dp: Vec<f64> =
+                    (0..t).map(|j| factor(j) * (0..d).map(|x| dout[qo + x] * v[ko(j) + x]).sum::<f64>()).collect();
+                let mean: f64 = (0..t).map(|j| p[at + j] * dp[j]).sum();
+                for j in 0..t {
+                    let ds = p[at + j] * (dp[j] - mean) * spec.scale;
+                    for x in 0..d {
+                        dq[qo + x] += ds * k[ko(j) + x];
+                        dk[ko(j) + x] += ds * q[qo + x];
+                        dv[ko(j) + x] += p[at + j] * factor(j) * dout[qo + x];
+                    }
+                }
+            }
+        }
+    }
+    vec![Tensor::Float(dq), Tensor::Float(dk), Tensor::Float(dv)]
+}
+
+/// Loss and probabilities of each row; rows without a label have loss 0 and no probabilities.
+fn cross_entropy(ins: &[(&Shape, &Tensor)], bias: bool) -> Vec<(f64, Vec<f64>)> {
+    let (x, w) = (ins[0].1.floats(), ins[1].1.floats());
+    let labels = ins[2 + usize::from(bias)].1.ints();
+    let (c, v) = (ins[0].0.cols(), ins[1].0.0[0]);
+    let row = |(r, &label): (usize, &i32)| {
+        if label < 0 {
+            return (0.0, vec![]);
+        }
+        let logit = |j: usize| {
+            let dot: f64 = (0..c).map(|i| x[r * c + i] * w[j * c + i]).sum();
+            dot + if bias { ins[2].1.floats()[j] } else { 0.0 }
+        };
+        let logits: Vec<f64> = (0..v).map(logit).collect();
+        let max = logits.iter().fold(f64::NEG_INFINITY, |m, &l| m.max(l));
+        let lse = max + logits.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
+        (lse - logits[label as usize], logits.iter().map(|l| (l - lse).exp()).collect())
+    };
+    labels.iter().enumerate().map(row).collect()
+}
+
+fn cross_entropy_grad(ins: &[(&Shape, &Tensor)], bias: bool) -> Vec<Tensor> {
+    let (x, w) = (ins[0].1.floats(), ins[1].1.floats());
+    let labels = ins[2 + usize::from(bias)].1.ints();
+    let scale = ins[3 + usize::from(bias)].1.floats()[0];
+    let (c, v) = (ins[0].0.cols(), ins[1].0.0[0]);
+    let rows = cross_entropy(ins, bias);
+    let (mut dx, mut dw, mut db) = (vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; v]);
+    for (r, (_, p)) in rows.iter().enumerate() {
+        for (j, &p) in p.iter().enumerate() {
+            let dl = scale * (p - f64::from(u8::from(labels[r] as usize == j)));
+            db[j] += dl;
+            for i in 0..c {
+                dx[r * c + i] += dl * w[j * c + i];
+                dw[j * c + i] += dl * x[r * c + i];
+            }
+        }
+    }
+    let loss = vec![rows.iter().map(|r| r.0).sum()];
+    let mut results = vec![Tensor::Float(loss), Tensor::Float(dx), Tensor::Float(dw)];
+    results.extend(bias.then_some(Tensor::Float(db)));
+    results
+}
+
+fn cached_attention(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor> {
+    let (q, k, v) = (ins[0].1.floats(), ins[1].1.floats(), ins[2].1.floats());
+    let (rows, start, count) = (ins[3].1.ints(), ins[4].1.ints(), ins[5].1.ints());
+    let (b, t, slots, h) = (ins[0].0.0[0], ins[0].0.0[1], ins[1].0.0[1], spec.heads);
+    let (d, group) = (ins[0].0.cols() / h, h / spec.kv_heads);
+    let mut out = vec![0.0; q.len()];
+    for bi in 0..b {
+        for i in 0..count[bi] as usize {
+            let position = start[bi] as usize + i;
+            let first = spec.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            for hi in 0..h {
+                let qo = (bi * t + i) * h * d + hi * d;
+                let ko = |p: usize| (rows[bi * slots + p] as usize * slots + p) * spec.kv_heads * d + hi / group * d;
+                let scores: Vec<f64> = (first..=position)
+                    .map(|p| spec.scale * (0..d).map(|x| q[qo + x] * k[ko(p) + x]).sum::<f64>())
+                    .collect();
+                let max = scores.iter().fold(f64::NEG_INFINITY, |m, &s| m.max(s));
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                for (p, s) in (first..=position).zip(&scores) {
+                    for x in 0..d {
+                        out[qo + x] += (s - max).exp() / sum * v[ko(p) + x];
+                    }
+                }
+            }
+        }
+    }
+    vec![Tensor::Float(out)]
+}

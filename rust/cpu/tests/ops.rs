@@ -1,0 +1,358 @@
+//! Every operation: the executor against the definition in both types, its gradient against central differences, and the
+//! same bits for any number of threads.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{Case, assert_close};
+use pyrformer_cpu::reference::Tensor;
+use pyrformer_graph::autodiff::gradients;
+use pyrformer_graph::op::{AttentionSpec, DropoutSpec};
+use pyrformer_graph::{Binary, DType, Epilogue, Op, Unary, ValueId};
+
+/// Adds one operation to a case and gives its differentiable result.
+type Build = Box<dyn Fn(&mut Case) -> ValueId>;
+
+fn case(build: impl Fn(&mut Case) -> ValueId + 'static) -> Build {
+    Box::new(build)
+}
+
+fn matmul(ta: bool, tb: bool) -> Op {
+    Op::MatMul { ta, tb, epilogue: Epilogue::default() }
+}
+
+fn attention_spec(heads: usize, kv_heads: usize) -> AttentionSpec {
+    AttentionSpec { heads, kv_heads, causal: false, window: None, scale: 0.6, segments: false, dropout: None }
+}
+
+fn attention(b: usize, t: usize, d: usize, spec: AttentionSpec) -> Build {
+    case(move |c| {
+        let q = c.float("q", &[b, t, spec.heads * d]);
+        let k = c.float("k", &[b, t, spec.kv_heads * d]);
+        let v = c.float("v", &[b, t, spec.kv_heads * d]);
+        let mut operands = vec![q, k, v];
+        if spec.segments {
+            // A padded tail, two documents, and in the last sequence nothing but padding.
+            let segment = |i: usize| match (i / t, i % t) {
+                (s, _) if s + 1 == b && b > 1 => 0,
+                (_, j) if j + 2 >= t => 0,
+                (_, j) => 1 + i32::from(j > t / 3),
+            };
+            operands.push(c.ints("segments", &[b, t], (0..b * t).map(segment).collect()));
+        }
+        if spec.dropout.is_some() {
+            operands.push(c.ints("rng", &[4], vec![5, 6, 7, 8]));
+        }
+        c.op(Op::Attention(spec), &operands)[0]
+    })
+}
+
+fn dropout_spec() -> DropoutSpec {
+    DropoutSpec { p: 0.3, stream: 4 }
+}
+
+/// Every differentiable operation over awkward shapes.
+fn differentiable() -> Vec<(String, Build)> {
+    let mut cases: Vec<(String, Build)> = Vec::new();
+    let mut add = |name: &str, build: Build| cases.push((name.to_owned(), build));
+    let unaries = [
+        Unary::Scale(-1.7),
+        Unary::Exp,
+        Unary::Tanh,
+        Unary::Sigmoid,
+        Unary::Relu,
+        Unary::Gelu,
+        Unary::GeluTanh,
+        Unary::Silu,
+    ];
+    for f in unaries {
+        add(f.name(), case(move |c| {
+            let x = c.float_in("x", &[3, 37], -4.0, 4.0);
+            c.op1(Op::Unary(f), &[x])
+        }));
+    }
+    for f in [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div] {
+        for (kind, shape) in [("same", vec![2, 3, 5]), ("suffix", vec![3, 5]), ("row", vec![5]), ("scalar", vec![])] {
+            add(&format!("{} {kind}", f.name()), case(move |c| {
+                let a = c.float("a", &[2, 3, 5]);
+                let b = c.float_in("b", &shape, 0.5, 2.0);
+                c.op1(Op::Binary(f), &[a, b])
+            }));
+        }
+    }
+    for (name, ta, tb, a, b) in [
+        ("matmul", false, false, vec![3, 5, 7], vec![7, 11]),
+        ("matmul tb", false, true, vec![33, 17], vec![65, 17]),
+        ("matmul ta", true, false, vec![70, 9], vec![70, 21]),
+        ("matmul ta wide", true, false, vec![2, 35, 9], vec![2, 35, 4]),
+        ("matmul one row", false, false, vec![1, 19], vec![19, 40]),
+    ] {
+        add(name, case(move |c| {
+            let (a, b) = (c.float("a", &a), c.float("b", &b));
+            c.op1(matmul(ta, tb), &[a, b])
+        }));
+    }
+    for bias in [false, true] {
+        for (rows, cols) in [(1, 1), (5, 33), (130, 16)] {
+            add(&format!("layer_norm bias={bias} [{rows},{cols}]"), case(move |c| {
+                let x = c.float("x", &[rows, cols]);
+                let w = c.float("w", &[cols]);
+                let mut operands = vec![x, w];
+                if bias {
+                    operands.push(c.float("b", &[cols]));
+                }
+                c.op(Op::LayerNorm { eps: 1e-5 }, &operands)[0]
+            }));
+        }
+    }
+    add("gather", case(|c| {
+        let table = c.float("table", &[7, 5]);
+        let index = c.indices("index", &[3, 4], 7);
+        c.op1(Op::Gather, &[table, index])
+    }));
+    for base in [false, true] {
+        add(&format!("scatter_add base={base}"), case(move |c| {
+            let source = c.float("source", &[3, 4, 70]);
+            let index = c.indices("index", &[3, 4], 6);
+            let mut operands = vec![source, index];
+            if base {
+                operands.push(c.float("base", &[6, 70]));
+            }
+            c.op1(Op::ScatterAdd { rows: 6 }, &operands)
+        }));
+    }
+    add("reshape", case(|c| {
+        let x = c.float("x", &[4, 6]);
+        c.as_shape(Op::Reshape, x, &[2, 2, 6])
+    }));
+    add("split, one part unused", case(|c| {
+        let x = c.float("x", &[4, 9]);
+        let parts = c.op(Op::Split { sizes: vec![2, 3, 4] }, &[x]);
+        let y = c.op1(Op::Unary(Unary::Tanh), &[parts[0]]);
+        c.op1(Op::Concat, &[y, parts[2]])
+    }));
+    add("concat of views and leaves", case(|c| {
+        let (a, b) = (c.float("a", &[5, 3]), c.float("b", &[5, 4]));
+        let t = c.op1(Op::Unary(Unary::Tanh), &[b]);
+        let joined = c.op1(Op::Concat, &[t, a, t]);
+        c.as_shape(Op::Reshape, joined, &[11, 5])
+    }));
+    add("reshape of a strided view", case(|c| {
+        let x = c.float("x", &[4, 6]);
+        let parts = c.op(Op::Split { sizes: vec![2, 4] }, &[x]);
+        let r = c.as_shape(Op::Reshape, parts[1], &[2, 8]);
+        c.op1(Op::Unary(Unary::Exp), &[r])
+    }));
+    for to in [vec![3, 5], vec![5], vec![]] {
+        let broadcast_from = to.clone();
+        add(&format!("sum_to {to:?}"), case(move |c| {
+            let x = c.float("x", &[70, 3, 5]);
+            c.as_shape(Op::SumTo, x, &to)
+        }));
+        add(&format!("broadcast {broadcast_from:?}"), case(move |c| {
+            let x = c.float("x", &broadcast_from);
+            c.as_shape(Op::Broadcast, x, &[2, 3, 5])
+        }));
+    }
+    add("dropout", case(|c| {
+        let x = c.float("x", &[5, 13]);
+        let rng = c.ints("rng", &[4], vec![1, 2, 3, 4]);
+        c.op1(Op::Dropout(dropout_spec()), &[x, rng])
+    }));
+    let plain = attention_spec(2, 2);
+    let causal = AttentionSpec { causal: true, ..plain };
+    for (name, b, t, d, spec) in [
+        ("attention", 2, 5, 3, plain),
+        ("attention of one token", 1, 1, 4, causal),
+        ("attention causal", 1, 7, 3, causal),
+        ("attention causal over blocks", 1, 150, 2, AttentionSpec { heads: 1, kv_heads: 1, ..causal }),
+        ("attention grouped", 2, 6, 3, AttentionSpec { heads: 6, kv_heads: 2, ..causal }),
+        ("attention window", 1, 9, 2, AttentionSpec { window: Some(3), ..causal }),
+        ("attention segments", 3, 11, 2, AttentionSpec { segments: true, ..plain }),
+        ("attention causal segments", 2, 11, 2, AttentionSpec { segments: true, ..causal }),
+        ("attention dropout", 2, 6, 2, AttentionSpec { dropout: Some(dropout_spec()), ..causal }),
+    ] {
+        add(name, attention(b, t, d, spec));
+    }
+    for bias in [false, true] {
+        add(&format!("linear_cross_entropy bias={bias}"), case(move |c| {
+            let (x, w) = (c.float("x", &[2, 5, 6]), c.float("w", &[9, 6]));
+            let mut operands = vec![x, w];
+            if bias {
+                operands.push(c.float("b", &[9]));
+            }
+            operands.push(c.ints("labels", &[2, 5], vec![0, -100, 8, 3, 3, -100, 1, 2, 8, 0]));
+            c.op1(Op::LinearCrossEntropy { bias }, &operands)
+        }));
+    }
+    cases
+}
+
+/// Operations that only run forward.
+fn forward_only() -> Vec<(&'static str, Build)> {
+    let cached = |spec: AttentionSpec| {
+        case(move |c| {
+            let (b, t, rows, slots, d) = (3, 4, 5, 9, 6);
+            let q = c.float("q", &[b, t, spec.heads * d]);
+            let k = c.float("k", &[rows, slots, spec.kv_heads * d]);
+            let v = c.float("v", &[rows, slots, spec.kv_heads * d]);
+            let table = c.indices("rows", &[b, slots], rows as u32);
+            let start = c.ints("start", &[b], vec![0, 5, 2]);
+            let count = c.ints("count", &[b], vec![4, 3, 0]);
+            c.op1(Op::CachedAttention(spec), &[q, k, v, table, start, count])
+        })
+    };
+    vec![
+        ("count_labels", case(|c| {
+            let labels = c.ints("labels", &[2, 3], vec![-100, 0, 5, -1, 2, 3]);
+            let dtype = c.dtype();
+            c.op1(Op::CountLabels { dtype }, &[labels])
+        })),
+        ("cache_write", case(|c| {
+            let cache = c.float("cache", &[4, 6, 3]);
+            let new = c.float("new", &[2, 3, 3]);
+            let row = c.ints("row", &[2], vec![2, 0]);
+            let start = c.ints("start", &[2], vec![1, 3]);
+            let count = c.ints("count", &[2], vec![2, 3]);
+            c.op1(Op::CacheWrite, &[cache, new, row, start, count])
+        })),
+        ("cached_attention", cached(attention_spec(4, 4))),
+        ("cached_attention grouped, window", cached(AttentionSpec { window: Some(3), ..attention_spec(4, 2) })),
+        ("global_norm", case(|c| {
+            let grads = [c.float("a", &[70, 300]), c.float("b", &[5]), c.float("c", &[])];
+            c.op1(Op::GlobalNorm, &grads)
+        })),
+        ("clip_factor", case(|c| {
+            let norm = c.float_in("norm", &[], 2.0, 3.0);
+            c.op1(Op::ClipFactor { max_norm: 1.0 }, &[norm])
+        })),
+    ]
+}
+
+fn check_forward(name: &str, build: &Build) {
+    for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-6)] {
+        for seed in 0..3 {
+            let mut c = Case::new(dtype, seed);
+            let y = build(&mut c);
+            c.g.output("y", y).unwrap();
+            let want = c.expected();
+            let one = c.computed(true, 1);
+            assert_close(name, &one, &want, tolerance);
+            assert_close(name, &c.computed(false, 2), &want, tolerance);
+            assert_eq!(one, c.computed(true, 3), "{name}: bits depend on the number of threads");
+        }
+    }
+}
+
+#[test]
+fn forward_matches_the_definition() {
+    for (name, build) in differentiable() {
+        check_forward(&name, &build);
+    }
+    for (name, build) in forward_only() {
+        check_forward(name, &build);
+    }
+}
+
+/// Σ y·weights as the scalar to differentiate.
+fn scalar(c: &mut Case, y: ValueId) -> ValueId {
+    let shape = c.g.ty(y).shape.0.clone();
+    let weights = c.float("weights", &shape);
+    let product = c.op1(Op::Binary(Binary::Mul), &[y, weights]);
+    c.as_shape(Op::SumTo, product, &[])
+}
+
+#[test]
+fn gradients_match_central_differences() {
+    for (name, build) in differentiable() {
+        let mut c = Case::new(DType::F64, 11);
+        let y = build(&mut c);
+        let loss = scalar(&mut c, y);
+        c.g.output("loss", loss).unwrap();
+        let forward = c.g.clone();
+        let leaves: Vec<(String, ValueId)> = c.floats.clone();
+        let wrt: Vec<ValueId> = leaves.iter().map(|l| l.1).collect();
+        let grads = gradients(&mut c.g, loss, &wrt).unwrap();
+        for ((leaf, _), g) in leaves.iter().zip(&grads) {
+            c.g.output(&format!("d{leaf}"), *g).unwrap();
+        }
+        let got = c.computed(true, 2);
+        assert_close(&name, &got, &c.expected(), 1e-11);
+        for (leaf, _) in &leaves {
+            let count = c.leaves[leaf].floats().len();
+            // Large leaves: a sample of elements is enough.
+            for i in (0..count).step_by((count / 40).max(1)) {
+                let h = 1e-5;
+                let at = |delta: f64| {
+                    let mut moved = c.leaves.clone();
+                    let mut x = moved[leaf].floats().to_vec();
+                    x[i] += delta;
+                    moved.insert(leaf.clone(), Tensor::Float(x));
+                    common::run(&forward, &moved, 1)["loss"].floats()[0]
+                };
+                let numeric = (at(h) - at(-h)) / (2.0 * h);
+                let analytic = got[&format!("d{leaf}")].floats()[i];
+                let error = (numeric - analytic).abs() / numeric.abs().max(1.0);
+                assert!(error < 2e-8, "{name}: d{leaf}[{i}] is {analytic}, differences give {numeric}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_in_single_precision_stay_close() {
+    for (name, build) in differentiable() {
+        let mut c = Case::new(DType::F32, 5);
+        let y = build(&mut c);
+        let loss = scalar(&mut c, y);
+        let leaves = c.floats.clone();
+        let wrt: Vec<ValueId> = leaves.iter().map(|l| l.1).collect();
+        let grads = gradients(&mut c.g, loss, &wrt).unwrap();
+        for ((leaf, _), g) in leaves.iter().zip(&grads) {
+            c.g.output(&format!("d{leaf}"), *g).unwrap();
+        }
+        let one = c.computed(true, 1);
+        assert_close(&name, &one, &c.expected(), 5e-6);
+        assert_eq!(one, c.computed(true, 2), "{name}: bits depend on the number of threads");
+    }
+}
+
+#[test]
+fn adamw_matches_the_definition_and_overwrites_its_states() {
+    for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-6)] {
+        let mut c = Case::new(dtype, 3);
+        let states = [c.state("p", &[33, 7]), c.state("m", &[33, 7]), c.state("v", &[33, 7])];
+        let g = c.float("g", &[33, 7]);
+        let (clip, lr) = (c.float_in("clip", &[], 0.2, 0.9), c.float_in("lr", &[], 0.01, 0.02));
+        let step = c.ints("step", &[], vec![3]);
+        let op = Op::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        let new = c.op(op, &[states[0], g, states[1], states[2], clip, lr, step]);
+        for (s, v) in states.iter().zip(new) {
+            c.g.update(*s, v).unwrap();
+        }
+        let want = c.expected();
+        for optimise in [false, true] {
+            assert_close("adamw", &c.computed(optimise, 2), &want, tolerance);
+        }
+    }
+}
+
+#[test]
+fn extreme_values_stay_finite() {
+    let mut c = Case::new(DType::F32, 1);
+    let x = c.float("x", &[4, 8]);
+    let w = c.float("w", &[5, 8]);
+    let labels = c.ints("labels", &[4], vec![0, 4, 2, -100]);
+    let loss = c.op1(Op::LinearCrossEntropy { bias: false }, &[x, w, labels]);
+    c.g.output("loss", loss).unwrap();
+    let grads = gradients(&mut c.g, loss, &[x, w]).unwrap();
+    c.g.output("dx", grads[0]).unwrap();
+    c.g.output("dw", grads[1]).unwrap();
+    for scale in [1e4, 1e15] {
+        let large = c.leaves["x"].floats().iter().map(|x| f64::from((x * scale) as f32)).collect();
+        c.leaves.insert("x".to_owned(), Tensor::Float(large));
+        for (name, tensor) in c.computed(true, 2) {
+            assert!(tensor.floats().iter().all(|x| x.is_finite()), "{name} at scale {scale}");
+        }
+    }
+}
