@@ -1,1 +1,557 @@
-//! (to be written)
+//! Matrix products: `C = A·B` or `C += A·B`, either operand transposed, all three with row strides.
+//!
+//! [`gemm`] spreads one product over a pool; [`gemm_serial`] is for small products inside a task (attention heads,
+//! chunks). The structure is that of BLIS (Van Zee and van de Geijn 2015, figure 1):
+//!
+//! 1. K is cut into blocks of at most `Kernel::depth` steps, so that a panel of B stays in the first cache; B is packed
+//!    into panels, by all threads, for as many columns and blocks as the shared buffer holds.
+//! 2. C is cut into tiles of rows × columns, the tasks. A task packs its rows of A for one block (unless they are read
+//!    too few times to pay for it), and runs the kernel of [`micro`] over all panels.
+//! 3. After the last block, each row segment of the tile goes through the epilogue while it is in the second cache.
+//!
+//! Up to [`thin::MAX_ROWS`] rows of A, B is not packed but streamed.
+//!
+//! **Determinism**: K is never split between threads, its blocks depend on K alone, and every element of C is the same
+//! chain of operations wherever a tile boundary falls. So the bits of C do not depend on the number of threads. They
+//! may depend on the SIMD level and on the shape.
+
+mod micro;
+mod pack;
+mod thin;
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub use micro::Kernel;
+use micro::{MAX_TILE, Tile};
+pub(crate) use micro::{kernel_f32, kernel_f64};
+use pack::Source;
+use thin::Thin;
+
+use crate::real::Real;
+use crate::simd::{self, Level};
+use crate::threads::Pool;
+use crate::view::{Mat, MatMut};
+
+/// Rows of A packed by a task at a time: with 384 steps of `f32`, 216 KiB of the second cache.
+const ROWS: usize = 144;
+/// Columns between two visits of the epilogue.
+const EPILOGUE_COLUMNS: usize = 256;
+/// Blocks of K packed together, at most, when threads share the panels of B.
+const BLOCKS: usize = 8;
+/// Elements of the shared buffer for panels of B; with the widest panel and all blocks there is room for one at least.
+const SHARED_ELEMENTS: usize = 3 << 19;
+/// Elements of a serial product's buffer for panels of B.
+const SERIAL_ELEMENTS: usize = 3 << 15;
+/// Below this many multiply-adds, a product runs on one thread: waking another takes longer.
+const SMALL: usize = 1 << 17;
+
+/// The operands of `C = op(A)·op(B)`, or `C += op(A)·op(B)`.
+///
+/// Shapes: op(A) [M, K], op(B) [K, N], C [M, N]; A is [K, M] if `ta`, B is [N, K] if `tb`.
+#[derive(Clone, Copy, Debug)]
+pub struct Gemm<'a, T> {
+    /// A.
+    pub a: Mat<'a, T>,
+    /// Whether A is transposed.
+    pub ta: bool,
+    /// B.
+    pub b: Mat<'a, T>,
+    /// Whether B is transposed.
+    pub tb: bool,
+    /// C.
+    pub c: MatMut<'a, T>,
+    /// Whether the product is added to C instead of replacing it.
+    pub accumulate: bool,
+}
+
+impl<T: Real> Gemm<'_, T> {
+    /// (M, N, K).
+    fn shape(&self) -> (usize, usize, usize) {
+        let (m, k) = if self.ta { (self.a.cols, self.a.rows) } else { (self.a.rows, self.a.cols) };
+        let (k2, n) = if self.tb { (self.b.cols, self.b.rows) } else { (self.b.rows, self.b.cols) };
+        assert!(
+            k == k2 && (self.c.rows, self.c.cols) == (m, n),
+            "gemm: [{m}, {k}] times [{k2}, {n}] does not give [{}, {}]",
+            self.c.rows,
+            self.c.cols
+        );
+        (m, n, k)
+    }
+
+    /// Rows of op(A) as lanes.
+    fn left(&self) -> Source<T> {
+        Source { data: self.a.as_ptr(), stride: self.a.stride, lanes_adjacent: self.ta }
+    }
+
+    /// Columns of op(B) as lanes.
+    fn right(&self) -> Source<T> {
+        Source { data: self.b.as_ptr(), stride: self.b.stride, lanes_adjacent: !self.tb }
+    }
+}
+
+/// An epilogue that does nothing.
+pub fn no_epilogue<T>(_row: usize, _column: usize, _finished: &mut [T]) {}
+
+/// Memory that products pack their operands into, allocated once. Each product holds parts of it while it runs.
+#[derive(Debug)]
+pub struct PackBuffers<T: Real> {
+    kernel: Kernel<T>,
+    /// Panels of B, shared by the threads of one [`gemm`].
+    panels: Mutex<Buffer<T>>,
+    workers: Vec<Mutex<Scratch<T>>>,
+}
+
+impl<T: Real> PackBuffers<T> {
+    /// Buffers for pools of up to `threads` threads, and the kernels of [`simd::level`].
+    #[must_use]
+    pub fn new(threads: usize) -> Self {
+        Self::at_level(threads, simd::level())
+    }
+
+    fn at_level(threads: usize, level: Level) -> Self {
+        let kernel = T::kernel(level);
+        let workers = (0..threads.max(1)).map(|_| Mutex::new(Scratch::at_level(level))).collect();
+        Self { kernel, panels: Mutex::new(Buffer::new(SHARED_ELEMENTS)), workers }
+    }
+
+    /// The scratch memory of one worker, for [`gemm_serial`] in its tasks. It waits while that worker's [`gemm`] or
+    /// another guard uses it.
+    ///
+    /// # Panics
+    /// If `worker` is not below the number of threads.
+    pub fn worker(&self, worker: usize) -> MutexGuard<'_, Scratch<T>> {
+        // What a panicked holder has left is as good as anything: every product packs before it reads.
+        self.workers[worker].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The pack buffer of one thread.
+#[derive(Debug)]
+pub struct Scratch<T: Real> {
+    kernel: Kernel<T>,
+    left: Buffer<T>,
+    /// Panels of B of a serial product.
+    panels: Buffer<T>,
+}
+
+impl<T: Real> Scratch<T> {
+    /// Scratch memory for the kernels of [`simd::level`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::at_level(simd::level())
+    }
+
+    fn at_level(level: Level) -> Self {
+        let kernel = T::kernel(level);
+        Self { kernel, left: Buffer::new(ROWS * kernel.depth), panels: Buffer::new(SERIAL_ELEMENTS) }
+    }
+}
+
+impl<T: Real> Default for Scratch<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Zeroed memory that starts on a cache line. Untouched pages cost nothing.
+#[derive(Debug)]
+struct Buffer<T> {
+    data: *mut T,
+    elements: usize,
+}
+
+// SAFETY: the buffer owns its memory, like a `Vec`.
+unsafe impl<T: Send> Send for Buffer<T> {}
+
+impl<T: Real> Buffer<T> {
+    fn layout(elements: usize) -> Layout {
+        Layout::array::<T>(elements)
+            .and_then(|layout| layout.align_to(64))
+            .expect("the sizes above are far from usize::MAX")
+    }
+
+    fn new(elements: usize) -> Self {
+        let layout = Self::layout(elements);
+        // SAFETY: the layout is not empty; zero bits are a valid `f32` or `f64`.
+        let data = unsafe { alloc_zeroed(layout) }.cast::<T>();
+        if data.is_null() {
+            handle_alloc_error(layout);
+        }
+        Self { data, elements }
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        let layout = Layout::array::<T>(self.elements).and_then(|layout| layout.align_to(64));
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.data.cast(), layout.expect("it was valid in `new`")) };
+    }
+}
+
+/// A pointer that tasks share; each uses its own part.
+#[derive(Clone, Copy)]
+struct Shared<T>(*mut T);
+
+// SAFETY: it is only an address; those who use it promise that their parts are disjoint.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+/// K cut into equal blocks of at most `limit` steps: `(first step, steps)` of each. Depends on K alone.
+#[derive(Clone, Copy)]
+struct Depths {
+    total: usize,
+    each: usize,
+}
+
+impl Depths {
+    fn new(total: usize, limit: usize) -> Self {
+        let each = total.div_ceil(total.div_ceil(limit)).next_multiple_of(8);
+        Self { total, each }
+    }
+
+    fn count(&self) -> usize {
+        self.total.div_ceil(self.each)
+    }
+
+    fn block(&self, index: usize) -> (usize, usize) {
+        let first = index * self.each;
+        (first, self.each.min(self.total - first))
+    }
+}
+
+/// Panels of B in a buffer: columns `column .. column + columns` by blocks `blocks` of K.
+#[derive(Clone)]
+struct Panels {
+    depths: Depths,
+    blocks: std::ops::Range<usize>,
+    column: usize,
+    columns: usize,
+    width: usize,
+}
+
+impl Panels {
+    /// Where the panels of `block` begin.
+    fn offset(&self, block: usize) -> usize {
+        let steps = self.depths.block(block).0 - self.depths.block(self.blocks.start).0;
+        steps * self.columns.next_multiple_of(self.width)
+    }
+}
+
+/// The rows × columns of C that one task computes, within [`Panels`].
+#[derive(Clone, Copy)]
+struct Part {
+    row: usize,
+    rows: usize,
+    /// From the first column of the panels.
+    column: usize,
+    columns: usize,
+}
+
+type Epilogue<'a, T> = &'a (dyn Fn(usize, usize, &mut [T]) + Sync);
+
+/// `C = op(A)·op(B)` (or `+=`) on the threads of `pool`.
+///
+/// `epilogue(row, column, finished)` is called once for every element of C, in segments of a row that start at `column`
+/// and are final and not read by others: the place for a bias, an activation, a residual. Segments come in any order,
+/// on any thread; their bounds depend on the number of threads, so it must treat elements independently.
+///
+/// Products on one `PackBuffers` wait for each other; do not start one from an epilogue, or while holding a
+/// [`PackBuffers::worker`] guard.
+///
+/// # Panics
+/// If the shapes do not fit together, or `pool` has more threads than `buffers`.
+///
+/// # Safety
+/// While it runs, nobody else touches the elements of C (so A and B do not overlap it).
+pub unsafe fn gemm<T: Real>(
+    pool: &Pool,
+    buffers: &PackBuffers<T>,
+    g: &Gemm<'_, T>,
+    epilogue: Epilogue<'_, T>,
+) {
+    let (m, n, k) = g.shape();
+    if m == 0 || n == 0 {
+        return;
+    }
+    let kernel = &buffers.kernel;
+    let threads = if m * n * k < SMALL { 1 } else { pool.threads() };
+    assert!(threads <= buffers.workers.len(), "{threads} threads, {} buffers", buffers.workers.len());
+    if is_thin(g, m, k) {
+        let columns = n.div_ceil(2 * threads).next_multiple_of(64).min(thin::COLUMNS);
+        pool.run(n.div_ceil(columns), &|task, _| {
+            let column = task * columns;
+            let columns = columns.min(n - column);
+            // SAFETY: tasks have different columns; the rest is the caller's promise.
+            unsafe {
+                run_thin(kernel.level, g, column, columns);
+                finish(&g.c, 0..m, column..column + columns, epilogue);
+            }
+        });
+        return;
+    }
+    let panels_guard = buffers.panels.lock().unwrap_or_else(PoisonError::into_inner);
+    let memory = Shared(panels_guard.data);
+    for_panels(n, k, kernel, BLOCKS, SHARED_ELEMENTS, |panels| {
+        // Packing, in runs of panels of about 16k elements.
+        let count = panels.columns.div_ceil(kernel.width);
+        let group = (16384 / (kernel.width * panels.depths.each)).clamp(1, count);
+        let groups = if threads == 1 { 1 } else { count.div_ceil(group) };
+        let group = if threads == 1 { count } else { group } * kernel.width;
+        pool.run(groups * panels.blocks.len(), &|task, _| {
+            let column = task % groups * group;
+            let columns = group.min(panels.columns - column);
+            // SAFETY: tasks fill different parts of the buffer, which is locked; `for_panels` keeps to its size.
+            unsafe {
+                pack_panels(g, panels, panels.blocks.start + task / groups, column, columns, memory.get())
+            };
+        });
+        // Multiplying.
+        let (rows, columns) = grid(m, panels.columns, threads, kernel);
+        let row_tasks = m.div_ceil(rows);
+        pool.run(row_tasks * panels.columns.div_ceil(columns), &|task, worker| {
+            let (row, column) = (task % row_tasks * rows, task / row_tasks * columns);
+            let part =
+                Part { row, rows: rows.min(m - row), column, columns: columns.min(panels.columns - column) };
+            let scratch = buffers.worker(worker);
+            // SAFETY: tasks have different parts of C, the panels are packed, `rows` is within the scratch.
+            unsafe { run_part(kernel, g, panels, memory.get(), scratch.left.data, part, epilogue) };
+        });
+    });
+}
+
+/// `C = op(A)·op(B)` (or `+=`) on the calling thread; made for small products such as 64 × 64 × 32.
+///
+/// # Panics
+/// If the shapes do not fit together.
+///
+/// # Safety
+/// While it runs, nobody else touches the elements of C (so A and B do not overlap it).
+pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
+    let (m, n, k) = g.shape();
+    if m == 0 || n == 0 {
+        return;
+    }
+    let kernel = &scratch.kernel;
+    if is_thin(g, m, k) {
+        for column in (0..n).step_by(thin::COLUMNS) {
+            // SAFETY: the caller's promise.
+            unsafe { run_thin(kernel.level, g, column, thin::COLUMNS.min(n - column)) };
+        }
+        return;
+    }
+    for_panels(n, k, kernel, 1, SERIAL_ELEMENTS, |panels| {
+        let memory = scratch.panels.data;
+        // SAFETY: the scratch is ours alone, and `for_panels` keeps to its size.
+        unsafe { pack_panels(g, panels, panels.blocks.start, 0, panels.columns, memory) };
+        for row in (0..m).step_by(ROWS) {
+            let part = Part { row, rows: ROWS.min(m - row), column: 0, columns: panels.columns };
+            // SAFETY: the caller's promise; the panels are packed.
+            unsafe { run_part(kernel, g, panels, memory, scratch.left.data, part, &no_epilogue) };
+        }
+    });
+}
+
+/// Visits the panels of B: all of K for some columns, then the next columns. At most `blocks` blocks of K and `elements`
+/// elements at a time.
+fn for_panels<T>(
+    n: usize,
+    k: usize,
+    kernel: &Kernel<T>,
+    blocks: usize,
+    elements: usize,
+    mut visit: impl FnMut(&Panels),
+) {
+    let depths = Depths::new(k, kernel.depth);
+    let width = kernel.width;
+    let together = blocks.min(depths.count());
+    let columns = (elements / (together * depths.each) / width * width).min(n.next_multiple_of(width));
+    debug_assert!(columns >= width, "no room for a panel of {together} blocks");
+    for column in (0..n).step_by(columns) {
+        for first in (0..depths.count()).step_by(together) {
+            visit(&Panels {
+                depths,
+                blocks: first..depths.count().min(first + together),
+                column,
+                columns: columns.min(n - column),
+                width,
+            });
+        }
+    }
+}
+
+/// Rows and columns of a task: few enough rows for the scratch, and enough tasks to keep `threads` busy to the end.
+fn grid<T>(m: usize, n: usize, threads: usize, kernel: &Kernel<T>) -> (usize, usize) {
+    let wanted = if threads == 1 { 1 } else { 4 * threads };
+    let row_tasks = m.div_ceil(ROWS).max(wanted.min(m.div_ceil(ROWS / 3)));
+    let rows = m.div_ceil(row_tasks).next_multiple_of(kernel.height).min(ROWS);
+    let column_tasks = wanted.div_ceil(m.div_ceil(rows)).min(n.div_ceil(128));
+    (rows, n.div_ceil(column_tasks).next_multiple_of(kernel.width))
+}
+
+/// Packs columns `column .. column + columns` (from the first of `panels`, a multiple of the width) of one block of K.
+///
+/// # Safety
+/// `memory` has room for `panels`, and nobody else touches these columns of the block there.
+unsafe fn pack_panels<T: Real>(
+    g: &Gemm<'_, T>,
+    panels: &Panels,
+    block: usize,
+    column: usize,
+    columns: usize,
+    memory: *mut T,
+) {
+    let (step, depth) = panels.depths.block(block);
+    let to = memory.wrapping_add(panels.offset(block) + column * depth);
+    // SAFETY: the block and the columns are inside B; the rest is the caller's promise.
+    unsafe { pack::pack(&g.right(), panels.column + column, columns, step, depth, panels.width, to) };
+}
+
+/// Computes a part of C from packed panels: all their blocks of K, then the epilogue if these are the last.
+///
+/// # Safety
+/// * `memory` holds `panels`, and nobody writes to it; `left` has room for `part.rows` rows of a block;
+/// * nobody else touches this part of C, or `left`.
+unsafe fn run_part<T: Real>(
+    kernel: &Kernel<T>,
+    g: &Gemm<'_, T>,
+    panels: &Panels,
+    memory: *const T,
+    left: *mut T,
+    part: Part,
+    epilogue: Epilogue<'_, T>,
+) {
+    let source = g.left();
+    for block in panels.blocks.clone() {
+        let (step, depth) = panels.depths.block(block);
+        let height = kernel.height;
+        // Reading A as it lies saves packing it, which pays if it is read for many columns.
+        let packed = part.columns > 256 || (source.lanes_adjacent && part.rows * depth > 16384);
+        let (a, (a_row, a_step), a_panel) = if packed {
+            // SAFETY: the rows and the block are inside A; the rest is the caller's promise.
+            unsafe { pack::pack(&source, part.row, part.rows, step, depth, height, left) };
+            (left.cast_const(), (1, height), height * depth)
+        } else {
+            let strides = source.strides();
+            (source.at(part.row, step), strides, height * strides.0)
+        };
+        let add = g.accumulate || block > 0;
+        let finished = block + 1 == panels.depths.count();
+        let end = part.column + part.columns;
+        for from in (part.column..end).step_by(EPILOGUE_COLUMNS) {
+            let to = end.min(from + EPILOGUE_COLUMNS);
+            for j in (from..to).step_by(panels.width) {
+                let b = memory.wrapping_add(panels.offset(block) + j * depth);
+                let columns = panels.width.min(to - j);
+                for i in (0..part.rows).step_by(height) {
+                    let tile = Tile {
+                        depth,
+                        a: a.wrapping_add(i / height * a_panel),
+                        a_row,
+                        a_step,
+                        b,
+                        b_step: panels.width,
+                        c: g.c.as_ptr().wrapping_add((part.row + i) * g.c.stride + panels.column + j),
+                        c_row: g.c.stride,
+                        add,
+                    };
+                    // SAFETY: the operands are as the kernel wants them: rows inside A, a packed panel of B, C ours.
+                    unsafe { run_tile(kernel, height.min(part.rows - i), columns, tile) };
+                }
+            }
+            if finished {
+                let columns = panels.column + from..panels.column + to;
+                // SAFETY: the part of C is ours, and done.
+                unsafe { finish(&g.c, part.row..part.row + part.rows, columns, epilogue) };
+            }
+        }
+    }
+}
+
+/// Runs the kernel; where C has fewer columns than a tile, by way of a tile on the stack.
+///
+/// # Safety
+/// As `Kernel::tile`, but that C has only `columns` columns.
+#[inline(always)]
+unsafe fn run_tile<T: Real>(kernel: &Kernel<T>, rows: usize, columns: usize, mut tile: Tile<T>) {
+    if columns == kernel.width {
+        // SAFETY: the caller's promise.
+        unsafe { (kernel.tile)(rows, &tile) };
+        return;
+    }
+    let mut whole = [T::ZERO; MAX_TILE];
+    let (c, c_row, add) = (tile.c, tile.c_row, tile.add);
+    (tile.c, tile.c_row, tile.add) = (whole.as_mut_ptr(), kernel.width, false);
+    // SAFETY: the tile on the stack is large enough.
+    unsafe { (kernel.tile)(rows, &tile) };
+    for (i, sums) in whole.chunks_exact(kernel.width).enumerate().take(rows) {
+        // SAFETY: the caller's promise.
+        let c = unsafe { std::slice::from_raw_parts_mut(c.add(i * c_row), columns) };
+        for (c, &sum) in c.iter_mut().zip(sums) {
+            *c = if add { *c + sum } else { sum };
+        }
+    }
+}
+
+/// Calls the epilogue on a part of C.
+///
+/// # Safety
+/// Nobody else touches that part.
+unsafe fn finish<T>(
+    c: &MatMut<'_, T>,
+    rows: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+    epilogue: Epilogue<'_, T>,
+) {
+    let part = c.block(rows.start, rows.len(), columns.start, columns.len());
+    for i in 0..part.rows {
+        // SAFETY: the caller's promise.
+        epilogue(rows.start + i, columns.start, unsafe { part.row_mut(i) });
+    }
+}
+
+/// Whether B is streamed rather than packed. The transposed kernel reads rows of A; and a K of 0 is nothing to pack.
+fn is_thin<T>(g: &Gemm<'_, T>, m: usize, k: usize) -> bool {
+    k == 0 || (m <= thin::MAX_ROWS && !(g.ta && g.tb))
+}
+
+/// All rows of C in columns `column .. column + columns`, by a thin kernel.
+///
+/// # Safety
+/// Nobody else touches these columns of C; `is_thin`.
+unsafe fn run_thin<T: Real>(level: Level, g: &Gemm<'_, T>, column: usize, columns: usize) {
+    let (m, _, k) = g.shape();
+    let c = g.c.block(0, m, column, columns);
+    if k == 0 {
+        if !g.accumulate {
+            // SAFETY: the caller's promise.
+            (0..m).for_each(|i| unsafe { c.row_mut(i) }.fill(T::ZERO));
+        }
+        return;
+    }
+    let (a_row, a_step) = g.left().strides();
+    let thin = Thin {
+        rows: m,
+        columns,
+        depth: k,
+        a: g.a.as_ptr(),
+        a_row,
+        a_step,
+        b: g.right().at(column, 0),
+        b_stride: g.b.stride,
+        c: c.as_ptr(),
+        c_row: c.stride,
+        add: g.accumulate,
+    };
+    // SAFETY: the views and `shape` vouch for the addresses.
+    unsafe { thin::run(level, g.tb, &thin) };
+}
+
+#[cfg(test)]
+mod tests;
