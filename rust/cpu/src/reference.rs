@@ -321,7 +321,10 @@ fn probabilities(
                 let seen = |j: usize| {
                     (!spec.causal || j <= i)
                         && spec.window.is_none_or(|w| i < j + w)
-                        && segments.is_none_or(|s| s[bi * t + j] != 0 && s[bi * t + j] == s[bi * t + i])
+                        && segments.is_none_or(|s| {
+                            let (own, other) = (s[bi * t + i], s[bi * t + j]);
+                            other != 0 && (own == other || own == 0)
+                        })
                 };
                 let score = |j: usize| {
                     let (qr, kr) = (&q.1[(bi * t + i) * h * d + hi * d..], &k.1[(bi * t + j) * spec.kv_heads * d + hi / group * d..]);
@@ -330,10 +333,11 @@ fn probabilities(
                 let scores: Vec<(usize, f64)> = (0..t).filter(|&j| seen(j)).map(|j| (j, score(j))).collect();
                 let max = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(s.1));
                 let sum: f64 = scores.iter().map(|s| (s.1 - max).exp()).sum();
+                let at = (bi * h + hi) * t + i;
                 if scores.is_empty() {
+                    p[at * t..(at + 1) * t].fill(1.0 / t as f64);
                     continue;
                 }
-                let at = (bi * h + hi) * t + i;
                 lse[at] = max + sum.ln();
                 for (j, s) in scores {
                     p[at * t + j] = (s - lse[at]).exp();
@@ -380,7 +384,7 @@ fn attention_grad(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor
     let (b, t, h) = (ins[1].0.0[0], ins[1].0.0[1], spec.heads);
     let (d, group) = (ins[1].0.cols() / h, h / spec.kv_heads);
     let (segments, keep) = extras(spec, &ins[6..]);
-    let (p, _) = probabilities(spec, (ins[1].0, q), (ins[2].0, k), segments);
+    let (p, lse) = probabilities(spec, (ins[1].0, q), (ins[2].0, k), segments);
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     for bi in 0..b {
         for hi in 0..h {
@@ -393,7 +397,9 @@ fn attention_grad(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor
                     (0..t).map(|j| factor(j) * (0..d).map(|x| dout[qo + x] * v[ko(j) + x]).sum::<f64>()).collect();
                 let mean: f64 = (0..t).map(|j| p[at + j] * dp[j]).sum();
                 for j in 0..t {
-                    let ds = p[at + j] * (dp[j] - mean) * spec.scale;
+                    // Where nothing is seen, the probabilities depend on no score.
+                    let seen = f64::from(u8::from(lse[(bi * h + hi) * t + i].is_finite()));
+                    let ds = seen * p[at + j] * (dp[j] - mean) * spec.scale;
                     for x in 0..d {
                         dq[qo + x] += ds * k[ko(j) + x];
                         dk[ko(j) + x] += ds * q[qo + x];

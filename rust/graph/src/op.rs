@@ -122,8 +122,9 @@ pub struct AttentionSpec {
     pub window: Option<usize>,
     /// Factor on q·k, usually 1/√D.
     pub scale: f64,
-    /// An operand `segments i32[B, T]` is present: a key is seen only from its own segment, segment 0 (padding) never.
-    /// A query that sees nothing gives zeros.
+    /// An operand `segments i32[B, T]` is present: a key is seen from its own segment and from padding (segment 0);
+    /// a padding key never. A query that sees nothing averages all T values, as Hugging Face's eager attention does
+    /// (its mask adds the same huge negative number everywhere).
     pub segments: bool,
     /// Dropout on the probabilities.
     pub dropout: Option<DropoutSpec>,

@@ -1,6 +1,32 @@
-//! The Python bindings.
+//! `pyrformer._core`: the Python bindings, one file a domain, and nothing else. Algorithms live in the other crates;
+//! argument policy, defaults and documentation for users live in the Python package.
+
 use pyo3::prelude::*;
+
+mod array;
+mod enter;
+mod files;
+mod graph;
+mod random;
+mod search;
 
 /// The native half of pyrformer.
 #[pymodule]
-mod _core {}
+mod _core {
+    use super::{PyModule, PyModuleMethods, PyResult};
+
+    #[pymodule_export]
+    use super::files::{AtomicDir, SafeTensors, write_file, write_safetensors};
+    #[pymodule_export]
+    use super::graph::{Executor, Graph, Plan, Store};
+    #[pymodule_export]
+    use super::random::normal;
+    #[pymodule_export]
+    use super::search::{Search, filter_logits};
+
+    #[pymodule_init]
+    fn init(module: &pyo3::Bound<'_, PyModule>) -> PyResult<()> {
+        super::enter::quiet_panics();
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

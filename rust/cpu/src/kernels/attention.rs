@@ -49,6 +49,13 @@ impl Mask<'_> {
         self.seen(queries.start, t).start..self.seen(queries.end - 1, t).end
     }
 
+    /// The weight of key `j` for a query that sees nothing: the same for all, but for dropout.
+    fn blind<T: Real>(&self, b: usize, head: usize, i: usize, j: usize, t: usize) -> T {
+        let index = ((b * self.spec.heads + head) * t + i) * t + j;
+        let keep = self.keep.as_ref().map_or(1.0, |k| k.factor(index as u64));
+        T::from_f64(keep / t as f64)
+    }
+
     /// Scales the scores of query `i` against keys `from ..` and hides what it does not see.
     fn apply<T: Real>(&self, scores: &mut [T], b: usize, i: usize, from: usize, t: usize) {
         let scale = T::from_f64(self.spec.scale);
@@ -63,7 +70,7 @@ impl Mask<'_> {
         if let Some(segments) = self.segments {
             let own = segments[b * t + i];
             for (s, &segment) in scores[lo..hi].iter_mut().zip(&segments[b * t + from + lo..]) {
-                if segment != own || segment == 0 {
+                if segment == 0 || (segment != own && own != 0) {
                     *s = T::NEG_INFINITY;
                 }
             }
@@ -204,8 +211,15 @@ pub(crate) fn attention<T: Real>(
         }
         for r in 0..n {
             let i = queries.start + r;
-            let empty = denominators[r] == T::ZERO;
-            let factor = if empty { T::ZERO } else { T::ONE / denominators[r] };
+            let empty = largest[r] == T::NEG_INFINITY;
+            if empty {
+                let sum = &mut work.sum[r * d..(r + 1) * d];
+                for j in 0..t {
+                    let p: T = mask.blind(b, head, i, j, t);
+                    sum.iter_mut().zip(v.block(b * t + j, 1, kv, d).row(0)).for_each(|(s, &v)| *s += p * v);
+                }
+            }
+            let factor = if empty { T::ONE } else { T::ONE / denominators[r] };
             // SAFETY: rows and columns of this query block and head belong to this task.
             unsafe {
                 let row = out.block(b * t + i, 1, head * d, d).row_mut(0);
@@ -282,6 +296,15 @@ fn query_block<T: Real>(
         work.rows[r] = dot(douts.row(r), outs.row(r));
         // SAFETY: this head's columns belong to this task.
         unsafe { dqs.row_mut(r) }.fill(T::ZERO);
+        let i = queries.start + r;
+        if s.lse.row(b * heads + head)[i] == T::NEG_INFINITY {
+            for j in 0..t {
+                let p: T = mask.blind(b, head, i, j, t);
+                // SAFETY: the columns of this key-value head belong to this task.
+                let dv = unsafe { dv.block(b * t + j, 1, kv * d, d).row_mut(0) };
+                dv.iter_mut().zip(douts.row(r)).for_each(|(dv, &dout)| *dv += p * dout);
+            }
+        }
     }
     let seen = mask.seen_by_block(&queries, t);
     for from in (seen.start / BK * BK..seen.end).step_by(BK) {

@@ -1,0 +1,129 @@
+"""Model folders in Hugging Face's layout: ``config.json``, ``model.safetensors`` (or shards), ``tokenizer.json``,
+``generation_config.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyrformer import _core
+from pyrformer.errors import FileError, InputError
+from pyrformer.model import Model
+from pyrformer.models import build
+from pyrformer.models.base import Family
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        FileError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"[load] {path.parent} has no {path.name}; is it a model folder?") from None
+    except (OSError, ValueError) as e:
+        raise FileError(f"[load] {path}: {e}") from None
+    if not isinstance(value, dict):
+        raise FileError(f"[load] {path} must hold a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes an object to a JSON file that appears whole or not at all."""
+    _core.write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def load(
+    folder: str | Path, *, device: str = "cpu", dtype: str | None = None, threads: int | None = None
+) -> Model:
+    """Opens a model folder.
+
+    Args:
+        folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64.
+        device: "cpu".
+        dtype: "float32" (the default) or "float64", for computing.
+        threads: how many to use; default: ``PYRFORMER_NUM_THREADS``, or all the machine has.
+
+    Raises:
+        FileError: a file is missing, truncated, or does not fit the configuration.
+        ConfigError: the family is unknown or the configuration contradictory.
+    """
+    folder = Path(folder)
+    if device != "cpu":
+        raise InputError(f"[load] device must be 'cpu', got {device!r}")
+    if dtype not in (None, "float32", "float64"):
+        raise InputError(f"[load] dtype must be 'float32' or 'float64', got {dtype!r}")
+    if not folder.is_dir():
+        raise FileError(f"[load] there is no folder {folder}")
+    family = build(read_json(folder / CONFIG))
+    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    tokenizer = None
+    if (folder / TOKENIZER).is_file():
+        from pyrformer.tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+    model = Model(family, tokenizer, dtype or "float32", threads, generation)
+    for name, tensor in _tensors(folder, family).items():
+        model.store.set(name, tensor.astype(model.dtype, copy=False))
+    return model
+
+
+def _tensors(folder: Path, family: Family) -> dict[str, Any]:
+    """The parameters of a family from a folder's files, after checking all names and shapes."""
+    stored = _core.SafeTensors(folder)
+    parameters = dict(family.named_parameters())
+    tied = family.tied_names()
+    found: dict[str, str] = {}
+    for name, _, shape in stored.tensors():
+        ours = family.rename(name)
+        if ours is None or ours in tied:
+            continue
+        if ours not in parameters:
+            if _absent_bias(family, ours):
+                _require_zero(folder, name, stored.get(name))
+                continue
+            raise FileError(f"[load] {folder}: tensor {name!r} is not part of a {family.config.model_type} model")
+        if tuple(shape) != parameters[ours].shape:
+            want = list(parameters[ours].shape)
+            raise FileError(f"[load] {folder}: tensor {name!r} is {shape}, the configuration says {want}")
+        found[ours] = name
+    missing = [name for name in parameters if name not in found]
+    if missing:
+        raise FileError(f"[load] {folder}: {len(missing)} tensors are missing, first {missing[0]!r}")
+    return {ours: stored.get(name) for ours, name in found.items()}
+
+
+def _absent_bias(family: Family, name: str) -> bool:
+    return name.endswith(".bias") and getattr(family.config, "bias", True) is False
+
+
+def _require_zero(folder: Path, name: str, tensor: Any) -> None:
+    if np.any(tensor):
+        raise FileError(f'[load] {folder}: tensor {name!r} is not zero, but the configuration says "bias": false')
+
+
+def save(model: Model, folder: str | Path) -> None:
+    """Writes a model folder; each file appears whole or not at all. See :meth:`pyrformer.model.Model.save`."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FileError(f"[save] {folder}: {e.strerror}") from None
+    tensors = {name: array.astype(np.float32, copy=False) for name, array in model.state_dict().items()}
+    tensors |= {name: np.zeros(shape, np.float32) for name, shape in model.family.absent_tensors()}
+    _core.write_safetensors(folder / WEIGHTS, tensors)
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder / TOKENIZER)
+    config = model.family.config
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {**{k: v for k, v in ids.items() if v is not None}, **model.generation_config}
+    write_json(folder / GENERATION, generation)
+    write_json(folder / CONFIG, {**model.config, "dtype": "float32"})

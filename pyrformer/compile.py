@@ -1,0 +1,68 @@
+"""From a traced program to one that runs: Traced → Lowered → Compiled, each stage an object one can look at.
+
+    traced = Traced(name, trace)         # print(traced.graph)
+    lowered = traced.lower()             # print(lowered.graph), lowered.plan.table()
+    compiled = lowered.compile(store)    # compiled(input_ids=…, …) -> {"loss": …}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyrformer import _core
+from pyrformer.nn import Trace
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program as its model wrote it."""
+
+    name: str
+    trace: Trace
+
+    @property
+    def graph(self) -> _core.Graph:
+        """The graph before any pass; its text form is ``str(graph)``."""
+        return self.trace.graph
+
+    def lower(self) -> Lowered:
+        """Runs the passes and plans memory."""
+        graph = self.trace.graph.optimise()
+        return Lowered(self.name, graph, graph.lower())
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program after the passes, and its plan."""
+
+    name: str
+    graph: _core.Graph
+    plan: _core.Plan
+
+    def compile(self, store: _core.Store, threads: int | None = None) -> Compiled:
+        """Binds the plan to states, memory and threads (default: ``PYRFORMER_NUM_THREADS``, or all the machine has)."""
+        return Compiled(self.name, self.plan, _core.Executor(self.plan, store, threads))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program that runs."""
+
+    name: str
+    plan: _core.Plan
+    executor: _core.Executor
+
+    def __call__(self, **inputs: Any) -> dict[str, Array]:
+        """Runs once. Each input is converted to the type that the plan declares; outputs are new arrays by name.
+
+        Raises:
+            InputError: an input is missing, unknown, of another shape, or holds an index out of range.
+        """
+        types = {name: dtype for name, dtype, _ in self.plan.inputs}
+        return self.executor.run({n: np.asarray(value, types.get(n), order="C") for n, value in inputs.items()})

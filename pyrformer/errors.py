@@ -1,0 +1,45 @@
+"""What can go wrong, as exceptions with one root.
+
+Every message is one sentence that says what is wrong, where, and what to do. Each class also derives from the built-in
+exception that Python users expect.
+"""
+
+
+class Error(Exception):
+    """The root of all errors of this package."""
+
+
+class InputError(Error, ValueError):
+    """A value given by the caller is wrong: an option, a text, an index."""
+
+
+class ConfigError(InputError):
+    """A configuration is contradictory or incomplete."""
+
+
+class ShapeError(Error, ValueError):
+    """Tensors whose shapes or types do not fit."""
+
+
+class GraphError(Error, ValueError):
+    """A graph that cannot be built or differentiated."""
+
+
+class StateError(Error, ValueError):
+    """A parameter or other state that is missing or of another type."""
+
+
+class TokenizerError(InputError):
+    """A tokenizer that cannot be trained, read or used."""
+
+
+class FileError(Error, OSError):
+    """A file that cannot be read or written, or does not hold what it should."""
+
+
+class ResourceError(Error, MemoryError):
+    """Memory or threads that cannot be had."""
+
+
+class InternalError(Error, RuntimeError):
+    """A broken invariant: a fault of pyrformer."""

@@ -1,0 +1,213 @@
+"""BERT: an encoder that predicts masked tokens from both sides. Source: Devlin et al. 2019; transformers'
+``modeling_bert.py``.
+
+Post-norm blocks over token + position + type embeddings; the head transforms a masked position's state and compares
+it with every token's embedding::
+
+    x ← LN(words[ids] + positions[p] + types[t])
+    x ← LN(x + attention(x));  x ← LN(x + W₂·gelu(W₁·x))     for each layer
+    logits = LN(gelu(W·x))·wordsᵀ + b
+
+Letters: B batch, T tokens, C hidden_size, V vocab_size, M masked positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyrformer.errors import InputError
+from pyrformer.models.base import Family, Inputs, ModelConfig
+from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor
+from pyrformer.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig(ModelConfig):
+    """Hugging Face's ``BertConfig``."""
+
+    model_type: ClassVar[str] = "bert"
+    architecture: ClassVar[str] = "BertForMaskedLM"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        self.check_sizes(
+            vocab_size=self.vocab_size,
+            num_hidden_layers=self.num_hidden_layers,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_position_embeddings,
+            type_vocab_size=self.type_vocab_size,
+        )
+        self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+
+
+class Embeddings(Module):
+    """The sum of word, position and type embeddings, normalised."""
+
+    def __init__(self, c: BertConfig, init: Normal):
+        self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, init)
+        self.position_embeddings = Embedding(c.max_position_embeddings, c.hidden_size, init)
+        self.token_type_embeddings = Embedding(c.type_vocab_size, c.hidden_size, init)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self._dropout = c.hidden_dropout_prob
+
+    def __call__(self, x: Inputs) -> Tensor:
+        if x.token_type_ids is None:
+            raise InputError("[bert] token_type_ids are needed")
+        types = self.token_type_embeddings(x.token_type_ids)
+        h = self.word_embeddings(x.input_ids) + types + self.position_embeddings(x.position_ids)
+        return F.dropout(self.LayerNorm(h), self._dropout)
+
+
+class SelfAttention(Module):
+    """Queries, keys and values; every token sees every token that is not padding."""
+
+    def __init__(self, c: BertConfig, layer: int, init: Normal):
+        self.query = Linear(c.hidden_size, c.hidden_size, init)
+        self.key = Linear(c.hidden_size, c.hidden_size, init)
+        self.value = Linear(c.hidden_size, c.hidden_size, init)
+        self._layer, self._dropout = layer, c.attention_probs_dropout_prob
+        heads = c.num_attention_heads
+        self._spec = F.attention_spec(heads, heads, c.hidden_size // heads, causal=False)
+
+    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+        return x.attend(self._layer, self.query(h), self.key(h), self.value(h), self._spec, self._dropout)
+
+
+class Output(Module):
+    """A linear layer whose result is added to the residual and normalised."""
+
+    def __init__(self, c: BertConfig, inputs: int, init: Normal):
+        self.dense = Linear(inputs, c.hidden_size, init)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self._dropout = c.hidden_dropout_prob
+
+    def __call__(self, y: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(F.dropout(self.dense(y), self._dropout) + residual)
+
+
+class AttentionBlock(Module):
+    def __init__(self, c: BertConfig, layer: int, init: Normal):
+        # Hugging Face's parameter is called `self`.
+        setattr(self, "self", SelfAttention(c, layer, init))
+        self.output = Output(c, c.hidden_size, init)
+
+    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+        return self.output(getattr(self, "self")(h, x), h)
+
+
+class Intermediate(Module):
+    def __init__(self, c: BertConfig, init: Normal):
+        self.dense = Linear(c.hidden_size, c.intermediate_size, init)
+        self._act = c.hidden_act
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return F.activation(self._act, self.dense(h))
+
+
+class Layer(Module):
+    def __init__(self, c: BertConfig, layer: int, init: Normal):
+        self.attention = AttentionBlock(c, layer, init)
+        self.intermediate = Intermediate(c, init)
+        self.output = Output(c, c.intermediate_size, init)
+
+    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+        with h.trace.scope("attention"):
+            h = self.attention(h, x)
+        with h.trace.scope("mlp"):
+            return self.output(self.intermediate(h), h)
+
+
+class Encoder(Module):
+    def __init__(self, c: BertConfig, init: Normal):
+        self.layer = [Layer(c, i, init) for i in range(c.num_hidden_layers)]
+
+
+class BertModel(Module):
+    """Everything but the head."""
+
+    def __init__(self, c: BertConfig, init: Normal):
+        self.embeddings = Embeddings(c, init)
+        self.encoder = Encoder(c, init)
+
+
+class Transform(Module):
+    """What the head does to a state before it meets the embeddings."""
+
+    def __init__(self, c: BertConfig, init: Normal):
+        self.dense = Linear(c.hidden_size, c.hidden_size, init)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self._act = c.hidden_act
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.LayerNorm(F.activation(self._act, self.dense(h)))
+
+
+class Predictions(Module):
+    """The masked-language-model head; its output weights are the word embeddings where tied."""
+
+    def __init__(self, c: BertConfig, init: Normal):
+        self.bias = Parameter((c.vocab_size,), ZEROS)
+        self.transform = Transform(c, init)
+        self.decoder = Linear(c.hidden_size, c.vocab_size, init, bias=False)
+
+
+class Head(Module):
+    def __init__(self, c: BertConfig, init: Normal):
+        self.predictions = Predictions(c, init)
+
+
+class Bert(Family):
+    """BERT with its masked-language-model head."""
+
+    objective = "mlm"
+    uses_token_types = True
+
+    def __init__(self, config: BertConfig):
+        self.config: BertConfig = config
+        self.max_positions = config.max_position_embeddings
+        init = Normal(config.initializer_range)
+        self.bert = BertModel(config, init)
+        self.cls = Head(config, init)
+        if config.tie_word_embeddings:
+            self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        self.name_parameters()
+
+    def hidden_states(self, x: Inputs) -> list[Tensor]:
+        trace = x.input_ids.trace
+        with trace.scope("embeddings"):
+            states = [self.bert.embeddings(x)]
+        for i, layer in enumerate(self.bert.encoder.layer):
+            with trace.scope(f"layer.{i}"):
+                states.append(layer(states[-1], x))
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        head = self.cls.predictions
+        with hidden.trace.scope("cls"):
+            return head.decoder(head.transform(hidden)) + hidden.trace.parameter(head.bias)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        head, trace = self.cls.predictions, hidden.trace
+        with trace.scope("cls"):
+            weight, bias = trace.parameter(head.decoder.weight), trace.parameter(head.bias)
+            return F.linear_cross_entropy(head.transform(hidden), weight, bias, labels)
+
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        surplus = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
+        if name.startswith(surplus) or name == "cls.predictions.decoder.bias":
+            return None
+        return name

@@ -1,0 +1,184 @@
+"""GPT-2: a decoder that predicts the next token. Source: Radford et al. 2019; transformers' ``modeling_gpt2.py``.
+
+Pre-norm blocks, learned positions (or the sinusoids of Vaswani et al. 2017, section 3.5), GELU, output tied to input::
+
+    x ← wte[ids] + wpe[positions]
+    x ← x + attention(ln_1(x));  x ← x + mlp(ln_2(x))        for each block
+    logits = ln_f(x)·wteᵀ
+
+Letters: B batch, T tokens, C n_embd, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pyrformer.models.base import Family, Inputs, ModelConfig
+from pyrformer.nn import Conv1D, Embedding, Init, LayerNorm, Linear, Module, Normal, Table, Tensor
+from pyrformer.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config(ModelConfig):
+    """Hugging Face's ``GPT2Config``, and two of our own: ``bias`` (nanoGPT's: biases in linear layers and norms) and
+    ``position_embedding_type`` ("learned" or "sinusoidal")."""
+
+    model_type: ClassVar[str] = "gpt2"
+    architecture: ClassVar[str] = "GPT2LMHeadModel"
+
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    bias: bool = True
+    position_embedding_type: str = "learned"
+
+    def __post_init__(self) -> None:
+        self.check_sizes(vocab_size=self.vocab_size, n_positions=self.n_positions, n_layer=self.n_layer)
+        self.check_heads("n_embd", self.n_embd, "n_head", self.n_head)
+        kinds = ("learned", "sinusoidal")
+        self.require(
+            self.position_embedding_type in kinds,
+            f"position_embedding_type must be one of {kinds}, got {self.position_embedding_type!r}",
+        )
+        self.require(
+            self.position_embedding_type == "learned" or self.n_embd % 2 == 0,
+            f"sinusoidal positions need an even n_embd, got {self.n_embd}",
+        )
+
+
+def sinusoids(positions: int, width: int) -> npt.NDArray[np.float32]:
+    """The position table ``[positions, width]``: sin in even columns, cos in odd ones, wavelengths from 2π to
+    10000·2π. Source: Vaswani et al. 2017, section 3.5."""
+    angle = np.arange(positions)[:, None] / 10000.0 ** (np.arange(0, width, 2) / width)
+    return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(positions, width).astype(np.float32)
+
+
+class Attention(Module):
+    """Causal self-attention with q, k and v from one product."""
+
+    def __init__(self, c: GPT2Config, layer: int, out: Init):
+        self.c_attn = Conv1D(c.n_embd, 3 * c.n_embd, Normal(c.initializer_range), bias=c.bias)
+        self.c_proj = Conv1D(c.n_embd, c.n_embd, out, bias=c.bias)
+        self._c, self._layer = c, layer
+        scale = (c.n_embd // c.n_head) ** -0.5 if c.scale_attn_weights else 1.0
+        if c.scale_attn_by_inverse_layer_idx:
+            scale /= layer + 1
+        self._spec = F.attention_spec(c.n_head, c.n_head, c.n_embd // c.n_head, causal=True, scale=scale)
+
+    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+        q, k, v = F.split(self.c_attn(h), 3)
+        y = x.attend(self._layer, q, k, v, self._spec, self._c.attn_pdrop)
+        return F.dropout(self.c_proj(y), self._c.resid_pdrop)
+
+
+class MLP(Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, c: GPT2Config, out: Init):
+        inner = c.n_inner or 4 * c.n_embd
+        self.c_fc = Conv1D(c.n_embd, inner, Normal(c.initializer_range), bias=c.bias)
+        self.c_proj = Conv1D(inner, c.n_embd, out, bias=c.bias)
+        self._c = c
+
+    def __call__(self, h: Tensor) -> Tensor:
+        h = F.activation(self._c.activation_function, self.c_fc(h))
+        return F.dropout(self.c_proj(h), self._c.resid_pdrop)
+
+
+class Block(Module):
+    """Attention and MLP, each after a norm and beside a residual."""
+
+    def __init__(self, c: GPT2Config, layer: int):
+        # Projections that add to the residual stream begin smaller: Radford et al. 2019, section 2.3.
+        out = Normal(c.initializer_range / math.sqrt(2 * c.n_layer))
+        self.ln_1 = LayerNorm(c.n_embd, c.layer_norm_epsilon, bias=c.bias)
+        self.attn = Attention(c, layer, out)
+        self.ln_2 = LayerNorm(c.n_embd, c.layer_norm_epsilon, bias=c.bias)
+        self.mlp = MLP(c, out)
+
+    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+        with h.trace.scope("attn"):
+            h = h + self.attn(self.ln_1(h), x)
+        with h.trace.scope("mlp"):
+            return h + self.mlp(self.ln_2(h))
+
+
+class Transformer(Module):
+    """Everything but the head."""
+
+    def __init__(self, c: GPT2Config):
+        std = Normal(c.initializer_range)
+        learned = c.position_embedding_type == "learned"
+        positions = std if learned else Table(sinusoids(c.n_positions, c.n_embd))
+        self.wte = Embedding(c.vocab_size, c.n_embd, std)
+        self.wpe = Embedding(c.n_positions, c.n_embd, positions, trainable=learned)
+        self.h = [Block(c, i) for i in range(c.n_layer)]
+        self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon, bias=c.bias)
+
+
+class GPT2(Family):
+    """GPT-2 with its language-model head."""
+
+    objective = "ar"
+
+    def __init__(self, config: GPT2Config):
+        self.config: GPT2Config = config
+        self.max_positions = config.n_positions
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, Normal(config.initializer_range), bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.name_parameters()
+
+    def hidden_states(self, x: Inputs) -> list[Tensor]:
+        trace, t = x.input_ids.trace, self.transformer
+        with trace.scope("embed"):
+            h = t.wte(x.input_ids) + t.wpe(x.position_ids)
+            states = [F.dropout(h, self.config.embd_pdrop)]
+        for i, block in enumerate(t.h):
+            with trace.scope(f"h.{i}"):
+                states.append(block(states[-1], x))
+        with trace.scope("ln_f"):
+            states[-1] = t.ln_f(states[-1])
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with hidden.trace.scope("lm_head"):
+            return self.lm_head(hidden)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        with hidden.trace.scope("lm_head"):
+            return F.linear_cross_entropy(hidden, hidden.trace.parameter(self.lm_head.weight), None, labels)
+
+    def absent_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        if self.config.bias:
+            return []
+        names = dict(self.named_parameters())
+        return [
+            (f"{name.removesuffix('weight')}bias", p.shape[-1:])
+            for name, p in names.items()
+            if name.startswith(("transformer.h.", "transformer.ln_f."))
+        ]
+
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        # The files first published lack the prefix, and hold the causal mask as buffers.
+        if re.search(r"\.attn\.(masked_)?bias$", name):
+            return None
+        return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"

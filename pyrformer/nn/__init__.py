@@ -1,0 +1,24 @@
+"""What a model is written with: modules that hold parameters, functions that record operations."""
+
+from pyrformer.nn import functional
+from pyrformer.nn.layers import Conv1D, Embedding, LayerNorm, Linear
+from pyrformer.nn.module import ONES, ZEROS, Constant, Init, Module, Normal, Parameter, Table
+from pyrformer.nn.trace import Tensor, Trace
+
+__all__ = [
+    "ONES",
+    "ZEROS",
+    "Constant",
+    "Conv1D",
+    "Embedding",
+    "Init",
+    "LayerNorm",
+    "Linear",
+    "Module",
+    "Normal",
+    "Parameter",
+    "Table",
+    "Tensor",
+    "Trace",
+    "functional",
+]

@@ -1,0 +1,147 @@
+"""The operations on traced tensors, one function each. Shapes as in ``rust/graph/src/op.rs``; ``..`` is any leading axes.
+
+Letters: B batch, T tokens, C width, H query heads, K key-value heads, D head width, V vocabulary, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyrformer.errors import ConfigError
+from pyrformer.nn.trace import Tensor
+
+#: Hugging Face's activation names → the graph's.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+}
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """An activation by Hugging Face's name (``ACTIVATIONS``).
+
+    Raises:
+        ConfigError: there is no such activation.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"[model] unknown activation {name!r}; use one of {', '.join(sorted(ACTIVATIONS))}")
+    return x.trace.apply({"unary": ACTIVATIONS[name]}, x)[0]
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of ``table [V, C]`` at ``ids int32[..]``: ``[.., C]``."""
+    return gather(table, ids)
+
+
+def gather(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``table [R, C]`` at ``index int32[..]``: ``[.., C]``."""
+    return table.trace.apply("gather", table, index)[0]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """``x·Wᵀ + b`` for ``x [.., C]``, ``weight [N, C]``; with ``transposed``, ``weight [C, N]`` (GPT-2's Conv1D)."""
+    op = {"matmul": {"ta": False, "tb": not transposed, "epilogue": NO_EPILOGUE}}
+    y = x.trace.apply(op, x, weight)[0]
+    return y if bias is None else y + bias
+
+
+#: Nothing fused: the compiler fills epilogues in.
+NO_EPILOGUE = {"bias": False, "act": None, "keep_pre": False, "act_grad": None, "residual": False}
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer normalisation over the last axis of ``x [.., C]`` (Ba et al. 2016)."""
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    return x.trace.apply({"layer_norm": {"eps": eps}}, *operands)[0]
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout while training, nothing otherwise."""
+    if not x.trace.training or p == 0.0:
+        return x
+    op = {"dropout": {"p": p, "stream": x.trace.next_stream()}}
+    return x.trace.apply(op, x, x.trace.rng())[0]
+
+
+def split(x: Tensor, parts: int) -> list[Tensor]:
+    """Cuts the last axis into equal parts."""
+    return x.trace.apply({"split": {"sizes": [x.shape[-1] // parts] * parts}}, x)
+
+
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same elements under another shape."""
+    return x.trace.apply("reshape", x, declared=(x.dtype, list(shape)))[0]
+
+
+def attention_spec(
+    heads: int, kv_heads: int, head_dim: int, *, causal: bool, scale: float | None = None
+) -> dict[str, object]:
+    """Attributes of an attention without segments and dropout; ``scale`` is 1/√D unless given."""
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "causal": causal,
+        "window": None,
+        "scale": head_dim**-0.5 if scale is None else scale,
+        "segments": False,
+        "dropout": None,
+    }
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: dict[str, object], *, segments: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1) of ``q [B, T, H·D]``, ``k, v [B, T, K·D]``.
+
+    ``segments int32[B, T]``: a key is seen from its own segment only, segment 0 never. Dropout on the probabilities is
+    traced while training.
+    """
+    spec, operands = dict(spec), [q, k, v]
+    if segments is not None:
+        spec["segments"] = True
+        operands.append(segments)
+    if q.trace.training and dropout_p > 0.0:
+        spec["dropout"] = {"p": dropout_p, "stream": q.trace.next_stream()}
+        operands.append(q.trace.rng())
+    return q.trace.apply({"attention": spec}, *operands)[0]
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """The sum over ``labels int32[..] ≥ 0`` of −log softmax(x·Wᵀ + b), a scalar; the logits are never held in full."""
+    operands = [x, weight, *([] if bias is None else [bias]), labels]
+    return x.trace.apply({"linear_cross_entropy": {"bias": bias is not None}}, *operands)[0]
+
+
+def cache_write(cache: Tensor, new: Tensor, row: Tensor, start: Tensor, count: Tensor) -> Tensor:
+    """``new [B, T, C]`` into ``cache [R, S, C]``: sequence b's first count[b] tokens to row row[b] from slot start[b]."""
+    return new.trace.apply("cache_write", cache, new, row, start, count)[0]
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, start: Tensor, count: Tensor, spec: dict[str, object]
+) -> Tensor:
+    """Attention of ``q [B, T, H·D]`` over caches ``[R, S, K·D]``; position p of sequence b is in cache row rows[b, p]."""
+    return q.trace.apply({"cached_attention": spec}, q, k, v, rows, start, count)[0]
+
+
+def global_norm(grads: Sequence[Tensor]) -> Tensor:
+    """√(Σ ‖gᵢ‖²), a scalar."""
+    return grads[0].trace.apply("global_norm", *grads)[0]
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
+    return norm.trace.apply({"clip_factor": {"max_norm": max_norm}}, norm)[0]
+
+
+def adamw(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, clip: Tensor, lr: Tensor, step: Tensor, **hyper: float
+) -> list[Tensor]:
+    """New p, m, v of AdamW (Loshchilov and Hutter 2019, algorithm 2); ``hyper``: beta1, beta2, eps, weight_decay."""
+    return p.trace.apply({"adamw": hyper}, p, g, m, v, clip, lr, step)

@@ -1,0 +1,183 @@
+"""The programs that a model is compiled into: forward, gradients, training step, evaluation, decoding step.
+
+Each function traces one for fixed sizes. Letters: B batch, T tokens, M labelled positions (masked objectives), S cache
+slots, R cache rows, C width, V vocabulary.
+
+Labels are given ready for the loss: for "ar" families ``labels int32[B, T]`` holds the *next* token of each position;
+for "mlm" families ``positions int32[M]`` are flat indices b·T + t and ``labels int32[M]`` their tokens. −100 is ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyrformer.compile import Traced
+from pyrformer.models.base import Cache, Family, Inputs
+from pyrformer.nn import Parameter, Tensor, Trace
+from pyrformer.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a batch: B, T, M (0 where every position has a label), and whether segments are given."""
+
+    batch: int
+    tokens: int
+    labelled: int = 0
+    segments: bool = False
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Hyper-parameters of the update; the learning rate is an input of the step.
+
+    ``weight_decay`` applies to parameters with two or more axes; ``max_grad_norm`` 0 means no clipping.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+def trainable(model: Family) -> list[Parameter]:
+    """The parameters that training changes."""
+    return [p for _, p in model.named_parameters() if p.trainable]
+
+
+def _inputs(trace: Trace, model: Family, s: Sizes) -> Inputs:
+    shape = (s.batch, s.tokens)
+    types = trace.input("token_type_ids", "int32", shape) if model.uses_token_types else None
+    segments = trace.input("segments", "int32", shape) if s.segments else None
+    return Inputs(
+        trace.input("input_ids", "int32", shape), trace.input("position_ids", "int32", shape), types, segments
+    )
+
+
+def _loss_sum(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> Tensor:
+    if model.objective == "ar":
+        return model.loss(hidden, trace.input("labels", "int32", (s.batch, s.tokens)))
+    positions = trace.input("positions", "int32", (s.labelled,))
+    labels = trace.input("labels", "int32", (s.labelled,))
+    with trace.scope("masked"):
+        flat = F.reshape(hidden, (s.batch * s.tokens, hidden.shape[-1]))
+        rows = F.gather(flat, positions)
+    return model.loss(rows, labels)
+
+
+def forward(model: Family, s: Sizes, dtype: str = "float32", *, all_hidden: bool = False, loss: bool = False) -> Traced:
+    """Outputs ``logits [B, T, V]``, ``hidden [B, T, C]``, with ``all_hidden`` each ``hidden.i``, with ``loss`` the summed
+    ``loss []``."""
+    trace = Trace(dtype)
+    states = model.hidden_states(_inputs(trace, model, s))
+    trace.output("hidden", states[-1])
+    if all_hidden:
+        for i, state in enumerate(states):
+            trace.output(f"hidden.{i}", state)
+    trace.output("logits", model.logits(states[-1]))
+    if loss:
+        trace.output("loss", _loss_sum(trace, model, states[-1], s))
+    return Traced("forward", trace)
+
+
+def evaluate(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
+    """Outputs the summed ``loss []``, without logits."""
+    trace = Trace(dtype)
+    hidden = model.hidden_states(_inputs(trace, model, s))[-1]
+    trace.output("loss", _loss_sum(trace, model, hidden, s))
+    return Traced("evaluate", trace)
+
+
+def _backward(trace: Trace, model: Family, s: Sizes) -> tuple[Tensor, list[Parameter], list[Tensor]]:
+    hidden = model.hidden_states(_inputs(trace, model, s))[-1]
+    loss = _loss_sum(trace, model, hidden, s)
+    # 1 / number of labels in the whole (accumulated) batch: gradients are averaged by tokens.
+    scaled = loss * trace.input("loss_scale", trace.dtype, ())
+    parameters = trainable(model)
+    return loss, parameters, trace.gradients(scaled, [trace.parameter(p) for p in parameters])
+
+
+def gradients(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
+    """Outputs the summed ``loss []`` and ``grad.<parameter>`` of loss · loss_scale."""
+    trace = Trace(dtype)
+    loss, parameters, grads = _backward(trace, model, s)
+    trace.output("loss", loss)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        trace.output(f"grad.{parameter.name}", grad)
+    return Traced("gradients", trace)
+
+
+def train_step(model: Family, s: Sizes, optimizer: AdamW, dtype: str = "float32") -> Traced:
+    """One whole step: forward, loss, backward, global-norm clipping, AdamW.
+
+    Inputs besides the batch: ``loss_scale []``, ``lr []``, ``step int32[]`` (from 1), with dropout ``rng int32[4]``.
+    Outputs the summed ``loss []`` and ``grad_norm []``. States: parameters, and moments ``adamw.m.<p>``, ``adamw.v.<p>``.
+    """
+    trace = Trace(dtype, training=True)
+    loss, parameters, grads = _backward(trace, model, s)
+    trace.output("loss", loss)
+    _update(trace, parameters, grads, optimizer)
+    return Traced("train_step", trace)
+
+
+def accumulate_step(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
+    """A part of a step: adds its gradients to the states ``grad_sum.<parameter>``. Outputs the summed ``loss []``."""
+    trace = Trace(dtype, training=True)
+    loss, parameters, grads = _backward(trace, model, s)
+    trace.output("loss", loss)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        total = trace.state(f"grad_sum.{parameter.name}", parameter.shape)
+        trace.update(total, total + grad)
+    return Traced("accumulate_step", trace)
+
+
+def apply_step(model: Family, optimizer: AdamW, dtype: str = "float32") -> Traced:
+    """The end of an accumulated step: clips and applies the states ``grad_sum.<parameter>`` and zeroes them. Outputs
+    ``grad_norm []``."""
+    trace = Trace(dtype)
+    parameters = trainable(model)
+    totals = [trace.state(f"grad_sum.{p.name}", p.shape) for p in parameters]
+    _update(trace, parameters, totals, optimizer)
+    for total in totals:
+        trace.update(total, trace.fill(0.0, total.shape))
+    return Traced("apply_step", trace)
+
+
+def _update(trace: Trace, parameters: list[Parameter], grads: list[Tensor], o: AdamW) -> None:
+    lr, step = trace.input("lr", trace.dtype, ()), trace.input("step", "int32", ())
+    with trace.scope("optimizer"):
+        norm = F.global_norm(grads)
+        trace.output("grad_norm", norm)
+        clip = F.clip_factor(norm, o.max_grad_norm) if o.max_grad_norm > 0 else trace.fill(1.0)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            p = trace.parameter(parameter)
+            m, v = (trace.state(f"adamw.{kind}.{parameter.name}", parameter.shape) for kind in "mv")
+            decay = o.weight_decay if len(parameter.shape) >= 2 else 0.0
+            hyper = {"beta1": o.beta1, "beta2": o.beta2, "eps": o.eps, "weight_decay": decay}
+            new = F.adamw(p, grad, m, v, clip, lr, step, **hyper)
+            for state, value in zip((p, m, v), new, strict=True):
+                trace.update(state, value)
+
+
+def decode_step(
+    model: Family, batch: int, tokens: int, cache: tuple[int, int], prefix: str, dtype: str = "float32"
+) -> Traced:
+    """Feeds up to T tokens of B sequences through the cache ``(R, S)`` named ``prefix``.
+
+    Inputs: ``input_ids``, ``position_ids int32[B, T]``; ``rows int32[B, S]``, ``row``, ``start``, ``count int32[B]`` (see
+    ``models.base.Cache``); ``last int32[B]``, the flat index of each sequence's last token. Outputs ``logits [B, V]`` at
+    those.
+    """
+    trace = Trace(dtype)
+    shape = (batch, tokens)
+    ids, positions = trace.input("input_ids", "int32", shape), trace.input("position_ids", "int32", shape)
+    rows = trace.input("rows", "int32", (batch, cache[1]))
+    row, start, count, last = (trace.input(n, "int32", (batch,)) for n in ("row", "start", "count", "last"))
+    x = Inputs(ids, positions, cache=Cache(prefix, cache, rows, row, start, count))
+    hidden = model.hidden_states(x)[-1]
+    with trace.scope("last"):
+        flat = F.reshape(hidden, (batch * tokens, hidden.shape[-1]))
+        final = F.gather(flat, last)
+    trace.output("logits", model.logits(final))
+    return Traced("decode_step", trace)

@@ -1,0 +1,290 @@
+//! Graph, plan, states and the CPU executor.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use pyrformer_cpu::{Cpu, CpuExecutor, simd, threads};
+use pyrformer_graph::autodiff::gradients;
+use pyrformer_graph::{DType, Op, Shape, TensorType, ValueId, lower, passes};
+
+use crate::array::{Given, to_numpy};
+use crate::enter::{Failure, enter};
+
+fn dtype(name: &str) -> PyResult<DType> {
+    match name {
+        "float32" => Ok(DType::F32),
+        "float64" => Ok(DType::F64),
+        "int32" => Ok(DType::I32),
+        _ => Err(Failure::new("ShapeError", format!("[graph] unknown dtype {name:?}; use float32, float64 or int32")).into()),
+    }
+}
+
+fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "float32",
+        DType::F64 => "float64",
+        DType::I32 => "int32",
+    }
+}
+
+/// A name, an element type and a shape.
+type Typed = (String, &'static str, Vec<usize>);
+
+fn typed(name: &str, ty: &TensorType) -> Typed {
+    (name.to_owned(), dtype_name(ty.dtype), ty.shape.0.clone())
+}
+
+/// A program under construction. Values are numbers; the Python class `Tensor` wraps them.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Graph {
+    inner: Mutex<pyrformer_graph::Graph>,
+}
+
+impl Graph {
+    fn lock(&self) -> MutexGuard<'_, pyrformer_graph::Graph> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self, values: &[u32]) -> PyResult<Vec<ValueId>> {
+        let count = self.lock().value_count();
+        match values.iter().find(|&&v| v as usize >= count) {
+            Some(v) => Err(Failure::new("GraphError", format!("[graph] there is no value {v}")).into()),
+            None => Ok(values.iter().map(|&v| ValueId(v)).collect()),
+        }
+    }
+}
+
+#[pymethods]
+impl Graph {
+    #[new]
+    fn new() -> Self {
+        Self { inner: Mutex::new(pyrformer_graph::Graph::new()) }
+    }
+
+    fn input(&self, name: &str, dtype_: &str, shape: Vec<usize>) -> PyResult<u32> {
+        let ty = TensorType::new(dtype(dtype_)?, Shape(shape));
+        Ok(self.lock().input(name, ty).map_err(Failure::from)?.0)
+    }
+
+    fn state(&self, name: &str, dtype_: &str, shape: Vec<usize>) -> PyResult<u32> {
+        let ty = TensorType::new(dtype(dtype_)?, Shape(shape));
+        Ok(self.lock().state(name, ty).map_err(Failure::from)?.0)
+    }
+
+    /// Adds an operation given as JSON, `"gather"` or `{"matmul": {...}}`; `declared` is the result's type where the
+    /// operation does not determine it.
+    #[pyo3(signature = (op, inputs, declared=None))]
+    fn add(&self, op: &str, inputs: Vec<u32>, declared: Option<(String, Vec<usize>)>) -> PyResult<Vec<u32>> {
+        let op: Op = serde_json::from_str(op).map_err(|e| Failure::new("GraphError", format!("[graph] {op}: {e}")))?;
+        let inputs = self.known(&inputs)?;
+        let mut graph = self.lock();
+        let values = match declared {
+            None => graph.add(op, &inputs).map_err(Failure::from)?,
+            Some((name, shape)) => {
+                let ty = TensorType::new(dtype(&name)?, Shape(shape));
+                vec![graph.add_as(op, &inputs, ty).map_err(Failure::from)?]
+            }
+        };
+        Ok(values.into_iter().map(|v| v.0).collect())
+    }
+
+    fn r#type(&self, value: u32) -> PyResult<(&'static str, Vec<usize>)> {
+        let value = self.known(&[value])?[0];
+        let graph = self.lock();
+        let ty = graph.ty(value);
+        Ok((dtype_name(ty.dtype), ty.shape.0.clone()))
+    }
+
+    fn gradients(&self, loss: u32, wrt: Vec<u32>) -> PyResult<Vec<u32>> {
+        let (loss, wrt) = (self.known(&[loss])?[0], self.known(&wrt)?);
+        let values = gradients(&mut self.lock(), loss, &wrt).map_err(Failure::from)?;
+        Ok(values.into_iter().map(|v| v.0).collect())
+    }
+
+    fn output(&self, name: &str, value: u32) -> PyResult<()> {
+        let value = self.known(&[value])?[0];
+        Ok(self.lock().output(name, value).map_err(Failure::from)?)
+    }
+
+    fn update(&self, state: u32, value: u32) -> PyResult<()> {
+        let values = self.known(&[state, value])?;
+        Ok(self.lock().update(values[0], values[1]).map_err(Failure::from)?)
+    }
+
+    fn set_scope(&self, scope: &str) -> String {
+        self.lock().set_scope(scope)
+    }
+
+    /// The graph after all passes.
+    fn optimise(&self, py: Python<'_>) -> PyResult<Self> {
+        let graph = self.lock().clone();
+        let graph = enter(py, move || passes::optimise(&graph))?;
+        Ok(Self { inner: Mutex::new(graph) })
+    }
+
+    /// The plan of this graph, as it is.
+    fn lower(&self, py: Python<'_>) -> PyResult<Plan> {
+        let graph = self.lock().clone();
+        Ok(Plan { inner: Arc::new(enter(py, move || lower(&graph, &Cpu))?) })
+    }
+
+    fn __str__(&self) -> String {
+        self.lock().to_string()
+    }
+
+    fn __len__(&self) -> usize {
+        self.lock().nodes().len()
+    }
+}
+
+/// A compiled program: steps over planned memory.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Plan {
+    inner: Arc<pyrformer_graph::Plan>,
+}
+
+#[pymethods]
+impl Plan {
+    #[getter]
+    fn inputs(&self) -> Vec<Typed> {
+        self.inner.inputs.iter().map(|p| typed(&p.name, &p.operand.ty)).collect()
+    }
+
+    #[getter]
+    fn outputs(&self) -> Vec<Typed> {
+        self.inner.outputs.iter().map(|p| typed(&p.name, &p.operand.ty)).collect()
+    }
+
+    #[getter]
+    fn states(&self) -> Vec<Typed> {
+        self.inner.states.iter().map(|s| typed(&s.name, &s.ty)).collect()
+    }
+
+    #[getter]
+    fn arena_bytes(&self) -> usize {
+        self.inner.arena_bytes
+    }
+
+    #[getter]
+    fn live_bytes(&self) -> usize {
+        self.inner.live_bytes
+    }
+
+    #[getter]
+    fn state_bytes(&self) -> usize {
+        self.inner.state_bytes()
+    }
+
+    #[getter]
+    fn flops(&self) -> u64 {
+        self.inner.flops()
+    }
+
+    #[getter]
+    fn traffic_bytes(&self) -> u64 {
+        self.inner.traffic_bytes()
+    }
+
+    fn table(&self) -> Vec<[String; 8]> {
+        self.inner.table()
+    }
+
+    fn to_json(&self) -> PyResult<String> {
+        Ok(self.inner.to_json().map_err(|e| Failure::new("InternalError", e))?)
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.steps.len()
+    }
+}
+
+/// Named tensors that plans share.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Store {
+    inner: Arc<pyrformer_cpu::Store>,
+}
+
+#[pymethods]
+impl Store {
+    #[new]
+    fn new() -> Self {
+        Self { inner: Arc::new(pyrformer_cpu::Store::new()) }
+    }
+
+    fn types(&self) -> Vec<Typed> {
+        self.inner.types().iter().map(|(name, ty)| typed(name, ty)).collect()
+    }
+
+    fn set(&self, py: Python<'_>, name: &str, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let given = Given::new(name, value)?;
+        let (ty, bytes) = (given.ty(), given.bytes().unwrap_or_default());
+        enter(py, || self.inner.set(name, &ty, bytes))
+    }
+
+    fn get<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        let (ty, bytes) = enter(py, || self.inner.get(name))?;
+        to_numpy(py, &ty, &bytes)
+    }
+
+    fn remove(&self, name: &str) {
+        self.inner.remove(name);
+    }
+}
+
+/// A plan bound to a store, run on the CPU.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Executor {
+    inner: CpuExecutor,
+}
+
+/// The pool that all executors of one thread count share.
+fn pool(threads: usize) -> Arc<threads::Pool> {
+    static POOLS: Mutex<Vec<Arc<threads::Pool>>> = Mutex::new(Vec::new());
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(pool) = pools.iter().find(|p| p.threads() == threads) {
+        return pool.clone();
+    }
+    let pool = Arc::new(threads::Pool::new(threads));
+    pools.push(pool.clone());
+    pool
+}
+
+#[pymethods]
+impl Executor {
+    #[new]
+    #[pyo3(signature = (plan, store, threads=None))]
+    fn new(py: Python<'_>, plan: &Plan, store: &Store, threads: Option<usize>) -> PyResult<Self> {
+        simd::check().map_err(|e| Failure::new("InputError", e))?;
+        let threads = match threads {
+            Some(n) if (1..=threads::MAX_THREADS).contains(&n) => n,
+            Some(n) => {
+                let most = threads::MAX_THREADS;
+                return Err(Failure::new("InputError", format!("[threads] {n} threads; give 1 to {most}")).into());
+            }
+            None => threads::default_threads().map_err(|e| Failure::new("InputError", e))?,
+        };
+        let (plan, store) = (plan.inner.clone(), store.inner.clone());
+        Ok(Self { inner: enter(py, move || CpuExecutor::new(plan, store, pool(threads)))? })
+    }
+
+    /// Runs the plan once: a dict of arrays in, a dict of new arrays out.
+    fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
+        let given: Vec<(String, Given<'py>)> = inputs
+            .iter()
+            .map(|(name, value)| {
+                let name: String = name.extract()?;
+                let value = Given::new(&name, &value)?;
+                Ok((name, value))
+            })
+            .collect::<PyResult<_>>()?;
+        let raw: Vec<(&str, TensorType, &[u8])> =
+            given.iter().map(|(name, g)| (name.as_str(), g.ty(), g.bytes().unwrap_or_default())).collect();
+        let results = enter(py, || self.inner.run(&raw))?;
+        let out = PyDict::new(py);
+        for (port, array) in self.inner.plan().outputs.iter().zip(results) {
+            out.set_item(&port.name, to_numpy(py, &array.ty, &array.bytes)?)?;
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,24 @@
+//! Random numbers for initialising weights.
+
+use numpy::PyArray1;
+use pyo3::prelude::*;
+use pyrformer_random::Stream;
+
+/// The purpose of draws for initial weights, so that they meet no other use of a seed.
+const INIT: u32 = 0x1A17;
+
+/// `count` draws from N(0, 1) for tensor `index` of a model, float32.
+#[pyfunction]
+pub(crate) fn normal(py: Python<'_>, seed: u64, index: u64, count: usize) -> Bound<'_, PyArray1<f32>> {
+    let values = py.detach(|| {
+        let mut stream = Stream::new(seed, INIT, index);
+        let mut values = Vec::with_capacity(count + 1);
+        while values.len() < count {
+            let (a, b) = stream.normal_pair();
+            values.extend([a as f32, b as f32]);
+        }
+        values.truncate(count);
+        values
+    });
+    PyArray1::from_vec(py, values)
+}

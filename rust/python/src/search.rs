@@ -1,0 +1,215 @@
+//! Decoding search and logits filters.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use numpy::{PyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use pyrformer_graph::{DType, TensorType};
+use pyrformer_search::{EarlyStopping, Filters, GenerationOptions, Prompt};
+
+use crate::array::to_numpy;
+use crate::enter::{Failure, enter};
+
+impl From<pyrformer_search::Error> for Failure {
+    fn from(e: pyrformer_search::Error) -> Self {
+        Self::new("InputError", e)
+    }
+}
+
+fn wrong(option: &str, value: &Bound<'_, PyAny>, wanted: &str) -> PyErr {
+    let got = value.repr().map_or_else(|_| "something else".to_owned(), |r| r.to_string());
+    Failure::new("InputError", format!("[search] {option} must be {wanted}, got {got}")).into()
+}
+
+/// Sets one filter by name; false if there is none of this name.
+fn set_filter(filters: &mut Filters, name: &str, value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    macro_rules! take {
+        ($field:ident, $wanted:literal) => {
+            filters.$field = value.extract().map_err(|_| wrong(name, value, $wanted))?
+        };
+    }
+    match name {
+        "temperature" => take!(temperature, "a number"),
+        "top_k" => take!(top_k, "a whole number of 0 or more"),
+        "top_p" => take!(top_p, "a number"),
+        "top_h" => take!(top_h, "a number"),
+        "min_p" => take!(min_p, "a number"),
+        "typical_p" => take!(typical_p, "a number"),
+        "epsilon_cutoff" => take!(epsilon_cutoff, "a number"),
+        "eta_cutoff" => take!(eta_cutoff, "a number"),
+        "min_tokens_to_keep" => take!(min_tokens_to_keep, "a whole number of 1 or more"),
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+/// One number or a list of them.
+fn tokens(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    if let Ok(one) = value.extract::<u32>() {
+        return Ok(vec![one]);
+    }
+    value.extract().map_err(|_| wrong(name, value, "a token id or a list of them"))
+}
+
+fn options(given: &Bound<'_, PyDict>) -> PyResult<GenerationOptions> {
+    let mut o = GenerationOptions::default();
+    for (name, value) in given.iter() {
+        let name: String = name.extract()?;
+        if value.is_none() || set_filter(&mut o.filters, &name, &value)? {
+            continue;
+        }
+        macro_rules! take {
+            ($field:ident, $wanted:literal) => {
+                o.$field = value.extract().map_err(|_| wrong(&name, &value, $wanted))?
+            };
+        }
+        match name.as_str() {
+            "max_new_tokens" => take!(max_new_tokens, "a whole number of 1 or more"),
+            "max_length" => take!(max_length, "a whole number of 1 or more"),
+            "min_length" => take!(min_length, "a whole number of 0 or more"),
+            "min_new_tokens" => take!(min_new_tokens, "a whole number of 0 or more"),
+            "do_sample" => take!(do_sample, "True or False"),
+            "num_beams" => take!(num_beams, "a whole number of 1 or more"),
+            "num_return_sequences" => take!(num_return_sequences, "a whole number of 1 or more"),
+            "repetition_penalty" => take!(repetition_penalty, "a number"),
+            "encoder_repetition_penalty" => take!(encoder_repetition_penalty, "a number"),
+            "no_repeat_ngram_size" => take!(no_repeat_ngram_size, "a whole number of 0 or more"),
+            "encoder_no_repeat_ngram_size" => take!(encoder_no_repeat_ngram_size, "a whole number of 0 or more"),
+            "bad_words_ids" => take!(bad_words_ids, "a list of lists of token ids"),
+            "sequence_bias" => take!(sequence_bias, "a list of (token ids, number)"),
+            "suppress_tokens" => o.suppress_tokens = tokens(&name, &value)?,
+            "begin_suppress_tokens" => o.begin_suppress_tokens = tokens(&name, &value)?,
+            "forced_bos_token_id" => take!(forced_bos_token_id, "a token id"),
+            "forced_eos_token_id" => o.forced_eos_token_id = tokens(&name, &value)?,
+            "length_penalty" => take!(length_penalty, "a number"),
+            "early_stopping" => {
+                o.early_stopping = match (value.extract::<bool>(), value.extract::<String>().as_deref()) {
+                    (Ok(false), _) => EarlyStopping::Heuristic,
+                    (Ok(true), _) => EarlyStopping::FirstComplete,
+                    (_, Ok("never")) => EarlyStopping::Never,
+                    _ => return Err(wrong(&name, &value, "True, False or \"never\"")),
+                }
+            }
+            "exponential_decay_length_penalty" => {
+                take!(exponential_decay_length_penalty, "a pair (start, factor)")
+            }
+            "renormalize_logits" => take!(renormalize_logits, "True or False"),
+            "remove_invalid_values" => take!(remove_invalid_values, "True or False"),
+            "eos_token_id" => o.eos_token_id = tokens(&name, &value)?,
+            "seed" => take!(seed, "a whole number of 0 or more"),
+            _ => return Err(Failure::new("InputError", format!("[search] unknown option {name:?}")).into()),
+        }
+    }
+    Ok(o)
+}
+
+/// A search over a batch of prompts.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Search {
+    inner: Mutex<Option<pyrformer_search::Search>>,
+}
+
+/// Index, tokens, parents and sequences of a step.
+type Step<'py> =
+    (usize, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>);
+
+fn signed(items: &[u32]) -> Vec<i32> {
+    items.iter().map(|&x| x.cast_signed()).collect()
+}
+
+impl Search {
+    fn lock(&self) -> MutexGuard<'_, Option<pyrformer_search::Search>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn over() -> Failure {
+        Failure::new("InputError", "[search] the search is finished")
+    }
+}
+
+#[pymethods]
+impl Search {
+    #[new]
+    fn new(options_: &Bound<'_, PyDict>, prompts: Vec<Vec<u32>>, vocab_size: usize) -> PyResult<Self> {
+        let prompts = prompts.into_iter().map(Prompt::from);
+        let search = pyrformer_search::Search::new(options(options_)?, prompts, vocab_size).map_err(Failure::from)?;
+        Ok(Self { inner: Mutex::new(Some(search)) })
+    }
+
+    /// The forward pass wanted next, or None at the end.
+    fn step<'py>(&self, py: Python<'py>) -> Option<Step<'py>> {
+        let inner = self.lock();
+        let step = inner.as_ref()?.step()?;
+        let [tokens, parents, sequences] = [&step.tokens, &step.parents, &step.sequences].map(|x| signed(x));
+        let array = |x| PyArray1::from_vec(py, x);
+        Some((step.index, array(tokens), array(parents), array(sequences)))
+    }
+
+    /// Takes logits [active, V].
+    fn advance(&self, py: Python<'_>, logits: PyReadonlyArray2<'_, f32>) -> PyResult<()> {
+        let gaps = |_| Failure::new("InputError", "[search] logits must be a C-contiguous array");
+        let slice = logits.as_slice().map_err(gaps)?;
+        let inner = &self.inner;
+        enter(py, || match inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(search) => search.advance(slice).map_err(Failure::from),
+            None => Err(Self::over()),
+        })
+    }
+
+    /// (sequence, token, log-probability) of each token made certain by the last `advance`.
+    fn emitted(&self) -> Vec<(usize, u32, f64)> {
+        let inner = self.lock();
+        inner.as_ref().map_or_else(Vec::new, |s| s.emitted().iter().map(|e| (e.sequence, e.token, e.logprob)).collect())
+    }
+
+    fn stop(&self, sequence: usize) -> bool {
+        self.lock().as_mut().is_some_and(|s| s.stop(sequence))
+    }
+
+    /// Ends the search: a dict per result.
+    fn finish<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let search = self.lock().take().ok_or_else(Self::over)?;
+        let list = PyList::empty(py);
+        for h in search.finish() {
+            let dict = PyDict::new(py);
+            dict.set_item("prompt", h.prompt)?;
+            dict.set_item("ids", h.ids)?;
+            dict.set_item("score", h.score)?;
+            dict.set_item("token_logprobs", h.token_logprobs)?;
+            dict.set_item("beam_indices", h.beam_indices)?;
+            dict.set_item("finish_reason", h.finish_reason.name())?;
+            list.append(dict)?;
+        }
+        Ok(list)
+    }
+}
+
+/// Filtered and renormalised probabilities of logits [N, V].
+#[pyfunction]
+pub(crate) fn filter_logits<'py>(
+    py: Python<'py>,
+    logits: PyReadonlyArray2<'py, f32>,
+    options_: &Bound<'py, PyDict>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let mut filters = Filters::default();
+    for (name, value) in options_.iter() {
+        let name: String = name.extract()?;
+        if !value.is_none() && !set_filter(&mut filters, &name, &value)? {
+            return Err(Failure::new("InputError", format!("[filter_logits] unknown option {name:?}")).into());
+        }
+    }
+    let (rows, cols) = (logits.shape()[0], logits.shape()[1]);
+    let gaps = |_| Failure::new("InputError", "[filter_logits] logits must be a C-contiguous array");
+    let slice = logits.as_slice().map_err(gaps)?;
+    let bytes = enter(py, || {
+        let mut bytes = Vec::with_capacity(4 * rows * cols);
+        for row in slice.chunks(cols.max(1)) {
+            for p in pyrformer_search::filter_logits(row, &filters)? {
+                bytes.extend_from_slice(&p.to_ne_bytes());
+            }
+        }
+        Ok::<_, pyrformer_search::Error>(bytes)
+    })?;
+    to_numpy(py, &TensorType::new(DType::F32, [rows, cols]), &bytes)
+}
