@@ -1,0 +1,410 @@
+// Attention in tiles: scores exist for 64 queries against 64 keys at a time, in registers and shared memory.
+// Source: Dao et al. 2022, "FlashAttention", algorithm 1 (forward, online softmax) and algorithm 4 with appendix B.2
+// (backward, probabilities recomputed from lse). Differs: the backward pass is one launch for dq and one for dk and dv,
+// so that no sum crosses blocks and nothing is atomic.
+//
+// Dimensions: B sequences, T tokens, H query heads, K key-value heads (H a multiple), D head width (any).
+//   q, out, dout, dq [B, T, H * D]; k, v, dk, dv [B, T, K * D]; lse, delta [B, H, T]; segments [B, T]; rng [4].
+//   A stride (`q_ld`) is from token to token.
+// Launch, with tiles = ceil(T / 64) and slices = ceil(D / 128):
+//   attention_forward_f32, attention_dq_backward_f32      block = 256, grid = (tiles, H, B * slices).
+//   attention_dkv_backward_f32                            block = 256, grid = (tiles, K, B * slices).
+//   attention_delta_backward_f32                          block = 128, grid = ceil(B * T * H / 4).
+// The gradient takes three launches: delta, then dq and dkv in any order.
+// Shared memory: static, 34.8 KB.
+//
+// Which keys a query sees: key j of query i if j <= i (causal only), i - j < window (pass 2^31 - 1 for none), and, with
+// segments, segments[j] == segments[i] != 0. A query that sees nothing has out = 0 and lse = -inf.
+// Probability (b, h, i, j) draws number ((b * H + h) * T + i) * T + j of the dropout site; rng is null without dropout.
+//
+// A block computes 64 rows of the result, `slice` telling which 128 columns of the head. A thread (ty, tx) of 16 x 16 has
+// rows 4 ty .. and columns 4 tx .. of every 64 x 64 product. Products run over the inner dimension in steps of DEPTH: both
+// factors lie in shared memory with the inner dimension first, so that a step reads two float4 for 16 multiply-adds, and
+// the shared memory needed does not grow with D.
+
+#define TILE 64
+#define DEPTH 32
+#define PITCH (TILE + 4)  // a multiple of 4 that is not one of 32: neighbouring rows start in different banks
+#define THREADS 256
+#define SLICE 128
+#define PARTS (SLICE / TILE)
+
+struct __align__(16) Shared {
+    float a[DEPTH][PITCH];
+    float b[DEPTH][PITCH];
+    float weights[TILE][PITCH];  // probabilities or score gradients, the inner dimension of the second product first
+};
+
+// What of a sequence belongs to one head: `rows` tokens, `ld` apart, `width` elements each.
+struct Rows {
+    const float* x;
+    int ld;
+    int rows;
+    int width;
+};
+
+__device__ __forceinline__ Rows head_rows(const float* x, int ld, int b, int head, int tokens, int width) {
+    return {x + (long long)b * tokens * ld + (long long)head * width, ld, tokens, width};
+}
+
+// to[d][r] = x[from + r][d0 + d]: a tile turned so that the inner dimension is first; 0 outside.
+__device__ __forceinline__ void load_turned(float (*to)[PITCH], const Rows& x, int from, int d0) {
+    int r = threadIdx.x % TILE;
+    const float* row = x.x + (long long)(from + r) * x.ld + d0;
+#pragma unroll
+    for (int d = 4 * (threadIdx.x / TILE); d < DEPTH; d += 4 * THREADS / TILE) {
+        float4 value = load4(row + d, from + r < x.rows ? x.width - d0 - d : 0);
+        to[d][r] = value.x;
+        to[d + 1][r] = value.y;
+        to[d + 2][r] = value.z;
+        to[d + 3][r] = value.w;
+    }
+}
+
+// to[r][c] = x[from + r][c0 + c] for DEPTH rows and TILE columns; 0 outside.
+__device__ __forceinline__ void load_rows(float (*to)[PITCH], const Rows& x, int from, int c0) {
+    int c = 4 * (threadIdx.x % (TILE / 4));
+#pragma unroll
+    for (int r = threadIdx.x / (TILE / 4); r < DEPTH; r += THREADS / (TILE / 4)) {
+        const float* row = x.x + (long long)(from + r) * x.ld + c0;
+        float4 value = load4(row + c, from + r < x.rows ? x.width - c0 - c : 0);
+        *reinterpret_cast<float4*>(&to[r][c]) = value;
+    }
+}
+
+// sum[i][j] += sum over k < DEPTH of a[k][4 ty + i] * b[k][4 tx + j].
+__device__ __forceinline__ void multiply(float (&sum)[4][4], const float (*a)[PITCH], const float (*b)[PITCH], int ty, int tx) {
+#pragma unroll 4
+    for (int k = 0; k < DEPTH; ++k) {
+        float4 x = *reinterpret_cast<const float4*>(&a[k][4 * ty]);
+        float4 y = *reinterpret_cast<const float4*>(&b[k][4 * tx]);
+        float xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum[i][j] += xs[i] * ys[j];
+        }
+    }
+}
+
+// product[i][j] = x[x_from + 4 ty + i] . y[y_from + 4 tx + j].
+__device__ __forceinline__ void dot_tiles(float (&product)[4][4], Shared& shared, const Rows& x, int x_from, const Rows& y,
+                                          int y_from, int ty, int tx) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) product[i][j] = 0.f;
+    }
+    for (int d = 0; d < x.width; d += DEPTH) {
+        __syncthreads();  // the last users of a and b are done
+        load_turned(shared.a, x, x_from, d);
+        load_turned(shared.b, y, y_from, d);
+        __syncthreads();
+        multiply(product, shared.a, shared.b, ty, tx);
+    }
+}
+
+// weights[4 tx + j][4 ty + i] = w[i][j].
+__device__ __forceinline__ void store_weights(Shared& shared, const float (&w)[4][4], int ty, int tx) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        *reinterpret_cast<float4*>(&shared.weights[4 * tx + j][4 * ty]) = make_float4(w[0][j], w[1][j], w[2][j], w[3][j]);
+    }
+}
+
+// sum[part][i][j] += sum over r < TILE of weights[r][4 ty + i] * x[from + r][column + TILE part + 4 tx + j].
+__device__ __forceinline__ void add_weighted(float (&sum)[PARTS][4][4], Shared& shared, const Rows& x, int from, int column,
+                                             int ty, int tx) {
+#pragma unroll 1
+    for (int half = 0; half < TILE; half += DEPTH) {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            if (column + part * TILE < x.width) {
+                __syncthreads();  // the weights are written, the last users of b are done
+                load_rows(shared.b, x, from + half, column + part * TILE);
+                __syncthreads();
+                multiply(sum[part], shared.weights + half, shared.b, ty, tx);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void clear(float (&sum)[PARTS][4][4]) {
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum[part][i][j] = 0.f;
+        }
+    }
+}
+
+// to[row0 + 4 ty + i][column + TILE part + 4 tx + j] = sum[part][i][j] * factor[i], inside the head.
+__device__ __forceinline__ void store_sum(float* to, int ld, int rows, int width, int row0, int column,
+                                          const float (&sum)[PARTS][4][4], const float (&factor)[4], int ty, int tx) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        int row = row0 + 4 * ty + i;
+        if (row >= rows) continue;
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            int c = column + part * TILE + 4 * tx;
+            const float* s = sum[part][i];
+            float4 value = make_float4(s[0] * factor[i], s[1] * factor[i], s[2] * factor[i], s[3] * factor[i]);
+            store4(to + (long long)row * ld + c, value, width - c);
+        }
+    }
+}
+
+// ---- Which keys a query sees ---------------------------------------------------------------------------------------
+
+struct Mask {
+    const int* segments;  // of this sequence, or null
+    int tokens;
+    int causal;
+    int window;
+
+    __device__ __forceinline__ bool sees(int i, int j) const {
+        if (i >= tokens || j >= tokens || (causal && j > i) || i - j >= window) return false;
+        return !segments || (segments[j] == segments[i] && segments[j] != 0);
+    }
+
+    // The first tile of keys that some query from `i` on sees, and the end of those that queries before `end` see.
+    __device__ __forceinline__ int first_key(int i) const { return max(0, i - window + 1) / TILE * TILE; }
+    __device__ __forceinline__ int end_key(int end) const { return causal ? min(end, tokens) : tokens; }
+
+    // The same for the queries that see some key from `j` on, and before `end`.
+    __device__ __forceinline__ int first_query(int j) const { return causal ? j / TILE * TILE : 0; }
+    __device__ __forceinline__ int end_query(int end) const { return window >= tokens ? tokens : min(tokens, end - 1 + window); }
+};
+
+// Sums and maxima over the 16 threads that share a row of a tile.
+__device__ __forceinline__ float row_sum(float x) {
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+__device__ __forceinline__ float row_max(float x) {
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+// ---- Forward -------------------------------------------------------------------------------------------------------
+
+// out = softmax(scale * q . k) * v, lse = log of the softmax's denominator.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
+                      const int* __restrict__ segments, const int* __restrict__ rng, float* __restrict__ out,
+                      float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld,
+                      int v_ld, int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
+                      float dropout_scale) {
+    __shared__ Shared shared;
+    int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    // The last queries see the most keys: begin with them.
+    int query0 = (gridDim.x - 1 - blockIdx.x) * TILE;
+    int head = blockIdx.y, kv_head = head / (heads / kv_heads);
+    int b = blockIdx.z % batch, column = blockIdx.z / batch * SLICE;
+    Rows qs = head_rows(q, q_ld, b, head, tokens, width);
+    Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
+    Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window};
+    long long row0 = ((long long)b * heads + head) * tokens + query0 + 4 * ty;
+    Keep keep;
+    if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
+
+    float sum[PARTS][4][4], largest[4], denominator[4];
+    clear(sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest[i] = -INFINITY, denominator[i] = 0.f;
+
+    int end = mask.end_key(query0 + TILE);
+    for (int key0 = mask.first_key(query0); key0 < end; key0 += TILE) {
+        float p[4][4];
+        dot_tiles(p, shared, qs, query0, ks, key0, ty, tx);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float above = largest[i];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                p[i][j] = mask.sees(query0 + 4 * ty + i, key0 + 4 * tx + j) ? p[i][j] * scale : -INFINITY;
+                above = fmaxf(above, p[i][j]);
+            }
+            above = row_max(above);
+            // A row that has seen nothing yet: exp(-inf - 0) = 0 throughout.
+            float shift = above == -INFINITY ? 0.f : above;
+            float correction = expf(largest[i] - shift), total = 0.f;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                p[i][j] = expf(p[i][j] - shift);
+                total += p[i][j];
+            }
+            denominator[i] = denominator[i] * correction + row_sum(total);
+            largest[i] = above;
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum[part][i][j] *= correction;
+            }
+            if (rng) {
+                float4 factor = keep4(keep, (row0 + i) * tokens + key0 + 4 * tx);
+                p[i][0] *= factor.x, p[i][1] *= factor.y, p[i][2] *= factor.z, p[i][3] *= factor.w;
+            }
+        }
+        store_weights(shared, p, ty, tx);
+        add_weighted(sum, shared, vs, key0, column, ty, tx);
+    }
+
+    float factor[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        bool empty = denominator[i] == 0.f;
+        factor[i] = empty ? 0.f : 1.f / denominator[i];
+        if (tx == 0 && column == 0 && query0 + 4 * ty + i < tokens) {
+            lse[row0 + i] = empty ? -INFINITY : largest[i] + logf(denominator[i]);
+        }
+    }
+    float* to = out + (long long)b * tokens * out_ld + (long long)head * width;
+    store_sum(to, out_ld, tokens, width, query0, column, sum, factor, ty, tx);
+}
+
+// ---- Backward ------------------------------------------------------------------------------------------------------
+
+// delta[b, h, i] = dout[b, i, h] . out[b, i, h], which is the sum over j of p[i, j] * dp[i, j].
+extern "C" __global__ void __launch_bounds__(4 * WARP)
+attention_delta_backward_f32(const float* __restrict__ dout, const float* __restrict__ out, float* __restrict__ delta,
+                             int batch, int tokens, int heads, int width, int dout_ld, int out_ld) {
+    int i = blockIdx.x * 4 + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
+    if (i >= batch * tokens * heads) return;
+    int row = i / heads, head = i % heads;
+    const float* x = dout + (long long)row * dout_ld + (long long)head * width;
+    const float* y = out + (long long)row * out_ld + (long long)head * width;
+    float sum = 0.f;
+    for (int c = lane; c < width; c += WARP) sum += x[c] * y[c];
+    sum = warp_sum(sum);
+    if (lane == 0) delta[((long long)(row / tokens) * heads + head) * tokens + row % tokens] = sum;
+}
+
+// p and dp of a tile -> (p * keep) and the score gradient p * (dp * keep - delta) * scale, in place.
+__device__ __forceinline__ void score_gradient(float& p, float& dp, bool seen, float lse, float delta, float factor, float scale) {
+    p = seen && lse != -INFINITY ? expf(p * scale - lse) : 0.f;
+    dp = p * (dp * factor - delta) * scale;
+    p *= factor;
+}
+
+// dq = sum over j of ds[i, j] * k[j].
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention_dq_backward_f32(const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
+                          const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
+                          const int* __restrict__ segments, const int* __restrict__ rng, float* __restrict__ dq, int batch,
+                          int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld,
+                          int dq_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
+                          float dropout_scale) {
+    __shared__ Shared shared;
+    int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    int query0 = (gridDim.x - 1 - blockIdx.x) * TILE;
+    int head = blockIdx.y, kv_head = head / (heads / kv_heads);
+    int b = blockIdx.z % batch, column = blockIdx.z / batch * SLICE;
+    Rows qs = head_rows(q, q_ld, b, head, tokens, width);
+    Rows douts = head_rows(dout, dout_ld, b, head, tokens, width);
+    Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
+    Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window};
+    long long row0 = ((long long)b * heads + head) * tokens + query0 + 4 * ty;
+    Keep keep;
+    if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
+
+    float sum[PARTS][4][4], lses[4], deltas[4];
+    clear(sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        bool inside = query0 + 4 * ty + i < tokens;
+        lses[i] = inside ? lse[row0 + i] : 0.f;
+        deltas[i] = inside ? delta[row0 + i] : 0.f;
+    }
+
+    int end = mask.end_key(query0 + TILE);
+    for (int key0 = mask.first_key(query0); key0 < end; key0 += TILE) {
+        float p[4][4], ds[4][4];
+        dot_tiles(p, shared, qs, query0, ks, key0, ty, tx);
+        dot_tiles(ds, shared, douts, query0, vs, key0, ty, tx);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float4 factor = make_float4(1.f, 1.f, 1.f, 1.f);
+            if (rng) factor = keep4(keep, (row0 + i) * tokens + key0 + 4 * tx);
+            float factors[4] = {factor.x, factor.y, factor.z, factor.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                bool seen = mask.sees(query0 + 4 * ty + i, key0 + 4 * tx + j);
+                score_gradient(p[i][j], ds[i][j], seen, lses[i], deltas[i], factors[j], scale);
+            }
+        }
+        store_weights(shared, ds, ty, tx);
+        add_weighted(sum, shared, ks, key0, column, ty, tx);
+    }
+    float ones[4] = {1.f, 1.f, 1.f, 1.f};
+    float* to = dq + (long long)b * tokens * dq_ld + (long long)head * width;
+    store_sum(to, dq_ld, tokens, width, query0, column, sum, ones, ty, tx);
+}
+
+// dk = sum over i of ds[i, j] * q[i], dv = sum over i of p[i, j] * keep[i, j] * dout[i], over all query heads of a
+// key-value head. Rows of a tile are keys here, columns queries.
+extern "C" __global__ void __launch_bounds__(THREADS)
+attention_dkv_backward_f32(const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
+                           const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
+                           const int* __restrict__ segments, const int* __restrict__ rng, float* __restrict__ dk,
+                           float* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld,
+                           int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale,
+                           unsigned stream, float dropout_p, float dropout_scale) {
+    __shared__ Shared shared;
+    int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    int key0 = blockIdx.x * TILE;
+    int kv_head = blockIdx.y, group = heads / kv_heads;
+    int b = blockIdx.z % batch, column = blockIdx.z / batch * SLICE;
+    Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
+    Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window};
+    Keep keep;
+    if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
+
+    float dks[PARTS][4][4], dvs[PARTS][4][4];
+    clear(dks);
+    clear(dvs);
+    int end = mask.end_query(min(key0 + TILE, tokens));
+    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        Rows qs = head_rows(q, q_ld, b, head, tokens, width);
+        Rows douts = head_rows(dout, dout_ld, b, head, tokens, width);
+        long long head0 = ((long long)b * heads + head) * tokens;
+        for (int query0 = mask.first_query(key0); query0 < end; query0 += TILE) {
+            float p[4][4], ds[4][4];
+            dot_tiles(p, shared, ks, key0, qs, query0, ty, tx);
+            dot_tiles(ds, shared, vs, key0, douts, query0, ty, tx);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                int query = query0 + 4 * tx + j;
+                bool inside = query < tokens;
+                float row_lse = inside ? lse[head0 + query] : 0.f, row_delta = inside ? delta[head0 + query] : 0.f;
+                float4 factor = make_float4(1.f, 1.f, 1.f, 1.f);
+                if (rng) factor = keep4(keep, (head0 + query) * tokens + key0 + 4 * ty);
+                float factors[4] = {factor.x, factor.y, factor.z, factor.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    bool seen = mask.sees(query, key0 + 4 * ty + i);
+                    score_gradient(p[i][j], ds[i][j], seen, row_lse, row_delta, factors[i], scale);
+                }
+            }
+            store_weights(shared, p, ty, tx);
+            add_weighted(dvs, shared, douts, query0, column, ty, tx);
+            __syncthreads();  // the probabilities are used up
+            store_weights(shared, ds, ty, tx);
+            add_weighted(dks, shared, qs, query0, column, ty, tx);
+        }
+    }
+    float ones[4] = {1.f, 1.f, 1.f, 1.f};
+    store_sum(dk + (long long)b * tokens * dk_ld + (long long)kv_head * width, dk_ld, tokens, width, key0, column, dks, ones, ty, tx);
+    store_sum(dv + (long long)b * tokens * dv_ld + (long long)kv_head * width, dv_ld, tokens, width, key0, column, dvs, ones, ty, tx);
+}
+

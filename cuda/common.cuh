@@ -1,0 +1,144 @@
+// What all kernel files share. rust/cuda/src/sources.rs puts this file in front of each of them, so that a translation
+// unit includes nothing: CuPy's kernel cache keys on the text it is given, not on the text of included files.
+//
+// Rules of this folder:
+// - Matrices are row-major with a row stride (`x_ld`, in elements) of their own, because a plan's operands are views.
+//   A plain vector or a contiguous tensor is a matrix of one row. Every tensor has fewer than 2^31 elements.
+// - A pointer that the description calls optional is null when absent.
+// - Results depend on shapes alone: no atomics, no order that depends on timing.
+// - Step-dependent scalars (learning rate, step, clip factor, random state) are read from device memory, so that a
+//   captured graph stays valid from step to step.
+// - Memory that a result may share with an operand is not __restrict__; each element is read before it is written, by
+//   the same thread.
+// - CuPy compiles with -ftz=true: float32 arithmetic flushes subnormal numbers to zero.
+
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#define WARP 32
+#define ALL_LANES 0xffffffffu
+
+// ---- Four elements of a row ----------------------------------------------------------------------------------------
+// One 128-bit access where the address allows it, single ones at the end of a row or of an unaligned view.
+
+__device__ __forceinline__ bool vector_fits(const void* p, int n) {
+    return n >= 4 && (reinterpret_cast<unsigned long long>(p) & 15) == 0;
+}
+
+// p[0..4], of which n exist (n may be zero or negative); the others are 0.
+__device__ __forceinline__ float4 load4(const float* p, int n) {
+    if (vector_fits(p, n)) return *reinterpret_cast<const float4*>(p);
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (n > 0) x.x = p[0];
+    if (n > 1) x.y = p[1];
+    if (n > 2) x.z = p[2];
+    if (n > 3) x.w = p[3];
+    return x;
+}
+
+__device__ __forceinline__ void store4(float* p, float4 x, int n) {
+    if (vector_fits(p, n)) {
+        *reinterpret_cast<float4*>(p) = x;
+        return;
+    }
+    if (n > 0) p[0] = x.x;
+    if (n > 1) p[1] = x.y;
+    if (n > 2) p[2] = x.z;
+    if (n > 3) p[3] = x.w;
+}
+
+// ---- Sums and maxima in fixed order --------------------------------------------------------------------------------
+
+// The sum over a warp, in every lane. A butterfly: each lane adds the same pairs, so all get the same bits.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+// The sum over a block of WARPS warps, in every thread; warp totals are added in order. All threads must call it.
+template <int WARPS>
+__device__ __forceinline__ float block_sum(float x) {
+    __shared__ float totals[WARPS];
+    x = warp_sum(x);
+    if (threadIdx.x % WARP == 0) totals[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = totals[0];
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) x += totals[w];
+    __syncthreads();  // `totals` may be used again
+    return x;
+}
+
+template <int WARPS>
+__device__ __forceinline__ float block_max(float x) {
+    __shared__ float largest[WARPS];
+    x = warp_max(x);
+    if (threadIdx.x % WARP == 0) largest[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = largest[0];
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) x = fmaxf(x, largest[w]);
+    __syncthreads();  // `largest` may be used again
+    return x;
+}
+
+// ---- Random numbers ------------------------------------------------------------------------------------------------
+
+// Philox 4x32-10, bit for bit rust/random. Source: Salmon et al. 2011, section 3.3 and table 2.
+__device__ __forceinline__ uint4 philox(uint2 key, uint4 counter) {
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        unsigned high0 = __umulhi(0xD2511F53u, counter.x), low0 = 0xD2511F53u * counter.x;
+        unsigned high1 = __umulhi(0xCD9E8D57u, counter.z), low1 = 0xCD9E8D57u * counter.z;
+        counter = make_uint4(high1 ^ counter.y ^ key.x, low1, high0 ^ counter.w ^ key.y, low0);
+        key.x += 0x9E3779B9u;
+        key.y += 0xBB67AE85u;
+    }
+    return counter;
+}
+
+// The keep rule of one dropout site in one step: rust/cpu/src/kernels/dropout.rs.
+struct Keep {
+    uint2 key;
+    uint2 step;
+    float p;
+    float scale;
+};
+
+// rng [4]: seed (low, high), step (low, high). scale is 1 / (1 - p).
+__device__ __forceinline__ Keep keep_rule(const int* rng, unsigned stream, float p, float scale) {
+    Keep keep;
+    keep.key = make_uint2(rng[0], rng[1] ^ (stream * 0x9E3779B9u + 0xD0D0u));
+    keep.step = make_uint2(rng[2], rng[3]);
+    keep.p = p;
+    keep.scale = scale;
+    return keep;
+}
+
+__device__ __forceinline__ uint4 keep_words(const Keep& keep, unsigned long long block) {
+    return philox(keep.key, make_uint4((unsigned)block, (unsigned)(block >> 32), keep.step.x, keep.step.y));
+}
+
+// 0 or 1 / (1 - p), from the upper 24 bits of a word.
+__device__ __forceinline__ float keep_factor(const Keep& keep, unsigned word) {
+    return (float)(word >> 8) * (1.f / 16777216.f) < keep.p ? 0.f : keep.scale;
+}
+
+// The factors of elements first .. first + 4.
+__device__ __forceinline__ float4 keep4(const Keep& keep, unsigned long long first) {
+    uint4 a = keep_words(keep, first / 4);
+    int skip = (int)(first % 4);
+    if (skip != 0) {
+        uint4 b = keep_words(keep, first / 4 + 1);
+        if (skip == 1) a = make_uint4(a.y, a.z, a.w, b.x);
+        else if (skip == 2) a = make_uint4(a.z, a.w, b.x, b.y);
+        else a = make_uint4(a.w, b.x, b.y, b.z);
+    }
+    return make_float4(keep_factor(keep, a.x), keep_factor(keep, a.y), keep_factor(keep, a.z), keep_factor(keep, a.w));
+}

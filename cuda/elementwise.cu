@@ -1,0 +1,247 @@
+// Functions of one element: unary functions and their gradients, binary functions with suffix broadcast, dropout, and the
+// epilogue of a matrix product.
+//
+// Dimensions: N rows, C columns, M rows of a broadcast operand.
+// Launch of every kernel here: block = 256, grid = ceil(N * ceil(C / 4) / 256); a thread has four columns of one row.
+// A contiguous tensor is best given as one row of N * C elements, unless the kernel broadcasts.
+// Shared memory: none.
+
+#define THREADS 256
+
+// Four columns of a row.
+struct Group {
+    int row;
+    int col;
+    int n;  // how many of the four columns exist; 0 for a thread without work
+};
+
+__device__ __forceinline__ Group my_group(int rows, int cols) {
+    unsigned per_row = ((unsigned)cols + 3) / 4;
+    unsigned i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= per_row * rows) return {0, 0, 0};
+    int col = 4 * (int)(i % per_row);
+    return {(int)(i / per_row), col, min(4, cols - col)};
+}
+
+template <class T>
+__device__ __forceinline__ T* at(T* x, int row, int ld, int col) {
+    return x + (long long)row * ld + col;
+}
+
+// ---- Functions of one argument -------------------------------------------------------------------------------------
+
+#define SQRT_2_OVER_PI 0.7978845608028654f
+#define SQRT_HALF 0.7071067811865476f
+#define INV_SQRT_2PI 0.3989422804014327f
+// The cubic coefficient inside GELU's tanh form. Source: Hendrycks and Gimpel 2016, section 2.
+#define GELU_CUBIC 0.044715f
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+struct Exp {
+    static __device__ __forceinline__ float f(float x) { return expf(x); }
+    static __device__ __forceinline__ float df(float x) { return expf(x); }
+};
+struct Tanh {
+    static __device__ __forceinline__ float f(float x) { return tanhf(x); }
+    static __device__ __forceinline__ float df(float x) {
+        float t = tanhf(x);
+        return 1.f - t * t;
+    }
+};
+struct Sigmoid {
+    static __device__ __forceinline__ float f(float x) { return sigmoid(x); }
+    static __device__ __forceinline__ float df(float x) {
+        float s = sigmoid(x);
+        return s * (1.f - s);
+    }
+};
+struct Relu {
+    static __device__ __forceinline__ float f(float x) { return x > 0.f ? x : x != x ? x : 0.f; }
+    static __device__ __forceinline__ float df(float x) { return x > 0.f ? 1.f : 0.f; }
+};
+struct Gelu {
+    static __device__ __forceinline__ float f(float x) { return 0.5f * x * (1.f + erff(x * SQRT_HALF)); }
+    static __device__ __forceinline__ float df(float x) {
+        return 0.5f * (1.f + erff(x * SQRT_HALF)) + x * INV_SQRT_2PI * expf(-0.5f * x * x);
+    }
+};
+struct GeluTanh {
+    static __device__ __forceinline__ float inner(float x) { return SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x); }
+    static __device__ __forceinline__ float f(float x) { return 0.5f * x * (1.f + tanhf(inner(x))); }
+    static __device__ __forceinline__ float df(float x) {
+        float t = tanhf(inner(x));
+        return 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * SQRT_2_OVER_PI * (1.f + 3.f * GELU_CUBIC * x * x);
+    }
+};
+struct Silu {
+    static __device__ __forceinline__ float f(float x) { return x * sigmoid(x); }
+    static __device__ __forceinline__ float df(float x) {
+        float s = sigmoid(x);
+        return s * (1.f + x * (1.f - s));
+    }
+};
+
+template <class F>
+__device__ __forceinline__ float4 map(float4 x) {
+    return make_float4(F::f(x.x), F::f(x.y), F::f(x.z), F::f(x.w));
+}
+
+template <class F>
+__device__ __forceinline__ float4 slopes(float4 x) {
+    return make_float4(F::df(x.x), F::df(x.y), F::df(x.z), F::df(x.w));
+}
+
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ __forceinline__ float4 operator-(float4 a, float4 b) {
+    return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
+}
+__device__ __forceinline__ float4 operator*(float4 a, float4 b) {
+    return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+__device__ __forceinline__ float4 operator/(float4 a, float4 b) {
+    return make_float4(a.x / b.x, a.y / b.y, a.z / b.z, a.w / b.w);
+}
+
+// <f>_forward_f32: y = f(x). x, y [N, C]; y may be x.
+// <f>_backward_f32: dx = f'(x) * dy. x, dy, dx [N, C]; dx may be dy or x.
+#define UNARY(name, F)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+    name##_forward_f32(const float* x, float* y, int rows, int cols, int x_ld, int y_ld) {                             \
+        Group g = my_group(rows, cols);                                                                                \
+        float4 value = load4(at(x, g.row, x_ld, g.col), g.n);                                                          \
+        store4(at(y, g.row, y_ld, g.col), map<F>(value), g.n);                                                         \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+    name##_backward_f32(const float* x, const float* dy, float* dx, int rows, int cols, int x_ld, int dy_ld,           \
+                        int dx_ld) {                                                                                   \
+        Group g = my_group(rows, cols);                                                                                \
+        float4 slope = slopes<F>(load4(at(x, g.row, x_ld, g.col), g.n));                                               \
+        store4(at(dx, g.row, dx_ld, g.col), slope * load4(at(dy, g.row, dy_ld, g.col), g.n), g.n);                     \
+    }
+
+UNARY(exp, Exp)
+UNARY(tanh, Tanh)
+UNARY(sigmoid, Sigmoid)
+UNARY(relu, Relu)
+UNARY(gelu, Gelu)
+UNARY(gelu_tanh, GeluTanh)
+UNARY(silu, Silu)
+
+// y = s * x, which is its own gradient. x, y [N, C]; y may be x.
+extern "C" __global__ void __launch_bounds__(THREADS)
+scale_forward_f32(const float* x, float* y, int rows, int cols, int x_ld, int y_ld, float s) {
+    Group g = my_group(rows, cols);
+    float4 value = load4(at(x, g.row, x_ld, g.col), g.n);
+    store4(at(y, g.row, y_ld, g.col), value * make_float4(s, s, s, s), g.n);
+}
+
+// y = value. y [N, C].
+extern "C" __global__ void __launch_bounds__(THREADS)
+fill_forward_f32(float* y, int rows, int cols, int y_ld, float value) {
+    Group g = my_group(rows, cols);
+    store4(at(y, g.row, y_ld, g.col), make_float4(value, value, value, value), g.n);
+}
+
+// ---- Functions of two arguments ------------------------------------------------------------------------------------
+
+// Row `row % b_rows` of b [M, C], or its only element where b has one column and the result has more.
+__device__ __forceinline__ float4 load_repeated(const float* b, Group g, int b_rows, int b_cols, int cols, int b_ld) {
+    const float* row = at(b, g.row % b_rows, b_ld, 0);
+    if (b_cols == cols) return load4(row + g.col, g.n);
+    return make_float4(row[0], row[0], row[0], row[0]);
+}
+
+// <f>_forward_f32: y = a o b. a, y [N, C]; b [M, C] with M a divisor of N (b_rows = M, b_cols = C), or one element
+// (b_rows = b_cols = 1). y may be a.
+#define BINARY(name, o)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+    name##_forward_f32(const float* a, const float* b, float* y, int rows, int cols, int b_rows, int b_cols, int a_ld, \
+                       int b_ld, int y_ld) {                                                                           \
+        Group g = my_group(rows, cols);                                                                                \
+        if (g.n == 0) return;                                                                                          \
+        float4 left = load4(at(a, g.row, a_ld, g.col), g.n);                                                           \
+        float4 right = load_repeated(b, g, b_rows, b_cols, cols, b_ld);                                                \
+        store4(at(y, g.row, y_ld, g.col), left o right, g.n);                                                          \
+    }
+
+BINARY(add, +)
+BINARY(sub, -)
+BINARY(mul, *)
+BINARY(div, /)
+
+// y = x repeated: shapes as for b above. With x [N, C] it is a copy, of any 32-bit type.
+extern "C" __global__ void __launch_bounds__(THREADS)
+broadcast_forward_f32(const float* x, float* y, int rows, int cols, int x_rows, int x_cols, int x_ld, int y_ld) {
+    Group g = my_group(rows, cols);
+    if (g.n == 0) return;
+    store4(at(y, g.row, y_ld, g.col), load_repeated(x, g, x_rows, x_cols, cols, x_ld), g.n);
+}
+
+// ---- Dropout -------------------------------------------------------------------------------------------------------
+
+// y = x * mask / (1 - p), element r * C + c drawing number r * C + c of the site; its own gradient. x, y [N, C], rng [4];
+// scale = 1 / (1 - p). y may be x.
+extern "C" __global__ void __launch_bounds__(THREADS)
+dropout_forward_f32(const float* x, const int* rng, float* y, int rows, int cols, int x_ld, int y_ld, unsigned stream,
+                    float p, float scale) {
+    Group g = my_group(rows, cols);
+    Keep keep = keep_rule(rng, stream, p, scale);
+    float4 factor = keep4(keep, (unsigned long long)g.row * cols + g.col);
+    float4 value = load4(at(x, g.row, x_ld, g.col), g.n);
+    // What falls out is 0, whatever it was.
+    value.x = factor.x == 0.f ? 0.f : value.x * factor.x;
+    value.y = factor.y == 0.f ? 0.f : value.y * factor.y;
+    value.z = factor.z == 0.f ? 0.f : value.z * factor.z;
+    value.w = factor.w == 0.f ? 0.f : value.w * factor.w;
+    store4(at(y, g.row, y_ld, g.col), value, g.n);
+}
+
+// ---- The epilogue of a matrix product ------------------------------------------------------------------------------
+
+// Numbers of the functions in epilogue_forward_f32; 0 is none.
+enum Function { NONE, EXP, TANH, SIGMOID, RELU, GELU, GELU_TANH, SILU };
+
+__device__ __forceinline__ float4 apply(int function, float4 x) {
+    switch (function) {
+        case EXP: return map<Exp>(x);
+        case TANH: return map<Tanh>(x);
+        case SIGMOID: return map<Sigmoid>(x);
+        case RELU: return map<Relu>(x);
+        case GELU: return map<Gelu>(x);
+        case GELU_TANH: return map<GeluTanh>(x);
+        case SILU: return map<Silu>(x);
+        default: return x;
+    }
+}
+
+__device__ __forceinline__ float4 apply_slope(int function, float4 x) {
+    switch (function) {
+        case EXP: return slopes<Exp>(x);
+        case TANH: return slopes<Tanh>(x);
+        case SIGMOID: return slopes<Sigmoid>(x);
+        case RELU: return slopes<Relu>(x);
+        case GELU: return slopes<Gelu>(x);
+        case GELU_TANH: return slopes<GeluTanh>(x);
+        case SILU: return slopes<Silu>(x);
+        default: return make_float4(1.f, 1.f, 1.f, 1.f);
+    }
+}
+
+// pre = product + bias; y = act(pre) * act_grad'(x) + residual. product, y, and the optional pre, x, residual [N, C];
+// optional bias [C]; act, act_grad: members of Function. y may be the product or the residual.
+extern "C" __global__ void __launch_bounds__(THREADS)
+epilogue_forward_f32(const float* product, const float* bias, const float* x, const float* residual, float* y, float* pre,
+                     int rows, int cols, int product_ld, int x_ld, int residual_ld, int y_ld, int pre_ld, int act,
+                     int act_grad) {
+    Group g = my_group(rows, cols);
+    float4 value = load4(at(product, g.row, product_ld, g.col), g.n);
+    if (bias) value = value + load4(bias + g.col, g.n);
+    if (pre) store4(at(pre, g.row, pre_ld, g.col), value, g.n);
+    value = apply(act, value);
+    if (x) value = value * apply_slope(act_grad, load4(at(x, g.row, x_ld, g.col), g.n));
+    if (residual) value = value + load4(at(residual, g.row, residual_ld, g.col), g.n);
+    store4(at(y, g.row, y_ld, g.col), value, g.n);
+}

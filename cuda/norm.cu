@@ -1,0 +1,121 @@
+// Layer normalisation. Source: Ba et al. 2016, equation 4; its gradient by hand from the same.
+//
+// Dimensions: N rows, C columns.
+// Launch:
+//   layer_norm_forward_f32, layer_norm_backward_f32     block = 128, grid = ceil(N / 4): a warp has a row.
+//   layer_norm_weight_backward_f32                      block = (32, 8), grid = (ceil(C / 32), chunks).
+// The gradient takes four launches in this order, because dx may be the memory of dy:
+//   layer_norm_weight_backward_f32, then sum_to_forward_f32 (reduce.cu) of each half of `parts` [chunks, C] into dweight
+//   and dbias, then layer_norm_backward_f32.
+// Shared memory: static, 2.1 KB in layer_norm_weight_backward_f32.
+
+#define ROWS_PER_BLOCK 4
+
+__device__ __forceinline__ float sum_of(float4 x) { return (x.x + x.y) + (x.z + x.w); }
+
+// x - shift where the column exists, 0 beyond the row's end.
+__device__ __forceinline__ float4 centred(float4 x, float shift, int n) {
+    return make_float4(x.x - shift, n > 1 ? x.y - shift : 0.f, n > 2 ? x.z - shift : 0.f, n > 3 ? x.w - shift : 0.f);
+}
+
+// y = (x - mean) * rstd * weight (+ bias). x, y [N, C], weight [C], optional bias [C], mean, rstd [N].
+extern "C" __global__ void __launch_bounds__(WARP * ROWS_PER_BLOCK)
+layer_norm_forward_f32(const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
+                       float* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, int rows, int cols,
+                       int x_ld, int y_ld, float eps) {
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    x += (long long)row * x_ld;
+    y += (long long)row * y_ld;
+
+    float sum = 0.f;
+    for (int c = 4 * lane; c < cols; c += 4 * WARP) sum += sum_of(load4(x + c, cols - c));
+    float average = warp_sum(sum) / cols;
+    // Two passes: the variance of centred values keeps its digits where the mean is large.
+    float squares = 0.f;
+    for (int c = 4 * lane; c < cols; c += 4 * WARP) {
+        float4 d = centred(load4(x + c, cols - c), average, cols - c);
+        squares += sum_of(make_float4(d.x * d.x, d.y * d.y, d.z * d.z, d.w * d.w));
+    }
+    float inverse = 1.f / sqrtf(warp_sum(squares) / cols + eps);
+
+    for (int c = 4 * lane; c < cols; c += 4 * WARP) {
+        float4 d = centred(load4(x + c, cols - c), average, cols - c);
+        float4 w = load4(weight + c, cols - c);
+        float4 b = bias ? load4(bias + c, cols - c) : make_float4(0.f, 0.f, 0.f, 0.f);
+        float4 value = make_float4(d.x * inverse * w.x + b.x, d.y * inverse * w.y + b.y, d.z * inverse * w.z + b.z,
+                                   d.w * inverse * w.w + b.w);
+        store4(y + c, value, cols - c);
+    }
+    if (lane == 0) {
+        mean[row] = average;
+        rstd[row] = inverse;
+    }
+}
+
+// With h = (x - mean) * rstd and dh = dy * weight: dx = rstd * (dh - avg(dh) - h * avg(dh * h)) (+ residual).
+// dy, x, dx and the optional residual [N, C], weight [C], mean, rstd [N]. dx may be dy or the residual.
+extern "C" __global__ void __launch_bounds__(WARP * ROWS_PER_BLOCK)
+layer_norm_backward_f32(const float* dy, const float* __restrict__ x, const float* __restrict__ weight,
+                        const float* __restrict__ mean, const float* __restrict__ rstd, const float* residual, float* dx,
+                        int rows, int cols, int dy_ld, int x_ld, int residual_ld, int dx_ld) {
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    dy += (long long)row * dy_ld;
+    x += (long long)row * x_ld;
+    dx += (long long)row * dx_ld;
+    if (residual) residual += (long long)row * residual_ld;
+    float centre = mean[row], inverse = rstd[row];
+
+    float sum = 0.f, product = 0.f;
+    for (int c = 4 * lane; c < cols; c += 4 * WARP) {
+        float4 h = centred(load4(x + c, cols - c), centre, cols - c);
+        float4 g = load4(dy + c, cols - c), w = load4(weight + c, cols - c);
+        float4 dh = make_float4(g.x * w.x, g.y * w.y, g.z * w.z, g.w * w.w);
+        sum += sum_of(dh);
+        product += sum_of(make_float4(dh.x * h.x, dh.y * h.y, dh.z * h.z, dh.w * h.w));
+    }
+    float average = warp_sum(sum) / cols;
+    float along = warp_sum(product) * inverse / cols;
+
+    for (int c = 4 * lane; c < cols; c += 4 * WARP) {
+        float4 h = centred(load4(x + c, cols - c), centre, cols - c);
+        float4 g = load4(dy + c, cols - c), w = load4(weight + c, cols - c);
+        float4 r = residual ? load4(residual + c, cols - c) : make_float4(0.f, 0.f, 0.f, 0.f);
+        r.x += inverse * (g.x * w.x - average - h.x * inverse * along);
+        r.y += inverse * (g.y * w.y - average - h.y * inverse * along);
+        r.z += inverse * (g.z * w.z - average - h.z * inverse * along);
+        r.w += inverse * (g.w * w.w - average - h.w * inverse * along);
+        store4(dx + c, r, cols - c);
+    }
+}
+
+// Each chunk of `per` rows: parts[0, chunk, c] = sum of dy * (x - mean) * rstd, parts[1, chunk, c] = sum of dy.
+// dy, x [N, C], mean, rstd [N], parts [2, chunks, C] with chunks = ceil(N / per) = gridDim.y.
+extern "C" __global__ void __launch_bounds__(256)
+layer_norm_weight_backward_f32(const float* __restrict__ dy, const float* __restrict__ x, const float* __restrict__ mean,
+                               const float* __restrict__ rstd, float* __restrict__ parts, int rows, int cols, int dy_ld,
+                               int x_ld, int per) {
+    __shared__ float sums[2][8][33];
+    int c = blockIdx.x * 32 + threadIdx.x;
+    int from = blockIdx.y * per, to = min(from + per, rows);
+    float dw = 0.f, db = 0.f;
+    if (c < cols) {
+        for (int r = from + threadIdx.y; r < to; r += 8) {
+            float g = dy[(long long)r * dy_ld + c];
+            dw += g * (x[(long long)r * x_ld + c] - mean[r]) * rstd[r];
+            db += g;
+        }
+    }
+    sums[0][threadIdx.y][threadIdx.x] = dw;
+    sums[1][threadIdx.y][threadIdx.x] = db;
+    __syncthreads();
+    if (threadIdx.y < 2 && c < cols) {
+        float total = 0.f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) total += sums[threadIdx.y][i][threadIdx.x];
+        parts[((long long)threadIdx.y * gridDim.y + blockIdx.y) * cols + c] = total;
+    }
+}

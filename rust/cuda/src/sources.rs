@@ -1,0 +1,184 @@
+//! The kernel files, each as one self-contained translation unit.
+//!
+//! A unit is `common.cuh`, then the file, joined by `#line` directives so that compiler messages name the places that
+//! people edit. Nothing is included by name: CuPy's kernel cache keys on the text it is given, so an edited header behind
+//! an `#include` would load a stale binary.
+
+/// The text in front of every unit.
+const COMMON: &str = include_str!("../../../cuda/common.cuh");
+
+/// One file of kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Its name without extension: `attention`.
+    pub name: &'static str,
+    /// The `extern "C"` kernels it defines.
+    pub kernels: &'static [&'static str],
+    text: &'static str,
+}
+
+macro_rules! source {
+    ($name:literal, $($kernel:literal),+ $(,)?) => {
+        Source {
+            name: $name,
+            kernels: &[$($kernel),+],
+            text: include_str!(concat!("../../../cuda/", $name, ".cu")),
+        }
+    };
+}
+
+/// All files, by name.
+pub const SOURCES: &[Source] = &[
+    source!(
+        "attention",
+        "attention_delta_backward_f32",
+        "attention_dkv_backward_f32",
+        "attention_dq_backward_f32",
+        "attention_forward_f32",
+    ),
+    source!(
+        "elementwise",
+        "add_forward_f32",
+        "broadcast_forward_f32",
+        "div_forward_f32",
+        "dropout_forward_f32",
+        "epilogue_forward_f32",
+        "exp_backward_f32",
+        "exp_forward_f32",
+        "fill_forward_f32",
+        "gelu_backward_f32",
+        "gelu_forward_f32",
+        "gelu_tanh_backward_f32",
+        "gelu_tanh_forward_f32",
+        "mul_forward_f32",
+        "relu_backward_f32",
+        "relu_forward_f32",
+        "scale_forward_f32",
+        "sigmoid_backward_f32",
+        "sigmoid_forward_f32",
+        "silu_backward_f32",
+        "silu_forward_f32",
+        "sub_forward_f32",
+        "tanh_backward_f32",
+        "tanh_forward_f32",
+    ),
+    source!("loss", "cross_entropy_backward_f32", "cross_entropy_forward_f32"),
+    source!("norm", "layer_norm_backward_f32", "layer_norm_forward_f32", "layer_norm_weight_backward_f32",),
+    source!("optimizer", "adamw_forward_f32"),
+    source!(
+        "reduce",
+        "clip_factor_forward_f32",
+        "global_norm_forward_f32",
+        "global_norm_parts_forward_f32",
+        "sum_forward_f32",
+        "sum_to_forward_f32",
+    ),
+    source!(
+        "rows",
+        "cache_write_forward_f32",
+        "count_labels_forward_f32",
+        "gather_forward_f32",
+        "scatter_add_forward_f32",
+    ),
+];
+
+/// The file that defines `kernel`.
+#[must_use]
+pub fn of_kernel(kernel: &str) -> Option<&'static Source> {
+    SOURCES.iter().find(|s| s.kernels.contains(&kernel))
+}
+
+impl Source {
+    /// The text to hand to NVRTC. It includes nothing.
+    #[must_use]
+    pub fn unit(&self) -> String {
+        format!("#line 1 \"common.cuh\"\n{COMMON}#line 1 \"{}.cu\"\n{}", self.name, self.text)
+    }
+
+    /// A digest of the unit's text in 16 hexadecimal digits: equal exactly when nothing changed, barring a collision that
+    /// nobody engineers. FNV-1a, 64 bits. Source: Fowler, Noll, Vo and Eastlake, RFC 9923, section 2.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        let hash = self.unit().bytes().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
+        });
+        format!("{hash:016x}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+    use std::path::Path;
+
+    /// The folder of kernels in a checkout.
+    fn folder() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../cuda")
+    }
+
+    #[test]
+    fn every_kernel_file_is_embedded() {
+        let mut files: Vec<String> = std::fs::read_dir(folder())
+            .expect("the folder of kernels")
+            .filter_map(|entry| {
+                let path = entry.expect("an entry").path();
+                let kernels = path.extension().is_some_and(|e| e == "cu");
+                kernels.then(|| path.file_stem().expect("a name").to_string_lossy().into_owned())
+            })
+            .collect();
+        files.sort();
+        assert_eq!(files, SOURCES.iter().map(|s| s.name).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_listed_kernels_are_the_defined_ones() {
+        // Kernels appear by name, or as the first argument of a macro that appends to it.
+        for source in SOURCES {
+            let mut defined: Vec<String> = Vec::new();
+            for line in source.text.lines() {
+                if let Some(name) = line.strip_prefix("UNARY(").and_then(|l| l.split(',').next()) {
+                    defined.extend([format!("{name}_forward_f32"), format!("{name}_backward_f32")]);
+                } else if let Some(name) = line.strip_prefix("BINARY(").and_then(|l| l.split(',').next()) {
+                    defined.push(format!("{name}_forward_f32"));
+                } else if let Some((name, _)) = line.split_once("_f32(")
+                    && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                {
+                    defined.push(format!("{name}_f32"));
+                }
+            }
+            defined.sort();
+            assert_eq!(defined, source.kernels, "{}.cu", source.name);
+        }
+    }
+
+    #[test]
+    fn units_are_self_contained_and_name_their_places() {
+        for source in SOURCES {
+            let unit = source.unit();
+            assert!(!unit.contains("#include"), "{}", source.name);
+            let own = unit.split_once(&format!("\n#line 1 \"{}.cu\"\n", source.name)).expect("a #line").1;
+            assert_eq!(own, source.text);
+            let on_disk = std::fs::read_to_string(folder().join(format!("{}.cu", source.name)));
+            assert_eq!(own, on_disk.expect("the file"));
+        }
+    }
+
+    #[test]
+    fn digests_tell_texts_apart() {
+        let digests: HashSet<String> = SOURCES.iter().map(Source::digest).collect();
+        assert_eq!(digests.len(), SOURCES.len());
+        let mut edited = SOURCES[0];
+        edited.text = "";
+        assert_ne!(edited.digest(), SOURCES[0].digest());
+        assert!(digests.iter().all(|d| d.len() == 16));
+    }
+
+    #[test]
+    fn kernels_are_found_by_name_and_named_once() {
+        let all: Vec<&str> = SOURCES.iter().flat_map(|s| s.kernels).copied().collect();
+        assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
+        assert_eq!(of_kernel("gelu_backward_f32").map(|s| s.name), Some("elementwise"));
+        assert!(of_kernel("gelu").is_none());
+    }
+}
