@@ -1,0 +1,173 @@
+"""The native half of pyrformer: what ``rust/python`` exports. Not public; users go through ``pyrformer``.
+
+Arrays given must be C-contiguous; arrays returned are new. Errors are those of ``pyrformer.errors``.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict, final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "AtomicDir",
+    "Executor",
+    "Graph",
+    "Plan",
+    "SafeTensors",
+    "Search",
+    "Store",
+    "__version__",
+    "filter_logits",
+    "normal",
+    "write_file",
+    "write_safetensors",
+]
+
+_DType = Literal["float32", "float64", "int32"]
+_Typed = tuple[str, _DType, list[int]]
+"""A name, an element type and a shape."""
+_Path = str | os.PathLike[str]
+_Array = npt.NDArray[Any]
+_Ints = npt.NDArray[np.int32]
+_Floats = npt.NDArray[np.float32]
+
+class _Result(TypedDict):
+    """One sequence that a search found."""
+
+    prompt: int
+    ids: list[int]
+    score: float
+    token_logprobs: list[float]
+    beam_indices: list[int]
+    finish_reason: str
+
+__version__: str
+
+# ---- rust/python/src/graph.rs ---------------------------------------------------------------------------------------
+
+@final
+class Graph:
+    """A program under construction. Values are numbers, counted from 0."""
+
+    def __new__(cls) -> Graph: ...
+    def input(self, name: str, dtype_: str, shape: Sequence[int]) -> int: ...
+    def state(self, name: str, dtype_: str, shape: Sequence[int]) -> int: ...
+    def add(
+        self, op: str, inputs: Sequence[int], declared: tuple[str, Sequence[int]] | None = None
+    ) -> list[int]:
+        """Adds an operation given as JSON; ``declared`` is the result's type where nothing else determines it."""
+    def type(self, value: int) -> tuple[_DType, list[int]]: ...
+    def gradients(self, loss: int, wrt: Sequence[int]) -> list[int]:
+        """Adds the gradients of the scalar ``loss``; gives their values in the order of ``wrt``."""
+    def output(self, name: str, value: int) -> None: ...
+    def update(self, state: int, value: int) -> None:
+        """The state takes this value at the end of a run."""
+    def set_scope(self, scope: str) -> str:
+        """Names the part of the model that the next nodes belong to; gives the name before."""
+    def optimise(self) -> Graph:
+        """The graph after all passes."""
+    def lower(self) -> Plan:
+        """The plan of this graph, as it is."""
+    def __len__(self) -> int: ...
+
+@final
+class Plan:
+    """A compiled program: steps over planned memory."""
+
+    @property
+    def inputs(self) -> list[_Typed]: ...
+    @property
+    def outputs(self) -> list[_Typed]: ...
+    @property
+    def states(self) -> list[_Typed]: ...
+    @property
+    def arena_bytes(self) -> int: ...
+    @property
+    def live_bytes(self) -> int:
+        """The least that any memory plan for this schedule could need."""
+    @property
+    def state_bytes(self) -> int: ...
+    @property
+    def flops(self) -> int: ...
+    @property
+    def traffic_bytes(self) -> int: ...
+    def table(self) -> list[list[str]]:
+        """A row per step: number, operation, operands, results, offsets, bytes, FLOPs, scope."""
+    def to_json(self) -> str: ...
+    def __len__(self) -> int: ...
+
+@final
+class Store:
+    """Named tensors that plans share."""
+
+    def __new__(cls) -> Store: ...
+    def types(self) -> list[_Typed]: ...
+    def set(self, name: str, value: _Array) -> None: ...
+    def get(self, name: str) -> _Array: ...
+    def remove(self, name: str) -> None: ...
+
+@final
+class Executor:
+    """A plan bound to a store, run on the CPU."""
+
+    def __new__(cls, plan: Plan, store: Store, threads: int | None = None) -> Executor: ...
+    def run(self, inputs: dict[str, _Array]) -> dict[str, _Array]: ...
+
+# ---- rust/python/src/random.rs --------------------------------------------------------------------------------------
+
+def normal(seed: int, index: int, count: int) -> _Floats:
+    """``count`` draws from N(0, 1) for tensor ``index`` of a model."""
+
+# ---- rust/python/src/search.rs --------------------------------------------------------------------------------------
+
+@final
+class Search:
+    """A search over a batch of prompts. Letters: A active sequences, V vocabulary."""
+
+    def __new__(
+        cls, options_: dict[str, Any], prompts: Sequence[Sequence[int]], vocab_size: int
+    ) -> Search: ...
+    def step(self) -> tuple[int, _Ints, _Ints, _Ints] | None:
+        """The forward pass wanted next: its number, tokens [A], parents [A], sequences [A]; None at the end."""
+    def advance(self, logits: _Floats) -> None:
+        """Takes the logits [A, V] of that pass."""
+    def emitted(self) -> list[tuple[int, int, float]]:
+        """(sequence, token, log-probability) of each token that the last ``advance`` made certain."""
+    def stop(self, sequence: int) -> bool:
+        """Ends one sequence; whether there was one to end."""
+    def finish(self) -> list[_Result]: ...
+
+def filter_logits(logits: _Floats, options_: dict[str, Any]) -> _Floats:
+    """Filtered and renormalised probabilities [N, V] of logits [N, V]."""
+
+# ---- rust/python/src/files.rs ---------------------------------------------------------------------------------------
+
+@final
+class SafeTensors:
+    """The tensors of one file, or of a folder's ``model.safetensors`` or its shards."""
+
+    def __new__(cls, path: _Path) -> SafeTensors: ...
+    def tensors(self) -> list[tuple[str, str, list[int]]]:
+        """Name, element type as the format names it, and shape of each."""
+    def get(self, name: str) -> _Floats:
+        """A tensor as float32."""
+
+def write_safetensors(path: _Path, tensors: dict[str, _Array]) -> None:
+    """Writes arrays by name to a file that appears whole or not at all."""
+
+def write_file(path: _Path, data: bytes) -> None:
+    """Writes bytes to a file that appears whole or not at all."""
+
+@final
+class AtomicDir:
+    """A folder under construction: it takes its name on ``commit``, and is removed if that never comes."""
+
+    def __new__(cls, target: _Path) -> AtomicDir: ...
+    @property
+    def path(self) -> Path | None:
+        """Where to write meanwhile; None after the end."""
+    def commit(self, replace: bool) -> None: ...
+    def discard(self) -> None: ...
