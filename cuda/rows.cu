@@ -1,15 +1,14 @@
-// Rows by index: gather, scatter-add, counting labels, writing into a cache.
+// Rows by index: gather, scatter-add, counting labels.
 //
-// Dimensions: R rows of a table, N rows, C columns; B sequences of T tokens, a cache of R rows of S slots.
+// Dimensions: R rows of a table, N rows, C columns.
 // Launch:
 //   gather_forward_f32            block = 256, grid = ceil(N * ceil(C / 4) / 256): a thread has four columns.
 //   scatter_add_forward_f32       block = 128, grid = (ceil(N / 4), ceil(C / 128)): a warp has 128 columns of a row.
 //   count_labels_forward_f32      block = 256, grid = 1.
-//   cache_write_forward_f32       block = 256, grid = ceil(B * T * ceil(C / 4) / 256).
 // Shared memory: static, 32 bytes in count_labels_forward_f32.
 //
 // Indices are checked by whoever uploads them. One that is out of range all the same reads nothing out of bounds: gather
-// gives a row of NaN, the others leave it out.
+// gives a row of NaN, scatter-add leaves it out.
 
 #define THREADS 256
 
@@ -65,21 +64,4 @@ count_labels_forward_f32(const int* __restrict__ labels, float* __restrict__ y, 
     for (int n = threadIdx.x; n < rows; n += THREADS) count += labels[n] >= 0 ? 1.f : 0.f;
     count = block_sum<THREADS / WARP>(count);
     if (threadIdx.x == 0) *y = count;
-}
-
-// cache[row[b], start[b] + t] = source[b, t] for t < count[b]. source [B, T, C] with source_ld elements from token to
-// token, row, start, count [B], cache [R, S, C] contiguous.
-extern "C" __global__ void __launch_bounds__(THREADS)
-cache_write_forward_f32(const float* __restrict__ source, const int* __restrict__ row, const int* __restrict__ start,
-                        const int* __restrict__ count, float* __restrict__ cache, int sequences, int tokens, int cols,
-                        int source_ld, int cache_rows, int slots) {
-    unsigned per_token = ((unsigned)cols + 3) / 4;
-    unsigned i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= per_token * tokens * sequences) return;
-    int c = 4 * (int)(i % per_token), token = (int)(i / per_token);
-    int b = token / tokens, t = token % tokens;
-    int r = row[b], slot = start[b] + t;
-    if (t >= count[b] || r < 0 || r >= cache_rows || slot < 0 || slot >= slots) return;
-    float4 value = load4(source + (long long)token * source_ld + c, cols - c);
-    store4(cache + ((long long)r * slots + slot) * cols + c, value, cols - c);
 }

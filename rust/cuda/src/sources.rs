@@ -36,6 +36,7 @@ pub const SOURCES: &[Source] = &[
         "attention_dq_backward_f32",
         "attention_forward_f32",
     ),
+    source!("cache", "cache_write_forward_f32", "cached_attention_forward_f32"),
     source!(
         "elementwise",
         "add_forward_f32",
@@ -73,13 +74,7 @@ pub const SOURCES: &[Source] = &[
         "sum_forward_f32",
         "sum_to_forward_f32",
     ),
-    source!(
-        "rows",
-        "cache_write_forward_f32",
-        "count_labels_forward_f32",
-        "gather_forward_f32",
-        "scatter_add_forward_f32",
-    ),
+    source!("rows", "count_labels_forward_f32", "gather_forward_f32", "scatter_add_forward_f32",),
 ];
 
 /// The file that defines `kernel`.
