@@ -46,11 +46,14 @@ test: lint test-rust build test-python ## Lints, Rust tests, then the Python tes
 test-rust: $(READY) ## Rust tests only
 	cargo test --workspace $(PROFILE)
 
-# From an empty folder, so that `import pyrformer` cannot find the source tree.
+# Tests run in an empty folder, so that `import pyrformer` cannot find the source tree.
+ELSEWHERE := work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; cd "$$work"
+PYTEST := $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
+
 .PHONY: test-python
 test-python: $(READY) ## Python tests only, against what is installed
-	cd $$(mktemp -d) && $(BIN)/python -m mypy.stubtest pyrformer._core
-	cd $$(mktemp -d) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests
+	$(ELSEWHERE); $(BIN)/python -m mypy.stubtest pyrformer._core
+	$(ELSEWHERE); $(PYTEST) $(CURDIR)/tests
 
 .PHONY: lint
 lint: $(READY) ## Formatting, lints and types of both languages
@@ -72,11 +75,11 @@ demo: build ## Train a small model on eight plays of Shakespeare and let it spea
 
 .PHONY: docs
 docs: ## Build the Rust documentation into target/doc
-	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items
+	cargo doc --workspace --no-deps --document-private-items
 
 .PHONY: wheel-check
 wheel-check: build ## Build the wheel and test what is in it
-	cd $$(mktemp -d) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/packaging
+	$(ELSEWHERE); $(PYTEST) $(CURDIR)/tests/packaging
 
 .PHONY: clean
 clean: ## Remove everything that is built; runs/ stays

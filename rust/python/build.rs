@@ -4,7 +4,9 @@
 use std::path::Path;
 
 fn main() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../pyrformer/cli/__init__.py");
+    // Asked at run time: checkouts that share a target folder share the compiled script.
+    let Ok(here) = std::env::var("CARGO_MANIFEST_DIR") else { return };
+    let file = Path::new(&here).join("../../pyrformer/cli/__init__.py");
     println!("cargo::rerun-if-changed={}", file.display());
     if !file.is_file() {
         println!(
