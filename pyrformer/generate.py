@@ -24,8 +24,14 @@ from pyrformer.model import Model
 
 #: Cache slots are made in multiples of this, so that calls of similar length share programs.
 SLOTS = 64
-#: Keys of ``generation_config.json`` that say something about the model's files, not about the search.
-NOT_OPTIONS = {"transformers_version", "_from_model_config", "use_cache", "bos_token_id", "pad_token_id", "cache_implementation"}
+#: What a stored ``generation_config.json`` may say about a search; its other keys concern other libraries.
+STORED = frozenset(
+    """max_new_tokens max_length min_length min_new_tokens do_sample num_beams num_return_sequences temperature top_k top_p
+    top_h min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids sequence_bias suppress_tokens begin_suppress_tokens forced_bos_token_id
+    forced_eos_token_id length_penalty early_stopping exponential_decay_length_penalty renormalize_logits
+    remove_invalid_values eos_token_id""".split()
+)
 #: Options that mean nothing without sampling, or without beams.
 SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 BEAMS = {"length_penalty", "early_stopping"}
@@ -114,7 +120,7 @@ def _options(model: Model, config: dict[str, Any] | None, options: dict[str, Any
     """All options of a call, the model's own defaults first."""
     if model.family.objective != "ar":
         raise InputError("[generate] this model predicts masked tokens and does not continue text; use fill_mask")
-    stored = {k: v for k, v in model.generation_config.items() if k not in NOT_OPTIONS}
+    stored = {k: v for k, v in model.generation_config.items() if k in STORED}
     eos = {"eos_token_id": model.family.config.eos_token_id}
     asked = {**(config or {}), **options}
     # A stored default that the caller's own choice makes meaningless is not the caller's mistake.

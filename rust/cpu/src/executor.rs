@@ -1,6 +1,6 @@
 //! Runs a plan: copies the inputs in, walks the steps, copies the outputs out. Nothing is allocated inside a step.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use pyrformer_graph::op::DropoutSpec;
 use pyrformer_graph::plan::Port;
@@ -70,12 +70,45 @@ pub struct Array {
     pub bytes: Vec<u8>,
 }
 
-/// What one run at a time uses.
-struct Work {
+/// What one run at a time uses. A store has one, as large as its largest plan needs: plans keep nothing in it between
+/// runs, so they share it.
+pub(crate) struct Work {
+    threads: usize,
     arena: Block,
     workers: PerWorker,
     packs_f32: PackBuffers<f32>,
     packs_f64: PackBuffers<f64>,
+}
+
+impl Work {
+    fn new(arena_bytes: usize, threads: usize, worker_bytes: usize) -> Result<Self> {
+        Ok(Self {
+            threads,
+            arena: Block::new(arena_bytes)?,
+            workers: PerWorker::new(threads, worker_bytes)?,
+            packs_f32: PackBuffers::new(threads),
+            packs_f64: PackBuffers::new(threads),
+        })
+    }
+
+    /// Grows until a plan fits.
+    fn fit(slot: &mut Option<Self>, arena_bytes: usize, threads: usize, worker_bytes: usize) -> Result<()> {
+        let Some(work) = slot else {
+            *slot = Some(Self::new(arena_bytes, threads, worker_bytes)?);
+            return Ok(());
+        };
+        if work.threads < threads {
+            let (arena, worker) = (work.arena.bytes().max(arena_bytes), work.workers.bytes().max(worker_bytes));
+            *work = Self::new(arena, threads, worker)?;
+        }
+        if work.arena.bytes() < arena_bytes {
+            work.arena = Block::new(arena_bytes)?;
+        }
+        if work.workers.bytes() < worker_bytes {
+            work.workers = PerWorker::new(work.threads, worker_bytes)?;
+        }
+        Ok(())
+    }
 }
 
 /// The element types, each with its buffers for matrix products.
@@ -101,7 +134,6 @@ pub struct CpuExecutor {
     store: Arc<Store>,
     states: Vec<Arc<State>>,
     pool: Arc<Pool>,
-    work: Mutex<Work>,
 }
 
 impl CpuExecutor {
@@ -111,13 +143,8 @@ impl CpuExecutor {
     /// When a state has another type, or the memory cannot be had.
     pub fn new(plan: Arc<Plan>, store: Arc<Store>, pool: Arc<Pool>) -> Result<Self> {
         let states = store.link(&plan)?;
-        let work = Work {
-            arena: Block::new(plan.arena_bytes)?,
-            workers: PerWorker::new(pool.threads(), worker_bytes(&plan))?,
-            packs_f32: PackBuffers::new(pool.threads()),
-            packs_f64: PackBuffers::new(pool.threads()),
-        };
-        Ok(Self { plan, store, states, pool, work: Mutex::new(work) })
+        Work::fit(&mut store.work(), plan.arena_bytes, pool.threads(), worker_bytes(&plan))?;
+        Ok(Self { plan, store, states, pool })
     }
 
     /// The plan.
@@ -131,7 +158,10 @@ impl CpuExecutor {
     /// # Errors
     /// When an input is missing, unknown or of another type, or an index is out of range.
     pub fn run(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<Array>> {
-        let work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = self.store.work();
+        let Some(work) = slot.as_ref() else {
+            return Err(Error::Internal("a store without work memory".to_owned()));
+        };
         let _access = self.store.lock(&self.plan);
         let memory = Memory { arena: &work.arena, states: &self.states };
         self.check(inputs)?;
@@ -143,7 +173,7 @@ impl CpuExecutor {
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.address(&port.operand), bytes.len()) };
         }
         for step in &self.plan.steps {
-            let run = Run { memory, pool: &self.pool, work: &work, step };
+            let run = Run { memory, pool: &self.pool, work, step };
             match step.outputs[0].ty.dtype {
                 DType::I32 => run.integers()?,
                 DType::F32 => run.floats::<f32>()?,

@@ -3,11 +3,12 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use pyrformer_graph::{Plan, TensorType};
 
 use crate::error::{Error, Result};
+use crate::executor::Work;
 
 /// A zeroed block of memory on a 64-byte boundary.
 #[derive(Debug)]
@@ -37,6 +38,11 @@ impl Block {
         Ok(Self { data, layout })
     }
 
+    /// Its size.
+    pub(crate) fn bytes(&self) -> usize {
+        self.layout.size()
+    }
+
     /// The first byte.
     #[must_use]
     pub(crate) fn as_ptr(&self) -> *mut u8 {
@@ -61,10 +67,11 @@ pub(crate) struct State {
 /// Named tensors that several plans share: parameters, optimiser moments, caches.
 ///
 /// Many plans may read at once; a plan that updates a state, and [`Store::set`], have the store to themselves.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Store {
     states: RwLock<BTreeMap<String, Arc<State>>>,
     access: RwLock<()>,
+    work: Mutex<Option<Work>>,
 }
 
 impl Store {
@@ -138,6 +145,11 @@ impl Store {
         plan.states.iter().map(|s| self.ensure(&s.name, &s.ty)).collect()
     }
 
+    /// The memory that runs of this store's plans use, one at a time.
+    pub(crate) fn work(&self) -> MutexGuard<'_, Option<Work>> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until the plan may run: alone if it updates a state, beside other readers otherwise.
     pub(crate) fn lock(&self, plan: &Plan) -> Access<'_> {
         if plan.states.iter().any(|s| s.updated) {
@@ -157,11 +169,11 @@ pub(crate) enum Access<'a> {
 
 // A panic elsewhere leaves tensors of numbers, which are as valid as before: poisoning is ignored.
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
-    lock.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    lock.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
-    lock.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One block of work memory per worker of a pool.
@@ -182,6 +194,11 @@ impl PerWorker {
     pub(crate) fn new(workers: usize, bytes: usize) -> Result<Self> {
         let blocks: Result<_> = (0..workers).map(|_| Ok(UnsafeCell::new(Block::new(bytes)?))).collect();
         Ok(Self { blocks: blocks?, bytes })
+    }
+
+    /// Size of each block.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// The first `len` elements of a worker's block, with whatever was left in them.

@@ -52,6 +52,12 @@ fn tokens(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     value.extract().map_err(|_| wrong(name, value, "a token id or a list of them"))
 }
 
+/// Two items, in a tuple or a list (as JSON has it).
+fn pair<'py, A: FromPyObjectOwned<'py>, B: FromPyObjectOwned<'py>>(value: &Bound<'py, PyAny>) -> PyResult<(A, B)> {
+    let item = |i: usize| value.get_item(i);
+    Ok((item(0)?.extract().map_err(Into::into)?, item(1)?.extract().map_err(Into::into)?))
+}
+
 fn options(given: &Bound<'_, PyDict>) -> PyResult<GenerationOptions> {
     let mut o = GenerationOptions::default();
     for (name, value) in given.iter() {
@@ -77,7 +83,10 @@ fn options(given: &Bound<'_, PyDict>) -> PyResult<GenerationOptions> {
             "no_repeat_ngram_size" => take!(no_repeat_ngram_size, "a whole number of 0 or more"),
             "encoder_no_repeat_ngram_size" => take!(encoder_no_repeat_ngram_size, "a whole number of 0 or more"),
             "bad_words_ids" => take!(bad_words_ids, "a list of lists of token ids"),
-            "sequence_bias" => take!(sequence_bias, "a list of (token ids, number)"),
+            "sequence_bias" => {
+                let pairs: PyResult<Vec<_>> = value.try_iter().and_then(|items| items.map(|i| pair(&i?)).collect());
+                o.sequence_bias = pairs.map_err(|_| wrong(&name, &value, "a list of (token ids, number)"))?;
+            }
             "suppress_tokens" => o.suppress_tokens = tokens(&name, &value)?,
             "begin_suppress_tokens" => o.begin_suppress_tokens = tokens(&name, &value)?,
             "forced_bos_token_id" => take!(forced_bos_token_id, "a token id"),
@@ -92,7 +101,8 @@ fn options(given: &Bound<'_, PyDict>) -> PyResult<GenerationOptions> {
                 }
             }
             "exponential_decay_length_penalty" => {
-                take!(exponential_decay_length_penalty, "a pair (start, factor)")
+                let found = pair(&value).map_err(|_| wrong(&name, &value, "a pair (start, factor)"))?;
+                o.exponential_decay_length_penalty = Some(found);
             }
             "renormalize_logits" => take!(renormalize_logits, "True or False"),
             "remove_invalid_values" => take!(remove_invalid_values, "True or False"),

@@ -1,0 +1,112 @@
+"""Generation against reference sequences and scores, and the laws that decoding obeys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyrformer as pf
+
+#: Settings about padding and caching, which results do not depend on here.
+NOT_OURS = {"pad_token_id", "use_cache"}
+
+
+def cases(fixtures: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    reference = json.loads((fixtures / "decoding" / "gpt2.json").read_text())
+    return reference, reference["cases"]
+
+
+def cut(sequence: list[int], prompt: int, eos: int) -> list[int]:
+    """The new tokens up to the first end token; what follows is filler."""
+    new = sequence[prompt:]
+    return new[: new.index(eos) + 1] if eos in new else new
+
+
+def test_sequences_and_scores_of_the_reference(fixtures: Path) -> None:
+    reference, all_cases = cases(fixtures)
+    model = pf.load(fixtures / "models" / "gpt2")
+    checked = 0
+    for case in all_cases:
+        prompt = reference["prompts"][case["prompts"]]
+        ids, mask = np.array(prompt["input_ids"]), np.array(prompt["attention_mask"])
+        settings = {k: v for k, v in case["settings"].items() if k not in NOT_OURS}
+        if (mask == 0).any() and {"min_length", "max_length", "forced_bos_token_id"} & settings.keys():
+            continue  # lengths that count padding: the engine's own tests cover them
+        eos = settings.get("eos_token_id", model.generation_config["eos_token_id"])
+        out = model.generate(ids, attention_mask=mask, **settings)
+        ends = [eos] if isinstance(eos, int) else eos
+        for got, want in zip(out.ids, case["sequences"], strict=True):
+            new = want[ids.shape[1] :]
+            stop = next((i + 1 for i, t in enumerate(new) if t in ends), len(new))
+            assert got == new[:stop], case["name"]
+        if case.get("sequences_scores"):
+            for got_score, score in zip(out.scores, case["sequences_scores"], strict=True):
+                assert got_score == pytest.approx(score, abs=1e-4 * max(1, abs(score))), case["name"]
+        checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True, "top_p": 0.9, "seed": 7}, {"num_beams": 3}, {}])
+def test_a_batch_gives_what_each_prompt_gives_alone(fixtures: Path, options: dict[str, Any]) -> None:
+    model = pf.load(fixtures / "models" / "gpt2")
+    prompts = [[5, 6, 7, 8, 9], [40], [100, 3, 9]]
+    together = model.generate(prompts, max_new_tokens=20, **options)
+    if not options.get("do_sample"):  # draws are keyed by the place in the batch
+        for i, prompt in enumerate(prompts):
+            alone = model.generate([prompt], max_new_tokens=20, **options)
+            assert alone.ids[0] == together.ids[i]
+            assert np.allclose(alone.token_logprobs[0], together.token_logprobs[i], atol=1e-5)
+    assert model.generate(prompts, max_new_tokens=20, **options).ids == together.ids
+
+
+def test_log_probabilities_are_those_of_the_forward_pass(fixtures: Path) -> None:
+    model = pf.load(fixtures / "models" / "gpt2", dtype="float64")
+    prompt = [9, 8, 7]
+    out = model.generate([prompt], max_new_tokens=12, do_sample=True, seed=3)
+    ids = prompt + out.ids[0]
+    logits = model(np.array([ids])).logits[0]
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = [logprobs[len(prompt) - 1 + i, t] for i, t in enumerate(out.ids[0])]
+    assert np.allclose(out.token_logprobs[0], want, atol=1e-5)
+
+
+def test_text_goes_on_beyond_the_positions(fixtures: Path) -> None:
+    model = pf.load(fixtures / "models" / "gpt2")
+    options = {"max_new_tokens": 150, "eos_token_id": [], "do_sample": True, "num_return_sequences": 3, "seed": 1}
+    out = model.generate([[5, 6, 7]], **options)
+    assert [len(ids) for ids in out.ids] == [150, 150, 150]
+    assert out.finish_reasons == ["length"] * 3
+    assert model.generate([[5, 6, 7]], max_new_tokens=150, eos_token_id=[], num_beams=3).ids[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temprature": 1.0}, "temprature"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"num_beams": "four"}, "num_beams"),
+        ({"num_return_sequences": 3}, "num_return_sequences"),
+    ],
+)
+def test_wrong_options_are_named(fixtures: Path, options: dict[str, Any], named: str) -> None:
+    model = pf.load(fixtures / "models" / "gpt2")
+    with pytest.raises(pf.errors.InputError, match=named):
+        model.generate([[5]], **options)
+
+
+def test_filtered_distributions_of_the_reference(fixtures: Path) -> None:
+    from safetensors.numpy import load_file
+
+    cases = json.loads((fixtures / "sampling" / "filters.json").read_text())["cases"]
+    tensors = load_file(fixtures / "sampling" / "filters.safetensors")
+    for case in cases:
+        i = case["index"]
+        rows = tensors[f"exact.{i}"].astype(bool)
+        got = pf.filter_logits(tensors["logits"], **case["settings"])
+        assert np.abs(got - tensors[f"probs.{i}"])[rows].max() <= 1e-6, case
