@@ -309,7 +309,15 @@ pub unsafe fn gemm<T: Real>(
             let columns = group.min(panels.columns - column);
             // SAFETY: tasks fill different parts of the buffer, which is locked; `for_panels` keeps to its size.
             unsafe {
-                pack_panels(g, panels, panels.blocks.start + task / groups, column, columns, memory.get())
+                pack_panels(
+                    kernel,
+                    g,
+                    panels,
+                    panels.blocks.start + task / groups,
+                    column,
+                    columns,
+                    memory.get(),
+                )
             };
         });
         // Multiplying.
@@ -349,7 +357,7 @@ pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
     for_panels(n, k, kernel, 1, SERIAL_ELEMENTS, |panels| {
         let memory = scratch.panels.data;
         // SAFETY: the scratch is ours alone, and `for_panels` keeps to its size.
-        unsafe { pack_panels(g, panels, panels.blocks.start, 0, panels.columns, memory) };
+        unsafe { pack_panels(kernel, g, panels, panels.blocks.start, 0, panels.columns, memory) };
         for row in (0..m).step_by(ROWS) {
             let part = Part { row, rows: ROWS.min(m - row), column: 0, columns: panels.columns };
             // SAFETY: the caller's promise; the panels are packed.
@@ -400,6 +408,7 @@ fn grid<T>(m: usize, n: usize, threads: usize, kernel: &Kernel<T>) -> (usize, us
 /// # Safety
 /// `memory` has room for `panels`, and nobody else touches these columns of the block there.
 unsafe fn pack_panels<T: Real>(
+    kernel: &Kernel<T>,
     g: &Gemm<'_, T>,
     panels: &Panels,
     block: usize,
@@ -410,7 +419,16 @@ unsafe fn pack_panels<T: Real>(
     let (step, depth) = panels.depths.block(block);
     let to = memory.wrapping_add(panels.offset(block) + column * depth);
     // SAFETY: the block and the columns are inside B; the rest is the caller's promise.
-    unsafe { pack::pack(&g.right(), panels.column + column, columns, step, depth, panels.width, to) };
+    unsafe {
+        pack::pack(
+            &g.right(),
+            kernel.transpose,
+            (panels.column + column, columns),
+            (step, depth),
+            kernel.width,
+            to,
+        );
+    }
 }
 
 /// Computes a part of C from packed panels: all their blocks of K, then the epilogue if these are the last.
@@ -435,7 +453,9 @@ unsafe fn run_part<T: Real>(
         let packed = part.columns > 256 || (source.lanes_adjacent && part.rows * depth > 16384);
         let (a, (a_row, a_step), a_panel) = if packed {
             // SAFETY: the rows and the block are inside A; the rest is the caller's promise.
-            unsafe { pack::pack(&source, part.row, part.rows, step, depth, height, left) };
+            unsafe {
+                pack::pack(&source, kernel.transpose, (part.row, part.rows), (step, depth), height, left)
+            };
             (left.cast_const(), (1, height), height * depth)
         } else {
             let strides = source.strides();

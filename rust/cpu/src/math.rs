@@ -21,10 +21,10 @@ pub fn exp(x: f32) -> f32 {
     let whole = rounded - ROUND;
     let r = x - whole * 0.693_145_75 - whole * 1.428_606_8e-6;
     // (eʳ − 1 − r) / r² on |r| ≤ 0.35, error · r² < 3.4e−9.
-    let p = 1.395_171_1e-3;
+    let p = 1.395_171e-3;
     let p = p * r + 8.369_599e-3;
-    let p = p * r + 4.166_618_74e-2;
-    let p = p * r + 0.166_665_13;
+    let p = p * r + 4.166_618_7e-2;
+    let p = p * r + 0.166_665_14;
     let p = p * r + 0.5;
     let y = p * (r * r) + r + 1.0;
     // · 2ⁿ in two steps, as 2ⁿ alone may be out of range where the product is not.
@@ -47,7 +47,7 @@ pub fn tanh(x: f32) -> f32 {
     let z = a * a;
     let p = -5.717_011e-3;
     let p = p * z + 2.065_055_4e-2;
-    let p = p * z - 5.374_348_67e-2;
+    let p = p * z - 5.374_348_5e-2;
     let p = p * z + 0.133_314_91;
     let p = p * z - 0.333_332_84;
     let small = p * z * a + a;
@@ -63,23 +63,23 @@ pub fn erf(x: f32) -> f32 {
     let a = x.abs();
     // Below 0.92, erf a / a − 1 as a polynomial in z = a², error < 4.6e−10.
     let z = a * a;
-    let p = 8.345_216_4e-5;
-    let p = p * z - 8.137_435_4e-4;
-    let p = p * z + 5.200_634_1e-3;
-    let p = p * z - 2.685_927_07e-2;
+    let p = 8.345_216e-5;
+    let p = p * z - 8.137_435_7e-4;
+    let p = p * z + 5.200_634_2e-3;
+    let p = p * z - 2.685_927e-2;
     let p = p * z + 0.112_836_94;
-    let p = p * z - 0.376_126_34;
+    let p = p * z - 0.376_126_35;
     let p = p * z + 0.128_379_17;
     let small = p * a + a;
     // Above, 1 − e^q(a), q a fit of ln erfc on [0.92, 4], error · erfc / erf < 1.6e−9. From 4 on, erf rounds to 1.
     let t = if a > 4.0 { 4.0 } else { a };
-    let q = 1.959_413_06e-4;
-    let q = q * t - 3.043_254_63e-3;
-    let q = q * t + 2.222_705_89e-2;
+    let q = 1.959_413e-4;
+    let q = q * t - 3.043_254_6e-3;
+    let q = q * t + 2.222_705_8e-2;
     let q = q * t - 0.103_931_87;
-    let q = q * t - 0.637_181_96;
-    let q = q * t - 1.127_675_79;
-    let q = q * t - 1.956_395_61e-4;
+    let q = q * t - 0.637_181_94;
+    let q = q * t - 1.127_675_8;
+    let q = q * t - 1.956_395_6e-4;
     let large = 1.0 - exp(q);
     (if a < 0.92 { small } else { large }).copysign(x)
 }

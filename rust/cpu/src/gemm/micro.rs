@@ -5,6 +5,7 @@
 //! registers of 8 `f32`, 6 × 16 takes 12 for sums, 2 for B, 1 for the broadcast. Every element of C is one chain of
 //! fused multiply-adds over k, whatever the tile, so edges give the same bits as the inside.
 
+use super::pack::{self, Transpose};
 use crate::real::Real;
 use crate::simd::Level;
 
@@ -42,6 +43,8 @@ pub struct Kernel<T> {
     /// * the CPU has `level`;
     /// * `1 ≤ rows ≤ height`; A, B are readable and C is writable (readable if `add`) at the places that [`Tile`] names.
     pub(super) tile: unsafe fn(rows: usize, tile: &Tile<T>),
+    /// Packs a panel whose lanes are rows of memory; its `width` is `height` or `width` of the kernel.
+    pub(super) transpose: Transpose<T>,
 }
 
 /// The largest `height · width`.
@@ -51,14 +54,46 @@ pub(super) const MAX_TILE: usize = 12 * 32;
 pub(crate) fn kernel_f32(level: Level) -> Kernel<f32> {
     #[cfg(target_arch = "x86_64")]
     match level {
-        Level::Avx512 => return Kernel { height: 12, width: 32, depth: 256, level, tile: x86::f32_avx512 },
-        Level::Avx2 => return Kernel { height: 6, width: 16, depth: 384, level, tile: x86::f32_avx2 },
+        Level::Avx512 => {
+            return Kernel {
+                height: 12,
+                width: 32,
+                depth: 256,
+                level,
+                tile: x86::f32_avx512,
+                transpose: pack::x86::transpose,
+            };
+        }
+        Level::Avx2 => {
+            return Kernel {
+                height: 6,
+                width: 16,
+                depth: 384,
+                level,
+                tile: x86::f32_avx2,
+                transpose: pack::x86::transpose,
+            };
+        }
         Level::Baseline => {}
     }
     if cfg!(target_arch = "aarch64") {
-        Kernel { height: 6, width: 16, depth: 384, level, tile: portable::<f32, 6, 16, true> }
+        Kernel {
+            height: 6,
+            width: 16,
+            depth: 384,
+            level,
+            tile: portable::<f32, 6, 16, true>,
+            transpose: pack::transpose,
+        }
     } else {
-        Kernel { height: 4, width: 8, depth: 384, level, tile: portable::<f32, 4, 8, false> }
+        Kernel {
+            height: 4,
+            width: 8,
+            depth: 384,
+            level,
+            tile: portable::<f32, 4, 8, false>,
+            transpose: pack::transpose,
+        }
     }
 }
 
@@ -66,14 +101,46 @@ pub(crate) fn kernel_f32(level: Level) -> Kernel<f32> {
 pub(crate) fn kernel_f64(level: Level) -> Kernel<f64> {
     #[cfg(target_arch = "x86_64")]
     match level {
-        Level::Avx512 => return Kernel { height: 6, width: 16, depth: 256, level, tile: x86::f64_avx512 },
-        Level::Avx2 => return Kernel { height: 6, width: 8, depth: 384, level, tile: x86::f64_avx2 },
+        Level::Avx512 => {
+            return Kernel {
+                height: 6,
+                width: 16,
+                depth: 256,
+                level,
+                tile: x86::f64_avx512,
+                transpose: pack::transpose,
+            };
+        }
+        Level::Avx2 => {
+            return Kernel {
+                height: 6,
+                width: 8,
+                depth: 384,
+                level,
+                tile: x86::f64_avx2,
+                transpose: pack::transpose,
+            };
+        }
         Level::Baseline => {}
     }
     if cfg!(target_arch = "aarch64") {
-        Kernel { height: 6, width: 8, depth: 384, level, tile: portable::<f64, 6, 8, true> }
+        Kernel {
+            height: 6,
+            width: 8,
+            depth: 384,
+            level,
+            tile: portable::<f64, 6, 8, true>,
+            transpose: pack::transpose,
+        }
     } else {
-        Kernel { height: 4, width: 4, depth: 384, level, tile: portable::<f64, 4, 4, false> }
+        Kernel {
+            height: 4,
+            width: 4,
+            depth: 384,
+            level,
+            tile: portable::<f64, 4, 4, false>,
+            transpose: pack::transpose,
+        }
     }
 }
 

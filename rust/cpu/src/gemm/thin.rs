@@ -95,7 +95,7 @@ unsafe fn body<T: Real, const FMA: bool>(transposed: bool, thin: &Thin<T>) {
 unsafe fn plain<T: Real, const M: usize, const FMA: bool>(thin: &Thin<T>) {
     const WIDE: usize = 16;
     let Thin { columns, depth, a, a_row, a_step, b, b_stride, c, c_row, add, .. } = *thin;
-    // SAFETY (of all blocks below): indices stay below rows, columns and depth, as the caller promises.
+    // SAFETY: here and below, indices stay within rows, columns and depth, as the caller promises.
     let element = |i: usize, p: usize| unsafe { *a.add(i * a_row + p * a_step) };
     if !add {
         for i in 0..M {
@@ -198,8 +198,7 @@ unsafe fn dot_rows<T: Real, const M: usize, const R: usize, const FMA: bool>(thi
                     mul_add::<T, FMA>(*a.add(i * a_row + p), *b.add((j + r) * b_stride + p), *lane)
                 };
             }
-            let [s0, s1, s2, s3, s4, s5, s6, s7] = lanes;
-            let sum = ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7));
+            let sum = fold(&lanes);
             // SAFETY: element (i, j + r) of C exists.
             unsafe {
                 let c = c.add(i * c_row + j + r);
@@ -207,4 +206,11 @@ unsafe fn dot_rows<T: Real, const M: usize, const R: usize, const FMA: bool>(thi
             }
         }
     }
+}
+
+/// The sum of the lanes. Not inlined: seeing lanes that are stored together, the compiler keeps them in vectors.
+#[inline(never)]
+fn fold<T: Real>(lanes: &[T; LANES]) -> T {
+    let [s0, s1, s2, s3, s4, s5, s6, s7] = *lanes;
+    ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7))
 }
