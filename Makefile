@@ -10,6 +10,8 @@ VENV ?= .venv
 override VENV := $(abspath $(VENV))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The compiler of the CUDA kernels, for tests without a GPU.
+NVRTC := tests/cuda/requirements.txt
 # One profile for lints and tests, so that dependencies are compiled once.
 PROFILE := --profile dev-fast
 export PYO3_PYTHON := $(BIN)/python
@@ -21,11 +23,11 @@ help: ## Show this list
 .PHONY: setup
 setup: $(READY) ## Make the virtual environment with all tools of development
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(NVRTC)
 	$(PYTHON) -c 'import sys; sys.exit("pyrformer needs Python 3.10 or newer: set PYTHON" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --group dev -r $(NVRTC)
 	touch $@
 
 .PHONY: build
