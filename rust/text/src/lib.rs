@@ -1,1 +1,32 @@
-//! Tokenizers and their training, readers, packing, masking, batches.
+//! Tokenizers and their training: text to ids and back, exactly as the `tokenizers` library does it.
+
+mod added;
+mod bpe;
+mod bytes;
+mod cache;
+mod decode;
+mod encoding;
+mod error;
+mod format;
+mod model;
+mod normalize;
+mod parallel;
+mod pretokenize;
+mod roles;
+mod split;
+mod stream;
+mod template;
+mod text;
+mod tokenizer;
+mod trie;
+mod unicode;
+mod unicode_tables;
+mod vocab;
+mod wordpiece;
+
+pub use added::AddedToken;
+pub use encoding::{Direction, Encoding, Padding, PaddingStrategy, Truncation, TruncationStrategy};
+pub use error::{Error, Result};
+pub use roles::SpecialIds;
+pub use stream::StreamDecoder;
+pub use tokenizer::{Ragged, Tokenizer};

@@ -1,0 +1,349 @@
+//! Byte-pair encoding: a word starts as characters (or bytes) and pairs are merged, the earliest learned first.
+//!
+//! Source: Sennrich 2016, "Neural Machine Translation of Rare Words with Subword Units", algorithm 1. Ties (the same
+//! pair twice in a word) go to the left. Short words scan for the best pair; long ones keep a heap, O(n log n).
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use rustc_hash::FxHashMap;
+
+use crate::bytes::from_alphabet;
+use crate::vocab::Vocab;
+use crate::{Error, Result};
+
+/// No id: also the end of a list.
+const NONE: u32 = u32::MAX;
+/// Words of up to this many symbols are scanned; beyond, the heap wins.
+const SCAN: usize = 40;
+
+/// A token of a word: its id and the number of bytes it covers.
+pub(crate) type Piece = (u32, u32);
+
+/// The settings of a BPE model beside vocabulary and merges, as tokenizer.json names them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct BpeOptions {
+    /// Stands for what has no token.
+    pub(crate) unk_token: Option<String>,
+    /// Neighbouring unknowns become one.
+    pub(crate) fuse_unk: bool,
+    /// Characters without a token are written as tokens `<0x00>` … `<0xFF>`.
+    pub(crate) byte_fallback: bool,
+    /// A word that is a token is that token, whatever the merges say.
+    pub(crate) ignore_merges: bool,
+}
+
+/// A BPE model.
+#[derive(Clone, Debug)]
+pub(crate) struct Bpe {
+    pub(crate) vocab: Vocab,
+    /// The merges in order, as pairs of tokens' ids.
+    pub(crate) merges: Vec<(u32, u32)>,
+    pub(crate) options: BpeOptions,
+    byte_level: bool,
+    /// Pair → (rank, id).
+    ranks: FxHashMap<u64, (u32, u32)>,
+    /// Symbol of each byte (byte-level) or of `<0x..>` (byte fallback), else `NONE`.
+    byte_ids: Box<[u32; 256]>,
+    /// Symbol of each character, ASCII ones in a table.
+    ascii_ids: Box<[u32; 128]>,
+    char_ids: FxHashMap<char, u32>,
+    unk: Option<u32>,
+    /// Raw bytes of each token, for `ignore_merges`.
+    whole: FxHashMap<Box<[u8]>, u32>,
+}
+
+/// Working memory of a merge, kept between words.
+#[derive(Default)]
+pub(crate) struct BpeScratch {
+    symbols: Vec<Symbol>,
+    ranks: Vec<u32>,
+    heap: BinaryHeap<Reverse<(u32, u32, u32)>>,
+}
+
+#[derive(Clone, Copy)]
+struct Symbol {
+    id: u32,
+    /// Bytes covered; 0 once merged into the symbol before.
+    len: u32,
+    prev: u32,
+    next: u32,
+}
+
+/// Collects the first symbols of a word. Unknown characters wait for what follows, as they may be fused.
+struct Start<'a> {
+    symbols: &'a mut Vec<Symbol>,
+    unk: Option<u32>,
+    fuse: bool,
+    /// Bytes of the unknown that waits.
+    waiting: usize,
+}
+
+impl Start<'_> {
+    #[inline]
+    fn push(&mut self, id: u32, len: usize) {
+        self.symbols.push(Symbol { id, len: len as u32, prev: NONE, next: NONE });
+    }
+
+    fn flush(&mut self) {
+        if let (Some(unk), 1..) = (self.unk, self.waiting) {
+            self.push(unk, self.waiting);
+        }
+        self.waiting = 0;
+    }
+
+    /// Adds a symbol of `len` bytes, or an unknown for `NONE`; the reference leaves it out if there is no unknown token.
+    #[inline]
+    fn add(&mut self, id: u32, len: usize) {
+        if id != NONE {
+            if self.waiting > 0 {
+                self.flush();
+            }
+            self.push(id, len);
+        } else {
+            if !self.fuse {
+                self.flush();
+            }
+            self.waiting += len;
+        }
+    }
+}
+
+#[inline]
+fn pair(left: u32, right: u32) -> u64 {
+    u64::from(left) << 32 | u64::from(right)
+}
+
+impl Bpe {
+    /// A model of `vocab` and `merges` (pairs of token strings); `byte_level` if words come as bytes.
+    pub(crate) fn new(
+        vocab: Vocab,
+        merges: &[(String, String)],
+        options: BpeOptions,
+        byte_level: bool,
+    ) -> Result<Self> {
+        let refuse = |problem: String| Error::format("model", problem);
+        let id = |token: &str| {
+            vocab.id(token).ok_or_else(|| refuse(format!("{token:?} of a merge is not in the vocabulary")))
+        };
+        let mut pairs = Vec::with_capacity(merges.len());
+        let mut ranks = FxHashMap::default();
+        ranks.reserve(merges.len());
+        for (rank, (left, right)) in merges.iter().enumerate() {
+            let merged = id(&format!("{left}{right}"))?;
+            let ids = (id(left)?, id(right)?);
+            pairs.push(ids);
+            ranks.insert(pair(ids.0, ids.1), (rank as u32, merged));
+        }
+        let unk = match &options.unk_token {
+            Some(unk) => Some(
+                vocab.id(unk).ok_or_else(|| refuse(format!("unk_token {unk:?} is not in the vocabulary")))?,
+            ),
+            None => None,
+        };
+        let mut byte_ids = Box::new([NONE; 256]);
+        let mut ascii_ids = Box::new([NONE; 128]);
+        let mut char_ids = FxHashMap::default();
+        let mut whole = FxHashMap::default();
+        for byte in 0..=255u8 {
+            let token = if byte_level {
+                crate::bytes::byte_to_char(byte).to_string()
+            } else {
+                format!("<0x{byte:02X}>")
+            };
+            if byte_level || options.byte_fallback {
+                byte_ids[byte as usize] = vocab.id(&token).unwrap_or(NONE);
+            }
+        }
+        for (token, id) in vocab.iter() {
+            let mut chars = token.chars();
+            if let (Some(c), None) = (chars.next(), chars.next()) {
+                match ascii_ids.get_mut(c as usize) {
+                    Some(slot) => *slot = id,
+                    None => {
+                        char_ids.insert(c, id);
+                    }
+                }
+            }
+            if options.ignore_merges {
+                let bytes = if byte_level { from_alphabet(token) } else { token.into() };
+                whole.insert(bytes.into(), id);
+            }
+        }
+        Ok(Self {
+            vocab,
+            merges: pairs,
+            options,
+            byte_level,
+            ranks,
+            byte_ids,
+            ascii_ids,
+            char_ids,
+            unk,
+            whole,
+        })
+    }
+
+    /// Whether every token is one character: a character-level vocabulary.
+    pub(crate) fn is_characters(&self) -> bool {
+        self.merges.is_empty() && !self.byte_level && !self.options.byte_fallback
+    }
+
+    #[inline]
+    fn char_id(&self, c: char) -> Option<u32> {
+        let id = match self.ascii_ids.get(c as usize) {
+            Some(&id) => id,
+            None => self.char_ids.get(&c).copied().unwrap_or(NONE),
+        };
+        (id != NONE).then_some(id)
+    }
+
+    /// Appends the ids of a text of single-character tokens.
+    pub(crate) fn characters(&self, text: &str, out: &mut Vec<u32>) -> Result<()> {
+        out.reserve(text.len());
+        let mut unknown = false;
+        for c in text.chars() {
+            match (self.char_id(c), self.unk) {
+                (Some(id), _) => {
+                    out.push(id);
+                    unknown = false;
+                    continue;
+                }
+                (None, Some(unk)) if !(unknown && self.options.fuse_unk) => out.push(unk),
+                (None, Some(_)) => {}
+                (None, None) => return Err(unknown_character(c)),
+            }
+            unknown = true;
+        }
+        Ok(())
+    }
+
+    /// Appends the tokens of `word`.
+    pub(crate) fn tokenize(&self, word: &str, scratch: &mut BpeScratch, out: &mut Vec<Piece>) -> Result<()> {
+        if self.options.ignore_merges {
+            if let Some(&id) = self.whole.get(word.as_bytes()) {
+                out.push((id, word.len() as u32));
+                return Ok(());
+            }
+        }
+        scratch.symbols.clear();
+        self.start(word, &mut scratch.symbols)?;
+        if scratch.symbols.len() <= SCAN {
+            self.merge_by_scan(scratch);
+        } else {
+            self.merge_by_heap(scratch);
+        }
+        out.extend(scratch.symbols.iter().filter(|s| s.len > 0).map(|s| (s.id, s.len)));
+        Ok(())
+    }
+
+    /// The symbols that `word` starts as.
+    fn start(&self, word: &str, symbols: &mut Vec<Symbol>) -> Result<()> {
+        let mut start = Start { symbols, unk: self.unk, fuse: self.options.fuse_unk, waiting: 0 };
+        if self.byte_level {
+            for &byte in word.as_bytes() {
+                start.add(self.byte_ids[byte as usize], 1);
+            }
+        } else {
+            for c in word.chars() {
+                let id = self.char_id(c).unwrap_or(NONE);
+                if id == NONE {
+                    let mut buffer = [0; 4];
+                    let bytes = c.encode_utf8(&mut buffer).as_bytes();
+                    if bytes.iter().all(|&b| self.byte_ids[b as usize] != NONE) {
+                        bytes.iter().for_each(|&b| start.push(self.byte_ids[b as usize], 1));
+                        continue;
+                    }
+                    if self.unk.is_none() && self.is_characters() {
+                        return Err(unknown_character(c));
+                    }
+                }
+                start.add(id, c.len_utf8());
+            }
+        }
+        start.flush();
+        Ok(())
+    }
+
+    #[inline]
+    fn rank(&self, left: u32, right: u32) -> u32 {
+        self.ranks.get(&pair(left, right)).map_or(NONE, |&(rank, _)| rank)
+    }
+
+    /// Finds the best pair by looking at all of them, merges it, and so on.
+    fn merge_by_scan(&self, scratch: &mut BpeScratch) {
+        let BpeScratch { symbols, ranks, .. } = scratch;
+        ranks.clear();
+        ranks.extend(symbols.windows(2).map(|w| self.rank(w[0].id, w[1].id)));
+        loop {
+            let mut best = (NONE, 0);
+            for (i, &rank) in ranks.iter().enumerate() {
+                if rank < best.0 {
+                    best = (rank, i);
+                }
+            }
+            let (rank, i) = best;
+            if rank == NONE {
+                return;
+            }
+            symbols[i].id = self.ranks[&pair(symbols[i].id, symbols[i + 1].id)].1;
+            symbols[i].len += symbols[i + 1].len;
+            symbols.remove(i + 1);
+            ranks.remove(i);
+            if i > 0 {
+                ranks[i - 1] = self.rank(symbols[i - 1].id, symbols[i].id);
+            }
+            if i + 1 < symbols.len() {
+                ranks[i] = self.rank(symbols[i].id, symbols[i + 1].id);
+            }
+        }
+    }
+
+    /// The same with a heap of (rank, position, merged id); an entry is stale once its pair is no longer there.
+    fn merge_by_heap(&self, scratch: &mut BpeScratch) {
+        let BpeScratch { symbols, heap, .. } = scratch;
+        heap.clear();
+        let n = symbols.len();
+        for i in 0..n {
+            symbols[i].prev = if i == 0 { NONE } else { i as u32 - 1 };
+            symbols[i].next = if i + 1 == n { NONE } else { i as u32 + 1 };
+            if i + 1 < n {
+                if let Some(&(rank, id)) = self.ranks.get(&pair(symbols[i].id, symbols[i + 1].id)) {
+                    heap.push(Reverse((rank, i as u32, id)));
+                }
+            }
+        }
+        while let Some(Reverse((rank, i, merged))) = heap.pop() {
+            let left = symbols[i as usize];
+            if left.len == 0 || left.next == NONE {
+                continue;
+            }
+            let right = symbols[left.next as usize];
+            if self.ranks.get(&pair(left.id, right.id)) != Some(&(rank, merged)) {
+                continue;
+            }
+            symbols[left.next as usize].len = 0;
+            symbols[i as usize] =
+                Symbol { id: merged, len: left.len + right.len, prev: left.prev, next: right.next };
+            if right.next != NONE {
+                symbols[right.next as usize].prev = i;
+                if let Some(&(rank, id)) = self.ranks.get(&pair(merged, symbols[right.next as usize].id)) {
+                    heap.push(Reverse((rank, i, id)));
+                }
+            }
+            if left.prev != NONE {
+                if let Some(&(rank, id)) = self.ranks.get(&pair(symbols[left.prev as usize].id, merged)) {
+                    heap.push(Reverse((rank, left.prev, id)));
+                }
+            }
+        }
+    }
+}
+
+fn unknown_character(c: char) -> Error {
+    Error::Encode(format!(
+        "character {c:?} (U+{:04X}) is not in the vocabulary and there is no unknown token; train with unk_token, or \
+         on text that has it",
+        c as u32
+    ))
+}

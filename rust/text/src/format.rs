@@ -1,0 +1,266 @@
+//! tokenizer.json: the file of the `tokenizers` library, read into checked components and written back.
+//!
+//! Every component is one of a closed set of types; a type, pattern or option this crate does not carry out is an error
+//! that names it, never skipped.
+
+use std::fmt;
+
+use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+use crate::added::AddedToken;
+use crate::bpe::{Bpe, BpeOptions};
+use crate::decode::Decoder;
+use crate::encoding::{Padding, Truncation};
+use crate::model::Model;
+use crate::normalize::Normalizer;
+use crate::pretokenize::{PreTokenizer, Words};
+use crate::template::PostProcessor;
+use crate::vocab::Vocab;
+use crate::wordpiece::WordPiece;
+use crate::{Error, Result};
+
+/// The parts of a tokenizer.json.
+#[derive(Clone, Debug)]
+pub(crate) struct Parts {
+    pub(crate) truncation: Option<Truncation>,
+    pub(crate) padding: Option<Padding>,
+    pub(crate) added_tokens: Vec<AddedToken>,
+    pub(crate) normalizer: Option<Normalizer>,
+    pub(crate) pre_tokenizer: Option<PreTokenizer>,
+    pub(crate) post_processor: Option<PostProcessor>,
+    pub(crate) decoder: Option<Decoder>,
+    pub(crate) model: Model,
+}
+
+#[derive(Deserialize)]
+struct File {
+    #[serde(default)]
+    truncation: Value,
+    #[serde(default)]
+    padding: Value,
+    #[serde(default)]
+    added_tokens: Value,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+    model: ModelFile,
+}
+
+/// All fields of all models; which of them count depends on the type.
+#[derive(Deserialize)]
+struct ModelFile {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    vocab: VocabFile,
+    merges: Option<Vec<Merge>>,
+    unk_token: Option<String>,
+    dropout: Option<f64>,
+    continuing_subword_prefix: Option<String>,
+    end_of_word_suffix: Option<String>,
+    #[serde(default)]
+    fuse_unk: bool,
+    #[serde(default)]
+    byte_fallback: bool,
+    #[serde(default)]
+    ignore_merges: bool,
+    max_input_chars_per_word: Option<usize>,
+}
+
+/// A merge as a pair, or as one string with a space in older files.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    Line(String),
+}
+
+/// `{token: id}`, or `[[token, score]]` for Unigram.
+enum VocabFile {
+    Ids(Vec<(String, u32)>),
+    Scores(Vec<(String, f64)>),
+}
+
+impl<'de> Deserialize<'de> for VocabFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = VocabFile;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map of tokens to ids or a list of tokens and scores")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<VocabFile, A::Error> {
+                let mut entries = vec![];
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(VocabFile::Ids(entries))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<VocabFile, A::Error> {
+                let mut entries = vec![];
+                while let Some(entry) = seq.next_element()? {
+                    entries.push(entry);
+                }
+                Ok(VocabFile::Scores(entries))
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+fn component<T: DeserializeOwned + Default>(name: &'static str, value: Value) -> Result<T> {
+    if value.is_null() {
+        return Ok(T::default());
+    }
+    serde_json::from_value(value).map_err(|e| Error::format(name, e.to_string()))
+}
+
+impl Parts {
+    /// Reads the text of a tokenizer.json.
+    pub(crate) fn from_json(text: &str) -> Result<Self> {
+        let file: File = serde_json::from_str(text).map_err(|e| Error::format("file", e.to_string()))?;
+        let normalizer: Option<Normalizer> = component("normalizer", file.normalizer)?;
+        if let Some(normalizer) = &normalizer {
+            normalizer.check()?;
+        }
+        let pre_tokenizer: Option<PreTokenizer> = component("pre_tokenizer", file.pre_tokenizer)?;
+        let byte_level = Words::new(pre_tokenizer.as_ref())?.byte_level;
+        Ok(Self {
+            truncation: component("truncation", file.truncation)?,
+            padding: component("padding", file.padding)?,
+            added_tokens: component("added_tokens", file.added_tokens)?,
+            normalizer,
+            pre_tokenizer,
+            post_processor: component("post_processor", file.post_processor)?,
+            decoder: component("decoder", file.decoder)?,
+            model: file.model.build(byte_level)?,
+        })
+    }
+
+    /// Writes a tokenizer.json.
+    pub(crate) fn to_json(&self) -> Result<String> {
+        #[derive(Serialize)]
+        struct Out<'a> {
+            version: &'static str,
+            truncation: &'a Option<Truncation>,
+            padding: &'a Option<Padding>,
+            added_tokens: &'a [AddedToken],
+            normalizer: &'a Option<Normalizer>,
+            pre_tokenizer: &'a Option<PreTokenizer>,
+            post_processor: &'a Option<PostProcessor>,
+            decoder: &'a Option<Decoder>,
+            model: &'a Model,
+        }
+        let out = Out {
+            version: "1.0",
+            truncation: &self.truncation,
+            padding: &self.padding,
+            added_tokens: &self.added_tokens,
+            normalizer: &self.normalizer,
+            pre_tokenizer: &self.pre_tokenizer,
+            post_processor: &self.post_processor,
+            decoder: &self.decoder,
+            model: &self.model,
+        };
+        serde_json::to_string_pretty(&out).map_err(|e| Error::format("file", e.to_string()))
+    }
+}
+
+impl ModelFile {
+    fn build(self, byte_level: bool) -> Result<Model> {
+        let refuse = |problem: String| Err(Error::format("model", problem));
+        // The oldest files do not say the type; only BPE has merges.
+        let kind = match (self.kind, &self.merges) {
+            (Some(kind), _) => kind,
+            (None, Some(_)) => "BPE".to_owned(),
+            (None, None) => return refuse("it has no type".into()),
+        };
+        match (kind.as_str(), self.vocab) {
+            ("BPE", VocabFile::Ids(entries)) => {
+                if self.dropout.is_some_and(|p| p > 0.0) {
+                    return refuse("BPE with dropout is not supported: its tokens are random".into());
+                }
+                for (name, value) in [
+                    ("continuing_subword_prefix", self.continuing_subword_prefix),
+                    ("end_of_word_suffix", self.end_of_word_suffix),
+                ] {
+                    if let Some(value) = value.filter(|v| !v.is_empty()) {
+                        return refuse(format!("BPE with {name} {value:?} is not supported"));
+                    }
+                }
+                let merges = self.merges.unwrap_or_default().into_iter().map(|merge| match merge {
+                    Merge::Pair(left, right) => Ok((left, right)),
+                    Merge::Line(line) => match line.split_once(' ') {
+                        Some((left, right)) => Ok((left.to_owned(), right.to_owned())),
+                        None => Err(Error::format("model", format!("merge {line:?} has no space"))),
+                    },
+                });
+                let options = BpeOptions {
+                    unk_token: self.unk_token,
+                    fuse_unk: self.fuse_unk,
+                    byte_fallback: self.byte_fallback,
+                    ignore_merges: self.ignore_merges,
+                };
+                let merges = merges.collect::<Result<Vec<_>>>()?;
+                Ok(Model::Bpe(Bpe::new(Vocab::new(entries)?, &merges, options, byte_level)?))
+            }
+            ("WordPiece", VocabFile::Ids(_)) if byte_level => {
+                refuse("WordPiece after a ByteLevel pre-tokenizer is not supported".into())
+            }
+            ("WordPiece", VocabFile::Ids(entries)) => Ok(Model::WordPiece(WordPiece::new(
+                Vocab::new(entries)?,
+                self.unk_token.unwrap_or_else(|| "[UNK]".into()),
+                self.continuing_subword_prefix.unwrap_or_else(|| "##".into()),
+                self.max_input_chars_per_word.unwrap_or(100),
+            )?)),
+            ("BPE" | "WordPiece", VocabFile::Scores(_)) => {
+                refuse(format!("the vocabulary of {kind} is a list"))
+            }
+            _ => refuse(format!("type {kind:?} is not supported, only BPE and WordPiece are")),
+        }
+    }
+}
+
+impl Serialize for Vocab {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
+impl Serialize for Model {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("type", self.name())?;
+        match self {
+            Self::Bpe(m) => {
+                let none: Option<()> = None;
+                let token = |id| m.vocab.token(id).unwrap_or_default();
+                let merges: Vec<_> =
+                    m.merges.iter().map(|&(left, right)| (token(left), token(right))).collect();
+                map.serialize_entry("dropout", &none)?;
+                map.serialize_entry("unk_token", &m.options.unk_token)?;
+                map.serialize_entry("continuing_subword_prefix", &none)?;
+                map.serialize_entry("end_of_word_suffix", &none)?;
+                map.serialize_entry("fuse_unk", &m.options.fuse_unk)?;
+                map.serialize_entry("byte_fallback", &m.options.byte_fallback)?;
+                map.serialize_entry("ignore_merges", &m.options.ignore_merges)?;
+                map.serialize_entry("vocab", &m.vocab)?;
+                map.serialize_entry("merges", &merges)?;
+            }
+            Self::WordPiece(m) => {
+                map.serialize_entry("unk_token", &m.unk_token)?;
+                map.serialize_entry("continuing_subword_prefix", &m.continuing_subword_prefix)?;
+                map.serialize_entry("max_input_chars_per_word", &m.max_input_chars_per_word)?;
+                map.serialize_entry("vocab", &m.vocab)?;
+            }
+        }
+        map.end()
+    }
+}

@@ -1,0 +1,69 @@
+//! The model of a tokenizer: from a word to tokens.
+
+use crate::Result;
+use crate::bpe::{Bpe, BpeScratch, Piece};
+use crate::cache::Cache;
+use crate::vocab::Vocab;
+use crate::wordpiece::WordPiece;
+
+/// One of the models.
+#[derive(Clone, Debug)]
+pub(crate) enum Model {
+    Bpe(Bpe),
+    WordPiece(WordPiece),
+}
+
+/// What a thread keeps between words and texts.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    pub(crate) cache: Cache,
+    bpe: BpeScratch,
+    pieces: Vec<Piece>,
+}
+
+impl Model {
+    /// The name in tokenizer.json.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Bpe(_) => "BPE",
+            Self::WordPiece(_) => "WordPiece",
+        }
+    }
+
+    pub(crate) fn vocab(&self) -> &Vocab {
+        match self {
+            Self::Bpe(m) => &m.vocab,
+            Self::WordPiece(m) => &m.vocab,
+        }
+    }
+
+    /// The unknown token, if the model has one.
+    pub(crate) fn unk_token(&self) -> Option<&str> {
+        match self {
+            Self::Bpe(m) => m.options.unk_token.as_deref(),
+            Self::WordPiece(m) => Some(&m.unk_token),
+        }
+    }
+
+    /// The tokens of `word`, in `scratch`.
+    pub(crate) fn tokenize<'s>(&self, word: &str, scratch: &'s mut Scratch) -> Result<&'s [Piece]> {
+        scratch.pieces.clear();
+        match self {
+            Self::Bpe(m) => m.tokenize(word, &mut scratch.bpe, &mut scratch.pieces)?,
+            Self::WordPiece(m) => m.tokenize(word, &mut scratch.pieces),
+        }
+        Ok(&scratch.pieces)
+    }
+
+    /// Appends the ids of `word`.
+    #[inline]
+    pub(crate) fn ids(&self, word: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
+        if scratch.cache.get(word.as_bytes(), out) {
+            return Ok(());
+        }
+        let start = out.len();
+        out.extend(self.tokenize(word, scratch)?.iter().map(|&(id, _)| id));
+        scratch.cache.insert(word.as_bytes(), &out[start..]);
+        Ok(())
+    }
+}

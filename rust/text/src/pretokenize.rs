@@ -1,0 +1,217 @@
+//! Pre-tokenizers: from a normalized text to words.
+//!
+//! What tokenizer.json writes as one list is two things here: changes to the text (a space or `▁` put in front, spaces
+//! made `▁`), then splitters applied one inside the other. A file that asks for a change after a split is refused.
+
+use serde::{Deserialize, Serialize};
+
+use crate::normalize::Pattern;
+use crate::split::{GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Splitter};
+use crate::text::{Origin, Text};
+use crate::{Error, Result};
+
+/// A pre-tokenizer as tokenizer.json writes it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type")]
+pub(crate) enum PreTokenizer {
+    BertPreTokenizer,
+    ByteLevel {
+        add_prefix_space: bool,
+        trim_offsets: bool,
+        #[serde(default = "yes")]
+        use_regex: bool,
+    },
+    Metaspace(Metaspace),
+    Split {
+        pattern: Pattern,
+        behavior: String,
+        invert: bool,
+    },
+    WhitespaceSplit,
+    Digits {
+        individual_digits: bool,
+    },
+    Sequence {
+        pretokenizers: Vec<PreTokenizer>,
+    },
+}
+
+/// The settings of `Metaspace`, shared by pre-tokenizer and decoder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Metaspace {
+    /// Stands for a space.
+    pub(crate) replacement: char,
+    /// When one is put in front of the text.
+    #[serde(default)]
+    pub(crate) prepend_scheme: Prepend,
+    /// Whether to split before each replacement.
+    #[serde(default = "yes")]
+    pub(crate) split: bool,
+    /// What older files say in place of `prepend_scheme`.
+    #[serde(default, skip_serializing)]
+    add_prefix_space: Option<bool>,
+}
+
+/// When `Metaspace` puts its replacement in front.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Prepend {
+    /// Before the first piece of the text only.
+    First,
+    Never,
+    /// Before every piece between added tokens.
+    #[default]
+    Always,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Metaspace {
+    /// The scheme, with the older setting taken into account.
+    pub(crate) fn scheme(&self) -> Prepend {
+        if self.add_prefix_space == Some(false) { Prepend::Never } else { self.prepend_scheme }
+    }
+}
+
+/// What is done to the text before it is split.
+#[derive(Clone, Debug)]
+enum Change {
+    PrefixSpace,
+    Metaspace { replacement: char, scheme: Prepend },
+}
+
+/// A pre-tokenizer ready to run.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Words {
+    changes: Vec<Change>,
+    splitters: Vec<Splitter>,
+    /// Whether the model sees bytes in the byte alphabet.
+    pub(crate) byte_level: bool,
+}
+
+impl Words {
+    /// Prepares `config`; none means one word.
+    pub(crate) fn new(config: Option<&PreTokenizer>) -> Result<Self> {
+        let mut words = Self::default();
+        if let Some(config) = config {
+            words.add(config)?;
+        }
+        Ok(words)
+    }
+
+    fn add(&mut self, config: &PreTokenizer) -> Result<()> {
+        let refuse = |problem: String| Err(Error::format("pre_tokenizer", problem));
+        if self.byte_level {
+            return refuse(format!("{config:?} cannot come after ByteLevel"));
+        }
+        match config {
+            PreTokenizer::BertPreTokenizer => self.splitters.push(Splitter::Bert),
+            PreTokenizer::WhitespaceSplit => self.splitters.push(Splitter::Whitespace),
+            PreTokenizer::Digits { individual_digits } => {
+                self.splitters.push(Splitter::Digits { individual: *individual_digits });
+            }
+            PreTokenizer::ByteLevel { add_prefix_space, use_regex, .. } => {
+                if *add_prefix_space {
+                    self.change(Change::PrefixSpace)?;
+                }
+                if *use_regex {
+                    self.splitters.push(Splitter::Gpt2);
+                }
+                self.byte_level = true;
+            }
+            PreTokenizer::Metaspace(m) => {
+                self.change(Change::Metaspace { replacement: m.replacement, scheme: m.scheme() })?;
+                if m.split {
+                    self.splitters.push(Splitter::Before(m.replacement));
+                }
+            }
+            PreTokenizer::Split { pattern, behavior, invert } => {
+                let splitter = match pattern {
+                    Pattern::Regex(p) if p == GPT2_PATTERN => Splitter::Gpt2,
+                    Pattern::Regex(p) if p == LLAMA3_PATTERN => Splitter::Llama3 { digits: 3 },
+                    Pattern::Regex(p) if p == QWEN2_PATTERN => Splitter::Llama3 { digits: 1 },
+                    other => {
+                        return refuse(format!(
+                            "Split with the pattern {other:?} is not supported, only those of GPT-2, Llama 3 and Qwen 2"
+                        ));
+                    }
+                };
+                // The patterns match every character, so that what is cut out and what is left are the same words.
+                if !matches!(behavior.as_str(), "Isolated" | "Removed") || (behavior == "Removed") != *invert
+                {
+                    return refuse(format!(
+                        "Split with behavior {behavior:?} and invert {invert} is not supported"
+                    ));
+                }
+                self.splitters.push(splitter);
+            }
+            PreTokenizer::Sequence { pretokenizers } => {
+                pretokenizers.iter().try_for_each(|p| self.add(p))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn change(&mut self, change: Change) -> Result<()> {
+        if !self.splitters.is_empty() {
+            return Err(Error::format("pre_tokenizer", format!("{change:?} after a split is not supported")));
+        }
+        self.changes.push(change);
+        Ok(())
+    }
+
+    /// Whether [`Words::prepare`] leaves every text as it is.
+    pub(crate) fn keeps_text(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    /// Whether this is exactly the BERT pre-tokenizer.
+    pub(crate) fn is_bert(&self) -> bool {
+        self.changes.is_empty() && self.splitters == [Splitter::Bert] && !self.byte_level
+    }
+
+    /// Makes the changes; `first` says that the piece starts the text.
+    pub(crate) fn prepare<O: Origin>(&self, text: &mut Text<O>, first: bool) {
+        for change in &self.changes {
+            match change {
+                Change::PrefixSpace => {
+                    if text.chars.first().is_some_and(|&(c, _)| c != ' ') {
+                        text.prepend(" ");
+                    }
+                }
+                Change::Metaspace { replacement, scheme } => {
+                    for (c, _) in &mut text.chars {
+                        if *c == ' ' {
+                            *c = *replacement;
+                        }
+                    }
+                    let wanted = *scheme == Prepend::Always || (*scheme == Prepend::First && first);
+                    if wanted && text.chars.first().is_some_and(|&(c, _)| c != *replacement) {
+                        text.prepend(replacement.encode_utf8(&mut [0; 4]));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Emits the byte range of each word of a prepared text.
+    pub(crate) fn split(&self, text: &str, emit: &mut dyn FnMut(usize, usize)) {
+        match self.splitters.as_slice() {
+            [] if text.is_empty() => {}
+            [] => emit(0, text.len()),
+            [one] => one.split(text, emit),
+            many => split_nested(many, text, 0, emit),
+        }
+    }
+}
+
+fn split_nested(splitters: &[Splitter], text: &str, at: usize, emit: &mut dyn FnMut(usize, usize)) {
+    match splitters {
+        [] => emit(at, at + text.len()),
+        [first, rest @ ..] => {
+            first.split(text, &mut |a, b| split_nested(rest, &text[a..b], at + a, emit));
+        }
+    }
+}

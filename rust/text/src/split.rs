@@ -1,0 +1,291 @@
+//! Splitters: how a text falls into words. Each is a hand-written scanner of one rule; no regular expression engine.
+//!
+//! A scanner calls `emit(start, end)` with the byte range of every word, in order, none empty.
+
+use crate::unicode::{Flags, LETTER, NUMBER, PUNCTUATION, SPACE};
+
+/// The pattern of GPT-2 tokenizers. Source: openai/gpt-2 `encoder.py`.
+pub(crate) const GPT2_PATTERN: &str =
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+/// The pattern of cl100k and Llama 3: case-blind contractions, up to three digits, line ends kept together.
+pub(crate) const LLAMA3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The pattern of Qwen 2: as Llama 3, each digit alone.
+pub(crate) const QWEN2_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// One way of splitting.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Splitter {
+    /// Words between white space; punctuation alone.
+    Bert,
+    /// [`GPT2_PATTERN`].
+    Gpt2,
+    /// [`LLAMA3_PATTERN`] with at most so many digits together.
+    Llama3 { digits: usize },
+    /// Before each occurrence of the character.
+    Before(char),
+    /// Words between white space.
+    Whitespace,
+    /// Numbers apart from the rest, each digit alone if `individual`.
+    Digits { individual: bool },
+}
+
+impl Splitter {
+    /// Emits the words of `text`.
+    pub(crate) fn split(self, text: &str, emit: &mut dyn FnMut(usize, usize)) {
+        match self {
+            Self::Bert => bert(text, emit),
+            Self::Gpt2 => gpt2(text, emit),
+            Self::Llama3 { digits } => llama3(text, digits, emit),
+            Self::Before(mark) => {
+                let mut start = 0;
+                for (i, _) in text.match_indices(mark) {
+                    if start < i {
+                        emit(start, i);
+                    }
+                    start = i;
+                }
+                if start < text.len() {
+                    emit(start, text.len());
+                }
+            }
+            Self::Whitespace => {
+                let cursor = Cursor::new(text);
+                let mut i = 0;
+                while i < text.len() {
+                    let start = cursor.skip(i, SPACE);
+                    i = cursor.skip_without(start, SPACE, usize::MAX);
+                    if start < i {
+                        emit(start, i);
+                    }
+                }
+            }
+            Self::Digits { individual } => {
+                let cursor = Cursor::new(text);
+                let mut i = 0;
+                while i < text.len() {
+                    let number = cursor.flags(i) & NUMBER != 0;
+                    let end = match (number, individual) {
+                        (true, true) => i + cursor.width(i),
+                        (true, false) => cursor.skip(i, NUMBER),
+                        (false, _) => cursor.skip_without(i, NUMBER, usize::MAX),
+                    };
+                    emit(i, end);
+                    i = end;
+                }
+            }
+        }
+    }
+}
+
+/// A text and the flag table, addressed by byte position.
+#[derive(Clone, Copy)]
+struct Cursor<'a> {
+    text: &'a str,
+    flags: Flags,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(text: &'a str) -> Self {
+        Self { text, flags: Flags::get() }
+    }
+
+    /// The character at `i`, if any.
+    #[inline(always)]
+    fn char(self, i: usize) -> Option<char> {
+        match self.text.as_bytes().get(i) {
+            Some(&b) if b < 128 => Some(b as char),
+            Some(_) => self.text[i..].chars().next(),
+            None => None,
+        }
+    }
+
+    /// The flags of the character at `i`; 0 at the end.
+    #[inline(always)]
+    fn flags(self, i: usize) -> u8 {
+        self.char(i).map_or(0, |c| self.flags.of(c))
+    }
+
+    /// The length in bytes of the character at `i`; 0 at the end.
+    #[inline(always)]
+    fn width(self, i: usize) -> usize {
+        self.char(i).map_or(0, char::len_utf8)
+    }
+
+    /// The end of the run of characters from `i` on that have one of `flags`.
+    #[inline(always)]
+    fn skip(self, mut i: usize, flags: u8) -> usize {
+        while let Some(c) = self.char(i) {
+            if self.flags.of(c) & flags == 0 {
+                break;
+            }
+            i += c.len_utf8();
+        }
+        i
+    }
+
+    /// The end of the run of at most `limit` characters from `i` on that have none of `flags`.
+    #[inline(always)]
+    fn skip_without(self, mut i: usize, flags: u8, limit: usize) -> usize {
+        let mut left = limit;
+        while let (Some(c), 1..) = (self.char(i), left) {
+            if self.flags.of(c) & flags != 0 {
+                break;
+            }
+            i += c.len_utf8();
+            left -= 1;
+        }
+        i
+    }
+
+    /// The end of the white space at `i` that is a word of its own: all of it before the end of the text, else all
+    /// but the last character, which the next word may take; that one alone if it is alone.
+    #[inline(always)]
+    fn space_word(self, i: usize, end: usize) -> usize {
+        if end == self.text.len() {
+            return end;
+        }
+        let last = self.text[..end].char_indices().next_back().map_or(i, |(at, _)| at);
+        if last > i { last } else { end }
+    }
+}
+
+fn bert(text: &str, emit: &mut dyn FnMut(usize, usize)) {
+    let cursor = Cursor::new(text);
+    let mut i = 0;
+    while let Some(c) = cursor.char(i) {
+        let flags = cursor.flags.of(c);
+        let end = if flags & SPACE != 0 {
+            i += c.len_utf8();
+            continue;
+        } else if flags & PUNCTUATION != 0 {
+            i + c.len_utf8()
+        } else {
+            cursor.skip_without(i, SPACE | PUNCTUATION, usize::MAX)
+        };
+        emit(i, end);
+        i = end;
+    }
+}
+
+const WORD: u8 = LETTER | NUMBER;
+
+fn gpt2(text: &str, emit: &mut dyn FnMut(usize, usize)) {
+    let cursor = Cursor::new(text);
+    let bytes = text.as_bytes();
+    let mut i = 0;
+    while let Some(c) = cursor.char(i) {
+        let contraction = if c == '\'' { contraction(&bytes[i + 1..], false) } else { 0 };
+        // A space belongs to the word after it.
+        let start = i + usize::from(c == ' ');
+        let flags = cursor.flags(start);
+        let end = if contraction > 0 {
+            i + 1 + contraction
+        } else if flags & LETTER != 0 {
+            cursor.skip(start, LETTER)
+        } else if flags & NUMBER != 0 {
+            cursor.skip(start, NUMBER)
+        } else if flags & SPACE == 0 && start < bytes.len() {
+            cursor.skip_without(start, WORD | SPACE, usize::MAX)
+        } else {
+            cursor.space_word(i, cursor.skip(i, SPACE))
+        };
+        emit(i, end);
+        i = end;
+    }
+}
+
+fn llama3(text: &str, digits: usize, emit: &mut dyn FnMut(usize, usize)) {
+    let cursor = Cursor::new(text);
+    let bytes = text.as_bytes();
+    let mut i = 0;
+    while let Some(c) = cursor.char(i) {
+        let contraction = if c == '\'' { contraction(&bytes[i + 1..], true) } else { 0 };
+        let flags = cursor.flags.of(c);
+        let after = i + c.len_utf8();
+        let line_end = c == '\r' || c == '\n';
+        let end = if contraction > 0 {
+            i + 1 + contraction
+        } else if flags & LETTER != 0
+            || (!line_end && flags & NUMBER == 0 && cursor.flags(after) & LETTER != 0)
+        {
+            cursor.skip(after, LETTER)
+        } else if flags & NUMBER != 0 {
+            let mut end = after;
+            for _ in 1..digits {
+                if cursor.flags(end) & NUMBER != 0 {
+                    end += cursor.width(end);
+                }
+            }
+            end
+        } else {
+            let start = i + usize::from(c == ' ');
+            let symbols = cursor.skip_without(start, WORD | SPACE, usize::MAX);
+            if symbols > start {
+                symbols + bytes[symbols..].iter().take_while(|&&b| b == b'\r' || b == b'\n').count()
+            } else {
+                let end = cursor.skip(i, SPACE);
+                match bytes[i..end].iter().rposition(|&b| b == b'\r' || b == b'\n') {
+                    Some(last) => i + last + 1,
+                    None => cursor.space_word(i, end),
+                }
+            }
+        };
+        emit(i, end);
+        i = end;
+    }
+}
+
+/// The length of the English ending that `rest`, what follows an apostrophe, starts with: s, t, re, ve, m, ll, d.
+///
+/// Case-blind, the long s (U+017F) counts as s: that is its case folding.
+#[inline]
+fn contraction(rest: &[u8], any_case: bool) -> usize {
+    let at = |i: usize| match rest.get(i) {
+        Some(b) if any_case => b.to_ascii_lowercase(),
+        Some(&b) => b,
+        None => 0,
+    };
+    match (at(0), at(1)) {
+        (b'r', b'e') | (b'v', b'e') | (b'l', b'l') => 2,
+        (b's' | b't' | b'm' | b'd', _) => 1,
+        (0xc5, 0xbf) if any_case => 2,
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(splitter: Splitter, text: &str) -> Vec<&str> {
+        let mut out = vec![];
+        splitter.split(text, &mut |a, b| out.push(&text[a..b]));
+        out
+    }
+
+    #[test]
+    fn gpt2_words() {
+        let w = |t| words(Splitter::Gpt2, t);
+        assert_eq!(w("I'm  you'LL 12ab  "), ["I", "'m", " ", " you", "'", "LL", " 12", "ab", "  "]);
+        assert_eq!(w("a\n\n b\u{3000}c ...!'s"), ["a", "\n\n", " b", "\u{3000}", "c", " ...!'", "s"]);
+        assert_eq!(w(" "), [" "]);
+        assert_eq!(w("x \t"), ["x", " \t"]);
+    }
+
+    #[test]
+    fn llama3_words() {
+        let w = |t| words(Splitter::Llama3 { digits: 3 }, t);
+        assert_eq!(w("I'M 12345 a.\n\n b"), ["I", "'M", " ", "123", "45", " a", ".\n\n", " b"]);
+        assert_eq!(w("x \n \n  y\t-z"), ["x", " \n \n", " ", " y", "\t", "-z"]);
+        assert_eq!(words(Splitter::Llama3 { digits: 1 }, "12"), ["1", "2"]);
+    }
+
+    #[test]
+    fn other_words() {
+        assert_eq!(words(Splitter::Bert, " don't  stop"), ["don", "'", "t", "stop"]);
+        assert_eq!(words(Splitter::Before('▁'), "▁▁a▁b"), ["▁", "▁a", "▁b"]);
+        assert_eq!(words(Splitter::Whitespace, " a b\n"), ["a", "b"]);
+        assert_eq!(words(Splitter::Digits { individual: true }, "a12b"), ["a", "1", "2", "b"]);
+        assert_eq!(words(Splitter::Digits { individual: false }, "12b"), ["12", "b"]);
+    }
+}
