@@ -29,6 +29,10 @@ class StateError(Error, ValueError):
     """A parameter or other state that is missing or of another type."""
 
 
+class DataError(InputError):
+    """A text file or corpus that cannot be read, or cut into batches."""
+
+
 class TokenizerError(InputError):
     """A tokenizer that cannot be trained, read or used."""
 

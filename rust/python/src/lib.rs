@@ -4,17 +4,21 @@
 use pyo3::prelude::*;
 
 mod array;
+mod data;
 mod enter;
 mod files;
 mod graph;
 mod random;
 mod search;
+mod text;
 
 /// The native half of pyrformer.
 #[pymodule]
 mod _core {
     use super::{PyModule, PyModuleMethods, PyResult};
 
+    #[pymodule_export]
+    use super::data::{CausalBatches, MaskedBatches, read_documents};
     #[pymodule_export]
     use super::files::{AtomicDir, SafeTensors, write_file, write_safetensors};
     #[pymodule_export]
@@ -23,6 +27,8 @@ mod _core {
     use super::random::normal;
     #[pymodule_export]
     use super::search::{Search, filter_logits};
+    #[pymodule_export]
+    use super::text::{StreamDecoder, Tokenizer};
 
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, PyModule>) -> PyResult<()> {

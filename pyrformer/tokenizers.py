@@ -1,0 +1,242 @@
+"""Tokenizers: text to ids and back, and their training. Files are Hugging Face's ``tokenizer.json``.
+
+Letters: N ids of a batch, B texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike, cpu_count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyrformer import _core
+from pyrformer.errors import TokenizerError
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One encoded text (or pair).
+
+    Attributes:
+        ids: token ids.
+        tokens: their strings.
+        offsets: where each token stands in its text, (start, end) in Unicode code points; (0, 0) for special tokens.
+        type_ids: 0 for the first text, 1 for the second.
+        special_tokens_mask: 1 for tokens that the template added.
+        attention_mask: 0 for padding.
+    """
+
+    ids: list[int]
+    tokens: list[str]
+    offsets: list[tuple[int, int]]
+    type_ids: list[int]
+    special_tokens_mask: list[int]
+    attention_mask: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Many encoded texts without padding: text i is ``ids[offsets[i]:offsets[i + 1]]``.
+
+    Attributes:
+        ids: uint32 [N].
+        offsets: int64 [B + 1].
+    """
+
+    ids: npt.NDArray[np.uint32]
+    offsets: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> npt.NDArray[np.uint32]:
+        return self.ids[self.offsets[i] : self.offsets[i + 1]]
+
+
+class Tokenizer:
+    """A tokenizer; it does not change, and any number of threads may use it."""
+
+    def __init__(self, core: _core.Tokenizer):
+        self._core = core
+        self._special: dict[str, int] = core.special_ids()
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Tokenizer:
+        """Reads a ``tokenizer.json``, or the one in a folder.
+
+        Raises:
+            FileError: the file cannot be read.
+            TokenizerError: it holds something that is not known here; the message names it.
+        """
+        path = Path(path)
+        return cls(_core.Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path))
+
+    @classmethod
+    def train(
+        cls,
+        texts: Sequence[str | PathLike[str]] | Iterable[str],
+        kind: str = "bpe",
+        vocab_size: int = 8192,
+        *,
+        preset: str | None = None,
+        min_frequency: int = 2,
+        special_tokens: Sequence[str] | None = None,
+        threads: int | None = None,
+        column: str = "text",
+        errors: str = "strict",
+        clean: Sequence[str] = (),
+    ) -> Tokenizer:
+        """Learns a vocabulary; the same text gives the same bytes, whatever the number of threads.
+
+        Args:
+            texts: a list of ``.txt`` or ``.jsonl`` files, or any other iterable of texts.
+            kind: "bpe" (byte-level), "wordpiece" or "char"; a preset implies its kind.
+            vocab_size: how many tokens at most, special ones included; "char" takes every character and ignores it.
+            preset: "bert-uncased", "bert-cased", "multilingual" or "gpt2": normalization, splitting, template and
+                special tokens.
+            min_frequency: pairs seen less often are not merged.
+            special_tokens: instead of the preset's.
+            column, errors, clean: for files, as in :func:`pyrformer.data.read_documents`.
+
+        Raises:
+            TokenizerError: no text, an unknown kind or preset, or a vocabulary smaller than its alphabet.
+            DataError: a file cannot be used.
+        """
+        if isinstance(texts, (list, tuple)):
+            from pyrformer.data import read_documents
+
+            documents = read_documents(texts, column=column, errors=errors, clean=clean)
+        else:
+            documents = list(texts)
+        return cls.train_from_texts(documents, kind, vocab_size, preset, min_frequency, special_tokens, threads)
+
+    @classmethod
+    def train_from_texts(
+        cls,
+        documents: list[str],
+        kind: str,
+        vocab_size: int,
+        preset: str | None = None,
+        min_frequency: int = 2,
+        special_tokens: Sequence[str] | None = None,
+        threads: int | None = None,
+    ) -> Tokenizer:
+        """As :meth:`train`, on texts in memory."""
+        special = None if special_tokens is None else list(special_tokens)
+        workers = threads or cpu_count() or 1
+        return cls(_core.train_tokenizer(documents, kind, vocab_size, preset, min_frequency, special, workers))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes a ``tokenizer.json`` that Hugging Face's library reads too."""
+        self._core.save(Path(path))
+
+    def to_json(self) -> str:
+        """The contents of ``tokenizer.json``."""
+        return self._core.to_json()
+
+    def encode(self, text: str, pair: str | None = None, add_special_tokens: bool = True) -> Encoding:
+        """Encodes a text, or a pair of texts, with offsets.
+
+        Raises:
+            TokenizerError: a character is unknown and there is no unknown token.
+        """
+        return Encoding(**self._core.encode(text, pair, add_special_tokens))
+
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True, threads: int | None = None
+    ) -> Ragged:
+        """Encodes many texts on all cores into flat arrays; no Python object per token."""
+        return Ragged(*self._core.encode_batch(list(texts), add_special_tokens, threads or cpu_count() or 1))
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
+        return self._core.decode([int(i) for i in ids], skip_special_tokens)
+
+    def stream_decoder(self, skip_special_tokens: bool = True) -> _core.StreamDecoder:
+        """A decoder that takes one id at a time (``push``, then ``finish``) and never gives half a character."""
+        return self._core.stream_decoder(skip_special_tokens)
+
+    @property
+    def kind(self) -> str:
+        """What the model is: "bpe", "wordpiece", …"""
+        return self._core.kind
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._core.vocab_size
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token."""
+        return self._core.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token of an id."""
+        return self._core.id_to_token(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an id is a special token."""
+        return self._core.is_special(token_id)
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """Id of [MASK]."""
+        return self._special.get("mask")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Id of [PAD]."""
+        return self._special.get("pad")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text."""
+        return self._special.get("bos")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the token that ends a text."""
+        return self._special.get("eos")
+
+    def masking_ids(self) -> tuple[int, int, int, int]:
+        """Ids of [CLS], [SEP], [PAD] and [MASK].
+
+        Raises:
+            TokenizerError: one is missing.
+        """
+        roles = ("cls", "sep", "pad", "mask")
+        missing = [f"[{role.upper()}]" for role in roles if role not in self._special]
+        if missing:
+            raise TokenizerError(
+                f"[tokenizer] masked training needs {', '.join(missing)}; train with a preset like bert-uncased"
+            )
+        return tuple(self._special[role] for role in roles)  # type: ignore[return-value]
+
+    def continues_word(self) -> list[bool]:
+        """For each id, whether it continues the word of the token before it (WordPiece's ``##``)."""
+        return [(self.id_to_token(i) or "").startswith("##") for i in range(self.vocab_size)]
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_json, (self.to_json(),)
+
+
+def _from_json(text: str) -> Tokenizer:
+    return Tokenizer(_core.Tokenizer.from_json(text))

@@ -1,0 +1,445 @@
+"""Training: from text files to a run folder in Hugging Face's layout.
+
+A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json``, ``generation_config.json`` (the model as it
+stands), ``training.json`` (all options), ``metrics.jsonl`` (a line per log step) and ``checkpoint/`` (weights, moments
+and step, to go on from). The batch of a step is a pure function of (seed, step), so going on gives the bits that a
+straight run gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from pyrformer import _core, programs
+from pyrformer.checkpoint import read_json, write_json
+from pyrformer.data import OBJECTIVES, Batches, Masking, read_documents, tokenize
+from pyrformer.errors import ConfigError, FileError, InputError
+from pyrformer.model import Batch, Model
+from pyrformer.models import FAMILIES
+from pyrformer.programs import AdamW
+from pyrformer.schedules import SCHEDULES, learning_rate
+from pyrformer.tokenizers import Ragged, Tokenizer
+
+#: What happens, as the caller's ``on_event`` sees it: "stage", "start", "step", "eval", "save" or "end", and its numbers.
+Event = Callable[[str, dict[str, Any]], None]
+
+#: The model of an objective where none is configured: small enough for a laptop.
+DEFAULT_MODELS: dict[str, dict[str, Any]] = {
+    "ar": {"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "n_head": 4},
+    "mlm": {
+        "model_type": "bert",
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+    },
+}
+#: The tokenizer of an objective where none is configured.
+DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "ar": {"kind": "bpe", "preset": "gpt2", "vocab_size": 4096},
+    "mlm": {"kind": "wordpiece", "preset": "bert-uncased", "vocab_size": 4096},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All options of a run.
+
+    Attributes:
+        files: ``.txt`` or ``.jsonl`` files to learn from.
+        out: the run folder.
+        valid: files to measure on; without any, ``valid_fraction`` of the text is held out.
+        objective: "ar" (next token) or "mlm" (masked tokens).
+        model: fields of ``config.json``; sizes of the vocabulary and special ids come from the tokenizer.
+        tokenizer: {"path": …} of one to use, or {"kind", "vocab_size", "preset", "min_frequency"} of one to train.
+        seq_len: tokens in a row, at most; 0: as many as the model has positions.
+        batch_size: rows in a batch.
+        gradient_accumulation_steps: batches per update; gradients are averaged over all their labels.
+        max_steps: updates.
+        learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type: see :func:`pyrformer.schedules.learning_rate`.
+        adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; decay applies to matrices only.
+        max_grad_norm: bound on the global gradient norm; 0: none.
+        mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
+        cross_documents: for "ar", let tokens see the document before their own.
+        column, errors, clean: see :func:`pyrformer.data.read_documents`.
+        eval_every, log_every, save_every: in updates; 0: only at the end.
+        seed: of weights, order, masks and dropout.
+        threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
+        overwrite: replace a run that is there.
+        resume: go on with a run that is there.
+    """
+
+    files: list[str]
+    out: str
+    valid: list[str] = field(default_factory=list)
+    valid_fraction: float = 0.05
+    objective: str = "ar"
+    model: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    seq_len: int = 0
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    max_steps: int = 1000
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    lr_scheduler_type: str = "cosine"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    mlm_probability: float = 0.15
+    whole_word_mask: bool = False
+    cross_documents: bool = False
+    column: str = "text"
+    errors: str = "strict"
+    clean: list[str] = field(default_factory=list)
+    eval_every: int = 250
+    log_every: int = 10
+    save_every: int = 500
+    seed: int = 0
+    threads: int = 0
+    overwrite: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise ConfigError(f"[train] {message}")
+
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type in ("int", "float") and (
+                isinstance(value, bool) or not isinstance(value, (int, float) if f.type == "float" else int)
+            ):
+                raise ConfigError(f"[train] {f.name} must be {'a number' if f.type == 'float' else 'a whole number'}")
+        require(bool(self.files), "give at least one file to learn from")
+        require(self.objective in OBJECTIVES, f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        require(
+            self.lr_scheduler_type in SCHEDULES,
+            f"lr_scheduler_type must be one of {SCHEDULES}, got {self.lr_scheduler_type!r}",
+        )
+        for name in ("batch_size", "gradient_accumulation_steps", "max_steps"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seq_len", "warmup_steps", "eval_every", "log_every", "save_every", "seed", "threads"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "min_learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"{name} must be a number of 0 or more, got {value}")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        require(0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}")
+        require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
+
+    def comparable(self) -> dict[str, Any]:
+        """What must not change between a run and its continuation."""
+        free = ("out", "overwrite", "resume", "threads", "max_steps", "eval_every", "log_every", "save_every")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it is; ``pyrformer.load(folder)`` opens it.
+        model: the trained model.
+        steps: updates made.
+        train_loss: mean of the last logged losses, nats per label.
+        valid_loss: loss over the whole held-out text, nats per label.
+        seconds: time spent in updates and their data, evaluation and saving aside.
+    """
+
+    folder: Path
+    model: Model
+    steps: int
+    train_loss: float
+    valid_loss: float
+    seconds: float
+
+
+def train(config: TrainConfig, on_event: Event | None = None) -> Run:
+    """Trains a model and writes its run folder.
+
+    Args:
+        config: all options.
+        on_event: called with what happens, for progress displays.
+
+    Raises:
+        ConfigError, DataError, FileError, TokenizerError: something given is wrong; nothing is left behind then.
+        KeyboardInterrupt: passed on after the state was saved.
+    """
+    return _Trainer(config, on_event or (lambda _kind, _numbers: None)).run()
+
+
+class _Trainer:
+    def __init__(self, config: TrainConfig, on_event: Event):
+        self.config, self.on_event = config, on_event
+        self.folder = Path(config.out)
+        self.done = self._prepare_folder()
+        self.on_event("stage", {"what": "reading"})
+        train_docs, valid_docs = self._documents()
+        self.tokenizer = self._tokenizer(train_docs)
+        self.on_event("stage", {"what": "tokenizing"})
+        threads = config.threads or None
+        self.corpus, self.held_out = (
+            tokenize(self.tokenizer, docs, objective=config.objective, threads=threads)
+            for docs in (train_docs, valid_docs)
+        )
+        self.model = self._model()
+        self.seq_len = config.seq_len or self.model.family.max_positions
+        if self.seq_len > self.model.family.max_positions:
+            most = self.model.family.max_positions
+            raise ConfigError(f"[train] seq_len ({self.seq_len}) is more than the model's {most} positions")
+        self.batches = self._batches(self.corpus, shuffle=True)
+        self.evaluation = self._batches(self.held_out, shuffle=False)
+        self.optimizer = AdamW(
+            config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.weight_decay, config.max_grad_norm
+        )
+        self.seconds = 0.0
+        self.recent: list[float] = []
+
+    # -- Preparation ------------------------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> int:
+        """Checks the run folder; gives the updates that it already holds."""
+        if not self.folder.exists() or not any(self.folder.iterdir() if self.folder.is_dir() else [1]):
+            if self.config.resume:
+                raise FileError(f"[train] there is no run at {self.folder} to resume")
+            return 0
+        if not self.folder.is_dir():
+            raise FileError(f"[train] {self.folder} is a file; choose another --out")
+        if self.config.overwrite:
+            if not (self.folder / "training.json").is_file():
+                raise FileError(f"[train] {self.folder} is not a run folder, so it is not overwritten; choose another one")
+            return 0
+        if not self.config.resume:
+            raise FileError(f"[train] {self.folder} exists; give --resume to go on with it or --overwrite to replace it")
+        state = read_json(self.folder / "checkpoint" / "trainer_state.json")
+        before, now = state["config"], json.loads(json.dumps(self.config.comparable()))
+        changed = sorted(k for k in now if before.get(k) != now[k])
+        if changed:
+            raise ConfigError(f"[train] {self.folder} was trained with another {', '.join(changed)}; use the same to resume")
+        return int(state["step"])
+
+    def _documents(self) -> tuple[list[str], list[str]]:
+        c = self.config
+        options: dict[str, Any] = {"column": c.column, "errors": c.errors, "clean": c.clean}
+        documents = read_documents(c.files, **options)
+        if c.valid:
+            return documents, read_documents(c.valid, **options)
+        if len(documents) > 1:
+            # Every k-th document, so that ordered files are represented.
+            every = max(2, round(1 / c.valid_fraction))
+            return [d for i, d in enumerate(documents) if i % every], documents[::every]
+        cut = int(len(documents[0]) * (1 - c.valid_fraction))
+        return [documents[0][:cut]], [documents[0][cut:]]
+
+    def _tokenizer(self, documents: list[str]) -> Tokenizer:
+        if self.done:
+            return Tokenizer.load(self.folder)
+        options = self.config.tokenizer or DEFAULT_TOKENIZERS[self.config.objective]
+        known = {"path", "kind", "vocab_size", "preset", "min_frequency", "special_tokens"}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise ConfigError(f"[train] unknown tokenizer option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        if "path" in options:
+            return Tokenizer.load(options["path"])
+        self.on_event("stage", {"what": "training the tokenizer"})
+        defaults = {"kind": "bpe", "vocab_size": 4096, "threads": self.config.threads or None}
+        return Tokenizer.train_from_texts(documents, **{**defaults, **options})
+
+    def _model(self) -> Model:
+        c, t = self.config, self.tokenizer
+        fields = {**DEFAULT_MODELS[c.objective], **c.model} if "model_type" not in c.model else dict(c.model)
+        family = FAMILIES.get(fields["model_type"])
+        if family is not None and family[1].objective != c.objective:
+            raise ConfigError(
+                f"[train] a {fields['model_type']} model learns {family[1].objective!r}, not {c.objective!r}; "
+                f"set objective to {family[1].objective!r} or choose another model_type"
+            )
+        given = int(fields.setdefault("vocab_size", t.vocab_size))
+        if given < t.vocab_size:
+            raise ConfigError(f"[train] vocab_size ({given}) is smaller than the tokenizer's {t.vocab_size}")
+        if c.seq_len and fields["model_type"] == "gpt2":
+            fields.setdefault("n_positions", c.seq_len)
+        fields.setdefault("bos_token_id", t.bos_token_id)
+        fields.setdefault("eos_token_id", t.eos_token_id)
+        fields.setdefault("pad_token_id", t.pad_token_id)
+        return Model.from_config(fields, seed=c.seed, tokenizer=t, threads=c.threads or None)
+
+    def _batches(self, corpus: Ragged, *, shuffle: bool) -> Batches:
+        c = self.config
+        return Batches(
+            corpus,
+            c.objective,
+            seq_len=self.seq_len,
+            batch_size=c.batch_size,
+            tokenizer=self.tokenizer,
+            seed=c.seed,
+            shuffle=shuffle,
+            cross_documents=c.cross_documents,
+            masking=Masking(c.mlm_probability, whole_word=c.whole_word_mask),
+        )
+
+    # -- The loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Run:
+        c = self.config
+        if self.config.overwrite and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        fresh = not self.folder.exists()
+        if self.done:
+            self._load_checkpoint()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.tokenizer.save(self.folder / "tokenizer.json")
+            write_json(self.folder / "training.json", dataclasses.asdict(c))
+            metrics = (self.folder / "metrics.jsonl").open("a" if self.done else "w", encoding="utf-8")
+        except OSError as e:
+            if fresh and self.folder.is_dir():
+                shutil.rmtree(self.folder)
+            raise FileError(f"[train] cannot write to {self.folder}: {e.strerror or e}") from None
+        with metrics:
+            return self._loop(metrics)
+
+    def _loop(self, metrics: TextIO) -> Run:
+        c, step = self.config, self.done
+        tokens = c.batch_size * self.seq_len * c.gradient_accumulation_steps
+        self.on_event(
+            "start",
+            {
+                "steps": c.max_steps,
+                "done": step,
+                "parameters": self.model.parameter_count,
+                "train_tokens": len(self.corpus.ids),
+                "valid_tokens": len(self.held_out.ids),
+                "vocab_size": self.tokenizer.vocab_size,
+                "tokens_per_step": tokens,
+            },
+        )
+        try:
+            while step < c.max_steps:
+                numbers = self._step(step)
+                step += 1
+                numbers = {"step": step, **numbers}
+                self.on_event("step", numbers)
+                if c.log_every and step % c.log_every == 0:
+                    _write(metrics, numbers)
+                if c.eval_every and step % c.eval_every == 0 and step < c.max_steps:
+                    self._evaluate(step, metrics)
+                if c.save_every and step % c.save_every == 0 and step < c.max_steps:
+                    self._save(step)
+        except KeyboardInterrupt:
+            self._save(step)
+            raise
+        valid_loss = self._evaluate(step, metrics)
+        self._save(step)
+        last = float(np.mean(self.recent[-100:])) if self.recent else math.nan
+        run = Run(self.folder, self.model, step, last, valid_loss, self.seconds)
+        self.on_event("end", {"train_loss": last, "valid_loss": valid_loss, "seconds": self.seconds, "steps": step})
+        return run
+
+    def _step(self, step: int) -> dict[str, float]:
+        c, start = self.config, time.perf_counter()
+        lr = learning_rate(
+            step,
+            kind=c.lr_scheduler_type,
+            peak=c.learning_rate,
+            floor=min(c.min_learning_rate, c.learning_rate),
+            warmup_steps=c.warmup_steps,
+            total_steps=c.max_steps,
+        )
+        parts = c.gradient_accumulation_steps
+        batches = [self.batches.ready(step * parts + i) for i in range(parts)]
+        labels = max(1, sum(b.labels for b in batches))
+        losses = [self._run(batch, step * parts + i, labels, step, lr) for i, batch in enumerate(batches)]
+        out = losses[-1]
+        if parts > 1:
+            make = partial(programs.apply_step, self.model.family, self.optimizer)
+            out = self.model.program(("apply_step",), make)(lr=lr, step=step + 1)
+        loss = sum(float(o["loss"]) for o in losses)
+        loss, norm = loss / labels, float(out["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(
+                f"[train] step {step + 1}: the loss is {loss} and the gradient norm {norm}; "
+                "lower learning_rate, or raise warmup_steps"
+            )
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.recent = [*self.recent[-99:], loss]
+        tokens = sum(b.sizes.batch * b.sizes.tokens for b in batches)
+        return {
+            "loss": loss,
+            "learning_rate": lr,
+            "grad_norm": norm,
+            "tokens_per_s": tokens / seconds,
+            "seconds": self.seconds,
+        }
+
+    def _run(self, batch: Batch, draw: int, labels: int, step: int, lr: float) -> dict[str, Any]:
+        """One forward and backward pass, with the update where it is the step's only one."""
+        inputs: dict[str, Any] = {**batch.arrays, "loss_scale": 1.0 / labels}
+        if self.config.gradient_accumulation_steps == 1:
+            make = partial(programs.train_step, self.model.family, batch.sizes, self.optimizer)
+            program = self.model.program(("train_step", batch.sizes), make)
+            inputs |= {"lr": lr, "step": step + 1}
+        else:
+            make = partial(programs.accumulate_step, self.model.family, batch.sizes)
+            program = self.model.program(("accumulate_step", batch.sizes), make)
+        if any(name == "rng" for name, _, _ in program.plan.inputs):
+            inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)
+        return program(**inputs)
+
+    def _evaluate(self, step: int, metrics: TextIO) -> float:
+        total, labels = 0.0, 0
+        for i in range(self.evaluation.batches_per_pass):
+            batch = self.evaluation.ready(i)
+            make = partial(programs.evaluate, self.model.family, batch.sizes)
+            total += float(self.model.program(("evaluate", batch.sizes), make)(**batch.arrays)["loss"])
+            labels += batch.labels
+        loss = total / max(1, labels)
+        numbers = {"step": step, "valid_loss": loss, "valid_labels": labels}
+        _write(metrics, numbers)
+        self.on_event("eval", numbers)
+        return loss
+
+    # -- Checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, step: int) -> None:
+        self.model.save(self.folder)
+        directory = _core.AtomicDir(self.folder / "checkpoint")
+        path = Path(directory.path or "")
+        names = [name for name, _, _ in self.model.store.types() if name.startswith("adamw.")]
+        _core.write_safetensors(path / "model.safetensors", self.model.state_dict())
+        _core.write_safetensors(path / "optimizer.safetensors", {n: self.model.store.get(n) for n in names})
+        state = {"step": step, "seconds": self.seconds, "config": self.config.comparable()}
+        write_json(path / "trainer_state.json", state)
+        directory.commit(replace=True)
+        self.on_event("save", {"step": step, "folder": str(self.folder)})
+
+    def _load_checkpoint(self) -> None:
+        path = self.folder / "checkpoint"
+        weights = _core.SafeTensors(path / "model.safetensors")
+        self.model.load_state_dict({name: weights.get(name) for name, _, _ in weights.tensors()})
+        moments = _core.SafeTensors(path / "optimizer.safetensors")
+        for name, _, _ in moments.tensors():
+            self.model.store.set(name, moments.get(name))
+        self.seconds = float(read_json(path / "trainer_state.json")["seconds"])
+
+
+def _write(metrics: TextIO, numbers: dict[str, Any]) -> None:
+    metrics.write(json.dumps(numbers) + "\n")
+    metrics.flush()

@@ -1,0 +1,20 @@
+//! From text files to training batches: read documents, clean them, and cut their token ids into rows.
+//!
+//! Every batch is a pure function of its options and its step number ([`CausalBatches`], [`MaskedBatches`]): a run
+//! resumes at step `s` by asking for batch `s`, and nothing depends on threads or on what was drawn before.
+
+mod clean;
+mod error;
+mod mask;
+mod pack;
+pub mod purpose;
+mod read;
+
+pub use clean::{CleanReport, Step, StepReport, clean};
+pub use error::{Error, Result};
+pub use mask::{MaskedBatch, MaskedBatches, MaskedOptions};
+pub use pack::{CausalBatch, CausalBatches, CausalOptions};
+pub use read::{DecodeErrors, ReadOptions, read_documents};
+
+/// The label that the loss leaves out (Hugging Face's convention).
+pub const IGNORED_LABEL: i32 = -100;

@@ -1,0 +1,343 @@
+//! Batches for causal language models: the documents laid end to end and cut into blocks of equal length.
+//!
+//! For training the corpus is a ring: epoch `e` starts its first block at a phase drawn for it, so that block borders
+//! differ between epochs and the remainder that fills no block is not always the same tokens. The number of blocks
+//! stays the same, so the place of a step in the stream of blocks is arithmetic, and any batch is reached at once.
+
+use std::sync::Arc;
+
+use pyrformer_random::{Permutation, Stream};
+use serde::{Deserialize, Serialize};
+
+use crate::IGNORED_LABEL;
+use crate::error::{Error, Result, check_corpus, check_size};
+use crate::purpose::{CAUSAL_ORDER, CAUSAL_PHASE};
+
+/// How to cut a corpus into causal batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CausalOptions {
+    /// Tokens in a row (T).
+    pub seq_len: usize,
+    /// Rows in a batch (B).
+    pub batch_size: usize,
+    /// Seed of the order and the phases; without effect on evaluation (`shuffle = false`).
+    pub seed: u64,
+    /// `true`: an endless stream of shuffled epochs, for training; `false`: one pass in order, for evaluation.
+    pub shuffle: bool,
+    /// Whether documents that share a row are kept apart: by segments, positions from 0 and no label across the
+    /// border.
+    pub separate_documents: bool,
+}
+
+/// One causal batch; arrays are row-major `[B, T]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CausalBatch {
+    /// Rows (B).
+    pub batch_size: usize,
+    /// Tokens in a row (T).
+    pub seq_len: usize,
+    /// Token ids `[B, T]`; 0 at padding.
+    pub input_ids: Vec<i32>,
+    /// The id of the next token `[B, T]`, already shifted; −100 where there is none to predict.
+    pub labels: Vec<i32>,
+    /// `[B, T]`: `0..T` in each row or, with segments, from 0 in each segment (0 at padding).
+    pub position_ids: Vec<i32>,
+    /// `[B, T]`: 1, 2, … for the documents of a row (0 at padding); `None` where documents are not kept apart or
+    /// there is only one.
+    pub segment_ids: Option<Vec<i32>>,
+    /// How many labels are not −100.
+    pub labels_count: usize,
+}
+
+/// A corpus of token ids as causal batches.
+#[derive(Clone, Debug)]
+pub struct CausalBatches {
+    tokens: Arc<[u32]>,
+    documents: Arc<[u64]>,
+    options: CausalOptions,
+    separating: bool,
+    blocks: u64,
+}
+
+impl CausalBatches {
+    /// Batches of `tokens`, where document `d` is `tokens[documents[d]..documents[d + 1]]`.
+    ///
+    /// # Errors
+    /// If `documents` are not such offsets, an id does not fit an `i32`, `seq_len` or `batch_size` is 0 or too large,
+    /// or the corpus has fewer than `seq_len + 1` tokens.
+    pub fn new(tokens: Arc<[u32]>, documents: Arc<[u64]>, options: CausalOptions) -> Result<Self> {
+        let CausalOptions { seq_len, batch_size, .. } = options;
+        if seq_len == 0 || seq_len > i32::MAX as usize {
+            return Err(Error::option("seq_len", seq_len, "at least 1 and below 2^31"));
+        }
+        check_size(batch_size, "seq_len", seq_len)?;
+        check_corpus(&tokens, &documents, i32::MAX as usize)?;
+        if tokens.len() <= seq_len {
+            return Err(Error::ShortCorpus { tokens: tokens.len(), seq_len });
+        }
+        let with_tokens = documents.windows(2).filter(|pair| pair[0] < pair[1]).count();
+        let blocks =
+            if options.shuffle { tokens.len() / seq_len } else { (tokens.len() - 1).div_ceil(seq_len) };
+        Ok(Self {
+            separating: options.separate_documents && with_tokens > 1,
+            blocks: blocks as u64,
+            tokens,
+            documents,
+            options,
+        })
+    }
+
+    /// Blocks in an epoch or, for evaluation, in the pass.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// Batches that hold every block once: the pass of an evaluation, or an epoch rounded up to whole batches.
+    #[must_use]
+    pub fn batches_per_pass(&self) -> u64 {
+        self.blocks.div_ceil(self.options.batch_size as u64)
+    }
+
+    /// Batch `step`, a pure function of the options and `step`.
+    ///
+    /// Training: the blocks of epoch 0, then of epoch 1, …, each epoch in its own order; a batch that an epoch leaves
+    /// incomplete goes on with the next one's first blocks. Evaluation: the blocks in order, every token but the
+    /// first (of the corpus or, kept apart, of its document) is a label once; the last block is padded, missing rows
+    /// are padding only, and after the pass it starts again.
+    #[must_use]
+    pub fn batch(&self, step: u64) -> CausalBatch {
+        let CausalOptions { seq_len, batch_size, .. } = self.options;
+        let places = batch_size * seq_len;
+        let mut batch = CausalBatch {
+            batch_size,
+            seq_len,
+            input_ids: vec![0; places],
+            labels: vec![IGNORED_LABEL; places],
+            position_ids: (0..places)
+                .map(|i| if self.separating { 0 } else { (i % seq_len) as i32 })
+                .collect(),
+            segment_ids: self.separating.then(|| vec![0; places]),
+            labels_count: 0,
+        };
+        for row in 0..batch_size {
+            if let Some(start) = self.block_start(step, row) {
+                self.fill(&mut batch, row, start);
+            }
+        }
+        batch.labels_count = batch.labels.iter().filter(|&&label| label != IGNORED_LABEL).count();
+        batch
+    }
+
+    /// Where the block of `row` begins in the corpus; `None` for a missing row of an evaluation.
+    fn block_start(&self, step: u64, row: usize) -> Option<usize> {
+        let CausalOptions { seq_len, batch_size, seed, shuffle, .. } = self.options;
+        if !shuffle {
+            let block = (step % self.batches_per_pass()) as usize * batch_size + row;
+            return ((block as u64) < self.blocks).then(|| block * seq_len);
+        }
+        // 128 bits: no step, however large, overflows.
+        let index = u128::from(step) * batch_size as u128 + row as u128;
+        let blocks = u128::from(self.blocks);
+        let (epoch, place) = ((index / blocks) as u64, (index % blocks) as u64);
+        let block = Permutation::new(self.blocks, seed, CAUSAL_ORDER, epoch as u32).get(place);
+        let phase = Stream::new(seed, CAUSAL_PHASE, epoch).below(seq_len as u32);
+        Some((block as usize * seq_len + phase as usize) % self.tokens.len())
+    }
+
+    /// Writes the block that begins at `start`: around the ring in training, up to the corpus end in evaluation.
+    fn fill(&self, batch: &mut CausalBatch, row: usize, start: usize) {
+        let len = self.tokens.len();
+        let mut at = start;
+        let mut end = self.document_end(at);
+        let (mut segment, mut position) = (1, 0);
+        for place in row * batch.seq_len..(row + 1) * batch.seq_len {
+            let next = at + 1;
+            batch.input_ids[place] = self.tokens[at] as i32;
+            if next < len && !(self.separating && next == end) {
+                batch.labels[place] = self.tokens[next] as i32;
+            }
+            if let Some(segments) = &mut batch.segment_ids {
+                segments[place] = segment;
+                batch.position_ids[place] = position;
+            }
+            if next == len && !self.options.shuffle {
+                return;
+            }
+            at = next % len;
+            position += 1;
+            if next == end {
+                end = self.document_end(at);
+                (segment, position) = (segment + 1, 0);
+            }
+        }
+    }
+
+    /// The end of the document that holds token `at`.
+    fn document_end(&self, at: usize) -> usize {
+        // Empty documents share their offset with the next one: the first offset beyond `at` is the end.
+        self.documents[self.documents.partition_point(|&offset| offset <= at as u64)] as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    const OPTIONS: CausalOptions =
+        CausalOptions { seq_len: 4, batch_size: 2, seed: 3, shuffle: false, separate_documents: false };
+
+    /// A corpus whose ids are 10, 11, 12, …
+    fn batches(documents: &[u64], options: CausalOptions) -> Result<CausalBatches> {
+        let tokens: Vec<u32> = (0..*documents.last().unwrap_or(&0)).map(|i| i as u32 + 10).collect();
+        CausalBatches::new(tokens.into(), documents.into(), options)
+    }
+
+    #[test]
+    fn an_evaluation_runs_in_order_and_pads_the_tail() {
+        let corpus = batches(&[0, 11], OPTIONS).unwrap();
+        assert_eq!((corpus.blocks(), corpus.batches_per_pass()), (3, 2));
+        let batch = corpus.batch(0);
+        assert_eq!(batch.input_ids, [10, 11, 12, 13, 14, 15, 16, 17]);
+        assert_eq!(batch.labels, [11, 12, 13, 14, 15, 16, 17, 18]);
+        assert_eq!((batch.position_ids, batch.segment_ids), (vec![0, 1, 2, 3, 0, 1, 2, 3], None));
+        let batch = corpus.batch(1);
+        assert_eq!(batch.input_ids, [18, 19, 20, 0, 0, 0, 0, 0]);
+        assert_eq!(batch.labels, [19, 20, -100, -100, -100, -100, -100, -100]);
+        assert_eq!(batch.labels_count, 2);
+        assert_eq!(corpus.batch(2), corpus.batch(0));
+        // The last token is only a label where the blocks end right before it.
+        let corpus = batches(&[0, 5], OPTIONS).unwrap();
+        assert_eq!(corpus.batch(0).input_ids, [10, 11, 12, 13, 0, 0, 0, 0]);
+        assert_eq!(corpus.batch(0).labels_count, 4);
+    }
+
+    #[test]
+    fn separated_documents_have_segments_positions_and_no_label_across() {
+        let options = CausalOptions { seq_len: 6, batch_size: 2, separate_documents: true, ..OPTIONS };
+        // Documents of 3, 0, 1 and 6 tokens.
+        let batch = batches(&[0, 3, 3, 4, 10], options).unwrap().batch(0);
+        assert_eq!(batch.input_ids, [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 0, 0]);
+        assert_eq!(batch.labels, [11, 12, -100, -100, 15, 16, 17, 18, 19, -100, -100, -100]);
+        assert_eq!(batch.segment_ids.unwrap(), [1, 1, 1, 2, 3, 3, 1, 1, 1, 1, 0, 0]);
+        assert_eq!(batch.position_ids, [0, 1, 2, 0, 0, 1, 0, 1, 2, 3, 0, 0]);
+        // Empty neighbours do not make one document two.
+        assert!(batches(&[0, 0, 10, 10], options).unwrap().batch(0).segment_ids.is_none());
+        let joined = CausalOptions { separate_documents: false, ..options };
+        assert_eq!(batches(&[0, 3, 10], joined).unwrap().batch(0).labels[2], 13);
+    }
+
+    #[test]
+    fn batches_differ_by_seed_and_epoch() {
+        let of = |seed, step| {
+            batches(&[0, 4000], CausalOptions { shuffle: true, seed, ..OPTIONS })
+                .unwrap()
+                .batch(step)
+                .input_ids
+        };
+        assert_eq!(of(1, 7), of(1, 7));
+        assert_ne!(of(1, 7), of(2, 7));
+        assert_ne!(of(1, 7), of(1, 507));
+        assert_eq!(of(1, u64::MAX).len(), 8);
+    }
+
+    proptest! {
+        #[test]
+        fn an_epoch_holds_each_block_once(
+            len in 2u64..200, seq_len in 1usize..20, batch_size in 1usize..9, seed: u64, separate_documents: bool,
+        ) {
+            prop_assume!(len > seq_len as u64);
+            let options = CausalOptions { seq_len, batch_size, seed, shuffle: true, separate_documents };
+            let corpus = batches(&[0, len / 3, len / 2, len], options).unwrap();
+            let blocks = corpus.blocks() as usize;
+            // Three epochs, read from the last batch to the first.
+            let count = (3 * blocks).div_ceil(batch_size) as u64;
+            let mut rows: Vec<(Vec<i32>, Vec<i32>)> = Vec::new();
+            for step in (0..count).rev() {
+                let batch = corpus.batch(step);
+                let pairs = batch.input_ids.chunks(seq_len).zip(batch.labels.chunks(seq_len));
+                rows.splice(0..0, pairs.map(|(i, l)| (i.to_vec(), l.to_vec())));
+            }
+            for epoch in rows[..3 * blocks].chunks(blocks) {
+                let mut seen = vec![0; len as usize];
+                for (input, labels) in epoch {
+                    for (id, label) in input.iter().zip(labels) {
+                        seen[*id as usize - 10] += 1;
+                        let last = *id as u64 == len + 9;
+                        prop_assert!(*label != -100 || last || separate_documents);
+                        prop_assert!(*label == -100 || !last && *label == id + 1);
+                    }
+                    for pair in input.windows(2) {
+                        let follows = (pair[0] - 10 + 1) as u64 % len + 10;
+                        prop_assert_eq!(pair[1] as u64, follows);
+                    }
+                }
+                prop_assert!(seen.iter().all(|&count| count <= 1));
+                prop_assert_eq!(seen.iter().sum::<usize>(), blocks * seq_len);
+            }
+        }
+
+        #[test]
+        fn segments_follow_the_documents_around_the_ring(
+            lengths in prop::collection::vec(0u64..9, 2..12), seq_len in 1usize..20, seed: u64, step: u64,
+        ) {
+            let mut offsets = vec![0];
+            lengths.iter().for_each(|len| offsets.push(offsets[offsets.len() - 1] + len));
+            let len = offsets[lengths.len()];
+            prop_assume!(len > seq_len as u64 && lengths.iter().filter(|&&len| len > 0).count() > 1);
+            let options = CausalOptions { seq_len, seed, shuffle: true, separate_documents: true, ..OPTIONS };
+            let batch = batches(&offsets, options).unwrap().batch(step);
+            let segments = batch.segment_ids.unwrap();
+            for row in 0..2 {
+                let (mut segment, mut position) = (1, 0);
+                for t in 0..seq_len {
+                    let place = row * seq_len + t;
+                    // Each id occurs once and tells its place in the corpus.
+                    let at = batch.input_ids[place] as u64 - 10;
+                    if t > 0 && offsets.contains(&at) {
+                        (segment, position) = (segment + 1, 0);
+                    }
+                    prop_assert_eq!(segments[place], segment);
+                    prop_assert_eq!(batch.position_ids[place], position);
+                    let label = if offsets.contains(&(at + 1)) { -100 } else { at as i32 + 11 };
+                    prop_assert_eq!(batch.labels[place], label);
+                    position += 1;
+                }
+            }
+        }
+
+        #[test]
+        fn an_evaluation_predicts_each_token_once_in_order(
+            len in 2u64..200, seq_len in 1usize..20, batch_size in 1usize..9,
+        ) {
+            prop_assume!(len > seq_len as u64);
+            let corpus = batches(&[0, len], CausalOptions { seq_len, batch_size, ..OPTIONS }).unwrap();
+            let all: Vec<_> = (0..corpus.batches_per_pass()).map(|step| corpus.batch(step)).collect();
+            let labels: Vec<i32> =
+                all.iter().flat_map(|b| &b.labels).copied().filter(|&label| label != -100).collect();
+            prop_assert_eq!(labels, (11..len as i32 + 10).collect::<Vec<_>>());
+            prop_assert_eq!(all.iter().map(|b| b.labels_count as u64).sum::<u64>(), len - 1);
+        }
+    }
+
+    #[test]
+    fn errors_say_what_to_do() {
+        let text = batches(&[0, 4], OPTIONS).unwrap_err().to_string();
+        assert!(
+            text.contains("4 tokens") && text.contains("at least 5") && text.contains("lower seq_len"),
+            "{text}"
+        );
+        let of = |options| batches(&[0, 40], options).unwrap_err().to_string();
+        assert!(of(CausalOptions { seq_len: 0, ..OPTIONS }).contains("seq_len is 0"));
+        assert!(of(CausalOptions { batch_size: 0, ..OPTIONS }).contains("batch_size is 0"));
+        assert!(of(CausalOptions { batch_size: usize::MAX, ..OPTIONS }).contains("2^31"));
+        for offsets in [&[][..], &[1, 9], &[0, 5, 4, 9], &[0, 8]] {
+            let error = CausalBatches::new(vec![1; 9].into(), offsets.into(), OPTIONS).unwrap_err();
+            assert!(matches!(error, Error::Offsets { .. }), "{error}");
+        }
+        let error = CausalBatches::new(vec![u32::MAX; 9].into(), [0, 9].into(), OPTIONS).unwrap_err();
+        assert!(matches!(error, Error::TokenId { position: 0, .. }));
+    }
+}

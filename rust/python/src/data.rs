@@ -1,0 +1,163 @@
+//! Reading, cleaning, and batches for training.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use pyrformer_data::{CausalOptions, DecodeErrors, MaskedOptions, ReadOptions, Step};
+
+use crate::enter::{Failure, enter};
+
+impl From<pyrformer_data::Error> for Failure {
+    fn from(e: pyrformer_data::Error) -> Self {
+        Self::new("DataError", e)
+    }
+}
+
+/// The documents of text files, after the named cleaning steps; and per step (name, documents changed, characters
+/// removed).
+#[pyfunction]
+pub(crate) fn read_documents(
+    py: Python<'_>,
+    paths: Vec<PathBuf>,
+    column: String,
+    replace_errors: bool,
+    steps: Vec<String>,
+) -> PyResult<(Vec<String>, Vec<(&'static str, usize, i64)>)> {
+    let steps: Vec<Step> = steps.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(Failure::from)?;
+    let errors = if replace_errors { DecodeErrors::Replace } else { DecodeErrors::Strict };
+    enter(py, || {
+        let mut documents = pyrformer_data::read_documents(&paths, &ReadOptions { column, errors })?;
+        let report = pyrformer_data::clean(&mut documents, &steps);
+        let rows = report.steps.iter().map(|s| (s.step.name(), s.documents_changed, s.characters_removed)).collect();
+        Ok::<_, pyrformer_data::Error>((documents, rows))
+    })
+}
+
+/// A corpus as flat ids and the start of each document.
+fn corpus(ids: &PyReadonlyArray1<'_, u32>, offsets: &PyReadonlyArray1<'_, i64>) -> PyResult<(Arc<[u32]>, Arc<[u64]>)> {
+    let gaps = || Failure::new("InputError", "[data] ids and offsets must be C-contiguous, offsets not negative");
+    let ids = ids.as_slice().map_err(|_| gaps())?;
+    let offsets = offsets.as_slice().map_err(|_| gaps())?;
+    let starts: Result<Vec<u64>, _> = offsets.iter().map(|&o| u64::try_from(o)).collect();
+    Ok((ids.into(), starts.map_err(|_| gaps())?.into()))
+}
+
+fn put(dict: &Bound<'_, PyDict>, name: &str, items: Vec<i32>, cols: Option<usize>) -> PyResult<()> {
+    let flat = PyArray1::from_vec(dict.py(), items);
+    match cols {
+        Some(cols) => {
+            let rows = flat.len()? / cols.max(1);
+            dict.set_item(name, flat.reshape([rows, cols])?)
+        }
+        None => dict.set_item(name, flat),
+    }
+}
+
+/// Packed rows for next-token prediction.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct CausalBatches {
+    inner: pyrformer_data::CausalBatches,
+}
+
+#[pymethods]
+impl CausalBatches {
+    #[new]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn new(
+        ids: PyReadonlyArray1<'_, u32>,
+        offsets: PyReadonlyArray1<'_, i64>,
+        seq_len: usize,
+        batch_size: usize,
+        seed: u64,
+        shuffle: bool,
+        separate_documents: bool,
+    ) -> PyResult<Self> {
+        let (ids, offsets) = corpus(&ids, &offsets)?;
+        let options = CausalOptions { seq_len, batch_size, seed, shuffle, separate_documents };
+        let inner = pyrformer_data::CausalBatches::new(ids, offsets, options).map_err(Failure::from)?;
+        Ok(Self { inner })
+    }
+
+    /// Batches that visit every block once.
+    #[getter]
+    fn batches_per_pass(&self) -> u64 {
+        self.inner.batches_per_pass()
+    }
+
+    /// Batch `step` as arrays, and its number of labels.
+    fn batch<'py>(&self, py: Python<'py>, step: u64) -> PyResult<(Bound<'py, PyDict>, usize)> {
+        let b = py.detach(|| self.inner.batch(step));
+        let dict = PyDict::new(py);
+        let cols = Some(b.seq_len);
+        put(&dict, "input_ids", b.input_ids, cols)?;
+        put(&dict, "labels", b.labels, cols)?;
+        put(&dict, "position_ids", b.position_ids, cols)?;
+        if let Some(segments) = b.segment_ids {
+            put(&dict, "segments", segments, cols)?;
+        }
+        Ok((dict, b.labels_count))
+    }
+}
+
+/// Padded rows with masked tokens.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct MaskedBatches {
+    inner: pyrformer_data::MaskedBatches,
+}
+
+#[pymethods]
+impl MaskedBatches {
+    /// `special` are the ids of [CLS], [SEP], [PAD], [MASK]; `continues[id]` says whether a token continues a word, for
+    /// whole-word masking.
+    #[new]
+    #[pyo3(signature = (ids, offsets, max_length, batch_size, seed, shuffle, vocab_size, special, mlm_probability,
+        mask_rate, random_rate, continues=None, pad_to_multiple_of=8))]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn new(
+        ids: PyReadonlyArray1<'_, u32>,
+        offsets: PyReadonlyArray1<'_, i64>,
+        max_length: usize,
+        batch_size: usize,
+        seed: u64,
+        shuffle: bool,
+        vocab_size: usize,
+        special: [u32; 4],
+        mlm_probability: f64,
+        mask_rate: f64,
+        random_rate: f64,
+        continues: Option<Vec<bool>>,
+        pad_to_multiple_of: usize,
+    ) -> PyResult<Self> {
+        let (ids, offsets) = corpus(&ids, &offsets)?;
+        let mut options = MaskedOptions::new(batch_size, max_length, vocab_size, special);
+        (options.seed, options.shuffle) = (seed, shuffle);
+        (options.mlm_probability, options.mask_rate, options.random_rate) = (mlm_probability, mask_rate, random_rate);
+        options.whole_word = continues.map(Into::into);
+        options.pad_to_multiple_of = pad_to_multiple_of;
+        let inner = pyrformer_data::MaskedBatches::new(ids, offsets, options).map_err(Failure::from)?;
+        Ok(Self { inner })
+    }
+
+    /// Batches that visit every piece once.
+    #[getter]
+    fn batches_per_pass(&self) -> u64 {
+        self.inner.batches_per_pass()
+    }
+
+    /// Batch `step` as arrays, and its number of labels.
+    fn batch<'py>(&self, py: Python<'py>, step: u64) -> PyResult<(Bound<'py, PyDict>, usize)> {
+        let b = py.detach(|| self.inner.batch(step));
+        let dict = PyDict::new(py);
+        let cols = Some(b.seq_len);
+        put(&dict, "input_ids", b.input_ids, cols)?;
+        put(&dict, "attention_mask", b.attention_mask, cols)?;
+        put(&dict, "token_type_ids", b.token_type_ids, cols)?;
+        put(&dict, "labels", b.labels, cols)?;
+        put(&dict, "positions", b.positions, None)?;
+        put(&dict, "masked_labels", b.masked_labels, None)?;
+        Ok((dict, b.labels_count))
+    }
+}

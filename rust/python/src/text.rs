@@ -1,0 +1,150 @@
+//! Tokenizers.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use numpy::PyArray1;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::enter::{Failure, enter};
+
+impl From<pyrformer_text::Error> for Failure {
+    fn from(e: pyrformer_text::Error) -> Self {
+        use pyrformer_text::Error as E;
+        let class = match e {
+            E::Io { .. } => "FileError",
+            _ => "TokenizerError",
+        };
+        Self::new(class, e)
+    }
+}
+
+/// Text to ids and back.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Tokenizer {
+    inner: Arc<pyrformer_text::Tokenizer>,
+}
+
+/// Flat ids uint32 and offsets int64.
+type Ragged<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
+
+#[pymethods]
+impl Tokenizer {
+    #[staticmethod]
+    fn load(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Ok(Self { inner: Arc::new(enter(py, || pyrformer_text::Tokenizer::load(&path))?) })
+    }
+
+    #[staticmethod]
+    fn from_json(py: Python<'_>, text: &str) -> PyResult<Self> {
+        Ok(Self { inner: Arc::new(enter(py, || pyrformer_text::Tokenizer::from_json(text))?) })
+    }
+
+    fn to_json(&self, py: Python<'_>) -> PyResult<String> {
+        enter(py, || self.inner.to_json())
+    }
+
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        enter(py, || self.inner.save(&path))
+    }
+
+    #[getter]
+    fn kind(&self) -> &'static str {
+        self.inner.kind()
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.inner.vocab_size()
+    }
+
+    fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id).map(str::to_owned)
+    }
+
+    fn is_special(&self, id: u32) -> bool {
+        self.inner.is_special(id)
+    }
+
+    /// Role → id, for the roles that are filled.
+    fn special_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let ids = self.inner.special_ids();
+        let dict = PyDict::new(py);
+        for (role, id) in [
+            ("unk", ids.unk),
+            ("pad", ids.pad),
+            ("cls", ids.cls),
+            ("sep", ids.sep),
+            ("mask", ids.mask),
+            ("bos", ids.bos),
+            ("eos", ids.eos),
+        ] {
+            if let Some(id) = id {
+                dict.set_item(role, id)?;
+            }
+        }
+        Ok(dict)
+    }
+
+    /// A dict: ids, type_ids, tokens, offsets, special_tokens_mask, attention_mask.
+    #[pyo3(signature = (text, pair, add_special_tokens))]
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        text: &str,
+        pair: Option<&str>,
+        add_special_tokens: bool,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let e = enter(py, || self.inner.encode(text, pair, add_special_tokens))?;
+        let dict = PyDict::new(py);
+        dict.set_item("ids", e.ids)?;
+        dict.set_item("type_ids", e.type_ids)?;
+        dict.set_item("tokens", e.tokens)?;
+        dict.set_item("offsets", e.offsets)?;
+        dict.set_item("special_tokens_mask", e.special_tokens_mask)?;
+        dict.set_item("attention_mask", e.attention_mask)?;
+        Ok(dict)
+    }
+
+    fn encode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<String>,
+        add_special_tokens: bool,
+        threads: usize,
+    ) -> PyResult<Ragged<'py>> {
+        let ragged = enter(py, || self.inner.encode_batch(&texts, add_special_tokens, threads))?;
+        Ok((PyArray1::from_vec(py, ragged.ids), PyArray1::from_vec(py, ragged.offsets)))
+    }
+
+    fn decode(&self, py: Python<'_>, ids: Vec<u32>, skip_special_tokens: bool) -> PyResult<String> {
+        enter(py, || self.inner.decode(&ids, skip_special_tokens))
+    }
+
+    fn stream_decoder(&self, skip_special_tokens: bool) -> StreamDecoder {
+        let inner = pyrformer_text::StreamDecoder::new(self.inner.clone(), skip_special_tokens);
+        StreamDecoder { inner: Mutex::new(inner) }
+    }
+}
+
+/// Ids in, pieces of text out.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct StreamDecoder {
+    inner: Mutex<pyrformer_text::StreamDecoder>,
+}
+
+#[pymethods]
+impl StreamDecoder {
+    fn push(&self, id: u32) -> PyResult<Option<String>> {
+        Ok(self.inner.lock().unwrap_or_else(PoisonError::into_inner).push(id).map_err(Failure::from)?)
+    }
+
+    fn finish(&self) -> Option<String> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).finish()
+    }
+}
