@@ -56,7 +56,7 @@ cross_entropy_forward_f32(const float* __restrict__ logits, const float* __restr
     }
     Softmax softmax = softmax_of(row, bias, classes);
     float target = row[label] + (bias ? bias[label] : 0.f);
-    if (threadIdx.x == 0) loss[blockIdx.x] = logf(softmax.sum) + softmax.largest - target;
+    if (threadIdx.x == 0) loss[blockIdx.x] = logf(softmax.sum) + (softmax.largest - target);
 }
 
 // The same, and the gradient in place: logits = (softmax(z) - onehot(label)) * dloss, or zeros in a row without a label.
@@ -87,5 +87,5 @@ cross_entropy_backward_f32(float* logits, const float* __restrict__ bias, const 
         d.w -= v + 3 == label ? scale : 0.f;
         store4(row + v, d, classes - v);
     }
-    if (threadIdx.x == 0) loss[blockIdx.x] = logf(softmax.sum) + softmax.largest - target;
+    if (threadIdx.x == 0) loss[blockIdx.x] = logf(softmax.sum) + (softmax.largest - target);
 }

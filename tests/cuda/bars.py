@@ -1,0 +1,72 @@
+"""What ptxas says of each kernel, and the bars it must stay under.
+
+`python tests/cuda/bars.py` measures all kernels and rewrites bars.toml: run it when a kernel earns lower numbers, or when
+a higher one was decided on, and look at the diff.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import nvrtc
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE = Path(__file__).with_name("bars.toml")
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+# Static shared memory beyond this needs an opt-in on every architecture.
+SHARED_LIMIT = 48 * 1024
+
+_REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def reports(name: str, arch: int) -> dict[str, dict[str, int]]:
+    """Of each kernel of a file: registers, shared bytes, bytes of stack and spills."""
+    found = {}
+    for m in _REPORT.finditer(nvrtc.cubin(name, arch)):
+        shared = re.search(r"(\d+) bytes smem", m["rest"])
+        found[m["name"]] = {
+            "registers": int(m["registers"]),
+            "shared_bytes": int(shared[1]) if shared else 0,
+            "local_bytes": int(m["stack"]) + int(m["stores"]) + int(m["loads"]),
+        }
+    return found
+
+
+def read() -> dict[str, dict]:
+    """The bars: of each kernel, `file`, `shared_bytes` and `registers` by architecture."""
+    return tomllib.loads(FILE.read_text())
+
+
+def _measure() -> str:
+    lines = [
+        "# The most registers a thread may use on each architecture (sm_75 ...), and the most static shared memory of a block,",
+        "# with the NVRTC of requirements.txt. Written by bars.py. Local memory and spills are never allowed.",
+    ]
+    for file in nvrtc.files():
+        measured = {arch: reports(file, arch) for arch in ARCHITECTURES}
+        for kernel in sorted(measured[ARCHITECTURES[0]]):
+            registers = ", ".join(f"sm_{a} = {measured[a][kernel]['registers']}" for a in ARCHITECTURES)
+            shared = max(measured[a][kernel]["shared_bytes"] for a in ARCHITECTURES)
+            lines += [
+                "",
+                f"[{kernel}]",
+                f'file = "{file}"',
+                f"shared_bytes = {shared}",
+                f"registers = {{ {registers} }}",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(_measure())

@@ -1,0 +1,66 @@
+"""What the kernel tests share. They need numpy and the NVRTC wheel of requirements.txt, and no GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests; see --import-mode
+
+import nvrtc
+import sim
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without NVRTC nothing here can run; say why."""
+    why = nvrtc.library()
+    for item in items:
+        if isinstance(why, str) and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+# compute_80 and compute_100 come from two different compilers inside NVRTC, with different dialects of PTX.
+@pytest.fixture(scope="session", params=[80, 100], ids=lambda arch: f"compute_{arch}")
+def programs(request: pytest.FixtureRequest) -> dict[str, sim.Program]:
+    """All kernels, compiled to PTX and read."""
+    found: dict[str, sim.Program] = {}
+    for name in nvrtc.files():
+        found.update(sim.load(nvrtc.ptx(nvrtc.unit(name), name, request.param)))
+    return found
+
+
+@pytest.fixture
+def device(programs: dict[str, sim.Program]) -> sim.Device:
+    """An empty device with all kernels."""
+    return sim.Device(programs)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same draws in every test."""
+    return np.random.default_rng(20)
+
+
+@pytest.fixture
+def close() -> Callable[..., None]:
+    """Compares with the reference: |got - want| <= tolerance · (1 + |want|), infinities and NaN exactly.
+
+    float32 rounds to 6e-8; the default leaves room for some tens of roundings. Tolerances are never bit-exact, because
+    hardware's approximate functions differ by some units in the last place from the exact ones used here.
+    """
+
+    def check(got: np.ndarray, want: np.ndarray, tolerance: float = 3e-6) -> None:
+        want = np.asarray(want, float)
+        assert got.shape == want.shape
+        finite = np.isfinite(want)
+        np.testing.assert_array_equal(got[~finite], want[~finite])
+        error = np.abs(got[finite] - want[finite]) / (1 + np.abs(want[finite]))
+        assert not error.size or error.max() <= tolerance, (
+            f"relative error {error.max():.2g}, allowed {tolerance:.2g}"
+        )
+
+    return check

@@ -1,0 +1,464 @@
+"""How each kernel is launched: geometry and arguments, over NumPy arrays in and out.
+
+Operands are uploaded with gaps between rows that were never written and off any alignment, as `layout` says, so that a
+kernel that ignores a stride or assumes alignment is found out by the checks of memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sim import Buffer, Device
+
+Array = np.ndarray
+NO_WINDOW = 2**31 - 1
+FUNCTIONS = ("none", "exp", "tanh", "sigmoid", "relu", "gelu", "gelu_tanh", "silu")
+i32, u32, f32 = np.int32, np.uint32, np.float32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How matrices lie: `gap` elements between rows, the first element `skew` elements past an aligned address."""
+
+    gap: int = 0
+    skew: int = 0
+
+
+PLAIN = Layout()
+LAYOUTS = {"plain": PLAIN, "strided": Layout(gap=8), "crooked": Layout(gap=3, skew=1)}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows in device memory. `shape` is what the caller sees, [.., C]."""
+
+    rows: list[Buffer]
+    ld: int
+    shape: tuple[int, ...]
+
+    @property
+    def at(self) -> Buffer:
+        """What a kernel is given."""
+        return self.rows[0]
+
+
+def blank(device: Device, shape: tuple[int, ...], layout: Layout = PLAIN, dtype: Any = f32) -> Matrix:
+    """Unwritten rows; the gaps between them do not exist as memory."""
+    rows, cols = int(np.prod(shape[:-1])), shape[-1]
+    buffers = device.strided(rows, cols, cols + layout.gap, dtype, layout.skew)
+    return Matrix(buffers, cols + layout.gap, shape)
+
+
+def upload(device: Device, x: Array, layout: Layout = PLAIN, dtype: Any = f32) -> Matrix:
+    """A copy of x [.., C]."""
+    matrix = blank(device, x.shape, layout, dtype)
+    for buffer, row in zip(matrix.rows, np.asarray(x, dtype).reshape(-1, x.shape[-1]), strict=True):
+        device.write(buffer, row)
+    return matrix
+
+
+def download(device: Device, matrix: Matrix) -> Array:
+    """A copy of the rows; what was never written is NaN."""
+    return np.stack([device.read(buffer) for buffer in matrix.rows]).reshape(matrix.shape)
+
+
+def at(matrix: Matrix | None) -> Buffer | None:
+    """The pointer of an optional operand."""
+    return matrix and matrix.at
+
+
+def ld(matrix: Matrix | None) -> i32:
+    """The stride of an optional operand."""
+    return i32(matrix.ld if matrix else 0)
+
+
+def groups(rows: int, cols: int) -> int:
+    """The grid of a kernel whose threads have four columns of a row each, in blocks of 256."""
+    return ceil_div(rows * ceil_div(cols, 4), 256)
+
+
+# ---- elementwise.cu -------------------------------------------------------------------------------------------------
+
+
+def unary(device: Device, name: str, x: Array, layout: Layout = PLAIN, in_place: bool = False) -> Array:
+    """f(x)."""
+    xs = upload(device, x, layout)
+    y = xs if in_place else blank(device, x.shape, layout)
+    rows, cols = x.shape
+    device.launch(
+        f"{name}_forward_f32", groups(rows, cols), 256, xs.at, y.at, i32(rows), i32(cols), ld(xs), ld(y)
+    )
+    return download(device, y)
+
+
+def unary_grad(
+    device: Device, name: str, x: Array, dy: Array, layout: Layout = PLAIN, over: str = ""
+) -> Array:
+    """f'(x) · dy, written over x or dy if `over` names it."""
+    xs, dys = upload(device, x, layout), upload(device, dy, layout)
+    dx = {"x": xs, "dy": dys}.get(over) or blank(device, x.shape, layout)
+    rows, cols = x.shape
+    strides = (ld(xs), ld(dys), ld(dx))
+    device.launch(
+        f"{name}_backward_f32", groups(rows, cols), 256, xs.at, dys.at, dx.at, i32(rows), i32(cols), *strides
+    )
+    return download(device, dx)
+
+
+def scale(device: Device, x: Array, s: float, layout: Layout = PLAIN) -> Array:
+    """s · x."""
+    xs, y = upload(device, x, layout), blank(device, x.shape, layout)
+    sizes = (i32(x.shape[0]), i32(x.shape[1]), ld(xs), ld(y))
+    device.launch("scale_forward_f32", groups(*x.shape), 256, xs.at, y.at, *sizes, f32(s))
+    return download(device, y)
+
+
+def fill(device: Device, shape: tuple[int, int], value: float, layout: Layout = PLAIN) -> Array:
+    """`value` everywhere."""
+    y = blank(device, shape, layout)
+    device.launch(
+        "fill_forward_f32", groups(*shape), 256, y.at, i32(shape[0]), i32(shape[1]), ld(y), f32(value)
+    )
+    return download(device, y)
+
+
+def binary(
+    device: Device, name: str, a: Array, b: Array, layout: Layout = PLAIN, in_place: bool = False
+) -> Array:
+    """a ∘ b with b [M, C] or [1, 1]."""
+    left, right = upload(device, a, layout), upload(device, b, layout)
+    y = left if in_place else blank(device, a.shape, layout)
+    sizes = (*map(i32, (*a.shape, *b.shape)), ld(left), ld(right), ld(y))
+    device.launch(f"{name}_forward_f32", groups(*a.shape), 256, left.at, right.at, y.at, *sizes)
+    return download(device, y)
+
+
+def broadcast(
+    device: Device, x: Array, shape: tuple[int, int], layout: Layout = PLAIN, dtype: Any = f32
+) -> Array:
+    """x [M, C] or [1, 1] repeated to `shape`."""
+    xs, y = upload(device, x, layout, dtype), blank(device, shape, layout, dtype)
+    sizes = (*map(i32, (*shape, *x.shape)), ld(xs), ld(y))
+    device.launch("broadcast_forward_f32", groups(*shape), 256, xs.at, y.at, *sizes)
+    return download(device, y)
+
+
+def dropout_args(p: float, stream: int) -> tuple[np.generic, ...]:
+    """stream, p, 1 / (1 − p)."""
+    return u32(stream), f32(p), f32(1 / (1 - p))
+
+
+def dropout(device: Device, x: Array, rng: Array, p: float, stream: int, layout: Layout = PLAIN) -> Array:
+    """x · mask / (1 − p)."""
+    xs, y, r = upload(device, x, layout), blank(device, x.shape, layout), device.array(rng, i32)
+    sizes = (i32(x.shape[0]), i32(x.shape[1]), ld(xs), ld(y))
+    device.launch(
+        "dropout_forward_f32", groups(*x.shape), 256, xs.at, r, y.at, *sizes, *dropout_args(p, stream)
+    )
+    return download(device, y)
+
+
+def epilogue(
+    device: Device, product: Array, bias: Array | None, act: str, keep_pre: bool, act_grad: str, x: Array | None,
+    residual: Array | None, layout: Layout = PLAIN, over: str = "",
+) -> tuple[Array, Array | None]:  # fmt: skip
+    """y = act(product + bias) · act_grad'(x) + residual, and the value before act."""
+    products = upload(device, product, layout)
+    xs, residuals = (None if z is None else upload(device, z, layout) for z in (x, residual))
+    biases = None if bias is None else device.array(bias)
+    y = {"product": products, "residual": residuals}.get(over) or blank(device, product.shape, layout)
+    pre = blank(device, product.shape, layout) if keep_pre else None
+    device.launch(
+        "epilogue_forward_f32", groups(*product.shape), 256, products.at, biases, at(xs), at(residuals), y.at, at(pre),
+        i32(product.shape[0]), i32(product.shape[1]), ld(products), ld(xs), ld(residuals), ld(y), ld(pre),
+        i32(FUNCTIONS.index(act)), i32(FUNCTIONS.index(act_grad)),
+    )  # fmt: skip
+    return download(device, y), None if pre is None else download(device, pre)
+
+
+# ---- norm.cu --------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    device: Device, x: Array, weight: Array, bias: Array | None, eps: float, layout: Layout = PLAIN
+) -> tuple[Array, Array, Array]:
+    """y, mean, rstd."""
+    rows, cols = x.shape
+    xs, y = upload(device, x, layout), blank(device, x.shape, layout)
+    w, b = device.array(weight), None if bias is None else device.array(bias)
+    mean, rstd = device.empty((rows,)), device.empty((rows,))
+    sizes = (i32(rows), i32(cols), ld(xs), ld(y), f32(eps))
+    device.launch("layer_norm_forward_f32", ceil_div(rows, 4), 128, xs.at, w, b, y.at, mean, rstd, *sizes)
+    return download(device, y), device.read(mean), device.read(rstd)
+
+
+def layer_norm_grad(
+    device: Device, dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, residual: Array | None = None,
+    layout: Layout = PLAIN, over: str = "", chunk: int = 64,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """dx (+ residual), dweight, dbias: four launches. `chunk` rows are summed at a time."""
+    rows, cols = x.shape
+    dys, xs = upload(device, dy, layout), upload(device, x, layout)
+    residuals = None if residual is None else upload(device, residual, layout)
+    w, m, r = device.array(weight), device.array(mean), device.array(rstd)
+    chunks = ceil_div(rows, chunk)
+    parts = device.empty((2, chunks, cols))
+    sizes = (i32(rows), i32(cols), ld(dys), ld(xs))
+    grid = (ceil_div(cols, 32), chunks)
+    device.launch(
+        "layer_norm_weight_backward_f32", grid, (32, 8), dys.at, xs.at, m, r, parts, *sizes, i32(chunk)
+    )
+    sums = []
+    for half in parts.cut([chunks * cols] * 2):
+        sums.append(device.empty((cols,)))
+        sizes2 = tuple(map(i32, (chunks, 1, cols, cols, chunks)))
+        device.launch("sum_to_forward_f32", (ceil_div(cols, 32), 1), (32, 8), half, sums[-1], *sizes2)
+    dx = {"dy": dys, "residual": residuals}.get(over) or blank(device, x.shape, layout)
+    sizes += (ld(residuals), ld(dx))
+    device.launch(
+        "layer_norm_backward_f32",
+        ceil_div(rows, 4),
+        128,
+        dys.at,
+        xs.at,
+        w,
+        m,
+        r,
+        at(residuals),
+        dx.at,
+        *sizes,
+    )
+    return download(device, dx), device.read(sums[0]), device.read(sums[1])
+
+
+# ---- rows.cu --------------------------------------------------------------------------------------------------------
+
+
+def gather(device: Device, table: Array, index: Array, layout: Layout = PLAIN) -> Array:
+    """table[index]."""
+    t, n, y = (
+        upload(device, table, layout),
+        device.array(index, i32),
+        blank(device, (len(index), table.shape[1]), layout),
+    )
+    sizes = (i32(table.shape[0]), i32(len(index)), i32(table.shape[1]), ld(t), ld(y))
+    device.launch("gather_forward_f32", groups(len(index), table.shape[1]), 256, t.at, n, y.at, *sizes)
+    return download(device, y)
+
+
+def scatter_add(device: Device, source: Array, index: Array, base: Array, layout: Layout = PLAIN) -> Array:
+    """base with each source row added at its index."""
+    s, n, y = upload(device, source, layout), device.array(index, i32), upload(device, base, layout)
+    rows, cols = source.shape
+    sizes = (i32(base.shape[0]), i32(rows), i32(cols), ld(s), ld(y))
+    device.launch(
+        "scatter_add_forward_f32", (ceil_div(rows, 4), ceil_div(cols, 128)), 128, s.at, n, y.at, *sizes
+    )
+    return download(device, y)
+
+
+def count_labels(device: Device, labels: Array) -> float:
+    """How many labels are 0 or more."""
+    n, y = device.array(labels, i32), device.empty((1,))
+    device.launch("count_labels_forward_f32", 1, 256, n, y, i32(len(labels)))
+    return float(device.read(y)[0])
+
+
+# ---- loss.cu --------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    device: Device,
+    logits: Array,
+    labels: Array,
+    bias: Array | None,
+    dloss: float | None,
+    layout: Layout = PLAIN,
+) -> tuple[Array, Array | None]:
+    """The loss of each row; with dloss also the gradient, computed over the logits."""
+    z, n, loss = upload(device, logits, layout), device.array(labels, i32), device.empty((len(labels),))
+    b = None if bias is None else device.array(bias)
+    rows, classes = logits.shape
+    if dloss is None:
+        device.launch("cross_entropy_forward_f32", rows, 256, z.at, b, n, loss, i32(classes), ld(z))
+        return device.read(loss), None
+    scale = device.array([dloss])
+    device.launch("cross_entropy_backward_f32", rows, 256, z.at, b, n, scale, loss, i32(classes), ld(z))
+    return device.read(loss), download(device, z)
+
+
+# ---- reduce.cu, optimizer.cu ----------------------------------------------------------------------------------------
+
+
+def sum_to(device: Device, x: Array, result_rows: int, chunk: int, layout: Layout = PLAIN) -> Array:
+    """Sums x [copies · M, C] to [M, C], `chunk` copies at a time."""
+    xs, cols = upload(device, x, layout), x.shape[1]
+    copies = x.shape[0] // result_rows
+    chunks = ceil_div(copies, chunk)
+    parts, y = device.empty((chunks * result_rows, cols)), device.empty((result_rows, cols))
+    blocks = ceil_div(result_rows * cols, 32)
+    first = (i32(copies), i32(result_rows), i32(cols), ld(xs), i32(chunk))
+    device.launch("sum_to_forward_f32", (blocks, chunks), (32, 8), xs.at, parts, *first)
+    second = tuple(map(i32, (chunks, result_rows, cols, cols, chunks)))
+    device.launch("sum_to_forward_f32", (blocks, 1), (32, 8), parts, y, *second)
+    return device.read(y)
+
+
+def sum_all(device: Device, x: Array, chunk: int, layout: Layout = PLAIN) -> float:
+    """The sum of all elements of x [N, C], `chunk` elements at a time."""
+    xs, chunks = upload(device, x, layout), ceil_div(x.size, chunk)
+    parts, y = device.empty((chunks,)), device.empty((1,))
+    device.launch(
+        "sum_forward_f32", chunks, 256, xs.at, parts, i32(x.size), i32(x.shape[1]), ld(xs), i32(chunk)
+    )
+    device.launch("sum_forward_f32", 1, 256, parts, y, *map(i32, (chunks, chunks, chunks, chunks)))
+    return float(device.read(y)[0])
+
+
+def global_norm(device: Device, gradients: list[Array], chunk: int, layout: Layout = PLAIN) -> Buffer:
+    """√(Σ ‖g‖²), left on the device."""
+    counts = [ceil_div(g.size, chunk) for g in gradients]
+    parts, y = device.empty((sum(counts),)), device.empty((1,))
+    for g, count, part in zip(gradients, counts, parts.cut(counts), strict=True):
+        gs = upload(device, g, layout)
+        sizes = (i32(g.size), i32(g.shape[1]), ld(gs), i32(chunk))
+        device.launch("global_norm_parts_forward_f32", count, 256, gs.at, part, *sizes)
+    device.launch("global_norm_forward_f32", 1, 256, parts, y, i32(sum(counts)))
+    return y
+
+
+def clip_factor(device: Device, norm: Buffer, max_norm: float) -> Buffer:
+    """min(1, max_norm / (norm + 1e-6)), left on the device."""
+    y = device.empty((1,))
+    device.launch("clip_factor_forward_f32", 1, 1, norm, y, f32(max_norm))
+    return y
+
+
+def adamw(
+    device: Device, p: Array, g: Array, m: Array, v: Array, clip: float, lr: float, step: int,
+    betas: tuple[float, float], eps: float, decay: float, layout: Layout = PLAIN, in_place: bool = True,
+) -> tuple[Array, ...]:  # fmt: skip
+    """p, m, v after one update."""
+    old = [device.array(z) for z in (p, m, v)]
+    new = old if in_place else [device.empty(p.shape) for _ in range(3)]
+    gs = upload(device, g, layout)
+    scalars = device.array([clip]), device.array([lr]), device.array([step], i32)
+    hyper = tuple(
+        map(f32, (*betas, 1 - betas[0], 1 - betas[1], np.log(betas[0]), np.log(betas[1]), eps, decay))
+    )
+    sizes = (i32(p.shape[0]), i32(p.shape[1]), ld(gs))
+    inputs = (old[0], gs.at, old[1], old[2], *scalars)
+    device.launch("adamw_forward_f32", groups(*p.shape), 256, *inputs, *new, *sizes, *hyper)
+    return tuple(device.read(z) for z in new)
+
+
+# ---- attention.cu, cache.cu -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """Dropout: rng [4], the site's stream and p."""
+
+    rng: Array
+    stream: int
+    p: float
+
+
+def attention(
+    device: Device, q: Array, k: Array, v: Array, scale: float, *, dout: Array | None = None, causal: bool = False,
+    window: int | None = None, segments: Array | None = None, site: Site | None = None, layout: Layout = PLAIN,
+) -> dict[str, Array]:  # fmt: skip
+    """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]."""
+    batch, tokens, heads, width = q.shape
+    kv_heads = k.shape[2]
+    flat = [upload(device, x.reshape(batch, tokens, -1), layout) for x in (q, k, v)]
+    out, lse = blank(device, flat[0].shape, layout), device.empty((batch, heads, tokens))
+    s = None if segments is None else device.array(segments, i32)
+    r = None if site is None else device.array(site.rng, i32)
+    sizes = tuple(map(i32, (batch, tokens, heads, kv_heads, width)))
+    rule = dropout_args(site.p, site.stream) if site else dropout_args(0, 0)
+    tail = (i32(causal), i32(window or NO_WINDOW), f32(scale), *rule)
+    tiles, slices = ceil_div(tokens, 64), ceil_div(width, 128)
+    pointers, strides = [x.at for x in flat], [ld(x) for x in flat]
+    grid = (tiles, heads, batch * slices)
+    device.launch(
+        "attention_forward_f32", grid, 256, *pointers, s, r, out.at, lse, *sizes, *strides, ld(out), *tail
+    )
+    results = {"out": download(device, out).reshape(q.shape), "lse": device.read(lse)}
+    if dout is None:
+        return results
+    d = upload(device, dout.reshape(batch, tokens, -1), layout)
+    delta = device.empty((batch, heads, tokens))
+    delta_sizes = (*map(i32, (batch, tokens, heads, width)), ld(d), ld(out))
+    device.launch(
+        "attention_delta_backward_f32",
+        ceil_div(batch * tokens * heads, 4),
+        128,
+        d.at,
+        out.at,
+        delta,
+        *delta_sizes,
+    )
+    dq, dk, dv = (blank(device, x.shape, layout) for x in flat)
+    inputs = (d.at, *pointers, lse, delta, s, r)
+    device.launch(
+        "attention_dq_backward_f32", grid, 256, *inputs, dq.at, *sizes, ld(d), *strides, ld(dq), *tail
+    )
+    grid = (tiles, kv_heads, batch * slices)
+    strides = [ld(d), *strides, ld(dk), ld(dv)]
+    device.launch("attention_dkv_backward_f32", grid, 256, *inputs, dk.at, dv.at, *sizes, *strides, *tail)
+    shapes = {"dq": (dq, q.shape), "dk": (dk, k.shape), "dv": (dv, v.shape)}
+    return results | {name: download(device, x).reshape(shape) for name, (x, shape) in shapes.items()}
+
+
+def cache_write(
+    device: Device,
+    cache: Array,
+    source: Array,
+    row: Array,
+    start: Array,
+    count: Array,
+    layout: Layout = PLAIN,
+) -> Array:
+    """cache [R, S, C] with source [B, T, C] written into it."""
+    c, s = device.array(cache), upload(device, source, layout)
+    batch, tokens, cols = source.shape
+    numbers = [device.array(x, i32) for x in (row, start, count)]
+    sizes = (*map(i32, (batch, tokens, cols)), ld(s), i32(cache.shape[0]), i32(cache.shape[1]))
+    device.launch("cache_write_forward_f32", groups(batch * tokens, cols), 256, s.at, *numbers, c, *sizes)
+    return device.read(c)
+
+
+def cached_attention(
+    device: Device, q: Array, k: Array, v: Array, rows: Array, start: Array, count: Array, scale: float,
+    window: int | None = None, layout: Layout = PLAIN,
+) -> Array:  # fmt: skip
+    """out [B, T, H, D]; q likewise, caches [R, S, K, D], rows [B, S]."""
+    batch, tokens, heads, width = q.shape
+    qs, out = (
+        f(device, x, layout)
+        for f, x in ((upload, q.reshape(batch, tokens, -1)), (blank, (batch, tokens, heads * width)))
+    )
+    caches, numbers = [device.array(x) for x in (k, v)], [device.array(x, i32) for x in (rows, start, count)]
+    sizes = (*map(i32, (tokens, heads, k.shape[2], width)), ld(qs), ld(out), i32(k.shape[0]), i32(k.shape[1]))
+    grid = (tokens, heads, batch)
+    device.launch(
+        "cached_attention_forward_f32",
+        grid,
+        128,
+        qs.at,
+        *caches,
+        *numbers,
+        out.at,
+        *sizes,
+        i32(window or NO_WINDOW),
+        f32(scale),
+    )
+    return download(device, out).reshape(q.shape)

@@ -1,0 +1,96 @@
+"""Compiles the kernels with NVRTC, as CuPy does, without a GPU, a driver or a CUDA toolkit.
+
+The library comes from the wheel that requirements.txt pins; ctypes is all that is needed to call it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import re
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[1] / "cuda"
+REQUIREMENTS = HERE / "requirements.txt"
+
+# What cupy.cuda.compiler passes besides -arch and include folders; the kernels include nothing.
+# Source: CuPy 14.2 cupy/cuda/compiler.py (compile_using_nvrtc, _compile_with_cache_cuda).
+CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
+
+
+def unit(name: str) -> str:
+    """The translation unit of `cuda/<name>.cu`, as rust/cuda/src/sources.rs assembles it."""
+    common = (KERNELS / "common.cuh").read_text()
+    return f'#line 1 "common.cuh"\n{common}#line 1 "{name}.cu"\n{(KERNELS / f"{name}.cu").read_text()}'
+
+
+def files() -> list[str]:
+    """The names of all kernel files."""
+    return sorted(path.stem for path in KERNELS.glob("*.cu"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """NVRTC, or why it is not there."""
+    pinned = re.search(r"^nvidia-cuda-nvrtc==([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
+    if pinned is None:
+        return "tests/cuda/requirements.txt pins no nvidia-cuda-nvrtc"
+    try:
+        wheel = importlib.metadata.distribution("nvidia-cuda-nvrtc")
+    except importlib.metadata.PackageNotFoundError:
+        return "the nvidia-cuda-nvrtc wheel is missing: pip install -r tests/cuda/requirements.txt"
+    if wheel.version != pinned[1]:
+        return f"nvidia-cuda-nvrtc {wheel.version} is installed, the tests are for {pinned[1]}"
+    found = [f for f in wheel.files or [] if re.fullmatch(r"libnvrtc\.so\.\d+", f.name)]
+    if not found:
+        return "the nvidia-cuda-nvrtc wheel has no libnvrtc.so"
+    try:
+        return ctypes.CDLL(str(wheel.locate_file(found[0])))
+    except OSError as error:
+        return f"libnvrtc does not load: {error}"
+
+
+class CompileError(Exception):
+    """NVRTC refused a source; the message is its log."""
+
+
+def _text(lib: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(lib, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(lib, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw[: size.value].rstrip(b"\0") if what != "CUBIN" else buffer.raw
+
+
+def build(source: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+    """Compiles to what `-arch` in `options` asks for: a CUBIN for sm_XX, PTX for compute_XX. Gives it and the log."""
+    lib = library()
+    if isinstance(lib, str):
+        raise RuntimeError(lib)
+    program = ctypes.c_void_p()
+    lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None)
+    try:
+        array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        status = lib.nvrtcCompileProgram(program, len(options), array)
+        log = _text(lib, program, "ProgramLog").decode()
+        if status != 0:
+            raise CompileError(log)
+        what = "CUBIN" if any(o.startswith("-arch=sm_") for o in options) else "PTX"
+        return _text(lib, program, what), log
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def ptx(source: str, name: str, arch: int) -> str:
+    """PTX for compute_<arch>, with the lines it comes from."""
+    code, _ = build(source, name, (f"-arch=compute_{arch}", "-lineinfo", *CUPY_OPTIONS))
+    return code.decode()
+
+
+def cubin(name: str, arch: int) -> str:
+    """Compiles `cuda/<name>.cu` for sm_<arch>; gives ptxas's report on each kernel."""
+    _, log = build(unit(name), name, (f"-arch=sm_{arch}", "--ptxas-options=-v", *CUPY_OPTIONS))
+    return log

@@ -1,0 +1,168 @@
+"""The kernels' operations from their definitions, in float64. Dimensions as in `cuda/*.cu`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Array = np.ndarray
+
+# ---- Random numbers -------------------------------------------------------------------------------------------------
+
+
+def philox(key: tuple[int, int], counter: list[Array]) -> list[Array]:
+    """Philox 4×32-10. Source: Salmon et al. 2011, section 3.3."""
+    k0, k1 = key
+    c = [np.asarray(x, np.uint64) for x in counter]
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        high0, high1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
+        c = [high1 ^ c[1] ^ np.uint64(k0), p1 & low, high0 ^ c[3] ^ np.uint64(k1), p0 & low]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c
+
+
+def keep(rng: Array, stream: int, p: float, elements: int) -> Array:
+    """What each element of a dropout site is multiplied by: 0 or 1 / (1 − p)."""
+    seed_low, seed_high, step_low, step_high = (int(x) & 0xFFFFFFFF for x in rng)
+    key = seed_low, seed_high ^ ((stream * 0x9E3779B9 + 0xD0D0) & 0xFFFFFFFF)
+    block = np.arange(-(-elements // 4), dtype=np.uint64)
+    words = philox(
+        key,
+        [block & np.uint64(0xFFFFFFFF), block >> np.uint64(32), np.uint64(step_low), np.uint64(step_high)],
+    )
+    unit = (np.stack(words, axis=1).reshape(-1)[:elements] >> np.uint64(8)) / 2.0**24
+    return np.where(unit < np.float32(p), 0.0, 1.0 / (1.0 - p))
+
+
+# ---- Elementwise ----------------------------------------------------------------------------------------------------
+
+erf = np.vectorize(math.erf, otypes=[float])
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e⁻ˣ)."""
+    return 1 / (1 + np.exp(-x))
+
+
+UNARY: dict[str, Callable[[Array], Array]] = {
+    "exp": np.exp,
+    "tanh": np.tanh,
+    "sigmoid": sigmoid,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x * sigmoid(x),
+}
+
+
+def slope(f: Callable[[Array], Array], x: Array, h: float = 1e-6) -> Array:
+    """f'(x) of an elementwise function by central differences, whose error is about h² + 1e-16 / h."""
+    return (f(x + h) - f(x - h)) / (2 * h)
+
+
+def numeric_gradient(f: Callable[[Array], float], x: Array, h: float = 1e-5) -> Array:
+    """The gradient of a scalar function of a tensor by central differences."""
+    x = x.astype(float)
+    d = np.zeros_like(x)
+    for place in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[place] += h
+        down[place] -= h
+        d[place] = (f(up) - f(down)) / (2 * h)
+    return d
+
+
+# ---- Normalisation, loss, optimiser ---------------------------------------------------------------------------------
+
+
+def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> tuple[Array, Array, Array]:
+    """y, mean, rstd. Source: Ba et al. 2016, equation 4."""
+    x = x.astype(float)
+    mean = x.mean(axis=1)
+    rstd = 1 / np.sqrt(((x - mean[:, None]) ** 2).mean(axis=1) + eps)
+    y = (x - mean[:, None]) * rstd[:, None] * weight
+    return y if bias is None else y + bias, mean, rstd
+
+
+def layer_norm_grad(
+    dy: Array, x: Array, weight: Array, mean: Array, rstd: Array
+) -> tuple[Array, Array, Array]:
+    """dx, dweight, dbias."""
+    hat = (x.astype(float) - mean[:, None]) * rstd[:, None]
+    dhat = dy.astype(float) * weight
+    dx = rstd[:, None] * (dhat - dhat.mean(1, keepdims=True) - hat * (dhat * hat).mean(1, keepdims=True))
+    return dx, (dy * hat).sum(0), dy.astype(float).sum(0)
+
+
+def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Loss of each row, and its gradient; rows with a negative label have none."""
+    z = logits.astype(float)
+    z = z - z.max(1, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+    rows, seen = np.arange(len(labels)), labels >= 0
+    target = np.where(seen, labels, 0)
+    d = np.exp(log_p)
+    d[rows, target] -= 1
+    return np.where(seen, -log_p[rows, target], 0), d * seen[:, None]
+
+
+def adamw(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    clip: float,
+    lr: float,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+) -> tuple[Array, Array, Array]:
+    """p, m, v. Source: Loshchilov and Hutter 2019, algorithm 2."""
+    g = g.astype(float) * clip
+    m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+    update = m / (1 - betas[0] ** step) / (np.sqrt(v / (1 - betas[1] ** step)) + eps)
+    return p * (1 - lr * decay) - lr * update, m, v
+
+
+# ---- Attention ------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """Dense attention and its gradient. q [B, T, H, D]; k, v [B, T, K, D]; segments [B, T]; factors [B, H, T, T]."""
+
+    def __init__(
+        self, q: Array, k: Array, v: Array, scale: float, *, causal: bool = False, window: int | None = None,
+        segments: Array | None = None, factors: Array | None = None,
+    ) -> None:  # fmt: skip
+        self.q, group = q.astype(float), q.shape[2] // k.shape[2]
+        self.k, self.v = (np.repeat(x.astype(float), group, axis=2) for x in (k, v))
+        self.kv_shape, self.scale = k.shape, scale
+        t = q.shape[1]
+        i, j = np.arange(t)[:, None], np.arange(t)
+        seen = np.broadcast_to(((j <= i) | (not causal)) & (i - j < (window or t)), (q.shape[0], 1, t, t))
+        if segments is not None:
+            own = segments[:, None, :, None] == segments[:, None, None, :]
+            seen = seen & own & (segments != 0)[:, None, None, :]
+        scores = np.where(seen, scale * np.einsum("bihd,bjhd->bhij", self.q, self.k), -np.inf)
+        largest = scores.max(-1, keepdims=True)
+        largest[np.isneginf(largest)] = 0
+        with np.errstate(divide="ignore"):
+            self.lse = largest[..., 0] + np.log(np.exp(scores - largest).sum(-1))
+        self.p = np.exp(scores - np.where(np.isneginf(self.lse), 0, self.lse)[..., None])
+        self.factors = np.ones_like(self.p) if factors is None else factors
+        self.out = np.einsum("bhij,bjhd->bihd", self.p * self.factors, self.v)
+
+    def gradient(self, dout: Array) -> tuple[Array, Array, Array]:
+        """dq, dk, dv."""
+        dout = dout.astype(float)
+        dv = np.einsum("bhij,bihd->bjhd", self.p * self.factors, dout)
+        dp = self.factors * np.einsum("bihd,bjhd->bhij", dout, self.v)
+        ds = self.p * (dp - (self.p * dp).sum(-1, keepdims=True)) * self.scale
+        dq, dk = np.einsum("bhij,bjhd->bihd", ds, self.k), np.einsum("bhij,bihd->bjhd", ds, self.q)
+        b, t, heads, d = self.kv_shape
+        return dq, dk.reshape(b, t, heads, -1, d).sum(3), dv.reshape(b, t, heads, -1, d).sum(3)

@@ -1,0 +1,363 @@
+"""The meaning of each PTX instruction that runs thread by thread: a pattern of the opcode, and the Python it becomes.
+
+Source: NVIDIA, "PTX ISA" 9.x, chapter 9.7. Anything without a pattern here raises `UnknownInstruction`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, Writer
+
+RULES: list[tuple[re.Pattern[str], Callable[..., None]]] = []
+SMALLEST_NORMAL = np.finfo(np.float32).tiny
+
+
+def rule(pattern: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers `f(writer, match, *args)` for opcodes that match."""
+
+    def add(f: Callable[..., None]) -> Callable[..., None]:
+        RULES.append((re.compile(pattern), f))
+        return f
+
+    return add
+
+
+# ---- Helpers that the written code calls ----------------------------------------------------------------------------
+
+
+def flush(x: np.ndarray) -> np.ndarray:
+    """Subnormals to zero of their sign."""
+    return x * (np.abs(x) >= SMALLEST_NORMAL)
+
+
+def fma_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a·b + c rounded towards −∞. The product is exact in float64; the sum's error is found by Knuth's two-sum."""
+    p, c = a.astype(np.float64) * b, c.astype(np.float64)
+    s = p + c
+    t = s - p
+    error = (p - (s - t)) + (c - t)
+    y = s.astype(np.float32)
+    above = (y > s) | ((y == s) & (error < 0))
+    return np.where(above, np.nextafter(y, np.float32(-np.inf)), y)
+
+
+def divide(a: np.ndarray, b: np.ndarray, remainder: bool) -> np.ndarray:
+    """Integer division that rounds towards zero."""
+    if (b == 0).any():
+        raise ZeroDivisionError("integer division by zero")
+    wide_a, wide_b = a.astype(np.int64), b.astype(np.int64)
+    quotient = np.abs(wide_a) // np.abs(wide_b) * np.where((wide_a < 0) != (wide_b < 0), -1, 1)
+    return (wide_a - quotient * wide_b if remainder else quotient).astype(np.result_type(a, b))
+
+
+def reverse_bits(x: np.ndarray) -> np.ndarray:
+    """Bit 0 becomes bit 31."""
+    for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
+        m = np.uint32(mask)
+        x = ((x >> np.uint32(shift)) & m) | ((x & m) << np.uint32(shift))
+    return x
+
+
+def leading_zeros(x: np.ndarray) -> np.ndarray:
+    """By how much a left shift brings the highest set bit to bit 31; all ones where none is set."""
+    _, exponent = np.frexp(x.astype(np.float64))
+    return np.where(x == 0, np.uint32(0xFFFFFFFF), (32 - exponent).astype(np.uint32))
+
+
+def insert_bits(field: np.ndarray, base: np.ndarray, at: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The low `length` bits of `field` into `base` from bit `at` on."""
+    at, length = np.minimum(at & 0xFF, 32).astype(np.uint64), np.minimum(length & 0xFF, 32).astype(np.uint64)
+    one = np.uint64(1)
+    mask = (((one << length) - one) << at) & np.uint64(0xFFFFFFFF)
+    return ((base & ~mask) | ((field.astype(np.uint64) << at) & mask)).astype(np.uint32)
+
+
+def shift(x: np.ndarray, by: np.ndarray, left: bool) -> np.ndarray:
+    """Shifts of the width or more give what shifting by one bit that often gives."""
+    bits = 8 * x.dtype.itemsize
+    # The last bit is shifted apart, since NumPy leaves a shift by the full width undefined.
+    first, one = np.minimum(by, bits - 1).astype(x.dtype), (by >= bits).astype(x.dtype)
+    return (x << first) << one if left else (x >> first) >> one
+
+
+# ---- Floats ---------------------------------------------------------------------------------------------------------
+
+
+def _result(ftz: object, text: str) -> str:
+    return f"flush({text})" if ftz else text
+
+
+@rule(r"(add|sub|mul)(?:\.rn)?(\.ftz)?\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    sign = {"add": "+", "sub": "-", "mul": "*"}[m[1]]
+    w.set(d, "f32", _result(m[2], f"{w.real(a, m[2])} {sign} {w.real(b, m[2])}"))
+
+
+@rule(r"fma\.rn(\.ftz)?\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, c: str) -> None:
+    x, y, z = (w.real(r, m[1]) for r in (a, b, c))
+    w.set(d, "f32", _result(m[1], f"({x}.astype(float64) * {y} + {z}).astype(float32)"))
+
+
+@rule(r"fma\.rm(\.ftz)?\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, c: str) -> None:
+    w.set(d, "f32", _result(m[1], f"fma_down({w.real(a, m[1])}, {w.real(b, m[1])}, {w.real(c, m[1])})"))
+
+
+@rule(r"(div|rcp|sqrt|ex2)\.(?:rn|approx)(\.ftz)?\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str = "") -> None:
+    x = w.real(a, m[2])
+    if (m[1] == "div") != bool(b):
+        raise UnknownInstruction(m[0])
+    text = {
+        "div": lambda: f"{x} / {w.real(b, m[2])}",
+        "rcp": lambda: f"one / {x}",
+        "sqrt": lambda: f"np.sqrt({x})",
+        "ex2": lambda: f"np.exp2({x}.astype(float64)).astype(float32)",
+    }[m[1]]()
+    w.set(d, "f32", _result(m[2], text))
+
+
+@rule(r"(abs|neg)(\.ftz)?\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "f32", f"np.{'abs' if m[1] == 'abs' else 'negative'}({w.real(a, m[2])})")
+
+
+@rule(r"(min|max)(\.ftz)?\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, "f32", f"np.f{m[1]}({w.real(a, m[2])}, {w.real(b, m[2])})")  # of a NaN and a number: the number
+
+
+@rule(r"copysign\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, "f32", f"np.copysign({w.get(b, 'f32')}, {w.get(a, 'f32')})")  # the sign is the first operand's
+
+
+@rule(r"cvt(\.ftz)?\.sat\.f32\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "f32", f"np.fmin(np.fmax({w.real(a, m[1])}, zero), one)")  # NaN becomes 0
+
+
+@rule(r"cvt\.rn\.f32\.([su]32)")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "f32", f"{w.get(a, m[1])}.astype(float32)")
+
+
+# ---- Integers -------------------------------------------------------------------------------------------------------
+
+
+@rule(r"(add|sub)\.[su](16|32|64)")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    kind = f"u{m[2]}"
+    w.set(d, kind, f"{w.get(a, kind)} {'+' if m[1] == 'add' else '-'} {w.get(b, kind)}")
+
+
+@rule(r"mul\.lo\.[su](32|64)")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, f"u{m[1]}", f"{w.get(a, f'u{m[1]}')} * {w.get(b, f'u{m[1]}')}")
+
+
+@rule(r"mad\.lo\.[su](32|64)")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, c: str) -> None:
+    x, y, z = (w.get(r, f"u{m[1]}") for r in (a, b, c))
+    w.set(d, f"u{m[1]}", f"{x} * {y} + {z}")
+
+
+@rule(r"mul\.wide\.([su])32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    wide = "int64" if m[1] == "s" else "uint64"
+    w.set(d, f"{m[1]}64", f"{w.get(a, m[1] + '32')}.astype({wide}) * {w.get(b, m[1] + '32')}.astype({wide})")
+
+
+@rule(r"mul\.hi\.u32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, "u32", f"({w.get(a, 'u32')}.astype(uint64) * {w.get(b, 'u32')} >> uint64(32)).astype(uint32)")
+
+
+@rule(r"(div|rem)\.([su]32)")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, m[2], f"divide({w.get(a, m[2])}, {w.get(b, m[2])}, {m[1] == 'rem'})")
+
+
+@rule(r"(min|max)\.([su]32)")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, m[2], f"np.{m[1]}imum({w.get(a, m[2])}, {w.get(b, m[2])})")
+
+
+@rule(r"neg\.s32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "s32", f"-{w.get(a, 's32')}")
+
+
+@rule(r"(and|or|xor)\.(pred|b32|b64)")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, m[2], f"{w.get(a, m[2])} { {'and': '&', 'or': '|', 'xor': '^'}[m[1]] } {w.get(b, m[2])}")
+
+
+@rule(r"not\.(pred|b32)")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, m[1], f"~{w.get(a, m[1])}")
+
+
+@rule(r"(shl|shr)\.([bus](?:32|64))")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, m[2], f"shift({w.get(a, m[2])}, {w.get(b, 'u32')}, {m[1] == 'shl'})")
+
+
+@rule(r"brev\.b32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "u32", f"reverse_bits({w.get(a, 'u32')})")
+
+
+@rule(r"bfind\.shiftamt\.u32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "u32", f"leading_zeros({w.get(a, 'u32')})")
+
+
+@rule(r"bfi\.b32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, at: str, length: str) -> None:
+    w.set(d, "u32", f"insert_bits({', '.join(w.get(r, 'u32') for r in (a, b, at, length))})")
+
+
+@rule(r"cvt\.([su](?:16|32|64))\.([su](?:16|32|64))")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(
+        d,
+        m[1],
+        f"{w.get(a, m[2])}.astype({np.dtype({'u': 'u', 's': 'i'}[m[1][0]] + str(int(m[1][1:]) // 8))})",
+    )
+
+
+# ---- Comparison and choice ------------------------------------------------------------------------------------------
+
+COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
+
+@rule(r"setp\.(eq|ne|lt|le|gt|ge)(u?)(\.ftz)?\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    x, y = w.real(a, m[3]), w.real(b, m[3])
+    text = f"({x} {COMPARE[m[1]]} {y})"
+    # With a NaN an ordered comparison is false, an unordered one true; Python's are ordered but for !=.
+    w.set(
+        d,
+        "pred",
+        f"{text} | np.isnan({x}) | np.isnan({y})" if m[2] else f"{text} & ({x} == {x}) & ({y} == {y})",
+    )
+
+
+@rule(r"setp\.(eq|ne|lt|le|gt|ge)\.([bsu](?:16|32|64))")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, "pred", f"{w.get(a, m[2])} {COMPARE[m[1]]} {w.get(b, m[2])}")
+
+
+@rule(r"selp\.([bufs](?:16|32|64))")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, p: str) -> None:
+    w.set(d, m[1], f"np.where({w.get(p, 'pred')}, {w.get(a, m[1])}, {w.get(b, m[1])})")
+
+
+# ---- Moves and memory -----------------------------------------------------------------------------------------------
+
+SPECIAL = {"%tid", "%ntid", "%ctaid", "%nctaid"}
+
+
+@rule(r"mov\.(pred|[bufs](?:16|32|64))")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    if d.startswith("{"):  # a 64-bit register to its halves
+        for half, register in zip((0, 32), (r.strip() for r in d[1:-1].split(",")), strict=True):
+            w.set(register, "u32", f"({w.get(a, 'u64')} >> uint64({half})).astype(uint32)")
+    elif a.split(".")[0] in SPECIAL:
+        w.set(d, "u32", f"machine.special[{a!r}][{w.i}]")
+    elif any(a == name for name, _, _ in w.kernel.shared):
+        w.set(d, m[1], f"machine.shared_at[{a!r}].astype({np.dtype(DTYPES[m[1]])})")
+    elif a.startswith("{"):
+        low, high = (w.get(r.strip(), "u32") for r in a[1:-1].split(","))
+        w.set(d, "u64", f"{low} | {high}.astype(uint64) << uint64(32)")
+    else:
+        w.set(d, m[1], w.get(a, m[1]))
+
+
+@rule(r"cvta\.to\.global\.u64")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "u64", w.get(a, "u64"))  # generic addresses of global memory are global addresses
+
+
+@rule(r"ld\.param\.([bufs](?:32|64))")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    held = w.storage(d)
+    text = f"machine.params[{a[1:-1]!r}].view({np.dtype(DTYPES[m[1]])})"
+    if held.endswith("64") and m[1].endswith("32"):  # a wider register is filled by the sign, or by zeros
+        w.set(d, "s64", f"{text}.astype(int64)")
+    else:
+        w.set(d, m[1], text)
+
+
+def _address(w: Writer, text: str) -> str:
+    base, _, offset = text[1:-1].partition("+")
+    if base.startswith("%"):
+        kind = w.storage(base)
+        return f"{w.get(base, kind)}.astype(int64) + {int(offset or 0)}"
+    return f"machine.shared_at[{base!r}].astype(int64) + {int(offset or 0)}"
+
+
+def _registers(text: str) -> list[str]:
+    return [r.strip() for r in text[1:-1].split(",")] if text.startswith("{") else [text]
+
+
+_MEMORY = r"\.(global|shared)(?:\.nc)?(\.v[24])?\.([bufs])(32|64)"
+
+
+@rule("ld" + _MEMORY)
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    registers, words = _registers(d), int(m[4]) // 32
+    w.lines.append(
+        f"  t = machine.load({m[1]!r}, {_address(w, a)}, {w.i}, {words * len(registers)}, {len(w.places) - 1})"
+    )
+    for n, register in enumerate(registers):
+        if words == 1:
+            w.set(register, "u32", f"t[:, {n}]")
+        else:
+            w.set(register, "u64", f"t[:, {2 * n}] | t[:, {2 * n + 1}].astype(uint64) << uint64(32)")
+
+
+@rule("st" + _MEMORY)
+def _(w: Writer, m: re.Match[str], a: str, s: str) -> None:
+    registers, words = _registers(s), int(m[4]) // 32
+    values = [w.get(r, "f32" if r.startswith("0f") else f"u{m[4]}") for r in registers]
+    w.lines.append(
+        f"  machine.store({m[1]!r}, {_address(w, a)}, {w.i}, [{', '.join(values)}], {words}, {len(w.places) - 1})"
+    )
+
+
+# ---- Whole kernels --------------------------------------------------------------------------------------------------
+
+
+def write(kernel: Kernel) -> tuple[str, Writer]:
+    """The Python text of a kernel: a function `block_<n>(machine, i)` for every block with a body."""
+    w = Writer(kernel)
+    for n, block in enumerate(kernel.blocks):
+        if not block.body:
+            continue
+        w.lines.append(f"def block_{n}(i):")
+        for instruction in block.body:
+            _write_instruction(w, instruction)
+    return "\n".join(w.lines), w
+
+
+def _write_instruction(w: Writer, instruction: Instruction) -> None:
+    opcode = instruction.opcode
+    if opcode.startswith(("ld.global", "ld.shared", "st.")):
+        w.place(instruction)
+    w.i = "i"
+    if instruction.guard:
+        negate, register = instruction.guard.startswith("!"), instruction.guard.lstrip("!")
+        w.lines.append(f"  j = machine.chosen(i, {w.name(register)}, {negate})")
+        w.i = "j"
+    for pattern, f in RULES:
+        if match := pattern.fullmatch(opcode):
+            f(w, match, *instruction.args)
+            return
+    raise UnknownInstruction(f"{w.kernel.name}: {opcode} {', '.join(instruction.args)}")

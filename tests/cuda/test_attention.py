@@ -1,0 +1,111 @@
+"""attention.cu against float64 and finite differences."""
+
+import launches as run
+import numpy as np
+import pytest
+import reference
+
+LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
+
+
+def operands(rng, batch, tokens, heads, kv_heads, width):
+    q, dout = (rng.normal(size=(batch, tokens, heads, width)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(batch, tokens, kv_heads, width)).astype(np.float32) for _ in range(2))
+    return q, k, v, dout
+
+
+def check(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, **mask):
+    """Forward and backward against the dense definition."""
+    scale = q.shape[3] ** -0.5
+    batch, tokens, heads, _ = q.shape
+    factors = None
+    if site is not None:
+        shape = (batch, heads, tokens, tokens)
+        factors = reference.keep(site.rng, site.stream, site.p, int(np.prod(shape))).reshape(shape)
+    dense = reference.Attention(q, k, v, scale, factors=factors, **mask)
+    got = run.attention(device, q, k, v, scale, dout=dout, site=site, layout=layout, **mask)
+    close(got["out"], dense.out)
+    close(got["lse"], dense.lse)
+    for name, want in zip(("dq", "dk", "dv"), dense.gradient(dout), strict=True):
+        close(got[name], want, 1e-5)
+
+
+SHAPES = [(1, 1, 1, 1, 1), (2, 5, 2, 1, 8), (1, 64, 1, 1, 32), (1, 65, 2, 2, 24), (1, 130, 1, 1, 20)]
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(device, rng, close, shape, causal):
+    check(device, close, *operands(rng, *shape), causal=causal)
+
+
+@pytest.mark.parametrize("width", [7, 64, 100, 130, 256])
+def test_widths(device, rng, close, width):
+    check(device, close, *operands(rng, 1, 20, 1, 1, width), causal=True)
+
+
+@LAYOUTS
+def test_layouts(device, rng, close, layout):
+    check(device, close, *operands(rng, 2, 19, 4, 2, 12), causal=True, layout=layout)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+@pytest.mark.parametrize("window", [1, 3, 64, 65])
+def test_windows(device, rng, close, window, causal):
+    check(device, close, *operands(rng, 1, 135, 1, 1, 8), causal=causal, window=window)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+def test_segments(device, rng, close, causal):
+    segments = np.array([[1] * 20 + [2] * 50 + [0] * 10, [0] * 40 + [3] * 39 + [1]])
+    check(device, close, *operands(rng, 2, 80, 2, 1, 8), causal=causal, segments=segments)
+
+
+def test_a_query_that_sees_nothing(device, rng):
+    q, k, v, dout = operands(rng, 1, 70, 1, 1, 8)
+    segments = np.zeros((1, 70), int)
+    got = run.attention(device, q, k, v, 1.0, dout=dout, segments=segments)
+    assert (got["lse"] == -np.inf).all()
+    for name in ("out", "dq", "dk", "dv"):
+        assert not got[name].any(), name
+
+
+@pytest.mark.parametrize("tokens", [5, 66, 68])
+def test_dropout(device, rng, close, tokens):
+    site = run.Site(np.array([1, 2, 3, 4]), 9, 0.25)
+    check(device, close, *operands(rng, 2, tokens, 2, 1, 8), causal=True, site=site)
+
+
+def test_everything_at_once(device, rng, close):
+    segments = np.array([[0] * 3 + [1] * 60 + [2] * 7])
+    site = run.Site(np.array([-1, 2, 3, 0]), 1, 0.1)
+    mask = {"causal": True, "window": 9, "segments": segments}
+    check(device, close, *operands(rng, 1, 70, 4, 2, 10), site=site, layout=run.LAYOUTS["crooked"], **mask)
+
+
+def test_huge_scores_do_not_overflow(device, rng):
+    q, k, v, dout = operands(rng, 1, 9, 1, 1, 4)
+    got = run.attention(device, 1e15 * q, 1e15 * k, v, 1.0, dout=dout, causal=True)
+    for name, x in got.items():
+        assert np.isfinite(x).all(), name
+    assert np.isin(got["out"], v).all()  # each query sees exactly one key
+
+
+def test_gradient_is_the_derivative(device, rng, close):
+    q, k, v, dout = operands(rng, 1, 4, 2, 1, 3)
+    site = run.Site(np.arange(4), 2, 0.3)
+    segments = np.array([[1, 1, 2, 2]])
+    factors = reference.keep(site.rng, site.stream, site.p, 32).reshape(1, 2, 4, 4)
+    got = run.attention(device, q, k, v, 0.7, dout=dout, causal=True, segments=segments, site=site)
+
+    def loss(**changed):
+        x = {"q": q, "k": k, "v": v, **changed}
+        return float(
+            (
+                reference.Attention(**x, scale=0.7, causal=True, segments=segments, factors=factors).out
+                * dout
+            ).sum()
+        )
+
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        close(got[f"d{name}"], reference.numeric_gradient(lambda z, name=name: loss(**{name: z}), x), 1e-5)

@@ -1,0 +1,57 @@
+"""Every kernel compiles for every architecture as CuPy would compile it, and stays under its bars."""
+
+import re
+from pathlib import Path
+
+import bars
+import nvrtc
+import pytest
+
+# Kernels whose rows are read and written four columns at a time where alignment allows.
+WIDE = ("elementwise", "norm", "loss", "optimizer", "rows", "cache", "attention")
+NARROW = {
+    "attention_delta_backward_f32",
+    "count_labels_forward_f32",
+    "layer_norm_weight_backward_f32",
+}
+
+
+@pytest.mark.parametrize("arch", bars.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("file", nvrtc.files())
+def test_registers_shared_and_local_memory(file, arch):
+    expected = {name: bar for name, bar in bars.read().items() if bar["file"] == file}
+    measured = bars.reports(file, arch)
+    assert set(measured) == set(expected), "bars.toml lists other kernels: run bars.py"
+    for name, found in measured.items():
+        assert found["local_bytes"] == 0, f"{name} spills, or indexes an array that is not in registers"
+        assert found["registers"] <= expected[name]["registers"][f"sm_{arch}"], name
+        assert found["shared_bytes"] <= min(expected[name]["shared_bytes"], bars.SHARED_LIMIT), name
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_rows_are_moved_in_128_bits(arch):
+    for file in WIDE:
+        text = nvrtc.ptx(nvrtc.unit(file), file, arch)
+        for name, body in re.findall(r"\.entry (\w+)\(.*?\{(.*?)\n\}", text, re.DOTALL):
+            if name in NARROW:
+                continue
+            wide_store = re.search(r"st\.global\.v(4\.[bf]32|2\.b64)", body)
+            wide_load = re.search(r"ld\.global(\.nc)?\.v(4\.[bf]32|2\.b64)", body)
+            single_result = name.endswith(("cross_entropy_forward_f32", "cached_attention_forward_f32"))
+            assert wide_store or single_result, name
+            assert wide_load or name == "fill_forward_f32", name
+
+
+def test_the_embedded_list_names_the_same_kernels():
+    text = (Path(nvrtc.KERNELS).parent / "rust" / "cuda" / "src" / "sources.rs").read_text()
+    listed = set(re.findall(r'"(\w+_f32)"', text.split("#[cfg(test)]")[0]))
+    assert listed == set(bars.read())
+
+
+def test_an_error_names_the_file_and_the_line():
+    broken = nvrtc.unit("reduce").replace("*y = factor > 1.f", "*y = factr > 1.f")
+    line = 1 + (nvrtc.KERNELS / "reduce.cu").read_text()[
+        : (nvrtc.KERNELS / "reduce.cu").read_text().index("*y = factor")
+    ].count("\n")
+    with pytest.raises(nvrtc.CompileError, match=rf'reduce\.cu"?\({line}\).*error'):
+        nvrtc.build(broken, "reduce", ("-arch=compute_80", *nvrtc.CUPY_OPTIONS))

@@ -1,0 +1,61 @@
+"""cache.cu against NumPy."""
+
+import launches as run
+import numpy as np
+import pytest
+
+LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
+
+
+@LAYOUTS
+def test_cache_write(device, rng, layout):
+    cache, source = (
+        rng.normal(size=(5, 7, 10)).astype(np.float32),
+        rng.normal(size=(3, 4, 10)).astype(np.float32),
+    )
+    row, start, count = np.array([4, 0, 2]), np.array([0, 3, 6]), np.array([2, 4, 1])
+    want = cache.copy()
+    for b in range(3):
+        want[row[b], start[b] : start[b] + count[b]] = source[b, : count[b]]
+    np.testing.assert_array_equal(run.cache_write(device, cache, source, row, start, count, layout), want)
+
+
+def test_cache_write_leaves_out_what_lies_outside(device, rng):
+    cache, source = rng.normal(size=(2, 3, 5)).astype(np.float32), np.ones((4, 2, 5), np.float32)
+    got = run.cache_write(
+        device, cache, source, np.array([-1, 2, 0, 1]), np.array([0, 0, 2, -1]), np.array([2, 2, 2, 2])
+    )
+    want = cache.copy()
+    want[0, 2] = want[1, 0] = 1
+    np.testing.assert_array_equal(got, want)
+
+
+def cached_attention(q, k, v, rows, start, count, scale, window):
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, t in np.ndindex(q.shape[:2]):
+        end = start[b] + t + 1
+        p = np.arange(max(0, end - (window or end)), end)
+        if t >= count[b]:
+            continue
+        for h in range(q.shape[2]):
+            keys, values = (x[rows[b, p], p, h // group].astype(float) for x in (k, v))
+            s = scale * keys @ q[b, t, h]
+            w = np.exp(s - s.max())
+            out[b, t, h] = w @ values / w.sum()
+    return out
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "window"),
+    [(1, 1, 1, None), (2, 1, 20, None), (4, 2, 64, 3), (3, 3, 37, None), (1, 1, 256, 5)],
+)
+def test_cached_attention(device, rng, close, heads, kv_heads, width, window, layout):
+    q = rng.normal(size=(3, 2, heads, width)).astype(np.float32)
+    k, v = (rng.normal(size=(4, 13, kv_heads, width)).astype(np.float32) for _ in range(2))
+    rows = rng.integers(4, size=(3, 13))
+    start, count = np.array([0, 11, 5]), np.array([2, 2, 1])
+    scale = width**-0.5
+    got = run.cached_attention(device, q, k, v, rows, start, count, scale, window, layout)
+    close(got, cached_attention(q, k, v, rows, start, count, scale, window))

@@ -1,0 +1,65 @@
+"""norm.cu against float64 and finite differences."""
+
+import launches as run
+import numpy as np
+import pytest
+import reference
+
+EPS = 1e-5
+SHAPES = [(1, 1), (1, 8), (5, 7), (9, 64), (3, 130), (2, 515), (70, 33)]
+LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
+
+
+def operands(rng, shape):
+    x, dy, residual = (rng.normal(size=shape).astype(np.float32) for _ in range(3))
+    weight, bias = (rng.normal(size=shape[1]).astype(np.float32) for _ in range(2))
+    return x, dy, residual, weight, bias
+
+
+@LAYOUTS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(device, rng, close, shape, layout):
+    x, _, _, weight, bias = operands(rng, shape)
+    for b in (bias, None):
+        for got, want in zip(
+            run.layer_norm(device, x, weight, b, EPS, layout),
+            reference.layer_norm(x, weight, b, EPS),
+            strict=True,
+        ):
+            close(got, want)
+
+
+def test_a_large_mean_keeps_the_digits_of_the_variance(device, rng, close):
+    x = (1000 + rng.normal(size=(4, 257))).astype(np.float32)
+    weight = np.ones(257, np.float32)
+    # x itself is rounded to 6e-5 here, and the mean to as much.
+    close(
+        run.layer_norm(device, x, weight, None, EPS)[0], reference.layer_norm(x, weight, None, EPS)[0], 2e-4
+    )
+
+
+@LAYOUTS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward(device, rng, close, shape, layout):
+    x, dy, residual, weight, bias = operands(rng, shape)
+    _, mean, rstd = (z.astype(np.float32) for z in reference.layer_norm(x, weight, bias, EPS))
+    dx, dweight, dbias = reference.layer_norm_grad(dy, x, weight, mean, rstd)
+    got = run.layer_norm_grad(device, dy, x, weight, mean, rstd, None, layout, chunk=16)
+    for g, want in zip(got, (dx, dweight, dbias), strict=True):
+        close(g, want)
+    for over in ("", "dy", "residual"):
+        got = run.layer_norm_grad(device, dy, x, weight, mean, rstd, residual, layout, over)
+        close(got[0], dx + residual)
+
+
+def test_backward_is_the_derivative(device, rng, close):
+    x, dy, _, weight, bias = operands(rng, (3, 6))
+    _, mean, rstd = (z.astype(np.float32) for z in reference.layer_norm(x, weight, bias, EPS))
+    got = run.layer_norm_grad(device, dy, x, weight, mean, rstd)
+
+    def loss(x, weight, bias):
+        return float((reference.layer_norm(x, weight, bias, EPS)[0] * dy).sum())
+
+    close(got[0], reference.numeric_gradient(lambda z: loss(z, weight, bias), x), 1e-5)
+    close(got[1], reference.numeric_gradient(lambda z: loss(x, z, bias), weight), 1e-5)
+    close(got[2], reference.numeric_gradient(lambda z: loss(x, weight, z), bias), 1e-5)

@@ -1,0 +1,41 @@
+"""optimizer.cu against float64."""
+
+import launches as run
+import numpy as np
+import pytest
+import reference
+
+LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (9, 260)])
+@pytest.mark.parametrize("step", [1, 2, 1000, 100_000])
+def test_adamw(device, rng, close, shape, step, layout):
+    p, g, m = (rng.normal(size=shape).astype(np.float32) for _ in range(3))
+    v = rng.random(size=shape).astype(np.float32)
+    settings = {"clip": 0.5, "lr": 0.01, "step": step, "betas": (0.9, 0.999), "eps": 1e-8, "decay": 0.1}
+    want = reference.adamw(p, g, m, v, **settings)
+    for in_place in (True, False):
+        got = run.adamw(device, p, g, m, v, **settings, layout=layout, in_place=in_place)
+        for x, y in zip(got, want, strict=True):
+            close(x, y)
+
+
+def test_the_first_step_moves_by_the_learning_rate(device, rng):
+    """Bias correction makes m̂ / √v̂ = ±1 at step 1: 1 − β² ≈ 1e-3 must keep its digits."""
+    g = rng.normal(size=(1, 100)).astype(np.float32)
+    zero = np.zeros_like(g)
+    p, _, _ = run.adamw(device, zero, g, zero, zero, 1.0, 0.25, 1, (0.9, 0.9999), 1e-12, 0.0)
+    np.testing.assert_allclose(p, -0.25 * np.sign(g), rtol=3e-6)
+
+
+def test_ten_steps_follow_the_reference(device, rng, close):
+    p = rng.normal(size=(3, 5)).astype(np.float32)
+    state, exact = (p, 0 * p, 0 * p), (p.astype(float), 0.0 * p, 0.0 * p)
+    for step in range(1, 11):
+        g = rng.normal(size=p.shape).astype(np.float32)
+        state = run.adamw(device, state[0], g, *state[1:], 1.0, 1e-2, step, (0.9, 0.95), 1e-8, 0.01)
+        exact = reference.adamw(exact[0], g, *exact[1:], 1.0, 1e-2, step, (0.9, 0.95), 1e-8, 0.01)
+    for x, y in zip(state, exact, strict=True):
+        close(x, y)
