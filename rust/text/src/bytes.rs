@@ -34,11 +34,6 @@ pub(crate) fn char_to_byte(c: char) -> Option<u8> {
     BYTES.get(c as usize).copied().flatten()
 }
 
-/// A token in the byte alphabet.
-pub(crate) fn to_alphabet(bytes: &[u8]) -> String {
-    bytes.iter().map(|&b| byte_to_char(b)).collect()
-}
-
 /// The bytes of a token; one with a character outside the byte alphabet stands for its own UTF-8.
 pub(crate) fn from_alphabet(token: &str) -> Vec<u8> {
     token.chars().map(char_to_byte).collect::<Option<_>>().unwrap_or_else(|| token.as_bytes().to_vec())
@@ -53,7 +48,6 @@ mod tests {
         for byte in 0..=255 {
             assert_eq!(char_to_byte(byte_to_char(byte)), Some(byte));
         }
-        assert_eq!(to_alphabet(b" a\n\xff"), "Ġa\u{10a}ÿ");
         assert_eq!(from_alphabet("Ġa"), b" a");
         assert_eq!(from_alphabet("a b"), b"a b");
         assert_eq!(char_to_byte('\u{143}'), Some(0xad));

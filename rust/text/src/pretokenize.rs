@@ -167,6 +167,14 @@ impl Words {
         self.changes.is_empty()
     }
 
+    /// Whether a space after something else always starts a word, and nothing before it matters for what follows.
+    pub(crate) fn starts_word_at_space(&self) -> bool {
+        matches!(
+            self.splitters.first(),
+            Some(Splitter::Bert | Splitter::Gpt2 | Splitter::Llama3 { .. } | Splitter::Whitespace)
+        )
+    }
+
     /// Whether this is exactly the BERT pre-tokenizer.
     pub(crate) fn is_bert(&self) -> bool {
         self.changes.is_empty() && self.splitters == [Splitter::Bert] && !self.byte_level

@@ -42,6 +42,23 @@ fn yes() -> bool {
     true
 }
 
+impl PostProcessor {
+    /// BERT's template: `[CLS] A [SEP]`, and `B [SEP]` of type 1 after it.
+    pub(crate) fn bert_template(cls: &(String, u32), sep: &(String, u32)) -> Self {
+        let special = |token: &(String, u32), type_id| Piece::SpecialToken { id: token.0.clone(), type_id };
+        let single = vec![special(cls, 0), Piece::Sequence { id: Text::A, type_id: 0 }, special(sep, 0)];
+        let second = [Piece::Sequence { id: Text::B, type_id: 1 }, special(sep, 1)];
+        let define = |(token, id): &(String, u32)| {
+            (token.clone(), SpecialToken { id: token.clone(), ids: vec![*id], tokens: vec![token.clone()] })
+        };
+        Self::TemplateProcessing {
+            pair: single.iter().cloned().chain(second).collect(),
+            single,
+            special_tokens: [define(cls), define(sep)].into(),
+        }
+    }
+}
+
 /// One place of a template.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Piece {

@@ -5,69 +5,35 @@
 //! ids, word by word through a cache, and give the same ids.
 
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
 use crate::added::{AddedToken, Finder};
 use crate::bytes::from_alphabet;
 use crate::decode::Stages;
 use crate::encoding::{Encoding, Padding, Truncation};
 use crate::format::Parts;
-use crate::model::{Model, Scratch};
-use crate::normalize::Normalizer;
+use crate::ids::Pool;
+use crate::model::Model;
 use crate::pretokenize::Words;
 use crate::roles::SpecialIds;
 use crate::template::Template;
 use crate::text::{Origin, Text};
 use crate::{Error, Result};
 
-/// Many texts as ids, one after the other: text `i` is `ids[offsets[i]..offsets[i + 1]]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Ragged {
-    /// All ids, [N].
-    pub ids: Vec<u32>,
-    /// Where each text starts, and the end: [number of texts + 1].
-    pub offsets: Vec<i64>,
-}
-
-impl Ragged {
-    /// Number of texts.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.offsets.len().saturating_sub(1)
-    }
-
-    /// Whether there is no text.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The ids of text `i`.
-    ///
-    /// # Panics
-    /// If there is no such text.
-    #[must_use]
-    pub fn row(&self, i: usize) -> &[u32] {
-        &self.ids[self.offsets[i] as usize..self.offsets[i + 1] as usize]
-    }
-}
-
 /// A tokenizer. It does not change once made; any number of threads may use it.
 pub struct Tokenizer {
-    parts: Parts,
-    words: Words,
-    template: Template,
+    pub(crate) parts: Parts,
+    pub(crate) words: Words,
+    pub(crate) template: Template,
     stages: Stages,
     /// Added tokens found in the text as it is, and those found once it is normalized.
-    raw: Finder,
-    normalized: Finder,
+    pub(crate) raw: Finder,
+    pub(crate) normalized: Finder,
     /// By id: the string of an added token as the decoder sees it, and whether it is special.
     added: Vec<Option<(String, bool)>>,
     /// By id: the bytes of each token, where the decoder is byte-level.
     byte_tokens: Vec<Vec<u8>>,
     roles: SpecialIds,
-    /// Working memory and caches of calls that have returned.
-    pool: Mutex<Vec<Box<Scratch>>>,
+    pub(crate) pool: Pool,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -124,7 +90,7 @@ impl Tokenizer {
             added,
             byte_tokens: vec![],
             roles: SpecialIds::default(),
-            pool: Mutex::default(),
+            pool: Pool::default(),
             parts,
         };
         if tokenizer.stages.is_byte_level() {
@@ -282,14 +248,6 @@ impl Tokenizer {
         self
     }
 
-    fn scratch(&self) -> Box<Scratch> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
-    }
-
-    fn give_back(&self, scratch: Box<Scratch>) {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
-    }
-
     /// Encodes a text, or two, with everything there is to know about the tokens. Truncation and a fixed padding apply.
     ///
     /// # Errors
@@ -339,7 +297,7 @@ impl Tokenizer {
             return Err(Error::Encode(format!("a text of {} bytes is too long, split it", text.len())));
         }
         let positions = CodePoints::new(text);
-        let mut scratch = self.scratch();
+        let mut scratch = self.pool.borrow();
         let mut out = Encoding::default();
         let mut word = 0;
         let result = self.pieces::<(u32, u32)>(text, &mut |piece| {
@@ -377,12 +335,15 @@ impl Tokenizer {
             });
             failed
         });
-        self.give_back(scratch);
         result.map(|()| out)
     }
 
     /// Cuts `text` at added tokens and prepares what lies between for the splitters.
-    fn pieces<O: Origin>(&self, text: &str, visit: &mut dyn FnMut(Piece<'_, O>) -> Result<()>) -> Result<()> {
+    pub(crate) fn pieces<O: Origin>(
+        &self,
+        text: &str,
+        visit: &mut dyn FnMut(Piece<'_, O>) -> Result<()>,
+    ) -> Result<()> {
         for part in self.raw.split(text) {
             if let Some(id) = part.token {
                 visit(Piece::Token { id, start: part.start, end: part.end })?;
@@ -423,170 +384,6 @@ impl Tokenizer {
             origin.extend(std::iter::repeat_n(o, c.len_utf8()));
         }
         visit(Piece::Text(&text.to_text(), &origin))
-    }
-
-    /// Appends the ids of `text` to `out`: those of [`Tokenizer::encode`], truncation included, padding not.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_ids(&self, text: &str, add_special_tokens: bool, out: &mut Vec<u32>) -> Result<()> {
-        let mut scratch = self.scratch();
-        let result = self.ids_into(text, add_special_tokens, &mut scratch, out);
-        self.give_back(scratch);
-        result
-    }
-
-    fn ids_into(
-        &self,
-        text: &str,
-        add_special_tokens: bool,
-        scratch: &mut Scratch,
-        out: &mut Vec<u32>,
-    ) -> Result<()> {
-        let (before, after) = if add_special_tokens { self.template.around() } else { Default::default() };
-        out.extend(&before);
-        let start = out.len();
-        self.text_ids(text, scratch, out)?;
-        if let Some(truncation) = &self.parts.truncation {
-            truncation.apply_ids(out, start, before.len() + after.len())?;
-        }
-        out.extend(&after);
-        Ok(())
-    }
-
-    fn text_ids(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
-        let plain = self.parts.normalizer.is_none() && self.words.keeps_text() && self.normalized.is_empty();
-        let bert = self.words.is_bert()
-            && self.normalized.is_empty()
-            && matches!(self.parts.normalizer, None | Some(Normalizer::BertNormalizer { .. }));
-        if !plain && !bert {
-            return self.pieces::<()>(text, &mut |piece| match piece {
-                Piece::Token { id, .. } => {
-                    out.push(id);
-                    Ok(())
-                }
-                Piece::Text(prepared, _) => self.word_ids(prepared, scratch, out),
-            });
-        }
-        for part in self.raw.split(text) {
-            let piece = &text[part.start..part.end];
-            match part.token {
-                Some(id) => out.push(id),
-                None if bert => self.chunk_ids(piece, scratch, out)?,
-                None => self.word_ids(piece, scratch, out)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// The ids of a prepared text, word by word.
-    fn word_ids(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
-        if let Model::Bpe(bpe) = &self.parts.model {
-            if bpe.is_characters() {
-                return bpe.characters(text, out);
-            }
-        }
-        let mut result = Ok(());
-        self.words.split(text, &mut |start, end| {
-            if result.is_ok() {
-                result = self.parts.model.ids(&text[start..end], scratch, out);
-            }
-        });
-        result
-    }
-
-    /// BERT's way: normalizer and splitter never look across ASCII white space, so that what stands between is
-    /// remembered as it was read, before it is normalized.
-    fn chunk_ids(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
-        let blank = |b: &u8| matches!(b, b' ' | b'\t' | b'\n' | b'\r');
-        let bytes = text.as_bytes();
-        let mut at = 0;
-        while at < bytes.len() {
-            if blank(&bytes[at]) {
-                at += 1;
-                continue;
-            }
-            let end = bytes[at..].iter().position(blank).map_or(bytes.len(), |n| at + n);
-            let chunk = &bytes[at..end];
-            if !scratch.cache.get(chunk, out) {
-                let start = out.len();
-                let mut normalized = Text::<()>::new(&text[at..end], 0);
-                if let Some(normalizer) = &self.parts.normalizer {
-                    normalizer.apply(&mut normalized);
-                }
-                let prepared = normalized.to_text();
-                let mut result = Ok(());
-                self.words.split(&prepared, &mut |a, b| {
-                    if result.is_ok() {
-                        result = self
-                            .parts
-                            .model
-                            .tokenize(&prepared[a..b], scratch)
-                            .map(|pieces| out.extend(pieces.iter().map(|&(id, _)| id)));
-                    }
-                });
-                result?;
-                scratch.cache.insert(chunk, &out[start..]);
-            }
-            at = end;
-        }
-        Ok(())
-    }
-
-    /// Encodes many texts to ids on `threads` threads (0: as many as there are cores). The result does not depend on
-    /// their number. Truncation applies, padding does not.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`], for the first text that fails.
-    pub fn encode_batch<S: AsRef<str> + Sync>(
-        &self,
-        texts: &[S],
-        add_special_tokens: bool,
-        threads: usize,
-    ) -> Result<Ragged> {
-        // Pieces of work of some 64 KB, taken in turn and put together in order.
-        const CHUNK_BYTES: usize = 1 << 16;
-        let mut bounds = vec![0];
-        let mut bytes = 0;
-        for (i, text) in texts.iter().enumerate() {
-            bytes += text.as_ref().len() + 1;
-            if bytes >= CHUNK_BYTES {
-                bounds.push(i + 1);
-                bytes = 0;
-            }
-        }
-        if bounds.last() != Some(&texts.len()) {
-            bounds.push(texts.len());
-        }
-        let chunks = crate::parallel::map(bounds.len() - 1, threads, |chunks| {
-            let mut scratch = self.scratch();
-            let mut work = |c: usize| {
-                let mut ids = vec![];
-                let mut lengths = vec![];
-                for text in &texts[bounds[c]..bounds[c + 1]] {
-                    let start = ids.len();
-                    self.ids_into(text.as_ref(), add_special_tokens, &mut scratch, &mut ids)?;
-                    lengths.push((ids.len() - start) as i64);
-                }
-                Ok((ids, lengths))
-            };
-            while let Some(c) = chunks.next() {
-                chunks.done(c, work(c));
-            }
-            self.give_back(scratch);
-        });
-        let mut ragged = Ragged { ids: vec![], offsets: Vec::with_capacity(texts.len() + 1) };
-        ragged.offsets.push(0);
-        let mut end = 0;
-        for chunk in chunks {
-            let (ids, lengths) = chunk?;
-            ragged.ids.extend_from_slice(&ids);
-            for length in lengths {
-                end += length;
-                ragged.offsets.push(end);
-            }
-        }
-        Ok(ragged)
     }
 
     /// The text of `ids`; without special tokens if so asked.
@@ -638,7 +435,7 @@ impl Tokenizer {
 }
 
 /// A part of a text on its way to the model.
-enum Piece<'a, O> {
+pub(crate) enum Piece<'a, O> {
     /// An added token and its byte range.
     Token { id: u32, start: usize, end: usize },
     /// A prepared text and the origin of each byte.

@@ -35,11 +35,6 @@ impl Vocab {
         Ok(vocab)
     }
 
-    /// Number of tokens.
-    pub(crate) fn len(&self) -> usize {
-        self.ids.len()
-    }
-
     /// One more than the highest id.
     pub(crate) fn id_bound(&self) -> usize {
         self.tokens.len()

@@ -78,8 +78,9 @@ fn encodings() {
                 case["decoded"].as_str().unwrap(),
                 "{context}"
             );
-            let with_special = case["decoded_with_special"].as_str().unwrap();
-            assert_eq!(tokenizer.decode(&got.ids, false).unwrap(), with_special, "{context}");
+            if let Some(expected) = case.get("decoded_with_special").and_then(Value::as_str) {
+                assert_eq!(tokenizer.decode(&got.ids, false).unwrap(), expected, "{context}");
+            }
         }
     }
 }

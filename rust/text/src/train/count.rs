@@ -1,0 +1,101 @@
+//! Counting the words of documents, in parallel.
+
+use rustc_hash::FxHashMap;
+
+use crate::text::Text;
+use crate::{Tokenizer, parallel};
+
+/// Bytes of a piece of work.
+const PART_BYTES: usize = 1 << 18;
+
+/// Parts of documents, each to be counted by itself, in runs of about `PART_BYTES`.
+fn count<'d, S: AsRef<str> + Sync, K: std::hash::Hash + Eq + Send>(
+    documents: &'d [S],
+    tokenizer: Option<&Tokenizer>,
+    threads: usize,
+    tally: impl Fn(&'d str, &mut FxHashMap<K, u64>) + Sync,
+) -> FxHashMap<K, u64> {
+    let parts: Vec<&str> = documents
+        .iter()
+        .map(AsRef::as_ref)
+        .flat_map(|document| {
+            let parts = match tokenizer {
+                Some(tokenizer) => tokenizer.cut(document, PART_BYTES),
+                None => vec![0..document.len()],
+            };
+            parts.into_iter().map(move |part| &document[part])
+        })
+        .collect();
+    let bounds = parallel::bounds(parts.iter().map(|part| part.len()), PART_BYTES);
+    let maps = parallel::run(bounds.len() - 1, threads, |queue| {
+        let mut counts = FxHashMap::default();
+        for run in queue.take() {
+            parts[bounds[run]..bounds[run + 1]].iter().for_each(|part| tally(part, &mut counts));
+        }
+        counts
+    });
+    // Sums do not depend on their order.
+    let mut maps = maps.into_iter();
+    let mut sum = maps.next().unwrap_or_default();
+    for (key, n) in maps.flatten() {
+        *sum.entry(key).or_insert(0) += n;
+    }
+    sum
+}
+
+/// The words that `tokenizer` splits `documents` into and how often each comes, in the order of their bytes.
+pub(super) fn words<S: AsRef<str> + Sync>(
+    documents: &[S],
+    tokenizer: &Tokenizer,
+    threads: usize,
+) -> Vec<(String, u64)> {
+    let split = &tokenizer.words;
+    let sums: FxHashMap<String, u64> = match &tokenizer.parts.normalizer {
+        None => {
+            let counts = count(documents, Some(tokenizer), threads, |part, counts| {
+                split.split(part, &mut |a, b| *counts.entry(&part[a..b]).or_insert(0) += 1);
+            });
+            counts.into_iter().map(|(word, n)| (word.to_owned(), n)).collect()
+        }
+        // What stands between white space is counted first, and normalized once however often it comes.
+        Some(normalizer) => {
+            let chunks = count(documents, Some(tokenizer), threads, |part, counts| {
+                for chunk in part.split([' ', '\t', '\n', '\r']).filter(|c| !c.is_empty()) {
+                    *counts.entry(chunk).or_insert(0) += 1;
+                }
+            });
+            let mut sums: FxHashMap<String, u64> = FxHashMap::default();
+            for (chunk, n) in chunks {
+                let mut text = Text::<()>::new(chunk, 0);
+                normalizer.apply(&mut text);
+                let text = text.to_text();
+                split.split(&text, &mut |a, b| match sums.get_mut(&text[a..b]) {
+                    Some(sum) => *sum += n,
+                    None => {
+                        sums.insert(text[a..b].to_owned(), n);
+                    }
+                });
+            }
+            sums
+        }
+    };
+    let mut words: Vec<_> = sums.into_iter().collect();
+    words.sort_unstable();
+    words
+}
+
+/// How often each character comes.
+pub(super) fn characters<S: AsRef<str> + Sync>(documents: &[S], threads: usize) -> FxHashMap<char, u64> {
+    count(documents, None, threads, |part, counts| {
+        let mut ascii = [0u64; 128];
+        for c in part.chars() {
+            match ascii.get_mut(c as usize) {
+                Some(n) => *n += 1,
+                None => *counts.entry(c).or_insert(0) += 1,
+            }
+        }
+        for (c, &n) in (0u8..).zip(&ascii).filter(|(_, n)| **n > 0) {
+            *counts.entry(c as char).or_insert(0) += n;
+        }
+    })
+}

@@ -1,0 +1,344 @@
+//! Training: from documents to a tokenizer.
+//!
+//! Words are counted in parallel, then merges are learned one by one ([`merges`]). The result depends on the documents
+//! and options only: counts are 64-bit sums, words are put in order before use, and of two pairs that are equally
+//! frequent the one with the smaller ids wins (left first), so that neither threads nor hash order show.
+
+mod count;
+mod merges;
+
+use std::str::FromStr;
+
+use crate::added::AddedToken;
+use crate::bpe::{Bpe, BpeOptions};
+use crate::bytes::byte_to_char;
+use crate::decode::Decoder;
+use crate::format::Parts;
+use crate::model::Model;
+use crate::normalize::Normalizer;
+use crate::pretokenize::PreTokenizer;
+use crate::template::PostProcessor;
+use crate::vocab::Vocab;
+use crate::wordpiece::WordPiece;
+use crate::{Error, Result, Tokenizer};
+
+use merges::Symbols;
+
+/// What kind of tokenizer is trained, and how it treats text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preset {
+    /// Byte-level BPE with GPT-2's split; special token `<|endoftext|>`.
+    Gpt2,
+    /// WordPiece on lowercase text without accents, in the template `[CLS] … [SEP]`; BERT's five special tokens.
+    BertUncased,
+    /// The same on text as it is written.
+    BertCased,
+    /// As `BertCased`, with every character of the documents in the alphabet instead of the 1000 most frequent.
+    Multilingual,
+    /// One token for each character; no special tokens.
+    Char,
+}
+
+impl Preset {
+    /// The presets by name.
+    pub const ALL: [(&str, Self); 5] = [
+        ("gpt2", Self::Gpt2),
+        ("bert-uncased", Self::BertUncased),
+        ("bert-cased", Self::BertCased),
+        ("multilingual", Self::Multilingual),
+        ("char", Self::Char),
+    ];
+
+    /// The preset that a kind of model (`"bpe"`, `"wordpiece"`, `"char"`) is trained with if none is named.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for another kind.
+    pub fn of_kind(kind: &str) -> Result<Self> {
+        match kind {
+            "bpe" => Ok(Self::Gpt2),
+            "wordpiece" => Ok(Self::BertUncased),
+            "char" => Ok(Self::Char),
+            _ => {
+                Err(Error::option("train", "kind", format!("is {kind:?} but must be bpe, wordpiece or char")))
+            }
+        }
+    }
+
+    fn special_tokens(self) -> &'static [&'static str] {
+        match self {
+            Self::Gpt2 => &["<|endoftext|>"],
+            Self::Char => &[],
+            Self::BertUncased | Self::BertCased | Self::Multilingual => {
+                &["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+            }
+        }
+    }
+}
+
+impl FromStr for Preset {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        let known = Self::ALL.iter().find(|(known, _)| *known == name).map(|&(_, preset)| preset);
+        known.ok_or_else(|| {
+            let names: Vec<&str> = Self::ALL.iter().map(|&(name, _)| name).collect();
+            Error::option("train", "preset", format!("is {name:?} but must be one of {}", names.join(", ")))
+        })
+    }
+}
+
+/// How to train. [`TrainOptions::new`] sets the defaults.
+#[derive(Clone, Debug)]
+pub struct TrainOptions {
+    /// Kind and treatment of text.
+    pub preset: Preset,
+    /// Most tokens, special ones included. Characters ([`Preset::Char`]) ignore it.
+    pub vocab_size: usize,
+    /// Pairs seen less often are not merged; default 2.
+    pub min_frequency: u64,
+    /// Special tokens in the order of their ids, first of all; default those of the preset. WordPiece needs `[UNK]`,
+    /// `[CLS]` and `[SEP]` among them. With `[UNK]` or `<unk>` a character vocabulary has an unknown token, without,
+    /// an unknown character is an error.
+    pub special_tokens: Option<Vec<String>>,
+    /// Most characters in the alphabet, the most frequent ones; default the preset's: 1000 for BERT's two, no limit for
+    /// the others. Byte-level BPE has its 256 bytes whatever is said here.
+    pub limit_alphabet: Option<usize>,
+    /// Threads; default 0, one per core. They do not change the result.
+    pub threads: usize,
+}
+
+impl TrainOptions {
+    /// The defaults of `preset`.
+    #[must_use]
+    pub fn new(preset: Preset, vocab_size: usize) -> Self {
+        let bert = matches!(preset, Preset::BertUncased | Preset::BertCased);
+        Self {
+            preset,
+            vocab_size,
+            min_frequency: 2,
+            special_tokens: None,
+            limit_alphabet: bert.then_some(1000),
+            threads: 0,
+        }
+    }
+}
+
+/// How far training is: `done` of `total` steps of `stage`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// `"count"` (documents' bytes) or `"merge"` (tokens of the vocabulary).
+    pub stage: &'static str,
+    /// Steps done.
+    pub done: usize,
+    /// Steps in all.
+    pub total: usize,
+}
+
+impl Tokenizer {
+    /// Trains a tokenizer on `documents`. `progress` hears of each stage as it goes, from this thread.
+    ///
+    /// # Errors
+    /// [`Error::Train`] if there is no text, or `vocab_size` does not even hold special tokens and alphabet;
+    /// [`Error::Option`] for special tokens that are missing, empty or twice.
+    pub fn train<S: AsRef<str> + Sync>(
+        documents: &[S],
+        options: &TrainOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        let special: Vec<String> = match &options.special_tokens {
+            Some(tokens) => tokens.clone(),
+            None => options.preset.special_tokens().iter().map(|&t| t.to_owned()).collect(),
+        };
+        check_special(&special)?;
+        let blank = empty(options.preset, &special)?;
+        let total = documents.iter().map(|d| d.as_ref().len()).sum();
+        progress(Progress { stage: "count", done: 0, total });
+        let model = match options.preset {
+            Preset::Char => characters(documents, &special, options)?,
+            Preset::Gpt2 => {
+                let words = count::words(documents, &blank, options.threads);
+                bytes(&words, &special, options, progress)?
+            }
+            Preset::BertUncased | Preset::BertCased | Preset::Multilingual => {
+                let words = count::words(documents, &blank, options.threads);
+                wordpiece(&words, &special, options, progress)?
+            }
+        };
+        Self::new(Parts { model, ..blank.parts })
+    }
+}
+
+fn check_special(tokens: &[String]) -> Result<()> {
+    for (i, token) in tokens.iter().enumerate() {
+        if token.is_empty() || tokens[..i].contains(token) {
+            return Err(Error::option("train", "special_tokens", format!("holds {token:?}, empty or twice")));
+        }
+    }
+    Ok(())
+}
+
+/// A tokenizer of `preset` that knows its special tokens and nothing else.
+fn empty(preset: Preset, special: &[String]) -> Result<Tokenizer> {
+    let added_tokens: Vec<_> = (0..).zip(special).map(|(id, token)| AddedToken::special(token, id)).collect();
+    let id = |token: &str| {
+        let found = special.iter().position(|s| s == token).map(|i| (token.to_owned(), i as u32));
+        found.ok_or_else(|| {
+            Error::option("train", "special_tokens", format!("lacks {token}, which WordPiece needs"))
+        })
+    };
+    let vocab = Vocab::new((0..).zip(special).map(|(id, token)| (token.clone(), id)).collect())?;
+    let plain = Parts {
+        truncation: None,
+        padding: None,
+        added_tokens,
+        normalizer: None,
+        pre_tokenizer: None,
+        post_processor: None,
+        decoder: Some(Decoder::Fuse),
+        model: Model::Bpe(Bpe::new(vocab, &[], BpeOptions::default(), false)?),
+    };
+    Tokenizer::new(match preset {
+        Preset::Char => plain,
+        Preset::Gpt2 => Parts {
+            pre_tokenizer: Some(PreTokenizer::ByteLevel {
+                add_prefix_space: false,
+                trim_offsets: true,
+                use_regex: true,
+            }),
+            post_processor: Some(PostProcessor::ByteLevel {
+                add_prefix_space: true,
+                trim_offsets: false,
+                use_regex: true,
+            }),
+            decoder: Some(Decoder::ByteLevel { add_prefix_space: true, trim_offsets: true, use_regex: true }),
+            ..plain
+        },
+        Preset::BertUncased | Preset::BertCased | Preset::Multilingual => {
+            let lowercase = preset == Preset::BertUncased;
+            id("[UNK]")?;
+            Parts {
+                normalizer: Some(Normalizer::BertNormalizer {
+                    clean_text: true,
+                    handle_chinese_chars: true,
+                    strip_accents: None,
+                    lowercase,
+                }),
+                pre_tokenizer: Some(PreTokenizer::BertPreTokenizer),
+                post_processor: Some(PostProcessor::bert_template(&id("[CLS]")?, &id("[SEP]")?)),
+                decoder: Some(Decoder::WordPiece { prefix: "##".into(), cleanup: true }),
+                ..plain
+            }
+        }
+    })
+}
+
+fn no_text() -> Error {
+    Error::Train("there is no text to learn from; give documents that hold more than white space".into())
+}
+
+/// `(character, count)` of all words, the most frequent first, equal ones by code point.
+fn alphabet(counts: impl Iterator<Item = (char, u64)>, limit: Option<usize>) -> Vec<char> {
+    let mut sums = rustc_hash::FxHashMap::default();
+    for (c, n) in counts {
+        *sums.entry(c).or_insert(0u64) += n;
+    }
+    let mut chars: Vec<(char, u64)> = sums.into_iter().collect();
+    chars.sort_unstable_by_key(|&(c, n)| (std::cmp::Reverse(n), c));
+    chars.truncate(limit.unwrap_or(chars.len()));
+    let mut chars: Vec<char> = chars.into_iter().map(|(c, _)| c).collect();
+    chars.sort_unstable();
+    chars
+}
+
+/// The vocabulary before the first merge must fit.
+fn check_size(symbols: &Symbols, n_special: usize, options: &TrainOptions) -> Result<()> {
+    if symbols.len() <= options.vocab_size {
+        return Ok(());
+    }
+    Err(Error::Train(format!(
+        "vocab_size is {}, but {n_special} special tokens and an alphabet of {} need at least {}; raise it{}",
+        options.vocab_size,
+        symbols.len() - n_special,
+        symbols.len(),
+        if options.preset == Preset::Gpt2 { "" } else { " or set limit_alphabet" },
+    )))
+}
+
+/// Byte-level BPE. Ids: special tokens, the 256 bytes in the order of their characters, merges.
+fn bytes(
+    words: &[(String, u64)],
+    special: &[String],
+    options: &TrainOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Model> {
+    if words.is_empty() {
+        return Err(no_text());
+    }
+    let mut symbols = Symbols::new(special, "");
+    let mut chars: Vec<char> = (0..=255).map(byte_to_char).collect();
+    chars.sort_unstable();
+    chars.iter().for_each(|c| {
+        symbols.add(&c.to_string());
+    });
+    check_size(&symbols, special.len(), options)?;
+    let ids: Vec<u32> = (0..=255).map(|byte| symbols.add(&byte_to_char(byte).to_string())).collect();
+    let split = words.iter().map(|(word, n)| (word.bytes().map(|b| ids[b as usize]).collect(), *n));
+    let merges = merges::learn(split, &mut symbols, options.vocab_size, options.min_frequency, progress);
+    let model = Bpe::new(symbols.into_vocab()?, &merges, BpeOptions::default(), true)?;
+    Ok(Model::Bpe(model))
+}
+
+/// WordPiece, learned as BPE over pieces of which those inside a word carry `##`. Ids: special tokens, characters,
+/// characters inside words, merges. Characters outside the alphabet are left out of their words.
+fn wordpiece(
+    words: &[(String, u64)],
+    special: &[String],
+    options: &TrainOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Model> {
+    let counts = words.iter().flat_map(|(word, n)| word.chars().map(|c| (c, *n)));
+    let alphabet = alphabet(counts, options.limit_alphabet);
+    if alphabet.is_empty() {
+        return Err(no_text());
+    }
+    let mut symbols = Symbols::new(special, "##");
+    let starts: Vec<u32> = alphabet.iter().map(|c| symbols.add(&c.to_string())).collect();
+    let known = |c: char| alphabet.binary_search(&c).ok();
+    let mut inside = vec![false; alphabet.len()];
+    for (word, _) in words {
+        word.chars().skip(1).filter_map(known).for_each(|i| inside[i] = true);
+    }
+    let insides: Vec<u32> = (0..alphabet.len())
+        .map(|i| if inside[i] { symbols.add(&format!("##{}", alphabet[i])) } else { u32::MAX })
+        .collect();
+    check_size(&symbols, special.len(), options)?;
+    let piece = |(at, c): (usize, char)| known(c).map(|i| if at == 0 { starts[i] } else { insides[i] });
+    let split = words.iter().map(|(word, n)| (word.chars().enumerate().filter_map(piece).collect(), *n));
+    merges::learn(split, &mut symbols, options.vocab_size, options.min_frequency, progress);
+    let model = WordPiece::new(symbols.into_vocab()?, "[UNK]".into(), "##".into(), 100)?;
+    Ok(Model::WordPiece(model))
+}
+
+/// One token for each character. Ids: special tokens, characters by code point.
+fn characters<S: AsRef<str> + Sync>(
+    documents: &[S],
+    special: &[String],
+    options: &TrainOptions,
+) -> Result<Model> {
+    let counts = count::characters(documents, options.threads);
+    let n_chars = counts.len();
+    let alphabet = alphabet(counts.into_iter(), options.limit_alphabet);
+    if alphabet.is_empty() {
+        return Err(no_text());
+    }
+    let unk_token = special.iter().find(|t| matches!(t.as_str(), "[UNK]" | "<unk>")).cloned();
+    if alphabet.len() < n_chars && unk_token.is_none() {
+        let problem = format!("is {} of {n_chars} characters; give [UNK] as a special token", alphabet.len());
+        return Err(Error::option("train", "limit_alphabet", problem));
+    }
+    let mut symbols = Symbols::new(special, "");
+    for c in alphabet {
+        symbols.add(&c.to_string());
+    }
+    let options = BpeOptions { unk_token, ..BpeOptions::default() };
+    Ok(Model::Bpe(Bpe::new(symbols.into_vocab()?, &[], options, false)?))
+}
