@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from pyrformer.generate import Generation, filter_logits
     from pyrformer.model import Model
     from pyrformer.tokenizers import Tokenizer
-    from pyrformer.train import Run, TrainConfig, train
+    from pyrformer.trainer import Run, TrainConfig, train
 
 _HOME = {
     "Batches": "data",
     "Error": "errors",
     "Generation": "generate",
     "Model": "model",
-    "Run": "train",
+    "Run": "trainer",
     "Tokenizer": "tokenizers",
-    "TrainConfig": "train",
+    "TrainConfig": "trainer",
     "filter_logits": "generate",
     "load": "checkpoint",
-    "train": "train",
+    "train": "trainer",
 }
 
 __all__ = [

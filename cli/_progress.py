@@ -1,0 +1,73 @@
+"""What a run shows: a live line in a terminal, plain lines where output is piped."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Turns a run's events into output on standard error."""
+
+    def __init__(self, log_every: int):
+        self.console = Console(stderr=True, highlight=False)
+        self.live = self.console.is_terminal
+        self.log_every = log_every or 100
+        self.valid = ""
+        self.progress = Progress(
+            TextColumn("{task.completed:>5}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=False,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.task is not None and self.live:
+            self.progress.stop()
+
+    def event(self, kind: str, n: dict[str, Any]) -> None:
+        """Takes one event of :func:`pyrformer.train`."""
+        if kind == "stage":
+            self._line(f"{n['what']} …")
+        elif kind == "start":
+            self._line(
+                f"{n['parameters']:,} parameters, vocabulary {n['vocab_size']:,}; "
+                f"{n['train_tokens']:,} tokens to learn from, {n['valid_tokens']:,} held out"
+            )
+            if self.live:
+                self.task = self.progress.add_task("", total=n["steps"], completed=n["done"], numbers="")
+                self.progress.start()
+        elif kind == "step":
+            numbers = (
+                f"loss {n['loss']:.3f} lr {n['learning_rate']:.1e} {_short(n['tokens_per_s'])} tok/s{self.valid}"
+            )
+            if self.live:
+                self.progress.update(self.task, completed=n["step"], numbers=numbers)
+            elif n["step"] % (10 * self.log_every) == 0:
+                self._line(f"step {n['step']}: {numbers}")
+        elif kind == "eval":
+            self.valid = f" valid {n['valid_loss']:.3f}"
+            if not self.live:
+                self._line(f"step {n['step']}: validation loss {n['valid_loss']:.4f}")
+
+    def _line(self, text: str) -> None:
+        if self.live:
+            self.console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _short(n: float) -> str:
+    return f"{n / 1000:.1f}k" if n >= 1000 else f"{n:.0f}"

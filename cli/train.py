@@ -1,0 +1,139 @@
+"""``pyrformer train``: text files in, a run folder out, with a progress bar."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import pyrformer as pf
+from pyrformer.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+#: What --layers, --width and --heads are called in a family's config.json.
+SIZES = {
+    "gpt2": {"layers": "n_layer", "width": "n_embd", "heads": "n_head"},
+    "bert": {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"},
+}
+FAMILY_OF = {"ar": "gpt2", "mlm": "bert"}
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The tables of a TOML file: ``[model]``, ``[tokenizer]``, and ``[train]`` for everything else."""
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"[config] cannot read {path}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"[config] {path}: {e}") from None
+    unknown = sorted(raw.keys() - {"model", "tokenizer", "train"})
+    if unknown:
+        raise ConfigError(f"[config] {path}: unknown table {unknown[0]!r}; use [model], [tokenizer], [train]")
+    known = {f.name for f in dataclasses.fields(pf.TrainConfig)} - {"model", "tokenizer"}
+    strange = sorted(raw.get("train", {}).keys() - known)
+    if strange:
+        raise ConfigError(f"[config] {path}: unknown option {strange[0]!r} in [train]")
+    return {**raw.get("train", {}), "model": raw.get("model", {}), "tokenizer": raw.get("tokenizer", {})}
+
+
+def tokenizer_options(tokenizer: str | None, vocab_size: int | None, base: dict[str, Any]) -> dict[str, Any]:
+    """--tokenizer is a file or folder, a preset, or a kind."""
+    options = dict(base)
+    if tokenizer is not None:
+        if tokenizer in ("bpe", "wordpiece", "char"):
+            options = {"kind": tokenizer}
+        elif Path(tokenizer).exists():
+            options = {"path": tokenizer}
+        else:
+            options = {"kind": "bpe" if tokenizer == "gpt2" else "wordpiece", "preset": tokenizer}
+    if vocab_size is not None:
+        options["vocab_size"] = vocab_size
+    return options
+
+
+def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -> dict[str, Any]:
+    """--family, --layers, --width, --heads under the family's own names."""
+    family = given.pop("family") or base.get("model_type") or FAMILY_OF.get(objective, "gpt2")
+    sizes = {key: given.pop(key) for key in ("layers", "width", "heads")}
+    asked = {key: value for key, value in sizes.items() if value is not None}
+    if asked and family not in SIZES:
+        raise ConfigError(f"[config] unknown family {family!r}; known families: {', '.join(sorted(SIZES))}")
+    model = {**base, **{SIZES[family][key]: value for key, value in asked.items()}}
+    if asked or model:
+        model["model_type"] = family
+    return model
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=click.Path())
+@click.option("--out", type=click.Path(), help="The run folder to write.")
+@click.option("--config", "config_file", type=click.Path(), help="A TOML file; flags override it.")
+@click.option("--valid", multiple=True, type=click.Path(), help="A file to measure on; may be given again.")
+@click.option("--objective", type=click.Choice(["ar", "mlm"]), help="Next token, or masked tokens.  [default: ar]")
+@click.option("--family", help="gpt2 or bert.  [default: by the objective]")
+@click.option("--layers", type=int, help="Number of layers.")
+@click.option("--width", type=int, help="Width of the model.")
+@click.option("--heads", type=int, help="Number of attention heads.")
+@click.option("--tokenizer", help="A tokenizer.json, a preset (gpt2, bert-uncased, …) or a kind (bpe, wordpiece, char).")
+@click.option("--vocab-size", type=int, help="Tokens to learn.")
+@click.option("--seq-len", type=int, help="Tokens in a row.")
+@click.option("--batch-size", type=int, help="Rows in a batch.")
+@click.option("--gradient-accumulation-steps", type=int, help="Batches per update.")
+@click.option("--max-steps", type=int, help="Updates.")
+@click.option("--learning-rate", type=float, help="Peak learning rate.")
+@click.option("--min-learning-rate", type=float, help="Learning rate at the end.")
+@click.option("--warmup-steps", type=int, help="Updates until the peak.")
+@click.option("--lr-scheduler-type", help="cosine, linear or constant.")
+@click.option("--weight-decay", type=float, help="On matrices only.")
+@click.option("--max-grad-norm", type=float, help="Bound on the gradient norm; 0: none.")
+@click.option("--mlm-probability", type=float, help="Share of tokens that are masked.")
+@click.option("--whole-word-mask/--no-whole-word-mask", default=None, help="Mask words, not tokens.")
+@click.option("--column", help="Field of .jsonl lines that holds the text.")
+@click.option("--errors", type=click.Choice(["strict", "replace"]), help="What to do with bytes that are not UTF-8.")
+@click.option("--clean", multiple=True, help="A cleaning step: nfc, nfkc, control, whitespace; may be given again.")
+@click.option("--eval-every", type=int, help="Updates between evaluations.")
+@click.option("--save-every", type=int, help="Updates between checkpoints.")
+@click.option("--log-every", type=int, help="Updates between lines of metrics.jsonl.")
+@click.option("--seed", type=int, help="Seed of weights, order, masks and dropout.")
+@click.option("--threads", type=int, help="Threads to use.")
+@click.option("--resume", is_flag=True, default=None, help="Go on with the run in --out.")
+@click.option("--overwrite", is_flag=True, default=None, help="Replace the run in --out.")
+@click.option("--print-config", is_flag=True, help="Print all options as JSON and stop.")
+def command(files: tuple[str, ...], config_file: str | None, print_config: bool, **given: Any) -> None:
+    """Train a model on text files.
+
+    FILES are .txt (one document each) or .jsonl (one a line). The run folder opens with `pyrformer sample`,
+    `pyrformer fill-mask`, pf.load, and Hugging Face's transformers.
+    """
+    options = read_toml(config_file) if config_file else {"model": {}, "tokenizer": {}}
+    objective = given["objective"] or options.get("objective", "ar")
+    options["model"] = model_options(given, options["model"], objective)
+    options["tokenizer"] = tokenizer_options(given.pop("tokenizer"), given.pop("vocab_size"), options["tokenizer"])
+    for key in ("valid", "clean"):
+        given[key] = list(given[key]) or None
+    options |= {key: value for key, value in given.items() if value is not None}
+    if files:
+        options["files"] = list(files)
+    for name in ("files", "out"):
+        if not options.get(name):
+            raise click.UsageError(f"give {'FILES' if name == 'files' else '--out RUN'}, or set it in the --config file")
+    config = pf.TrainConfig(**options)
+    if print_config:
+        click.echo(json.dumps(dataclasses.asdict(config), indent=2))
+        return
+    from ._progress import Display
+
+    with Display(config.log_every) as display:
+        run = pf.train(config, display.event)
+    click.echo(
+        f"trained {run.steps} steps in {run.seconds:.1f} s: training loss {run.train_loss:.4f}, "
+        f"validation loss {run.valid_loss:.4f} nats per token; saved to {run.folder}"
+    )
