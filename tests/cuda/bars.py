@@ -1,7 +1,7 @@
 """What ptxas says of each kernel, and the bars it must stay under.
 
-`python tests/cuda/bars.py` measures all kernels and rewrites bars.toml: run it when a kernel earns lower numbers, or when
-a higher one was decided on, and look at the diff.
+`python tests/cuda/bars.py` measures all kernels and rewrites bars.toml: run it when a kernel earns lower numbers, or
+when a higher one was decided on, and look at the diff.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def read() -> dict[str, dict]:
 
 def _measure() -> str:
     lines = [
-        "# The most registers a thread may use on each architecture (sm_75 ...), and the most static shared memory of a block,",
-        "# with the NVRTC of requirements.txt. Written by bars.py. Local memory and spills are never allowed.",
+        "# The most registers of a thread by architecture and the most static shared memory of a block, with the NVRTC of",
+        "# requirements.txt. Written by bars.py. Local memory and spills are never allowed.",
     ]
     for file in nvrtc.files():
         measured = {arch: reports(file, arch) for arch in ARCHITECTURES}

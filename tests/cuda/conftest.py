@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=why))
 
 
+@functools.cache
+def _compiled(arch: int) -> dict[str, sim.Program]:
+    found: dict[str, sim.Program] = {}
+    for name in nvrtc.files():
+        found.update(sim.load(nvrtc.ptx(nvrtc.unit(name), name, arch)))
+    return found
+
+
 # compute_80 and compute_100 come from two different compilers inside NVRTC, with different dialects of PTX.
 @pytest.fixture(scope="session", params=[80, 100], ids=lambda arch: f"compute_{arch}")
 def programs(request: pytest.FixtureRequest) -> dict[str, sim.Program]:
     """All kernels, compiled to PTX and read."""
-    found: dict[str, sim.Program] = {}
-    for name in nvrtc.files():
-        found.update(sim.load(nvrtc.ptx(nvrtc.unit(name), name, request.param)))
-    return found
+    return _compiled(request.param)
+
+
+@pytest.fixture(scope="session")
+def programs_80() -> dict[str, sim.Program]:
+    """The same for compute_80 alone."""
+    return _compiled(80)
 
 
 @pytest.fixture

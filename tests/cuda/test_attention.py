@@ -15,7 +15,7 @@ def operands(rng, batch, tokens, heads, kv_heads, width):
 
 
 def check(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, **mask):
-    """Forward and backward against the dense definition."""
+    """Forward, and backward if there is a dout, against the dense definition."""
     scale = q.shape[3] ** -0.5
     batch, tokens, heads, _ = q.shape
     factors = None
@@ -26,11 +26,13 @@ def check(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, **mask):
     got = run.attention(device, q, k, v, scale, dout=dout, site=site, layout=layout, **mask)
     close(got["out"], dense.out)
     close(got["lse"], dense.lse)
+    if dout is None:
+        return
     for name, want in zip(("dq", "dk", "dv"), dense.gradient(dout), strict=True):
         close(got[name], want, 1e-5)
 
 
-SHAPES = [(1, 1, 1, 1, 1), (2, 5, 2, 1, 8), (1, 64, 1, 1, 32), (1, 65, 2, 2, 24), (1, 130, 1, 1, 20)]
+SHAPES = [(1, 1, 1, 1, 1), (2, 5, 2, 1, 8), (1, 64, 1, 1, 32), (1, 65, 2, 2, 24), (1, 130, 1, 1, 12)]
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
@@ -39,9 +41,9 @@ def test_shapes(device, rng, close, shape, causal):
     check(device, close, *operands(rng, *shape), causal=causal)
 
 
-@pytest.mark.parametrize("width", [7, 64, 100, 130, 256])
+@pytest.mark.parametrize("width", [7, 100, 130, 256])
 def test_widths(device, rng, close, width):
-    check(device, close, *operands(rng, 1, 20, 1, 1, width), causal=True)
+    check(device, close, *operands(rng, 1, 9, 1, 1, width), causal=True)
 
 
 @LAYOUTS
@@ -49,16 +51,17 @@ def test_layouts(device, rng, close, layout):
     check(device, close, *operands(rng, 2, 19, 4, 2, 12), causal=True, layout=layout)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
-@pytest.mark.parametrize("window", [1, 3, 64, 65])
-def test_windows(device, rng, close, window, causal):
-    check(device, close, *operands(rng, 1, 135, 1, 1, 8), causal=causal, window=window)
+@pytest.mark.parametrize(
+    ("tokens", "window", "causal"), [(70, 1, True), (70, 3, False), (135, 64, True), (130, 65, False)]
+)
+def test_windows(device, rng, close, tokens, window, causal):
+    check(device, close, *operands(rng, 1, tokens, 1, 1, 4), causal=causal, window=window)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 def test_segments(device, rng, close, causal):
-    segments = np.array([[1] * 20 + [2] * 50 + [0] * 10, [0] * 40 + [3] * 39 + [1]])
-    check(device, close, *operands(rng, 2, 80, 2, 1, 8), causal=causal, segments=segments)
+    segments = np.array([[1] * 20 + [2] * 45 + [0] * 3, [0] * 40 + [3] * 27 + [1]])
+    check(device, close, *operands(rng, 2, 68, 1, 1, 4), causal=causal, segments=segments)
 
 
 def test_a_query_that_sees_nothing(device, rng):
@@ -70,10 +73,11 @@ def test_a_query_that_sees_nothing(device, rng):
         assert not got[name].any(), name
 
 
-@pytest.mark.parametrize("tokens", [5, 66, 68])
+@pytest.mark.parametrize("tokens", [5, 6, 7, 8])
 def test_dropout(device, rng, close, tokens):
+    """By the number of tokens, rows of probabilities begin at each place of a random block of four."""
     site = run.Site(np.array([1, 2, 3, 4]), 9, 0.25)
-    check(device, close, *operands(rng, 2, tokens, 2, 1, 8), causal=True, site=site)
+    check(device, close, *operands(rng, 2, tokens, 2, 1, 4), site=site)
 
 
 def test_everything_at_once(device, rng, close):

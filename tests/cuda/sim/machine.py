@@ -206,7 +206,7 @@ class Machine:
         return complete
 
     def _warp_operation(self, end: Instruction, i: np.ndarray) -> np.ndarray:
-        """A shuffle or a vote, for the warps whose members are all here."""
+        """A shuffle, a vote or a warp barrier, for the warps whose members are all here."""
         mask = self._value(end.args[-1], i)
         members = np.array([int(m).bit_count() for m in np.unique(mask)])[
             np.unique(mask, return_inverse=True)[1].reshape(-1)
@@ -220,6 +220,8 @@ class Machine:
             self._ballot(end, i)
         elif i.size and end.opcode == "shfl.sync.bfly.b32":
             self._butterfly(end, i, mask)
+        elif i.size and end.opcode == "bar.warp.sync":
+            self.stamps[i] += 1
         elif i.size:
             raise UnknownInstruction(end.opcode)
         return complete

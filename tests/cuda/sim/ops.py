@@ -342,6 +342,7 @@ def write(kernel: Kernel) -> tuple[str, Writer]:
         if not block.body:
             continue
         w.lines.append(f"def block_{n}(i):")
+        w.kept.clear()
         for instruction in block.body:
             _write_instruction(w, instruction)
     return "\n".join(w.lines), w

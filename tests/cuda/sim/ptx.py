@@ -50,7 +50,7 @@ class Kernel:
 
 
 # Instructions that threads cannot run each for itself, and jumps.
-ENDS = ("bra", "ret", "bar.sync", "shfl.", "vote.")
+ENDS = ("bra", "ret", "bar.", "shfl.", "vote.")
 
 _LOC = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name [^,]+, inlined_at (\d+) (\d+) \d+)?")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\];")
@@ -132,6 +132,7 @@ class Writer:
         self.places: list[str] = []
         self.i = "i"
         self.flushed = _flushed(kernel)
+        self.kept: set[str] = set()  # registers whose flushed value is at hand in this block
 
     def storage(self, register: str) -> str:
         """The dtype name a register is stored as."""
@@ -162,12 +163,21 @@ class Writer:
     def real(self, operand: str, ftz: object) -> str:
         """The text that reads a float operand, subnormals flushed if the instruction says .ftz."""
         text = self.get(operand, "f32")
-        return f"flush({text})" if ftz and operand not in self.flushed and operand.startswith("%") else text
+        if not ftz or operand in self.flushed or not operand.startswith("%"):
+            return text
+        if self.i != "i":
+            return f"flush({text})"
+        flushed = f"F_{operand[1:]}"
+        if operand not in self.kept:  # flushed once a block, however often it is read
+            self.kept.add(operand)
+            self.lines.append(f"  {flushed} = flush({text})")
+        return flushed
 
     def set(self, register: str, kind: str, text: str) -> None:
         """Writes a value of `kind` to a register."""
         if register == "_":
             return
+        self.kept.discard(register)
         held = self.storage(register)
         if DTYPES[held] != DTYPES[kind]:
             if np.dtype(DTYPES[held]).itemsize != np.dtype(DTYPES[kind]).itemsize:

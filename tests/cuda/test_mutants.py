@@ -1,0 +1,272 @@
+"""Bugs planted into the kernels, each of which the checks must find: by a fault, or by wrong numbers."""
+
+import functools
+import re
+
+import launches as run
+import numpy as np
+import nvrtc
+import pytest
+import reference
+import sim
+from test_attention import check as check_attention
+from test_attention import operands as attention_operands
+from test_cache import cached_attention
+
+CROOKED = run.LAYOUTS["crooked"]
+
+
+def normal(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+# ---- What each planted bug must get past ----------------------------------------------------------------------------
+
+
+def elementwise(device, rng, close):
+    x = normal(rng, 6, 5)
+    close(run.scale(device, x, 2.0, CROOKED), 2.0 * x)
+    close(run.binary(device, "add", x, normal(rng, 2, 5) * 0 + x[:2]), x + np.tile(x[:2], (3, 1)))
+
+
+def gelu_tanh(device, rng, close):
+    x, dy = normal(rng, 3, 9), normal(rng, 3, 9)
+    want = reference.slope(reference.UNARY["gelu_tanh"], x.astype(float)) * dy
+    close(run.unary_grad(device, "gelu_tanh", x, dy, over="dy"), want)
+
+
+def dropout(device, rng, close):
+    x, state = normal(rng, 9, 7), np.array([1, 2, 3, 4])
+    for layout in (run.PLAIN, CROOKED):
+        close(
+            run.dropout(device, x, state, 0.4, 3, layout), x * reference.keep(state, 3, 0.4, 63).reshape(9, 7)
+        )
+
+
+def layer_norm(device, rng, close):
+    x, w, b = normal(rng, 5, 69), normal(rng, 69), normal(rng, 69)
+    for got, want in zip(
+        run.layer_norm(device, x, w, b, 1e-5, CROOKED), reference.layer_norm(x, w, b, 1e-5), strict=True
+    ):
+        close(got, want)
+
+
+def layer_norm_grad(device, rng, close):
+    x, dy, r, w = normal(rng, 35, 33), normal(rng, 35, 33), normal(rng, 35, 33), normal(rng, 33)
+    _, mean, rstd = (z.astype(np.float32) for z in reference.layer_norm(x, w, None, 1e-5))
+    dx, dw, db = reference.layer_norm_grad(dy, x, w, mean, rstd)
+    got = run.layer_norm_grad(device, dy, x, w, mean, rstd, r, CROOKED, "residual", chunk=16)
+    for g, want in zip(got, (dx + r, dw, db), strict=True):
+        close(g, want)
+
+
+def gather(device, rng, close):
+    table = normal(rng, 3, 5)
+    got = run.gather(device, table, np.array([2, 0, 3, -1]))
+    close(got[:2], table[[2, 0]])
+    assert np.isnan(got[2:]).all()
+
+
+def scatter_add(device, rng, close):
+    source, base, index = normal(rng, 70, 5), normal(rng, 9, 5), rng.integers(9, size=70)
+    want = base.copy()
+    for n, r in enumerate(index):
+        want[r] += source[n]
+    np.testing.assert_array_equal(run.scatter_add(device, source, index, base), want)
+
+
+def count_labels(device, rng, close):
+    assert run.count_labels(device, np.arange(-50, 300)) == 300
+
+
+def cross_entropy(device, rng, close):
+    z = 3 * normal(rng, 4, 1030) - 15
+    z[1, 1029] = 9  # the largest comes last, in another thread's second round
+    for labels in (np.array([0, 5, 1029, -1]), np.array([1026, -7, 3, 2])):
+        loss, d = reference.cross_entropy(z, labels)
+        close(run.cross_entropy(device, z, labels, None, None)[0], loss)
+        got = run.cross_entropy(device, z, labels, None, 0.5, CROOKED)
+        close(got[0], loss)
+        close(got[1], 0.5 * d)
+
+
+def sum_to(device, rng, close):
+    x = normal(rng, 35, 40)
+    close(run.sum_to(device, x, 1, 16, CROOKED), x.astype(float).sum(0, keepdims=True))
+
+
+def global_norm(device, rng, close):
+    g = [normal(rng, 5, 70), normal(rng, 3, 3)]
+    want = np.sqrt(sum((x.astype(float) ** 2).sum() for x in g))
+    norm = run.global_norm(device, g, 100, CROOKED)
+    close(device.read(norm), [want])
+    close(device.read(run.clip_factor(device, norm, 1.0)), [1 / (want + 1e-6)])
+
+
+def adamw(device, rng, close):
+    p, g, m, v = (np.abs(normal(rng, 3, 7)) for _ in range(4))
+    settings = {"clip": 0.5, "lr": 0.01, "step": 3, "betas": (0.9, 0.999), "eps": 1e-3, "decay": 0.1}
+    got = run.adamw(device, p, g, m, v, **settings, layout=CROOKED)
+    for x, y in zip(got, reference.adamw(p, g, m, v, **settings), strict=True):
+        close(x, y)
+
+
+def attention(device, rng, close, backward=False):
+    site = run.Site(np.array([1, 2, 3, 4]), 9, 0.2)
+    segments = np.array([[0] * 2 + [1] * 60 + [2] * 7])
+    x = attention_operands(rng, 1, 69, 2, 1, 36)
+    check_attention(
+        device,
+        close,
+        *x[:3],
+        x[3] if backward else None,
+        causal=True,
+        window=50,
+        segments=segments,
+        site=site,
+    )
+
+
+def attention_grad(device, rng, close):
+    attention(device, rng, close, backward=True)
+
+
+def attention_of_wide_heads(device, rng, close):
+    check_attention(device, close, *attention_operands(rng, 1, 5, 2, 1, 141)[:3], None, layout=CROOKED)
+
+
+def cache_write(device, rng, close):
+    cache, source = normal(rng, 2, 3, 5), normal(rng, 2, 2, 5)
+    got = run.cache_write(
+        device, cache, source, np.array([1, 0]), np.array([1, 0]), np.array([1, 2]), CROOKED
+    )
+    want = cache.copy()
+    want[1, 1], want[0, :2] = source[0, 0], source[1]
+    close(got, want)
+
+
+def cached(device, rng, close):
+    q, k, v = normal(rng, 2, 2, 2, 36), normal(rng, 3, 9, 1, 36), normal(rng, 3, 9, 1, 36)
+    operands = q, k, v, rng.integers(3, size=(2, 9)), np.array([0, 7]), np.array([1, 2]), 0.3, 6
+    close(run.cached_attention(device, *operands), cached_attention(*operands))
+
+
+CASES = {f.__name__: f for f in (
+    elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
+    global_norm, adamw, attention, attention_grad, attention_of_wide_heads, cache_write, cached,
+)}  # fmt: skip
+
+# ---- The bugs: case, file, kernels to compile, text, replacement ----------------------------------------------------
+
+FORWARD, DQ, DKV = "attention_forward_f32", "attention_dq_backward_f32", "attention_dkv_backward_f32"
+MUTANTS = [
+    # Shared by all files.
+    ("elementwise", "elementwise", "scale_forward_f32", "return n >= 4 && (reinterpret_cast<unsigned long long>(p) & 15) == 0;", "return n >= 4;"),
+    ("elementwise", "elementwise", "scale_forward_f32", "if (n > 3) p[3] = x.w;", "p[3] = x.w;"),
+    ("elementwise", "elementwise", "scale_forward_f32", "if (n > 1) x.y = p[1];", "x.y = p[1];"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "for (int step = WARP / 2; step > 0; step /= 2) x += ", "for (int step = WARP / 4; step > 0; step /= 2) x += "),
+    ("count_labels", "rows", "count_labels_forward_f32", "    __syncthreads();\n    x = totals[0];", "    x = totals[0];"),
+    ("cross_entropy", "loss", "cross_entropy_", "    __syncthreads();\n    x = largest[0];", "    x = largest[0];"),
+    ("dropout", "elementwise", "dropout_forward_f32", "round < 10", "round < 9"),
+    ("dropout", "elementwise", "dropout_forward_f32", "make_uint4(a.z, a.w, b.x, b.y)", "make_uint4(a.z, a.w, b.y, b.x)"),
+    ("dropout", "elementwise", "dropout_forward_f32", "keep_words(keep, first / 4 + 1)", "keep_words(keep, first / 4)"),
+    ("dropout", "elementwise", "dropout_forward_f32", "(unsigned long long)g.row * cols + g.col", "(unsigned long long)g.row * x_ld + g.col"),
+    # Elementwise.
+    ("elementwise", "elementwise", "scale_forward_f32", "if (i >= per_row * rows) return {0, 0, 0};", ""),
+    ("elementwise", "elementwise", "scale_forward_f32", "return x + (long long)row * ld + col;", "return x + (long long)row * (ld - 3) + col;"),
+    ("elementwise", "elementwise", "BINARY(", "at(b, g.row % b_rows, b_ld, 0)", "at(b, g.row, b_ld, 0)"),
+    ("gelu_tanh", "elementwise", "UNARY(", "1.f + 3.f * GELU_CUBIC", "1.f + GELU_CUBIC"),
+    # Normalisation.
+    ("layer_norm", "norm", "layer_norm_forward_f32", "n > 1 ? x.y - shift : 0.f", "x.y - shift"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "    if (row >= rows) return;\n    x += (long long)row * x_ld;\n    y +=", "    x += (long long)row * x_ld;\n    y +="),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "warp_sum(product) * inverse / cols", "warp_sum(product) / cols"),
+    ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "    __syncthreads();\n    if (threadIdx.y < 2", "    if (threadIdx.y < 2"),
+    ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "threadIdx.y * gridDim.y + blockIdx.y", "threadIdx.y * gridDim.y"),
+    ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "if (threadIdx.y < 2 && c < cols)", "if (threadIdx.y < 2)"),
+    # Rows.
+    ("gather", "rows", "gather_forward_f32", "from >= 0 && from < table_rows", "from < table_rows"),
+    ("scatter_add", "rows", "scatter_add_forward_f32", "if (__ballot_sync(ALL_LANES, earlier)) return;", "__ballot_sync(ALL_LANES, earlier);"),
+    ("scatter_add", "rows", "scatter_add_forward_f32", "from + lane < row && index", "from + lane <= row && index"),
+    ("scatter_add", "rows", "scatter_add_forward_f32", "found &= found - 1", "found = 0"),
+    # Loss.
+    ("cross_entropy", "loss", "cross_entropy_", "sum = sum * expf(largest - shift) + (", "sum = sum + ("),
+    ("cross_entropy", "loss", "cross_entropy_", "d.z -= v + 2 == label", "d.z -= v + 1 == label"),
+    ("cross_entropy", "loss", "cross_entropy_forward_f32", "if (label < 0 || label >= classes)", "if (label >= classes)"),
+    ("cross_entropy", "loss", "cross_entropy_", "n > 2 ? z.z : -INFINITY", "z.z"),
+    # Reductions, optimiser.
+    ("sum_to", "reduce", "sum_to_forward_f32", "    __syncthreads();\n    if (threadIdx.y == 0", "    if (threadIdx.y == 0"),
+    ("sum_to", "reduce", "sum_to_forward_f32", "int from = blockIdx.y * per, to = min(from + per, copies)", "int from = blockIdx.y * per, to = from + per"),
+    ("global_norm", "reduce", "global_norm_", "to = from + min(per, elements - from)", "to = from + per"),
+    ("global_norm", "reduce", "global_norm_", "x[(long long)(i / cols) * x_ld + i % cols]", "x[i]"),
+    ("adamw", "optimizer", "adamw_forward_f32", "-expm1f(t * log_beta2)", "-expm1f(t * log_beta1)"),
+    ("adamw", "optimizer", "adamw_forward_f32", "(long long)row * g_ld + c", "at"),
+    # Attention: masks and numbers.
+    ("attention", "attention", FORWARD, "causal && j > i", "causal && j >= i"),
+    ("attention", "attention", FORWARD, "i - j >= window", "i - j > window"),
+    ("attention", "attention", FORWARD, " && segments[j] != 0", ""),
+    ("attention", "attention", FORWARD, "step = 8; step > 0; step /= 2) x = fmaxf", "step = 4; step > 0; step /= 2) x = fmaxf"),
+    ("attention", "attention", FORWARD, "denominator[i] * correction + row_sum", "denominator[i] + row_sum"),
+    ("attention", "attention", FORWARD, "kv_head = head / (heads / kv_heads)", "kv_head = head % kv_heads + head"),
+    ("attention", "attention", FORWARD, "(row0 + i) * tokens + key0 + 4 * tx", "(row0 + i) * tokens + key0 + tx"),
+    ("attention", "attention", FORWARD, "from + r < x.rows ? x.width - d0 - d : 0", "x.width - d0 - d"),
+    ("attention_of_wide_heads", "attention", FORWARD, "from + r < x.rows ? x.width - c0 - c : 0", "x.width - c0 - c"),
+    ("attention_of_wide_heads", "attention", FORWARD, "store4(to + (long long)row * ld + c, value, width - c)", "store4(to + (long long)row * ld + c, value, 4)"),
+    ("attention_of_wide_heads", "attention", FORWARD, "struct __align__(16) Shared", "struct Shared"),
+    ("attention_grad", "attention", DQ, "dp = p * (dp * factor - delta) * scale", "dp = p * (dp - delta) * scale"),
+    ("attention_grad", "attention", DKV, "min(tokens, end - 1 + window)", "min(tokens, end - 60 + window)"),
+    ("attention_grad", "attention", DKV, "head < (kv_head + 1) * group", "head < kv_head * group + 1"),
+    # Attention: barriers.
+    ("attention", "attention", FORWARD, "__syncthreads();  // the last users of a and b are done", ""),
+    ("attention", "attention", FORWARD, "        __syncthreads();\n        multiply(product", "        multiply(product"),
+    ("attention", "attention", FORWARD, "__syncthreads();  // the weights are written, the last users of b are done", ""),
+    ("attention", "attention", FORWARD, "                __syncthreads();\n                multiply(sum[part]", "                multiply(sum[part]"),
+    ("attention_grad", "attention", DKV, "__syncthreads();  // the probabilities are used up", ""),
+    # Decoding.
+    ("cache_write", "cache", "cache_write_forward_f32", "t >= count[b] || ", ""),
+    ("cached", "cache", "cached_attention_forward_f32", "max(0, end - window)", "max(0, end - window - 1)"),
+    ("cached", "cache", "cached_attention_forward_f32", "    __syncthreads();\n\n    float above", "    float above"),
+    ("cached", "cache", "cached_attention_forward_f32", "denominators[w] * factors[w]", "denominators[w]"),
+    ("cached", "cache", "cached_attention_forward_f32", "s.z * next.keep", "s.z"),
+]  # fmt: skip
+
+
+def only(text, kept):
+    """The text without the kernels, and without the macros that make kernels, that do not begin with `kept`."""
+    text = re.sub(
+        r'(?m)^extern "C" __global__[^\n]*\n(\w+)\(.*?\n\}\n',
+        lambda m: m[0] if m[1].startswith(kept) else "",
+        text,
+        flags=re.S,
+    )
+    return re.sub(r"(?m)^(?:UNARY|BINARY)\((.*)\)$", lambda m: m[0] if m[0].startswith(kept) else "", text)
+
+
+@functools.cache
+def rebuilt(file, kernels, old, new):
+    text = nvrtc.unit(file)
+    assert not old or text.count(old) >= 1, "the text that this bug changes is gone"
+    return sim.load(nvrtc.ptx(only(text.replace(old, new), kernels), file, 80))
+
+
+@pytest.fixture
+def against(programs_80, close):
+    """Runs a case on the kernels with some of them replaced."""
+
+    def go(case, file, kernels, old, new):
+        programs = programs_80 | rebuilt(file, kernels, old, new)
+        CASES[case](sim.Device(programs), np.random.default_rng(3), close)
+
+    return go
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_correct_kernels_pass(against, case):
+    file, kernels = next(m[1:3] for m in MUTANTS if m[0] == case)
+    against(case, file, kernels, "", "")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m[1]}-{m[3].strip()[:40]}")
+def test_planted_bugs_are_found(against, mutant):
+    with pytest.raises((sim.Fault, AssertionError)) as caught:
+        against(*mutant)
+    assert "is gone" not in str(caught.value)

@@ -1,0 +1,402 @@
+"""The interpreter, one instruction at a time, against the manual.
+
+Source: NVIDIA, "PTX ISA" 9.x, chapter 9.7. Expected values are worked out by hand or by exact arithmetic.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import sim
+
+HEADER = ".version 9.5\n.target sm_80\n.address_size 64\n"
+PREFIX = {"f32": "%f", "b32": "%r", "u32": "%r", "s32": "%r", "b64": "%rd", "u64": "%rd", "s64": "%rd"}
+DTYPES = {
+    "f32": np.float32, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64,
+    "s64": np.int64, "pred": np.uint32, "u16": np.uint32, "s16": np.uint32,
+}  # fmt: skip
+REGISTERS = """
+  .reg .pred %p<20>;
+  .reg .b16 %rs<20>;
+  .reg .f32 %f<20>;
+  .reg .b32 %r<40>;
+  .reg .b64 %rd<60>;
+"""
+
+
+def program(body: str, params: int, shared: str = "") -> dict[str, sim.Program]:
+    """A module of one kernel `k` with pointers as parameters; %r0 is %tid.x, %rd<n> pointer n."""
+    names = ",\n".join(f".param .u64 k_param_{n}" for n in range(params))
+    loads = "\n".join(f"ld.param.u64 %rd{n}, [k_param_{n}];" for n in range(params))
+    text = f"{HEADER}\n.visible .entry k(\n{names}\n)\n{{{REGISTERS}{shared}\nmov.u32 %r0, %tid.x;\n{loads}\n{body}\nret;\n}}\n"
+    return sim.load(text)
+
+
+def run_op(opcode: str, result: str, kinds: tuple[str, ...], rows: list[tuple]) -> np.ndarray:
+    """Each row's operands through one instruction, a thread a row."""
+    lines = []
+    operands = []
+    for n, kind in enumerate(kinds):
+        size = np.dtype(DTYPES[kind]).itemsize
+        lines += [f"mul.wide.u32 %rd{20 + n}, %r0, {size};", f"add.s64 %rd{20 + n}, %rd{20 + n}, %rd{n};"]
+        if kind == "pred":
+            lines += [f"ld.global.u32 %r{20 + n}, [%rd{20 + n}];", f"setp.ne.s32 %p{1 + n}, %r{20 + n}, 0;"]
+            operands.append(f"%p{1 + n}")
+        elif kind.endswith("16"):
+            lines += [f"ld.global.u32 %r{20 + n}, [%rd{20 + n}];", f"cvt.u16.u32 %rs{1 + n}, %r{20 + n};"]
+            operands.append(f"%rs{1 + n}")
+        else:
+            operands.append(f"{PREFIX[kind]}{30 + n}" if kind != "f32" else f"%f{1 + n}")
+            letter = "f" if kind == "f32" else "u"
+            lines.append(f"ld.global.{letter}{8 * size} {operands[-1]}, [%rd{20 + n}];")
+    out = len(kinds)
+    size = np.dtype(DTYPES[result]).itemsize
+    target = {"pred": "%p10", "u16": "%rs10", "f32": "%f10"}.get(result) or f"{PREFIX[result]}19"
+    lines += [f"{opcode} {target}, {', '.join(operands)};"]
+    if result == "pred":
+        lines.append("selp.b32 %r19, 1, 0, %p10;")
+    if result == "u16":
+        lines.append("cvt.u32.u16 %r19, %rs10;")
+    source = "%f10" if result == "f32" else "%rd19" if size == 8 else "%r19"
+    lines += [f"mul.wide.u32 %rd30, %r0, {size};", f"add.s64 %rd30, %rd30, %rd{out};"]
+    lines.append(f"st.global.{'f' if result == 'f32' else 'u'}{8 * size} [%rd30], {source};")
+    device = sim.Device(program("\n".join(lines), out + 1), 1 << 14)
+    columns = [
+        device.array(np.array(c, DTYPES[k]), DTYPES[k])
+        for c, k in zip(zip(*rows, strict=True), kinds, strict=True)
+    ]
+    y = device.empty((len(rows),), DTYPES[result])
+    device.launch("k", 1, len(rows), *columns, y)
+    return device.read(y)
+
+
+inf, nan = np.inf, np.nan
+TINY = 1e-40  # subnormal
+ABOVE = float(np.nextafter(np.float32(1), np.float32(2)))  # 1 + 2^-23
+BELOW = float(np.nextafter(np.float32(1), np.float32(0)))
+f1, f2, f3 = ("f32",), ("f32",) * 2, ("f32",) * 3
+MAX = 2**32 - 1
+
+# opcode: (result type, operand types, [(operands, result)])
+CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
+    # ---- Floats
+    "add.ftz.f32": ("f32", f2, [((1.5, 2.25), 3.75), ((inf, -inf), nan), ((TINY, 0), 0), ((1.2e-38, -1.3e-38), -0.0)]),
+    "sub.ftz.f32": ("f32", f2, [((1.5, 2.25), -0.75), ((TINY, -TINY), 0)]),
+    "mul.ftz.f32": ("f32", f2, [((1.5, -2), -3), ((1e-20, 1e-20), 0), ((TINY, 1e30), 0), ((0, inf), nan)]),
+    "mul.f32": ("f32", f2, [((TINY, 1e30), float(np.float32(TINY)) * 1e30)]),
+    "fma.rn.ftz.f32": ("f32", f3, [((ABOVE, ABOVE, -1), 2 * 2.0**-23 + 2.0**-46), ((TINY, 1e30, 1), 1), ((2, 3, 4), 10)]),
+    "fma.rm.ftz.f32": (
+        "f32", f3,
+        # Rounded towards −∞: just below a representable number, and one that float64 alone would round up to it.
+        [((1, 1, -2.0**-30), BELOW), ((-1, 1, -2.0**-30), -ABOVE), ((2.0**-40, 2.0**-40, 1), 1),
+         ((2.0**-40, -(2.0**-40), 1), BELOW), ((2, 3, 4), 10)],
+    ),
+    "div.rn.ftz.f32": ("f32", f2, [((1, 3), np.float32(1 / 3)), ((1, 0), inf), ((TINY, TINY), nan)]),
+    "rcp.rn.ftz.f32": ("f32", f1, [((3,), np.float32(1 / 3)), ((TINY,), inf), ((-inf,), -0.0)]),
+    "rcp.approx.ftz.f32": ("f32", f1, [((4,), 0.25), ((-0.0,), -inf)]),
+    "sqrt.rn.ftz.f32": ("f32", f1, [((2,), np.float32(2**0.5)), ((-1,), nan), ((TINY,), 0)]),
+    "ex2.approx.ftz.f32": ("f32", f1, [((0,), 1), ((-1,), 0.5), ((128,), inf), ((-140,), 0), ((-inf,), 0)]),
+    "abs.ftz.f32": ("f32", f1, [((-2.5,), 2.5), ((-inf,), inf), ((-TINY,), 0)]),
+    "neg.ftz.f32": ("f32", f1, [((2.5,), -2.5), ((0,), -0.0)]),
+    "max.ftz.f32": ("f32", f2, [((1, 2), 2), ((nan, 2), 2), ((-3, nan), -3), ((nan, nan), nan)]),
+    "copysign.f32": ("f32", f2, [((-1, 3), -3), ((1, -3), 3), ((-0.0, 5), -5)]),
+    "cvt.ftz.sat.f32.f32": ("f32", f1, [((0.25,), 0.25), ((-3,), 0), ((7,), 1), ((nan,), 0), ((TINY,), 0)]),
+    "cvt.rn.f32.s32": ("f32", ("s32",), [((-5,), -5), ((2**24 + 1,), 2**24)]),
+    "cvt.rn.f32.u32": ("f32", ("u32",), [((MAX,), 2.0**32), ((7,), 7)]),
+    # ---- Integers
+    "add.s32": ("u32", ("u32", "u32"), [((MAX, 2), 1), ((3, 4), 7)]),
+    "add.s64": ("u64", ("u64", "u64"), [((2**64 - 1, 2), 1)]),
+    "sub.s32": ("u32", ("u32", "u32"), [((1, 2), MAX)]),
+    "mul.lo.s32": ("s32", ("s32", "s32"), [((-3, 5), -15), ((65537, 65536), 65536)]),
+    "mul.lo.s64": ("s64", ("s64", "s64"), [((-3, 2**40), -3 * 2**40)]),
+    "mul.hi.u32": ("u32", ("u32", "u32"), [((MAX, MAX), MAX - 1), ((2**16, 2**16), 1)]),
+    "mul.wide.s32": ("s64", ("s32", "s32"), [((-3, 2**30), -3 * 2**30)]),
+    "mul.wide.u32": ("u64", ("u32", "u32"), [((MAX, MAX), MAX * MAX)]),
+    "mad.lo.s32": ("s32", ("s32",) * 3, [((-3, 5, 7), -8)]),
+    "mad.lo.s64": ("s64", ("s64",) * 3, [((-3, 2**40, 7), 7 - 3 * 2**40)]),
+    "div.s32": ("s32", ("s32", "s32"), [((7, 2), 3), ((-7, 2), -3), ((7, -2), -3), ((-7, -2), 3)]),
+    "div.u32": ("u32", ("u32", "u32"), [((MAX, 2), 2**31 - 1)]),
+    "rem.s32": ("s32", ("s32", "s32"), [((7, 2), 1), ((-7, 2), -1), ((7, -2), 1)]),
+    "rem.u32": ("u32", ("u32", "u32"), [((MAX, 10), 5)]),
+    "min.s32": ("s32", ("s32", "s32"), [((-1, 2), -1)]),
+    "max.s32": ("s32", ("s32", "s32"), [((-1, 2), 2)]),
+    "neg.s32": ("s32", ("s32",), [((5,), -5), ((-(2**31),), -(2**31))]),
+    "and.b32": ("u32", ("b32", "b32"), [((12, 10), 8)]),
+    "and.b64": ("u64", ("b64", "b64"), [((2**40 + 12, 2**40 + 10), 2**40 + 8)]),
+    "and.pred": ("pred", ("pred", "pred"), [((1, 1), 1), ((1, 0), 0), ((0, 0), 0)]),
+    "or.b32": ("u32", ("b32", "b32"), [((12, 10), 14)]),
+    "or.pred": ("pred", ("pred", "pred"), [((1, 1), 1), ((1, 0), 1), ((0, 0), 0)]),
+    "xor.b32": ("u32", ("b32", "b32"), [((12, 10), 6)]),
+    "not.b32": ("u32", ("b32",), [((0,), MAX), ((MAX - 5,), 5)]),
+    "not.pred": ("pred", ("pred",), [((1,), 0), ((0,), 1)]),
+    "shl.b32": ("u32", ("b32", "u32"), [((5, 1), 10), ((1, 31), 2**31), ((5, 32), 0), ((5, 99), 0)]),
+    "shl.b64": ("u64", ("b64", "u32"), [((5, 40), 5 << 40), ((5, 64), 0)]),
+    "shr.u32": ("u32", ("u32", "u32"), [((2**31, 31), 1), ((MAX, 32), 0)]),
+    "shr.s32": ("s32", ("s32", "u32"), [((-8, 1), -4), ((-8, 40), -1)]),
+    "shr.u64": ("u64", ("u64", "u32"), [((2**63, 63), 1), ((2**63, 64), 0)]),
+    "brev.b32": ("u32", ("b32",), [((1,), 2**31), ((0x0000F00D,), 0xB00F0000)]),
+    "bfind.shiftamt.u32": ("u32", ("u32",), [((1,), 31), ((2**31,), 0), ((0xFFFF,), 16), ((0,), MAX)]),
+    "bfi.b32": ("u32", ("b32", "b32", "u32", "u32"), [((0xAB, 0, 8, 8), 0xAB00), ((0, MAX, 4, 8), 0xFFFFF00F), ((1, 2, 0, 0), 2)]),
+    "cvt.s64.s32": ("s64", ("s32",), [((-5,), -5)]),
+    "cvt.u64.u32": ("u64", ("u32",), [((MAX,), MAX)]),
+    "cvt.u32.u64": ("u32", ("u64",), [((2**40 + 3,), 3)]),
+    # ---- Comparison and choice
+    "setp.eq.ftz.f32": ("pred", f2, [((1, 1), 1), ((1, 2), 0), ((nan, nan), 0), ((TINY, 0), 1)]),
+    "setp.neu.ftz.f32": ("pred", f2, [((1, 1), 0), ((1, 2), 1), ((nan, nan), 1)]),
+    "setp.lt.ftz.f32": ("pred", f2, [((1, 2), 1), ((2, 1), 0), ((nan, 1), 0)]),
+    "setp.le.ftz.f32": ("pred", f2, [((1, 1), 1), ((2, 1), 0), ((1, nan), 0)]),
+    "setp.gt.ftz.f32": ("pred", f2, [((1, 2), 0), ((2, 1), 1), ((nan, 1), 0)]),
+    "setp.ge.ftz.f32": ("pred", f2, [((1, 1), 1), ((1, 2), 0), ((nan, 1), 0)]),
+    "setp.ltu.ftz.f32": ("pred", f2, [((1, 2), 1), ((2, 1), 0), ((nan, 1), 1)]),
+    "setp.gtu.ftz.f32": ("pred", f2, [((1, 2), 0), ((2, 1), 1), ((nan, 1), 1)]),
+    "setp.eq.s16": ("pred", ("s16", "s16"), [((5, 5), 1), ((5, 6), 0)]),
+    "setp.eq.s32": ("pred", ("s32", "s32"), [((-5, -5), 1), ((5, -5), 0)]),
+    "setp.eq.b32": ("pred", ("b32", "b32"), [((5, 5), 1), ((5, 6), 0)]),
+    "setp.eq.s64": ("pred", ("s64", "s64"), [((2**40, 2**40), 1), ((2**40, 0), 0)]),
+    "setp.eq.b64": ("pred", ("b64", "b64"), [((2**40, 2**40), 1), ((2**40, 0), 0)]),
+    "setp.ne.s32": ("pred", ("s32", "s32"), [((-5, -5), 0), ((5, -5), 1)]),
+    "setp.ne.b32": ("pred", ("b32", "b32"), [((5, 5), 0), ((5, 6), 1)]),
+    "setp.ne.s64": ("pred", ("s64", "s64"), [((2**40, 2**40), 0), ((2**40, 0), 1)]),
+    "setp.ne.b64": ("pred", ("b64", "b64"), [((2**40, 2**40), 0), ((2**40, 0), 1)]),
+    "setp.lt.s32": ("pred", ("s32", "s32"), [((-1, 0), 1), ((0, -1), 0)]),
+    "setp.lt.u32": ("pred", ("u32", "u32"), [((MAX, 0), 0), ((0, MAX), 1)]),
+    "setp.le.s32": ("pred", ("s32", "s32"), [((-1, -1), 1), ((0, -1), 0)]),
+    "setp.gt.s32": ("pred", ("s32", "s32"), [((0, -1), 1), ((-1, -1), 0)]),
+    "setp.gt.u32": ("pred", ("u32", "u32"), [((MAX, 0), 1), ((0, 0), 0)]),
+    "setp.ge.s32": ("pred", ("s32", "s32"), [((-1, -1), 1), ((-2, -1), 0)]),
+    "setp.ge.u32": ("pred", ("u32", "u32"), [((MAX, 0), 1), ((0, 1), 0)]),
+    "selp.b32": ("u32", ("u32", "u32", "pred"), [((3, 4, 1), 3), ((3, 4, 0), 4)]),
+    "selp.b64": ("u64", ("u64", "u64", "pred"), [((2**40, 4, 1), 2**40), ((3, 4, 0), 4)]),
+    "selp.f32": ("f32", ("f32", "f32", "pred"), [((1.5, 2.5, 1), 1.5), ((1.5, TINY, 0), TINY)]),
+    "selp.u16": ("u16", ("u16", "u16", "pred"), [((3, 65535, 1), 3), ((3, 65535, 0), 65535)]),
+    # ---- Moves
+    "mov.f32": ("f32", f1, [((TINY,), TINY)]),
+    "mov.b32": ("u32", f1, [((1,), 0x3F800000)]),
+    "mov.u32": ("u32", ("u32",), [((MAX,), MAX)]),
+    "mov.b64": ("u64", ("u64",), [((2**40,), 2**40)]),
+    "mov.u64": ("u64", ("u64",), [((2**40,), 2**40)]),
+    "mov.u16": ("u16", ("u16",), [((65535,), 65535)]),
+    "mov.pred": ("pred", ("pred",), [((1,), 1), ((0,), 0)]),
+    "cvta.to.global.u64": ("u64", ("u64",), [((2**40,), 2**40)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opcode", CASES)
+def test_arithmetic(opcode):
+    result, kinds, rows = CASES[opcode]
+    got = run_op(opcode, result, kinds, [operands for operands, _ in rows])
+    with np.errstate(all="ignore"):
+        want = np.array([y for _, y in rows], DTYPES[result])
+    np.testing.assert_array_equal(got, want)
+    if result == "f32":
+        np.testing.assert_array_equal(np.signbit(got[want == 0]), np.signbit(want[want == 0]))
+
+
+def test_rounding_down_is_exact(rng):
+    """fma.rm of random operands against rational arithmetic."""
+    a, b = rng.normal(size=(2, 64)).astype(np.float32)
+    c = (rng.normal(size=64) * 10.0 ** rng.integers(-12, 12, size=64)).astype(np.float32)
+    got = run_op("fma.rm.ftz.f32", "f32", f3, list(zip(a, b, c, strict=True)))
+    for x, y, z, r in zip(a, b, c, got, strict=True):
+        exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        assert Fraction(float(r)) <= exact < Fraction(float(np.nextafter(r, np.float32(inf))))
+
+
+# ---- Immediates, memory, control: what needs more than one instruction ---------------------------------------------
+
+SPECIAL = {
+    "bar.sync", "bra", "bra.uni", "ld.global.b32", "ld.global.f32", "ld.global.nc.b32", "ld.global.nc.f32",
+    "ld.global.nc.u32", "ld.global.nc.v4.b32", "ld.global.nc.v4.f32", "ld.global.u32", "ld.global.v4.b32",
+    "ld.global.v4.f32", "ld.param.b32", "ld.param.b64", "ld.param.f32", "ld.param.s32", "ld.param.u32", "ld.param.u64",
+    "ld.shared.b32", "ld.shared.f32", "ld.shared.v4.b32", "ld.shared.v4.f32", "ret", "shfl.sync.bfly.b32",
+    "st.global.b32", "st.global.f32", "st.global.u32", "st.global.v2.b64", "st.global.v4.b32", "st.global.v4.f32",
+    "st.shared.b32", "st.shared.f32", "st.shared.v4.b32", "st.shared.v4.f32", "vote.sync.ballot.b32",
+}  # fmt: skip
+
+
+def run(body: str, threads: int, inputs: list, out: tuple, shared: str = "", blocks: int = 1) -> np.ndarray:
+    """Runs a body whose pointers %rd0 .. are the inputs and whose next pointer is the output."""
+    device = sim.Device(program(body, len(inputs) + 1, shared), 1 << 14)
+    buffers = [device.array(x, np.asarray(x).dtype) for x in inputs]
+    y = device.empty(*out)
+    device.launch("k", blocks, threads, *buffers, y)
+    return device.read(y)
+
+
+def test_immediates():
+    body = """
+    st.global.u32 [%rd0], -1;
+    st.global.f32 [%rd0+4], 0f3FC00000;
+    mov.b32 %r1, 0x10;
+    st.global.u32 [%rd0+8], %r1;
+    mov.f32 %f1, 0fBF800000;
+    st.global.f32 [%rd0+12], %f1;
+    mov.pred %p1, -1;
+    selp.b32 %r2, 5, 6, %p1;
+    st.global.u32 [%rd0+16], %r2;
+    mov.b32 %r3, 0f3F800000;
+    st.global.u32 [%rd0+20], %r3;
+    """
+    got = run(body, 1, [], ((6,), np.uint32))
+    assert got.tolist() == [MAX, 0x3FC00000, 16, 0xBF800000, 5, 0x3F800000]
+
+
+def test_halves_of_64_bits():
+    body = """
+    ld.global.u64 %rd20, [%rd0];
+    mov.b64 {%r1, %r2}, %rd20;
+    mov.b64 {_, %r3}, %rd20;
+    mov.b64 %rd21, {%r2, %r1};
+    st.global.v2.b64 [%rd1], {%rd21, %rd20};
+    st.global.u32 [%rd1+16], %r3;
+    st.global.u32 [%rd1+20], %r3;
+    """
+    got = run(body, 1, [np.array([0x1122334455667788], np.uint64)], ((3,), np.uint64))
+    assert got.tolist() == [0x5566778811223344, 0x1122334455667788, 0x1122334411223344]
+
+
+@pytest.mark.parametrize("load", ["ld.global", "ld.global.nc"])
+@pytest.mark.parametrize("kind", ["f32", "b32"])
+def test_vectors(load, kind):
+    registers = [f"%{kind[0] if kind == 'f32' else 'r'}{n}" for n in range(1, 5)]
+    turned = ", ".join(registers[::-1])
+    body = f"""
+    {load}.v4.{kind} {{{", ".join(registers)}}}, [%rd0+16];
+    mov.u32 %r10, buffer;
+    st.shared.v4.{kind} [%r10], {{{turned}}};
+    ld.shared.v4.{kind} {{{", ".join(registers)}}}, [buffer];
+    ld.shared.{kind} {registers[0]}, [buffer+8];
+    st.shared.{kind} [buffer+4], {registers[0]};
+    ld.shared.{kind} {registers[1]}, [%r10+4];
+    st.global.v4.{kind} [%rd1], {{{", ".join(registers)}}};
+    """
+    shared = ".shared .align 16 .b8 buffer[16];"
+    got = run(body, 1, [np.arange(8, dtype=np.float32)], ((4,), np.float32), shared)
+    assert got.tolist() == [5, 5, 5, 4]
+
+
+def test_parameters_and_special_registers():
+    text = f"""{HEADER}
+.visible .entry k(
+.param .u64 .ptr .align 1 k_param_0,
+.param .u32 k_param_1,
+.param .f32 k_param_2,
+.param .b32 k_param_3
+)
+{{{REGISTERS}
+ld.param.b64 %rd1, [k_param_0];
+ld.param.s32 %rd2, [k_param_1];
+ld.param.u32 %r1, [k_param_1];
+ld.param.f32 %f1, [k_param_2];
+ld.param.b32 %r2, [k_param_3];
+mov.u32 %r3, %tid.x;
+mov.u32 %r4, %tid.y;
+mov.u32 %r5, %ctaid.z;
+mov.u32 %r6, %ntid.y;
+mov.u32 %r7, %nctaid.z;
+mad.lo.s32 %r8, %r5, %r6, %r4;
+mov.u32 %r9, %ntid.x;
+mad.lo.s32 %r8, %r8, %r9, %r3;
+mul.wide.u32 %rd3, %r8, 24;
+add.s64 %rd3, %rd3, %rd1;
+st.global.u64 [%rd3], %rd2;
+st.global.u32 [%rd3+8], %r1;
+st.global.f32 [%rd3+12], %f1;
+st.global.u32 [%rd3+16], %r2;
+st.global.u32 [%rd3+20], %r7;
+ret;
+}}
+"""
+    device = sim.Device(sim.load(text), 1 << 14)
+    y = device.empty((12, 6), np.uint32)
+    device.launch("k", (1, 1, 2), (3, 2), y, np.int32(-2), np.float32(1.5), np.float32(2))
+    row = [MAX - 1, MAX, MAX - 1, 0x3FC00000, 0x40000000, 2]
+    assert device.read(y).tolist() == [row] * 12
+    for wrong in (1.5, np.float64(1.5), np.int32(1)):
+        with pytest.raises(TypeError):
+            device.launch("k", 1, 1, y, np.int32(1), wrong, np.float32(2))
+
+
+def test_loops_branches_and_exits():
+    """Thread t sums 0 .. t - 1; threads 4 and 5 leave early; a guarded store skips thread 2."""
+    body = """
+    setp.gt.s32 %p1, %r0, 3;
+    @%p1 bra $L_out;
+    mov.u32 %r1, 0;
+    mov.u32 %r2, 0;
+$L_loop:
+    setp.ge.s32 %p2, %r1, %r0;
+    @%p2 bra $L_done;
+    add.s32 %r2, %r2, %r1;
+    add.s32 %r1, %r1, 1;
+    bra.uni $L_loop;
+$L_done:
+    mul.wide.u32 %rd20, %r0, 4;
+    add.s64 %rd20, %rd20, %rd0;
+    setp.eq.s32 %p3, %r0, 2;
+    @!%p3 st.global.u32 [%rd20], %r2;
+    @%p3 st.global.u32 [%rd20], 99;
+    ret;
+$L_out:
+    """
+    assert run(body, 6, [], ((6,), np.uint32)).tolist() == [0, 0, 99, 3, MAX, MAX]
+
+
+def test_barrier_shuffle_and_vote():
+    """Neighbours exchange by shuffle, warps by shared memory."""
+    body = """
+    shfl.sync.bfly.b32 %r1|%p1, %r0, 1, 31, -1;
+    setp.lt.s32 %p2, %r0, 3;
+    vote.sync.ballot.b32 %r2, %p2, -1;
+    shl.b32 %r3, %r0, 2;
+    mov.u32 %r4, buffer;
+    add.s32 %r4, %r4, %r3;
+    st.shared.u32 [%r4], %r1;
+    bar.sync 0;
+    xor.b32 %r5, %r3, 128;
+    mov.u32 %r6, buffer;
+    add.s32 %r6, %r6, %r5;
+    ld.shared.u32 %r7, [%r6];
+    mul.wide.u32 %rd20, %r0, 8;
+    add.s64 %rd20, %rd20, %rd0;
+    st.global.u32 [%rd20], %r7;
+    st.global.u32 [%rd20+4], %r2;
+    """
+    got = run(body, 64, [], ((64, 2), np.uint32), ".shared .align 4 .b8 buffer[256];")
+    assert got[:, 0].tolist() == [(t ^ 32) ^ 1 for t in range(64)]
+    assert got[:, 1].tolist() == [7] * 32 + [0] * 32
+
+
+def test_a_shuffle_beyond_its_segment_gives_the_own_value():
+    body = """
+    shfl.sync.bfly.b32 %r1|%p1, %r0, 16, 6175, -1;
+    selp.b32 %r2, 100, 0, %p1;
+    add.s32 %r1, %r1, %r2;
+    mul.wide.u32 %rd20, %r0, 4;
+    add.s64 %rd20, %rd20, %rd0;
+    st.global.u32 [%rd20], %r1;
+    """
+    # c = 0x181f: segments of eight lanes, which a step of 16 leaves downwards (allowed) or upwards (not).
+    got = run(body, 32, [], ((32,), np.uint32))
+    assert got.tolist() == [t if t < 16 else t - 16 + 100 for t in range(32)]
+
+
+@pytest.mark.parametrize(
+    "line", ["lop3.b32 %r1, %r0, %r0, %r0, 5;", "atom.global.add.u32 %r1, [%rd0], 1;", "@%p1 bar.sync 0;"]
+)
+def test_what_is_unknown_raises(line):
+    with pytest.raises(sim.UnknownInstruction):
+        run(line, 1, [], ((1,), np.uint32))
+
+
+def test_local_memory_raises():
+    with pytest.raises(sim.UnknownInstruction):
+        run("", 1, [], ((1,), np.uint32), ".local .align 4 .b8 depot[16];")
+
+
+def test_every_opcode_of_the_kernels_has_a_test(programs):
+    used = set()
+    for p in programs.values():
+        for block in p.kernel.blocks:
+            used |= {i.opcode for i in [*block.body, *([block.end] if block.end else [])]}
+    assert not used - set(CASES) - SPECIAL
