@@ -4,7 +4,7 @@
 //! chunks). The structure is that of BLIS (Van Zee and van de Geijn 2015, figure 1):
 //!
 //! 1. K is cut into blocks of at most `Kernel::depth` steps, so that a panel of B stays in the first cache; B is packed
-//!    into panels, by all threads, for as many columns and blocks as the shared buffer holds.
+//!    into panels, one block at a time, by all threads, for as many columns as the shared buffer holds.
 //! 2. C is cut into tiles of rows × columns, the tasks. A task packs its rows of A for one block (unless they are read
 //!    too few times to pay for it), and runs the kernel of [`micro`] over all panels.
 //! 3. After the last block, each row segment of the tile goes through the epilogue while it is in the second cache.
@@ -18,8 +18,10 @@
 mod micro;
 mod pack;
 mod thin;
+mod vector;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::mem::MaybeUninit;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use micro::Kernel;
@@ -29,7 +31,7 @@ use pack::Source;
 use thin::Thin;
 
 use crate::real::Real;
-use crate::simd::{self, Level};
+use crate::simd;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
 
@@ -37,10 +39,9 @@ use crate::view::{Mat, MatMut};
 const ROWS: usize = 144;
 /// Columns between two visits of the epilogue.
 const EPILOGUE_COLUMNS: usize = 256;
-/// Blocks of K packed together, at most, when threads share the panels of B.
-const BLOCKS: usize = 8;
-/// Elements of the shared buffer for panels of B; with the widest panel and all blocks there is room for one at least.
-const SHARED_ELEMENTS: usize = 3 << 19;
+/// Elements of the shared buffer for panels of B: 3 MiB of `f32`, which is used over and over and so stays in cache.
+/// Packing several blocks of K at once saves synchronisation, but lost 10 % and more on K ≥ 768 by going to memory.
+const SHARED_ELEMENTS: usize = 3 << 18;
 /// Elements of a serial product's buffer for panels of B.
 const SERIAL_ELEMENTS: usize = 3 << 15;
 /// Below this many multiply-adds, a product runs on one thread: waking another takes longer.
@@ -106,12 +107,11 @@ impl<T: Real> PackBuffers<T> {
     /// Buffers for pools of up to `threads` threads, and the kernels of [`simd::level`].
     #[must_use]
     pub fn new(threads: usize) -> Self {
-        Self::at_level(threads, simd::level())
+        Self::with_kernel(threads, T::kernel(simd::level()))
     }
 
-    fn at_level(threads: usize, level: Level) -> Self {
-        let kernel = T::kernel(level);
-        let workers = (0..threads.max(1)).map(|_| Mutex::new(Scratch::at_level(level))).collect();
+    fn with_kernel(threads: usize, kernel: Kernel<T>) -> Self {
+        let workers = (0..threads.max(1)).map(|_| Mutex::new(Scratch::with_kernel(kernel))).collect();
         Self { kernel, panels: Mutex::new(Buffer::new(SHARED_ELEMENTS)), workers }
     }
 
@@ -139,11 +139,10 @@ impl<T: Real> Scratch<T> {
     /// Scratch memory for the kernels of [`simd::level`].
     #[must_use]
     pub fn new() -> Self {
-        Self::at_level(simd::level())
+        Self::with_kernel(T::kernel(simd::level()))
     }
 
-    fn at_level(level: Level) -> Self {
-        let kernel = T::kernel(level);
+    fn with_kernel(kernel: Kernel<T>) -> Self {
         Self { kernel, left: Buffer::new(ROWS * kernel.depth), panels: Buffer::new(SERIAL_ELEMENTS) }
     }
 }
@@ -203,45 +202,16 @@ impl<T> Shared<T> {
     }
 }
 
-/// K cut into equal blocks of at most `limit` steps: `(first step, steps)` of each. Depends on K alone.
+/// Panels of B in a buffer: some columns of one block of K.
 #[derive(Clone, Copy)]
-struct Depths {
-    total: usize,
-    each: usize,
-}
-
-impl Depths {
-    fn new(total: usize, limit: usize) -> Self {
-        let each = total.div_ceil(total.div_ceil(limit)).next_multiple_of(8);
-        Self { total, each }
-    }
-
-    fn count(&self) -> usize {
-        self.total.div_ceil(self.each)
-    }
-
-    fn block(&self, index: usize) -> (usize, usize) {
-        let first = index * self.each;
-        (first, self.each.min(self.total - first))
-    }
-}
-
-/// Panels of B in a buffer: columns `column .. column + columns` by blocks `blocks` of K.
-#[derive(Clone)]
 struct Panels {
-    depths: Depths,
-    blocks: std::ops::Range<usize>,
     column: usize,
     columns: usize,
-    width: usize,
-}
-
-impl Panels {
-    /// Where the panels of `block` begin.
-    fn offset(&self, block: usize) -> usize {
-        let steps = self.depths.block(block).0 - self.depths.block(self.blocks.start).0;
-        steps * self.columns.next_multiple_of(self.width)
-    }
+    step: usize,
+    depth: usize,
+    /// Whether these are the first steps of K, and the last.
+    first: bool,
+    last: bool,
 }
 
 /// The rows × columns of C that one task computes, within [`Panels`].
@@ -290,7 +260,7 @@ pub unsafe fn gemm<T: Real>(
             let columns = columns.min(n - column);
             // SAFETY: tasks have different columns; the rest is the caller's promise.
             unsafe {
-                run_thin(kernel.level, g, column, columns);
+                run_thin(kernel, g, column, columns);
                 finish(&g.c, 0..m, column..column + columns, epilogue);
             }
         });
@@ -298,26 +268,19 @@ pub unsafe fn gemm<T: Real>(
     }
     let panels_guard = buffers.panels.lock().unwrap_or_else(PoisonError::into_inner);
     let memory = Shared(panels_guard.data);
-    for_panels(n, k, kernel, BLOCKS, SHARED_ELEMENTS, |panels| {
-        // Packing, in runs of panels of about 16k elements.
-        let count = panels.columns.div_ceil(kernel.width);
-        let group = (16384 / (kernel.width * panels.depths.each)).clamp(1, count);
-        let groups = if threads == 1 { 1 } else { count.div_ceil(group) };
-        let group = if threads == 1 { count } else { group } * kernel.width;
-        pool.run(groups * panels.blocks.len(), &|task, _| {
-            let column = task % groups * group;
-            let columns = group.min(panels.columns - column);
+    for_panels(n, k, kernel, SHARED_ELEMENTS, |panels| {
+        // Packing, in groups of panels of about 16k elements.
+        let whole = panels.columns.next_multiple_of(kernel.width);
+        let group = if threads == 1 {
+            whole
+        } else {
+            (16384 / panels.depth).next_multiple_of(kernel.width).min(whole)
+        };
+        pool.run(whole.div_ceil(group), &|task, _| {
+            let column = task * group;
             // SAFETY: tasks fill different parts of the buffer, which is locked; `for_panels` keeps to its size.
             unsafe {
-                pack_panels(
-                    kernel,
-                    g,
-                    panels,
-                    panels.blocks.start + task / groups,
-                    column,
-                    columns,
-                    memory.get(),
-                )
+                pack_panels(kernel, g, panels, column, group.min(panels.columns - column), memory.get())
             };
         });
         // Multiplying.
@@ -350,14 +313,14 @@ pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
     if is_thin(g, m, k) {
         for column in (0..n).step_by(thin::COLUMNS) {
             // SAFETY: the caller's promise.
-            unsafe { run_thin(kernel.level, g, column, thin::COLUMNS.min(n - column)) };
+            unsafe { run_thin(kernel, g, column, thin::COLUMNS.min(n - column)) };
         }
         return;
     }
-    for_panels(n, k, kernel, 1, SERIAL_ELEMENTS, |panels| {
+    for_panels(n, k, kernel, SERIAL_ELEMENTS, |panels| {
         let memory = scratch.panels.data;
         // SAFETY: the scratch is ours alone, and `for_panels` keeps to its size.
-        unsafe { pack_panels(kernel, g, panels, panels.blocks.start, 0, panels.columns, memory) };
+        unsafe { pack_panels(kernel, g, panels, 0, panels.columns, memory) };
         for row in (0..m).step_by(ROWS) {
             let part = Part { row, rows: ROWS.min(m - row), column: 0, columns: panels.columns };
             // SAFETY: the caller's promise; the panels are packed.
@@ -366,29 +329,21 @@ pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
     });
 }
 
-/// Visits the panels of B: all of K for some columns, then the next columns. At most `blocks` blocks of K and `elements`
-/// elements at a time.
-fn for_panels<T>(
-    n: usize,
-    k: usize,
-    kernel: &Kernel<T>,
-    blocks: usize,
-    elements: usize,
-    mut visit: impl FnMut(&Panels),
-) {
-    let depths = Depths::new(k, kernel.depth);
-    let width = kernel.width;
-    let together = blocks.min(depths.count());
-    let columns = (elements / (together * depths.each) / width * width).min(n.next_multiple_of(width));
-    debug_assert!(columns >= width, "no room for a panel of {together} blocks");
+/// Visits the panels of B, at most `elements` at a time: all blocks of K for some columns, then the next columns. The
+/// blocks are as equal as multiples of 8 can be, and depend on K alone.
+fn for_panels<T>(n: usize, k: usize, kernel: &Kernel<T>, elements: usize, mut visit: impl FnMut(&Panels)) {
+    let depth = k.div_ceil(k.div_ceil(kernel.depth)).next_multiple_of(8);
+    let columns = elements / depth / kernel.width * kernel.width;
+    debug_assert!(columns > 0, "no room for a panel of {depth} steps");
     for column in (0..n).step_by(columns) {
-        for first in (0..depths.count()).step_by(together) {
+        for step in (0..k).step_by(depth) {
             visit(&Panels {
-                depths,
-                blocks: first..depths.count().min(first + together),
                 column,
                 columns: columns.min(n - column),
-                width,
+                step,
+                depth: depth.min(k - step),
+                first: step == 0,
+                last: step + depth >= k,
             });
         }
     }
@@ -403,38 +358,37 @@ fn grid<T>(m: usize, n: usize, threads: usize, kernel: &Kernel<T>) -> (usize, us
     (rows, n.div_ceil(column_tasks).next_multiple_of(kernel.width))
 }
 
-/// Packs columns `column .. column + columns` (from the first of `panels`, a multiple of the width) of one block of K.
+/// Packs columns `column .. column + columns` of the panels, from a multiple of the width.
 ///
 /// # Safety
-/// `memory` has room for `panels`, and nobody else touches these columns of the block there.
+/// `memory` has room for `panels`, and nobody else touches these columns there.
 unsafe fn pack_panels<T: Real>(
     kernel: &Kernel<T>,
     g: &Gemm<'_, T>,
     panels: &Panels,
-    block: usize,
     column: usize,
     columns: usize,
     memory: *mut T,
 ) {
-    let (step, depth) = panels.depths.block(block);
-    let to = memory.wrapping_add(panels.offset(block) + column * depth);
-    // SAFETY: the block and the columns are inside B; the rest is the caller's promise.
+    let &Panels { step, depth, .. } = panels;
+    let lanes = (panels.column + column, columns);
+    // SAFETY: the steps and the columns are inside B; the rest is the caller's promise.
     unsafe {
         pack::pack(
             &g.right(),
             kernel.transpose,
-            (panels.column + column, columns),
+            lanes,
             (step, depth),
             kernel.width,
-            to,
+            memory.add(column * depth),
         );
     }
 }
 
-/// Computes a part of C from packed panels: all their blocks of K, then the epilogue if these are the last.
+/// Computes a part of C from packed panels, and runs the epilogue if these are the last.
 ///
 /// # Safety
-/// * `memory` holds `panels`, and nobody writes to it; `left` has room for `part.rows` rows of a block;
+/// * `memory` holds `panels`, and nobody writes to it; `left` has room for `part.rows` rows of the block;
 /// * nobody else touches this part of C, or `left`.
 unsafe fn run_part<T: Real>(
     kernel: &Kernel<T>,
@@ -445,51 +399,42 @@ unsafe fn run_part<T: Real>(
     part: Part,
     epilogue: Epilogue<'_, T>,
 ) {
+    let &Panels { step, depth, .. } = panels;
+    let &Kernel { height, width, .. } = kernel;
     let source = g.left();
-    for block in panels.blocks.clone() {
-        let (step, depth) = panels.depths.block(block);
-        let height = kernel.height;
-        // Reading A as it lies saves packing it, which pays if it is read for many columns.
-        let packed = part.columns > 256 || (source.lanes_adjacent && part.rows * depth > 16384);
-        let (a, (a_row, a_step), a_panel) = if packed {
-            // SAFETY: the rows and the block are inside A; the rest is the caller's promise.
-            unsafe {
-                pack::pack(&source, kernel.transpose, (part.row, part.rows), (step, depth), height, left)
-            };
-            (left.cast_const(), (1, height), height * depth)
-        } else {
-            let strides = source.strides();
-            (source.at(part.row, step), strides, height * strides.0)
-        };
-        let add = g.accumulate || block > 0;
-        let finished = block + 1 == panels.depths.count();
-        let end = part.column + part.columns;
-        for from in (part.column..end).step_by(EPILOGUE_COLUMNS) {
-            let to = end.min(from + EPILOGUE_COLUMNS);
-            for j in (from..to).step_by(panels.width) {
-                let b = memory.wrapping_add(panels.offset(block) + j * depth);
-                let columns = panels.width.min(to - j);
-                for i in (0..part.rows).step_by(height) {
-                    let tile = Tile {
-                        depth,
-                        a: a.wrapping_add(i / height * a_panel),
-                        a_row,
-                        a_step,
-                        b,
-                        b_step: panels.width,
-                        c: g.c.as_ptr().wrapping_add((part.row + i) * g.c.stride + panels.column + j),
-                        c_row: g.c.stride,
-                        add,
-                    };
-                    // SAFETY: the operands are as the kernel wants them: rows inside A, a packed panel of B, C ours.
-                    unsafe { run_tile(kernel, height.min(part.rows - i), columns, tile) };
-                }
+    // Reading A as it lies saves packing it, which pays only if it is read for many columns, or lies badly.
+    let packed = part.columns > 256 || (source.lanes_adjacent && part.rows * depth > 16384);
+    let (a, (a_row, a_step)) = if packed {
+        // SAFETY: the rows and the steps are inside A; the rest is the caller's promise.
+        unsafe { pack::pack(&source, kernel.transpose, (part.row, part.rows), (step, depth), height, left) };
+        (left.cast_const(), (1, height))
+    } else {
+        (source.at(part.row, step), source.strides())
+    };
+    let a_tile = if packed { height * depth } else { height * a_row };
+    let end = part.column + part.columns;
+    for from in (part.column..end).step_by(EPILOGUE_COLUMNS) {
+        let to = end.min(from + EPILOGUE_COLUMNS);
+        for j in (from..to).step_by(width) {
+            for i in (0..part.rows).step_by(height) {
+                let tile = Tile {
+                    depth,
+                    a: a.wrapping_add(i / height * a_tile),
+                    a_row,
+                    a_step,
+                    b: memory.wrapping_add(j * depth),
+                    c: g.c.as_ptr().wrapping_add((part.row + i) * g.c.stride + panels.column + j),
+                    c_row: g.c.stride,
+                    add: g.accumulate || !panels.first,
+                };
+                // SAFETY: rows inside A (or packed), a packed panel of B, C is ours.
+                unsafe { run_tile(kernel, height.min(part.rows - i), width.min(to - j), tile) };
             }
-            if finished {
-                let columns = panels.column + from..panels.column + to;
-                // SAFETY: the part of C is ours, and done.
-                unsafe { finish(&g.c, part.row..part.row + part.rows, columns, epilogue) };
-            }
+        }
+        if panels.last {
+            let columns = panels.column + from..panels.column + to;
+            // SAFETY: the part of C is ours, and done.
+            unsafe { finish(&g.c, part.row..part.row + part.rows, columns, epilogue) };
         }
     }
 }
@@ -505,14 +450,18 @@ unsafe fn run_tile<T: Real>(kernel: &Kernel<T>, rows: usize, columns: usize, mut
         unsafe { (kernel.tile)(rows, &tile) };
         return;
     }
-    let mut whole = [T::ZERO; MAX_TILE];
+    let mut whole = MaybeUninit::<[T; MAX_TILE]>::uninit();
+    let sums = whole.as_mut_ptr().cast::<T>();
     let (c, c_row, add) = (tile.c, tile.c_row, tile.add);
-    (tile.c, tile.c_row, tile.add) = (whole.as_mut_ptr(), kernel.width, false);
+    (tile.c, tile.c_row, tile.add) = (sums, kernel.width, false);
     // SAFETY: the tile on the stack is large enough.
     unsafe { (kernel.tile)(rows, &tile) };
-    for (i, sums) in whole.chunks_exact(kernel.width).enumerate().take(rows) {
-        // SAFETY: the caller's promise.
-        let c = unsafe { std::slice::from_raw_parts_mut(c.add(i * c_row), columns) };
+    for i in 0..rows {
+        // SAFETY: the kernel has written `rows` rows of `width`; for C, the caller's promise.
+        let (sums, c) = unsafe {
+            let sums = std::slice::from_raw_parts(sums.add(i * kernel.width), columns);
+            (sums, std::slice::from_raw_parts_mut(c.add(i * c_row), columns))
+        };
         for (c, &sum) in c.iter_mut().zip(sums) {
             *c = if add { *c + sum } else { sum };
         }
@@ -545,7 +494,7 @@ fn is_thin<T>(g: &Gemm<'_, T>, m: usize, k: usize) -> bool {
 ///
 /// # Safety
 /// Nobody else touches these columns of C; `is_thin`.
-unsafe fn run_thin<T: Real>(level: Level, g: &Gemm<'_, T>, column: usize, columns: usize) {
+unsafe fn run_thin<T: Real>(kernel: &Kernel<T>, g: &Gemm<'_, T>, column: usize, columns: usize) {
     let (m, _, k) = g.shape();
     let c = g.c.block(0, m, column, columns);
     if k == 0 {
@@ -570,7 +519,7 @@ unsafe fn run_thin<T: Real>(level: Level, g: &Gemm<'_, T>, column: usize, column
         add: g.accumulate,
     };
     // SAFETY: the views and `shape` vouch for the addresses.
-    unsafe { thin::run(level, g.tb, &thin) };
+    unsafe { (kernel.thin)(g.tb, &thin) };
 }
 
 #[cfg(test)]

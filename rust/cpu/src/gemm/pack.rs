@@ -103,15 +103,35 @@ unsafe fn copy<T: Real, const W: usize>(
             }
         }
     }
-    if whole < lanes {
+    let rest = lanes - whole;
+    if rest > 0 {
         for p in 0..depth {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller's promise; the parts together are `rest` lanes.
             unsafe {
-                let row = std::slice::from_raw_parts(from.add(p * stride + whole), lanes - whole);
-                let mut padded = [T::ZERO; W];
-                padded[..row.len()].copy_from_slice(row);
-                to.add(whole * depth + p * W).cast::<[T; W]>().write(padded);
+                let (mut from, mut to) = (from.add(p * stride + whole), to.add(whole * depth + p * W));
+                to.cast::<[T; W]>().write([T::ZERO; W]);
+                // In parts of fixed size, as a copy of unknown length is a call.
+                copy_part::<T, 16>(rest, &mut from, &mut to);
+                copy_part::<T, 8>(rest, &mut from, &mut to);
+                copy_part::<T, 4>(rest, &mut from, &mut to);
+                copy_part::<T, 2>(rest, &mut from, &mut to);
+                copy_part::<T, 1>(rest, &mut from, &mut to);
             }
+        }
+    }
+}
+
+/// Copies `N` elements, a power of two, if it is a term of `count`.
+///
+/// # Safety
+/// If it is, there are as many at `from` and `to`.
+#[inline(always)]
+unsafe fn copy_part<T: Real, const N: usize>(count: usize, from: &mut *const T, to: &mut *mut T) {
+    if count & N != 0 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            to.cast::<[T; N]>().write(from.cast::<[T; N]>().read());
+            (*from, *to) = (from.add(N), to.add(N));
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 
 use super::*;
+use crate::simd::Level;
 
 const LEVELS: [Level; 3] = [Level::Baseline, Level::Avx2, Level::Avx512];
 
@@ -23,7 +24,7 @@ struct Wide<T> {
 impl<T: Real> Wide<T> {
     fn new(rows: usize, cols: usize, gap: usize, seed: usize) -> Self {
         let stride = cols + gap;
-        let nan = T::ZERO / T::ZERO;
+        let nan = T::from_f64(f64::NAN);
         let data = (0..rows * stride)
             .map(|at| {
                 let mixed = (at as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15 ^ (seed as u64) << 17) >> 40;
@@ -67,8 +68,12 @@ impl Case {
         (a, b, Wide::new(m, n, 3 * gap, 3))
     }
 
-    /// Runs the product at `level` on `pool` (or serially), checks it, and returns C.
     fn check<T: Real>(&self, level: Level, pool: Option<&Pool>) -> Vec<T> {
+        self.check_on(T::kernel(level), pool)
+    }
+
+    /// Runs the product with `kernel` on `pool` (or serially), checks it, and returns C.
+    fn check_on<T: Real>(&self, kernel: Kernel<T>, pool: Option<&Pool>) -> Vec<T> {
         let Case { m, n, k, ta, tb, accumulate, .. } = *self;
         let (a, b, mut c) = self.operands::<T>();
         let before = c.data.clone();
@@ -76,7 +81,7 @@ impl Case {
         let g = Gemm { a: a.view(), ta, b: b.view(), tb, c: c.view_mut(), accumulate };
         if let Some(pool) = pool {
             let seen: Vec<AtomicU32> = (0..m * n).map(|_| AtomicU32::new(0)).collect();
-            let buffers = PackBuffers::at_level(pool.threads(), level);
+            let buffers = PackBuffers::with_kernel(pool.threads(), kernel);
             let epilogue = |row: usize, column: usize, finished: &mut [T]| {
                 for (j, x) in finished.iter_mut().enumerate() {
                     seen[row * n + column + j].fetch_add(1, Ordering::Relaxed);
@@ -88,7 +93,7 @@ impl Case {
             assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{self:?}: epilogue calls");
         } else {
             // SAFETY: `c` is ours.
-            unsafe { gemm_serial(&mut Scratch::at_level(level), &g) };
+            unsafe { gemm_serial(&mut Scratch::with_kernel(kernel), &g) };
         }
         let epsilon = if size_of::<T>() == 4 { 1.2e-7 } else { 2.3e-16 };
         for i in 0..m {
@@ -104,10 +109,10 @@ impl Case {
                 let want = if pool.is_some() { sum + 1.0 } else { sum };
                 let got = c.at(i, j);
                 let bound = epsilon * ((k + 2) as f64).sqrt() * 4.0 * (size + 1.0);
-                assert!((got - want).abs() <= bound, "{self:?} {level:?} [{i}, {j}]: {got} for {want}");
+                assert!((got - want).abs() <= bound, "{self:?} {kernel:?} [{i}, {j}]: {got} for {want}");
             }
             for at in i * stride + n..(i + 1) * stride {
-                assert!(c.data[at].is_nan(), "{self:?} {level:?}: wrote beyond row {i}");
+                assert!(c.data[at].is_nan(), "{self:?} {kernel:?}: wrote beyond row {i}");
             }
         }
         c.data
@@ -161,6 +166,20 @@ fn awkward_shapes() {
                     case.check::<f64>(level, Some(&pool));
                 }
             }
+        });
+    }
+}
+
+/// The kernels of machines other than x86-64.
+#[test]
+fn portable_kernels() {
+    let (pool, case) =
+        (Pool::new(2), Case { m: 20, n: 37, k: 50, ta: false, tb: false, accumulate: true, gap: 1 });
+    for m in [1, 3, 8, 20] {
+        transpositions(|ta, tb| {
+            let case = Case { m, ta, tb, ..case };
+            case.check_on::<f32>(micro::portable::kernel_f32(Level::Baseline), Some(&pool));
+            case.check_on::<f64>(micro::portable::kernel_f64(Level::Baseline), None);
         });
     }
 }
