@@ -53,7 +53,7 @@ def tokenizer_options(tokenizer: str | None, vocab_size: int | None, base: dict[
         elif Path(tokenizer).exists():
             options = {"path": tokenizer}
         else:
-            options = {"kind": "bpe" if tokenizer == "gpt2" else "wordpiece", "preset": tokenizer}
+            options = {"preset": tokenizer}
     if vocab_size is not None:
         options["vocab_size"] = vocab_size
     return options

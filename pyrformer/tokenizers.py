@@ -5,7 +5,7 @@ Letters: N ids of a batch, B texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike, cpu_count
 from pathlib import Path
@@ -93,18 +93,21 @@ class Tokenizer:
         column: str = "text",
         errors: str = "strict",
         clean: Sequence[str] = (),
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> Tokenizer:
         """Learns a vocabulary; the same text gives the same bytes, whatever the number of threads.
 
         Args:
             texts: a list of ``.txt`` or ``.jsonl`` files, or any other iterable of texts.
-            kind: "bpe" (byte-level), "wordpiece" or "char"; a preset implies its kind.
+            kind: "bpe" (byte-level, as preset "gpt2"), "wordpiece" (as preset "bert-uncased") or "char".
             vocab_size: how many tokens at most, special ones included; "char" takes every character and ignores it.
-            preset: "bert-uncased", "bert-cased", "multilingual" or "gpt2": normalization, splitting, template and
-                special tokens.
+            preset: instead of a kind: "bert-uncased", "bert-cased", "multilingual", "gpt2" or "char"; normalization,
+                splitting, template and special tokens.
             min_frequency: pairs seen less often are not merged.
             special_tokens: instead of the preset's.
+            threads: default: all cores.
             column, errors, clean: for files, as in :func:`pyrformer.data.read_documents`.
+            progress: called with the stage ("count", "merge"), what is done, and how much there is.
 
         Raises:
             TokenizerError: no text, an unknown kind or preset, or a vocabulary smaller than its alphabet.
@@ -115,24 +118,13 @@ class Tokenizer:
 
             documents = read_documents(texts, column=column, errors=errors, clean=clean)
         else:
-            documents = list(texts)
-        return cls.train_from_texts(documents, kind, vocab_size, preset, min_frequency, special_tokens, threads)
-
-    @classmethod
-    def train_from_texts(
-        cls,
-        documents: list[str],
-        kind: str,
-        vocab_size: int,
-        preset: str | None = None,
-        min_frequency: int = 2,
-        special_tokens: Sequence[str] | None = None,
-        threads: int | None = None,
-    ) -> Tokenizer:
-        """As :meth:`train`, on texts in memory."""
+            documents = [str(text) for text in texts]
         special = None if special_tokens is None else list(special_tokens)
-        workers = threads or cpu_count() or 1
-        return cls(_core.train_tokenizer(documents, kind, vocab_size, preset, min_frequency, special, workers))
+        return cls(
+            _core.Tokenizer.train(
+                documents, kind, preset, vocab_size, min_frequency, special, threads or 0, progress
+            )
+        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a ``tokenizer.json`` that Hugging Face's library reads too."""

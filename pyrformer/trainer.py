@@ -47,8 +47,8 @@ DEFAULT_MODELS: dict[str, dict[str, Any]] = {
 }
 #: The tokenizer of an objective where none is configured.
 DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "ar": {"kind": "bpe", "preset": "gpt2", "vocab_size": 4096},
-    "mlm": {"kind": "wordpiece", "preset": "bert-uncased", "vocab_size": 4096},
+    "ar": {"preset": "gpt2", "vocab_size": 4096},
+    "mlm": {"preset": "bert-uncased", "vocab_size": 4096},
 }
 
 
@@ -259,7 +259,7 @@ class _Trainer:
             return Tokenizer.load(options["path"])
         self.on_event("stage", {"what": "training the tokenizer"})
         defaults = {"kind": "bpe", "vocab_size": 4096, "threads": self.config.threads or None}
-        return Tokenizer.train_from_texts(documents, **{**defaults, **options})
+        return Tokenizer.train(iter(documents), **{**defaults, **options})
 
     def _model(self) -> Model:
         c, t = self.config, self.tokenizer

@@ -53,7 +53,11 @@ fn worker_bytes(plan: &Plan) -> usize {
         Op::Attention(spec) | Op::AttentionGrad(spec) => {
             let q = &s.inputs[usize::from(matches!(s.op, Op::AttentionGrad(_)))].ty;
             let d = q.shape.cols() / spec.heads;
-            if q.dtype == DType::F64 { attention::worker_bytes::<f64>(d) } else { attention::worker_bytes::<f32>(d) }
+            if q.dtype == DType::F64 {
+                attention::worker_bytes::<f64>(d)
+            } else {
+                attention::worker_bytes::<f32>(d)
+            }
         }
         Op::CachedAttention(_) => s.inputs[1].ty.shape.0[1] * s.inputs[1].ty.dtype.size(),
         _ => 0,
@@ -98,7 +102,8 @@ impl Work {
             return Ok(());
         };
         if work.threads < threads {
-            let (arena, worker) = (work.arena.bytes().max(arena_bytes), work.workers.bytes().max(worker_bytes));
+            let (arena, worker) =
+                (work.arena.bytes().max(arena_bytes), work.workers.bytes().max(worker_bytes));
             *work = Self::new(arena, threads, worker)?;
         }
         if work.arena.bytes() < arena_bytes {
@@ -170,7 +175,9 @@ impl CpuExecutor {
                 return Err(Error::Input(format!("input {:?} is missing", port.name)));
             };
             // SAFETY: `check` compared the sizes, inputs are contiguous, and this run has the arena alone.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.address(&port.operand), bytes.len()) };
+            unsafe {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.address(&port.operand), bytes.len())
+            };
         }
         for step in &self.plan.steps {
             let run = Run { memory, pool: &self.pool, work, step };
@@ -187,7 +194,10 @@ impl CpuExecutor {
         for (name, ty, bytes) in inputs {
             let Some(port) = self.plan.inputs.iter().find(|p| p.name == *name) else {
                 let known: Vec<&str> = self.plan.inputs.iter().map(|p| p.name.as_str()).collect();
-                return Err(Error::Input(format!("there is no input {name:?}; the inputs are {}", known.join(", "))));
+                return Err(Error::Input(format!(
+                    "there is no input {name:?}; the inputs are {}",
+                    known.join(", ")
+                )));
             };
             if port.operand.ty != *ty || bytes.len() != ty.bytes() {
                 return Err(Error::Input(format!("input {name:?} must be {}, got {ty}", port.operand.ty)));
@@ -260,7 +270,8 @@ impl<'a> Run<'a> {
     fn ints(&self, i: usize) -> &'a [i32] {
         let o = &self.step.inputs[i];
         // SAFETY: integer operands are inputs or whole results, without gaps.
-        let flat: Mat<'a, i32> = unsafe { Mat::from_raw(self.memory.address(o).cast(), 1, o.ty.shape.elements(), 0) };
+        let flat: Mat<'a, i32> =
+            unsafe { Mat::from_raw(self.memory.address(o).cast(), 1, o.ty.shape.elements(), 0) };
         flat.row(0)
     }
 
@@ -269,7 +280,8 @@ impl<'a> Run<'a> {
         let o = &self.step.inputs[i];
         debug_assert!(o.is_contiguous());
         // SAFETY: statistics and vectors are whole results or states, without gaps.
-        let flat: Mat<'a, T> = unsafe { Mat::from_raw(self.memory.address(o).cast(), 1, o.ty.shape.elements(), 0) };
+        let flat: Mat<'a, T> =
+            unsafe { Mat::from_raw(self.memory.address(o).cast(), 1, o.ty.shape.elements(), 0) };
         flat.row(0)
     }
 
@@ -365,19 +377,46 @@ impl<'a> Run<'a> {
                 let (mean, rstd) = (self.flat(3), self.flat(4));
                 let (dw, db) = (self.flat_mut(1), self.flat_mut(2));
                 norm::layer_norm_grad(
-                    pool, self.x(0), self.x(1), self.flat(2), mean, rstd, residual, self.y(0), dw, db, self.scratch(),
+                    pool,
+                    self.x(0),
+                    self.x(1),
+                    self.flat(2),
+                    mean,
+                    rstd,
+                    residual,
+                    self.y(0),
+                    dw,
+                    db,
+                    self.scratch(),
                 );
             }
             Op::Attention(spec) => {
                 let (mask, qkv) = (self.mask(spec, 3), [self.x::<T>(0), self.x(1), self.x(2)]);
-                attention::attention(pool, &self.work.workers, T::packs(self.work), &mask, self.batch(0), qkv, self.y(0), self.y(1));
+                attention::attention(
+                    pool,
+                    &self.work.workers,
+                    T::packs(self.work),
+                    &mask,
+                    self.batch(0),
+                    qkv,
+                    self.y(0),
+                    self.y(1),
+                );
             }
             Op::AttentionGrad(spec) => {
                 let mask = self.mask(spec, 6);
                 let [dout, q, k, v, out, lse] = [0, 1, 2, 3, 4, 5].map(|i| self.x::<T>(i));
                 let saved = Saved { dout, q, k, v, out, lse };
                 let d = [self.y(0), self.y(1), self.y(2)];
-                attention::attention_grad(pool, &self.work.workers, T::packs(self.work), &mask, self.batch(1), saved, d);
+                attention::attention_grad(
+                    pool,
+                    &self.work.workers,
+                    T::packs(self.work),
+                    &mask,
+                    self.batch(1),
+                    saved,
+                    d,
+                );
             }
             Op::LinearCrossEntropy { bias } => self.loss::<T>(*bias, None)?,
             Op::LinearCrossEntropyGrad { bias } => {
@@ -402,7 +441,15 @@ impl<'a> Run<'a> {
                 let kv = [self.x::<T>(1), self.x(2)];
                 let (workers, rows) = (&self.work.workers, self.ints(3));
                 cache::cached_attention(
-                    pool, workers, spec, self.x(0), kv, (dims[0], dims[1]), rows, at, self.y(0),
+                    pool,
+                    workers,
+                    spec,
+                    self.x(0),
+                    kv,
+                    (dims[0], dims[1]),
+                    rows,
+                    at,
+                    self.y(0),
                 )?;
             }
             Op::GlobalNorm => {

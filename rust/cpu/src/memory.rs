@@ -210,8 +210,13 @@ impl PerWorker {
     /// # Panics
     /// If the block is too small: the executor sized it wrongly.
     #[must_use]
+    #[expect(clippy::mut_from_ref, reason = "a cell per worker: the caller promises to be the only one")]
     pub(crate) unsafe fn get<T>(&self, worker: usize, len: usize) -> &mut [T] {
-        assert!(len * size_of::<T>() <= self.bytes, "worker memory of {} bytes is too small for {len}", self.bytes);
+        assert!(
+            len * size_of::<T>() <= self.bytes,
+            "worker memory of {} bytes is too small for {len}",
+            self.bytes
+        );
         // SAFETY: large enough, aligned to 64, zero-initialised, and used by this worker alone.
         unsafe { std::slice::from_raw_parts_mut((*self.blocks[worker].get()).as_ptr().cast(), len) }
     }

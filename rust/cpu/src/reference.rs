@@ -70,7 +70,8 @@ pub fn evaluate(graph: &Graph, leaves: &HashMap<String, Tensor>) -> HashMap<Stri
         }
     }
     let get = |v: pyrformer_graph::ValueId| values[v.0 as usize].clone().expect("every value is computed");
-    let mut found: HashMap<String, Tensor> = graph.outputs().iter().map(|(n, v)| (n.clone(), get(*v))).collect();
+    let mut found: HashMap<String, Tensor> =
+        graph.outputs().iter().map(|(n, v)| (n.clone(), get(*v))).collect();
     for &(state, v) in graph.updates() {
         if let Op::State { name } = &graph.producer(state).op {
             found.insert(name.clone(), get(v));
@@ -141,15 +142,21 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
                 let from = at;
                 at += size;
                 match ins[0].1 {
-                    Tensor::Float(x) => Tensor::Float(x.chunks(cols).flat_map(|r| r[from..from + size].to_vec()).collect()),
-                    Tensor::Int(x) => Tensor::Int(x.chunks(cols).flat_map(|r| r[from..from + size].to_vec()).collect()),
+                    Tensor::Float(x) => {
+                        Tensor::Float(x.chunks(cols).flat_map(|r| r[from..from + size].to_vec()).collect())
+                    }
+                    Tensor::Int(x) => {
+                        Tensor::Int(x.chunks(cols).flat_map(|r| r[from..from + size].to_vec()).collect())
+                    }
                 }
             };
             sizes.iter().map(part).collect()
         }
         Op::Concat => {
             let rows = outs[0].rows();
-            let row = |r: usize| ins.iter().flat_map(move |(s, x)| x.floats()[r * s.cols()..(r + 1) * s.cols()].to_vec());
+            let row = |r: usize| {
+                ins.iter().flat_map(move |(s, x)| x.floats()[r * s.cols()..(r + 1) * s.cols()].to_vec())
+            };
             one((0..rows).flat_map(row).collect())
         }
         Op::Gather => {
@@ -269,7 +276,10 @@ fn matmul(ins: &[(&Shape, &Tensor)], out: &Shape, ta: bool, tb: bool, e: &Epilog
         for j in 0..n {
             let at = i * n + j;
             let mut sum: f64 = (0..k)
-                .map(|l| (if ta { a[l * ac + i] } else { a[i * ac + l] }) * (if tb { b[j * bc + l] } else { b[l * bc + j] }))
+                .map(|l| {
+                    (if ta { a[l * ac + i] } else { a[i * ac + l] })
+                        * (if tb { b[j * bc + l] } else { b[l * bc + j] })
+                })
                 .sum();
             sum += bias.map_or(0.0, |bias| bias[j]);
             pre[at] = sum;
@@ -327,7 +337,10 @@ fn probabilities(
                         })
                 };
                 let score = |j: usize| {
-                    let (qr, kr) = (&q.1[(bi * t + i) * h * d + hi * d..], &k.1[(bi * t + j) * spec.kv_heads * d + hi / group * d..]);
+                    let (qr, kr) = (
+                        &q.1[(bi * t + i) * h * d + hi * d..],
+                        &k.1[(bi * t + j) * spec.kv_heads * d + hi / group * d..],
+                    );
                     spec.scale * (0..d).map(|x| qr[x] * kr[x]).sum::<f64>()
                 };
                 let scores: Vec<(usize, f64)> = (0..t).filter(|&j| seen(j)).map(|j| (j, score(j))).collect();
@@ -393,8 +406,9 @@ fn attention_grad(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor
                 let qo = (bi * t + i) * h * d + hi * d;
                 let ko = |j: usize| (bi * t + j) * spec.kv_heads * d + hi / group * d;
                 let factor = |j: usize| keep.as_ref().map_or(1.0, |k| k.factor((at + j) as u64));
-                let dp: Vec<f64> =
-                    (0..t).map(|j| factor(j) * (0..d).map(|x| dout[qo + x] * v[ko(j) + x]).sum::<f64>()).collect();
+                let dp: Vec<f64> = (0..t)
+                    .map(|j| factor(j) * (0..d).map(|x| dout[qo + x] * v[ko(j) + x]).sum::<f64>())
+                    .collect();
                 let mean: f64 = (0..t).map(|j| p[at + j] * dp[j]).sum();
                 for j in 0..t {
                     // Where nothing is seen, the probabilities depend on no score.
@@ -468,7 +482,9 @@ fn cached_attention(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tens
             let first = spec.window.map_or(0, |w| (position + 1).saturating_sub(w));
             for hi in 0..h {
                 let qo = (bi * t + i) * h * d + hi * d;
-                let ko = |p: usize| (rows[bi * slots + p] as usize * slots + p) * spec.kv_heads * d + hi / group * d;
+                let ko = |p: usize| {
+                    (rows[bi * slots + p] as usize * slots + p) * spec.kv_heads * d + hi / group * d
+                };
                 let scores: Vec<f64> = (first..=position)
                     .map(|p| spec.scale * (0..d).map(|x| q[qo + x] * k[ko(p) + x]).sum::<f64>())
                     .collect();

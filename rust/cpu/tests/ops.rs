@@ -1,6 +1,6 @@
 //! Every operation: the executor against the definition in both types, its gradient against central differences, and the
 //! same bits for any number of threads.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
@@ -66,18 +66,26 @@ fn differentiable() -> Vec<(String, Build)> {
         Unary::Silu,
     ];
     for f in unaries {
-        add(f.name(), case(move |c| {
-            let x = c.float_in("x", &[3, 37], -4.0, 4.0);
-            c.op1(Op::Unary(f), &[x])
-        }));
+        add(
+            f.name(),
+            case(move |c| {
+                let x = c.float_in("x", &[3, 37], -4.0, 4.0);
+                c.op1(Op::Unary(f), &[x])
+            }),
+        );
     }
     for f in [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div] {
-        for (kind, shape) in [("same", vec![2, 3, 5]), ("suffix", vec![3, 5]), ("row", vec![5]), ("scalar", vec![])] {
-            add(&format!("{} {kind}", f.name()), case(move |c| {
-                let a = c.float("a", &[2, 3, 5]);
-                let b = c.float_in("b", &shape, 0.5, 2.0);
-                c.op1(Op::Binary(f), &[a, b])
-            }));
+        for (kind, shape) in
+            [("same", vec![2, 3, 5]), ("suffix", vec![3, 5]), ("row", vec![5]), ("scalar", vec![])]
+        {
+            add(
+                &format!("{} {kind}", f.name()),
+                case(move |c| {
+                    let a = c.float("a", &[2, 3, 5]);
+                    let b = c.float_in("b", &shape, 0.5, 2.0);
+                    c.op1(Op::Binary(f), &[a, b])
+                }),
+            );
         }
     }
     for (name, ta, tb, a, b) in [
@@ -87,78 +95,111 @@ fn differentiable() -> Vec<(String, Build)> {
         ("matmul ta wide", true, false, vec![2, 35, 9], vec![2, 35, 4]),
         ("matmul one row", false, false, vec![1, 19], vec![19, 40]),
     ] {
-        add(name, case(move |c| {
-            let (a, b) = (c.float("a", &a), c.float("b", &b));
-            c.op1(matmul(ta, tb), &[a, b])
-        }));
+        add(
+            name,
+            case(move |c| {
+                let (a, b) = (c.float("a", &a), c.float("b", &b));
+                c.op1(matmul(ta, tb), &[a, b])
+            }),
+        );
     }
     for bias in [false, true] {
         for (rows, cols) in [(1, 1), (5, 33), (130, 16)] {
-            add(&format!("layer_norm bias={bias} [{rows},{cols}]"), case(move |c| {
-                let x = c.float("x", &[rows, cols]);
-                let w = c.float("w", &[cols]);
-                let mut operands = vec![x, w];
-                if bias {
-                    operands.push(c.float("b", &[cols]));
-                }
-                c.op(Op::LayerNorm { eps: 1e-5 }, &operands)[0]
-            }));
+            add(
+                &format!("layer_norm bias={bias} [{rows},{cols}]"),
+                case(move |c| {
+                    let x = c.float("x", &[rows, cols]);
+                    let w = c.float("w", &[cols]);
+                    let mut operands = vec![x, w];
+                    if bias {
+                        operands.push(c.float("b", &[cols]));
+                    }
+                    c.op(Op::LayerNorm { eps: 1e-5 }, &operands)[0]
+                }),
+            );
         }
     }
-    add("gather", case(|c| {
-        let table = c.float("table", &[7, 5]);
-        let index = c.indices("index", &[3, 4], 7);
-        c.op1(Op::Gather, &[table, index])
-    }));
+    add(
+        "gather",
+        case(|c| {
+            let table = c.float("table", &[7, 5]);
+            let index = c.indices("index", &[3, 4], 7);
+            c.op1(Op::Gather, &[table, index])
+        }),
+    );
     for base in [false, true] {
-        add(&format!("scatter_add base={base}"), case(move |c| {
-            let source = c.float("source", &[3, 4, 70]);
-            let index = c.indices("index", &[3, 4], 6);
-            let mut operands = vec![source, index];
-            if base {
-                operands.push(c.float("base", &[6, 70]));
-            }
-            c.op1(Op::ScatterAdd { rows: 6 }, &operands)
-        }));
+        add(
+            &format!("scatter_add base={base}"),
+            case(move |c| {
+                let source = c.float("source", &[3, 4, 70]);
+                let index = c.indices("index", &[3, 4], 6);
+                let mut operands = vec![source, index];
+                if base {
+                    operands.push(c.float("base", &[6, 70]));
+                }
+                c.op1(Op::ScatterAdd { rows: 6 }, &operands)
+            }),
+        );
     }
-    add("reshape", case(|c| {
-        let x = c.float("x", &[4, 6]);
-        c.as_shape(Op::Reshape, x, &[2, 2, 6])
-    }));
-    add("split, one part unused", case(|c| {
-        let x = c.float("x", &[4, 9]);
-        let parts = c.op(Op::Split { sizes: vec![2, 3, 4] }, &[x]);
-        let y = c.op1(Op::Unary(Unary::Tanh), &[parts[0]]);
-        c.op1(Op::Concat, &[y, parts[2]])
-    }));
-    add("concat of views and leaves", case(|c| {
-        let (a, b) = (c.float("a", &[5, 3]), c.float("b", &[5, 4]));
-        let t = c.op1(Op::Unary(Unary::Tanh), &[b]);
-        let joined = c.op1(Op::Concat, &[t, a, t]);
-        c.as_shape(Op::Reshape, joined, &[11, 5])
-    }));
-    add("reshape of a strided view", case(|c| {
-        let x = c.float("x", &[4, 6]);
-        let parts = c.op(Op::Split { sizes: vec![2, 4] }, &[x]);
-        let r = c.as_shape(Op::Reshape, parts[1], &[2, 8]);
-        c.op1(Op::Unary(Unary::Exp), &[r])
-    }));
+    add(
+        "reshape",
+        case(|c| {
+            let x = c.float("x", &[4, 6]);
+            c.as_shape(Op::Reshape, x, &[2, 2, 6])
+        }),
+    );
+    add(
+        "split, one part unused",
+        case(|c| {
+            let x = c.float("x", &[4, 9]);
+            let parts = c.op(Op::Split { sizes: vec![2, 3, 4] }, &[x]);
+            let y = c.op1(Op::Unary(Unary::Tanh), &[parts[0]]);
+            c.op1(Op::Concat, &[y, parts[2]])
+        }),
+    );
+    add(
+        "concat of views and leaves",
+        case(|c| {
+            let (a, b) = (c.float("a", &[5, 3]), c.float("b", &[5, 4]));
+            let t = c.op1(Op::Unary(Unary::Tanh), &[b]);
+            let joined = c.op1(Op::Concat, &[t, a, t]);
+            c.as_shape(Op::Reshape, joined, &[11, 5])
+        }),
+    );
+    add(
+        "reshape of a strided view",
+        case(|c| {
+            let x = c.float("x", &[4, 6]);
+            let parts = c.op(Op::Split { sizes: vec![2, 4] }, &[x]);
+            let r = c.as_shape(Op::Reshape, parts[1], &[2, 8]);
+            c.op1(Op::Unary(Unary::Exp), &[r])
+        }),
+    );
     for to in [vec![3, 5], vec![5], vec![]] {
         let broadcast_from = to.clone();
-        add(&format!("sum_to {to:?}"), case(move |c| {
-            let x = c.float("x", &[70, 3, 5]);
-            c.as_shape(Op::SumTo, x, &to)
-        }));
-        add(&format!("broadcast {broadcast_from:?}"), case(move |c| {
-            let x = c.float("x", &broadcast_from);
-            c.as_shape(Op::Broadcast, x, &[2, 3, 5])
-        }));
+        add(
+            &format!("sum_to {to:?}"),
+            case(move |c| {
+                let x = c.float("x", &[70, 3, 5]);
+                c.as_shape(Op::SumTo, x, &to)
+            }),
+        );
+        add(
+            &format!("broadcast {broadcast_from:?}"),
+            case(move |c| {
+                let x = c.float("x", &broadcast_from);
+                c.as_shape(Op::Broadcast, x, &[2, 3, 5])
+            }),
+        );
     }
-    add("dropout", case(|c| {
-        let x = c.float("x", &[5, 13]);
-        let rng = c.ints("rng", &[4], vec![1, 2, 3, 4]);
-        c.op1(Op::Dropout(dropout_spec()), &[x, rng])
-    }));
+    add(
+        "dropout",
+        case(|c| {
+            let x = c.float("x", &[5, 13]);
+            let rng = c.ints("rng", &[4], vec![1, 2, 3, 4]);
+            c.op1(Op::Dropout(dropout_spec()), &[x, rng])
+        }),
+    );
     let plain = attention_spec(2, 2);
     let causal = AttentionSpec { causal: true, ..plain };
     for (name, b, t, d, spec) in [
@@ -175,15 +216,18 @@ fn differentiable() -> Vec<(String, Build)> {
         add(name, attention(b, t, d, spec));
     }
     for bias in [false, true] {
-        add(&format!("linear_cross_entropy bias={bias}"), case(move |c| {
-            let (x, w) = (c.float("x", &[2, 5, 6]), c.float("w", &[9, 6]));
-            let mut operands = vec![x, w];
-            if bias {
-                operands.push(c.float("b", &[9]));
-            }
-            operands.push(c.ints("labels", &[2, 5], vec![0, -100, 8, 3, 3, -100, 1, 2, 8, 0]));
-            c.op1(Op::LinearCrossEntropy { bias }, &operands)
-        }));
+        add(
+            &format!("linear_cross_entropy bias={bias}"),
+            case(move |c| {
+                let (x, w) = (c.float("x", &[2, 5, 6]), c.float("w", &[9, 6]));
+                let mut operands = vec![x, w];
+                if bias {
+                    operands.push(c.float("b", &[9]));
+                }
+                operands.push(c.ints("labels", &[2, 5], vec![0, -100, 8, 3, 3, -100, 1, 2, 8, 0]));
+                c.op1(Op::LinearCrossEntropy { bias }, &operands)
+            }),
+        );
     }
     cases
 }
@@ -203,29 +247,44 @@ fn forward_only() -> Vec<(&'static str, Build)> {
         })
     };
     vec![
-        ("count_labels", case(|c| {
-            let labels = c.ints("labels", &[2, 3], vec![-100, 0, 5, -1, 2, 3]);
-            let dtype = c.dtype();
-            c.op1(Op::CountLabels { dtype }, &[labels])
-        })),
-        ("cache_write", case(|c| {
-            let cache = c.float("cache", &[4, 6, 3]);
-            let new = c.float("new", &[2, 3, 3]);
-            let row = c.ints("row", &[2], vec![2, 0]);
-            let start = c.ints("start", &[2], vec![1, 3]);
-            let count = c.ints("count", &[2], vec![2, 3]);
-            c.op1(Op::CacheWrite, &[cache, new, row, start, count])
-        })),
+        (
+            "count_labels",
+            case(|c| {
+                let labels = c.ints("labels", &[2, 3], vec![-100, 0, 5, -1, 2, 3]);
+                let dtype = c.dtype();
+                c.op1(Op::CountLabels { dtype }, &[labels])
+            }),
+        ),
+        (
+            "cache_write",
+            case(|c| {
+                let cache = c.float("cache", &[4, 6, 3]);
+                let new = c.float("new", &[2, 3, 3]);
+                let row = c.ints("row", &[2], vec![2, 0]);
+                let start = c.ints("start", &[2], vec![1, 3]);
+                let count = c.ints("count", &[2], vec![2, 3]);
+                c.op1(Op::CacheWrite, &[cache, new, row, start, count])
+            }),
+        ),
         ("cached_attention", cached(attention_spec(4, 4))),
-        ("cached_attention grouped, window", cached(AttentionSpec { window: Some(3), ..attention_spec(4, 2) })),
-        ("global_norm", case(|c| {
-            let grads = [c.float("a", &[70, 300]), c.float("b", &[5]), c.float("c", &[])];
-            c.op1(Op::GlobalNorm, &grads)
-        })),
-        ("clip_factor", case(|c| {
-            let norm = c.float_in("norm", &[], 2.0, 3.0);
-            c.op1(Op::ClipFactor { max_norm: 1.0 }, &[norm])
-        })),
+        (
+            "cached_attention grouped, window",
+            cached(AttentionSpec { window: Some(3), ..attention_spec(4, 2) }),
+        ),
+        (
+            "global_norm",
+            case(|c| {
+                let grads = [c.float("a", &[70, 300]), c.float("b", &[5]), c.float("c", &[])];
+                c.op1(Op::GlobalNorm, &grads)
+            }),
+        ),
+        (
+            "clip_factor",
+            case(|c| {
+                let norm = c.float_in("norm", &[], 2.0, 3.0);
+                c.op1(Op::ClipFactor { max_norm: 1.0 }, &[norm])
+            }),
+        ),
     ]
 }
 

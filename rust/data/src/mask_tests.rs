@@ -313,13 +313,3 @@ fn errors_say_what_to_do() {
     let empty = MaskedBatches::new(Vec::new().into(), [0, 0, 0].into(), options(2, 16)).unwrap_err();
     assert!(empty.to_string().contains("all 2 documents are empty"));
 }
-
-#[test]
-#[ignore = "prints a timing; run with --release --ignored --nocapture"]
-fn timing() {
-    let lengths: Vec<usize> = (0..100_000).map(|i| 1 + i * 37 % 300).collect();
-    let batches = corpus(&lengths, options(32, 128));
-    let start = std::time::Instant::now();
-    let tokens: usize = (0..1000).map(|step| batches.batch(step * 7919).input_ids.len()).sum();
-    println!("{:?} a batch of {} tokens", start.elapsed() / 1000, tokens / 1000);
-}

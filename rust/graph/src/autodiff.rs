@@ -131,8 +131,12 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
             }
             let (a, b) = (x[0], x[1]);
             let (da, db) = match (ta, tb) {
-                (false, false) => (g.add1(matmul(false, true), &[dy, b])?, g.add1(matmul(true, false), &[a, dy])?),
-                (false, true) => (g.add1(matmul(false, false), &[dy, b])?, g.add1(matmul(true, false), &[dy, a])?),
+                (false, false) => {
+                    (g.add1(matmul(false, true), &[dy, b])?, g.add1(matmul(true, false), &[a, dy])?)
+                }
+                (false, true) => {
+                    (g.add1(matmul(false, false), &[dy, b])?, g.add1(matmul(true, false), &[dy, a])?)
+                }
                 _ => {
                     let (da, db) =
                         (g.add1(matmul(false, true), &[b, dy])?, g.add1(matmul(false, false), &[a, dy])?);

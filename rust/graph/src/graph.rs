@@ -246,7 +246,12 @@ impl Graph {
                 ValueId(self.values.len() as u32 - 1)
             })
             .collect();
-        self.nodes.push(Node { op, inputs: inputs.to_vec(), outputs: outputs.clone(), scope: self.scope.clone() });
+        self.nodes.push(Node {
+            op,
+            inputs: inputs.to_vec(),
+            outputs: outputs.clone(),
+            scope: self.scope.clone(),
+        });
         Ok(outputs)
     }
 

@@ -93,7 +93,8 @@ impl<'a> Lowering<'a> {
             for &v in &node.inputs {
                 let from = graph.producer(v);
                 let computed = !from.op.is_layout() && !from.op.is_leaf();
-                let fresh = computed && !lowering.parts.contains_key(&v) && !graph.updates().iter().any(|u| u.1 == v);
+                let fresh =
+                    computed && !lowering.parts.contains_key(&v) && !graph.updates().iter().any(|u| u.1 == v);
                 if fresh {
                     lowering.parts.insert(v, (node.outputs[0], column));
                 }
@@ -102,7 +103,9 @@ impl<'a> Lowering<'a> {
         }
         for &(state, v) in graph.updates() {
             if matches!(graph.producer(v).op, Op::State { .. }) && v != state {
-                return Err(Error::Name("a state cannot be updated to another state; compute something".to_owned()));
+                return Err(Error::Name(
+                    "a state cannot be updated to another state; compute something".to_owned(),
+                ));
             }
             if lowering.may_overwrite(state, v) {
                 lowering.over_state.insert(v, state);
@@ -115,7 +118,11 @@ impl<'a> Lowering<'a> {
     fn may_overwrite(&self, state: ValueId, v: ValueId) -> bool {
         let at = self.graph.value(v).node.0 as usize;
         let node = &self.graph.nodes()[at];
-        let pair = node.op.in_place().into_iter().any(|(i, o)| node.outputs[o] == v && node.inputs.get(i) == Some(&state));
+        let pair = node
+            .op
+            .in_place()
+            .into_iter()
+            .any(|(i, o)| node.outputs[o] == v && node.inputs.get(i) == Some(&state));
         let once = node.inputs.iter().filter(|&&x| x == state).count() == 1;
         pair && once && self.last_use[state.0 as usize] == at
     }
@@ -225,7 +232,8 @@ impl<'a> Lowering<'a> {
     }
 
     fn kernel(&mut self, i: usize, node: &Node) -> Result<()> {
-        let inputs: Result<Vec<_>> = node.inputs.iter().map(|&x| Ok((self.ty(x).clone(), self.view(x)?))).collect();
+        let inputs: Result<Vec<_>> =
+            node.inputs.iter().map(|&x| Ok((self.ty(x).clone(), self.view(x)?))).collect();
         let inputs = inputs?;
         let pairs = node.op.in_place();
         let mut taken: Vec<usize> = Vec::new();
@@ -243,7 +251,8 @@ impl<'a> Lowering<'a> {
                     let dies = self.buffers[from.buffer].state.is_none()
                         && self.buffers[from.buffer].last_use == i
                         && !taken.contains(&from.buffer);
-                    let alone = inputs.iter().enumerate().all(|(k, x)| k == operand || x.1.buffer != from.buffer);
+                    let alone =
+                        inputs.iter().enumerate().all(|(k, x)| k == operand || x.1.buffer != from.buffer);
                     (dies && alone && *from_ty == ty).then_some(*from)
                 });
                 match reuse {
@@ -278,7 +287,8 @@ impl<'a> Lowering<'a> {
             }
         }
         let scratch = self.lifetimes(target, &outputs);
-        let arena: Vec<usize> = (0..self.buffers.len()).filter(|&b| self.buffers[b].state.is_none()).collect();
+        let arena: Vec<usize> =
+            (0..self.buffers.len()).filter(|&b| self.buffers[b].state.is_none()).collect();
         let lifetimes: Vec<Lifetime> = arena
             .iter()
             .map(|&b| {

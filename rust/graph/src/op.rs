@@ -402,7 +402,9 @@ impl Check<'_> {
         let like = |i: usize| self.operands[i].clone();
         let is = |i: usize, dims: &[usize]| self.operands[i].shape.0 == dims;
         let declared = || {
-            declared.cloned().ok_or_else(|| Error::Internal(format!("{} without a declared type", self.op.name())))
+            declared
+                .cloned()
+                .ok_or_else(|| Error::Internal(format!("{} without a declared type", self.op.name())))
         };
         match self.op {
             Op::Input { .. } | Op::State { .. } | Op::Fill { .. } => {
@@ -483,8 +485,11 @@ impl Check<'_> {
                 self.count(1, 1)?;
                 self.dtypes(&[0], &[])?;
                 let to = declared()?;
-                let (small, large) =
-                    if *self.op == Op::SumTo { (&to.shape, self.shape(0)) } else { (self.shape(0), &to.shape) };
+                let (small, large) = if *self.op == Op::SumTo {
+                    (&to.shape, self.shape(0))
+                } else {
+                    (self.shape(0), &to.shape)
+                };
                 let fits = small.is_suffix_of(large) && to.dtype == self.operands[0].dtype;
                 self.require(fits, &format!("a shape that shares its last axes with {to}"))?;
                 Ok(vec![to])
@@ -515,7 +520,10 @@ impl Check<'_> {
                     && is(3, self.shape(1).leading())
                     && is(4, self.shape(1).leading())
                     && (all.len() == 5 || self.shape(5) == self.shape(1));
-                self.require(fits, "dy [.., C], x [.., C], weight [C], mean [..], rstd [..], residual [.., C]")?;
+                self.require(
+                    fits,
+                    "dy [.., C], x [.., C], weight [C], mean [..], rstd [..], residual [.., C]",
+                )?;
                 let w = TensorType::new(dtype, c);
                 Ok(vec![like(1), w.clone(), w])
             }
@@ -653,7 +661,12 @@ impl Check<'_> {
 
     fn heads_fit(&self, spec: &AttentionSpec, q_cols: usize, kv_cols: usize) -> bool {
         let (h, k) = (spec.heads, spec.kv_heads);
-        h > 0 && k > 0 && h % k == 0 && q_cols % h == 0 && kv_cols % k == 0 && q_cols / h == kv_cols / k
+        h > 0
+            && k > 0
+            && h.is_multiple_of(k)
+            && q_cols.is_multiple_of(h)
+            && kv_cols.is_multiple_of(k)
+            && q_cols / h == kv_cols / k
     }
 
     /// Checks q, k, v from operand `at` on, then what follows operand `fixed`; gives [B, T].
@@ -668,10 +681,7 @@ impl Check<'_> {
             && k.rank() == 3
             && q.leading() == k.leading()
             && self.heads_fit(spec, q.cols(), k.cols());
-        self.require(
-            fits,
-            &format!("q [B, T, {}·D], k and v [B, T, {}·D]", spec.heads, spec.kv_heads),
-        )?;
+        self.require(fits, &format!("q [B, T, {}·D], k and v [B, T, {}·D]", spec.heads, spec.kv_heads))?;
         let mut next = fixed;
         if spec.segments {
             self.require(self.shape(next).0 == q.leading(), "segments i32[B, T]")?;

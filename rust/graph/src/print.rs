@@ -42,7 +42,11 @@ fn list(values: &[ValueId]) -> String {
 #[must_use]
 pub fn describe(op: &Op) -> String {
     let attributes = attributes(op);
-    if attributes.is_empty() { op.name().to_owned() } else { format!("{}{{{}}}", op.name(), attributes.join(", ")) }
+    if attributes.is_empty() {
+        op.name().to_owned()
+    } else {
+        format!("{}{{{}}}", op.name(), attributes.join(", "))
+    }
 }
 
 fn attributes(op: &Op) -> Vec<String> {

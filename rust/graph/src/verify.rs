@@ -22,12 +22,23 @@ pub fn verify(graph: &Graph) -> Result<()> {
         let operands: Vec<_> = node.inputs.iter().map(|&v| graph.ty(v)).collect();
         let types = node.op.infer(&operands, Some(graph.ty(node.outputs[0])))?;
         if types.len() != node.outputs.len() {
-            return fail(i, format!("{} has {} results, its rule gives {}", node.op.name(), node.outputs.len(), types.len()));
+            return fail(
+                i,
+                format!(
+                    "{} has {} results, its rule gives {}",
+                    node.op.name(),
+                    node.outputs.len(),
+                    types.len()
+                ),
+            );
         }
         for (slot, (&v, ty)) in node.outputs.iter().zip(&types).enumerate() {
             let value = graph.value(v);
             if value.ty != *ty || value.node != NodeId(i as u32) || value.slot != slot {
-                return fail(i, format!("result {slot} of {} is {}, its rule gives {ty}", node.op.name(), value.ty));
+                return fail(
+                    i,
+                    format!("result {slot} of {} is {}, its rule gives {ty}", node.op.name(), value.ty),
+                );
             }
             known.insert(v);
         }

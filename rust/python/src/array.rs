@@ -17,7 +17,8 @@ impl<'py> Given<'py> {
     /// Takes an array; `name` is for the error.
     pub(crate) fn new(name: &str, value: &Bound<'py, PyAny>) -> PyResult<Self> {
         let wrong = |what: &str| -> PyErr {
-            let message = format!("[input] {name:?} must be a C-contiguous array of float32, float64 or int32, {what}");
+            let message =
+                format!("[input] {name:?} must be a C-contiguous array of float32, float64 or int32, {what}");
             Failure::new("InputError", message).into()
         };
         let given = if let Ok(a) = value.extract() {

@@ -26,19 +26,25 @@ pub(crate) fn read_documents(
     replace_errors: bool,
     steps: Vec<String>,
 ) -> PyResult<(Vec<String>, Vec<(&'static str, usize, i64)>)> {
-    let steps: Vec<Step> = steps.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(Failure::from)?;
+    let steps: Vec<Step> =
+        steps.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(Failure::from)?;
     let errors = if replace_errors { DecodeErrors::Replace } else { DecodeErrors::Strict };
     enter(py, || {
         let mut documents = pyrformer_data::read_documents(&paths, &ReadOptions { column, errors })?;
         let report = pyrformer_data::clean(&mut documents, &steps);
-        let rows = report.steps.iter().map(|s| (s.step.name(), s.documents_changed, s.characters_removed)).collect();
+        let rows =
+            report.steps.iter().map(|s| (s.step.name(), s.documents_changed, s.characters_removed)).collect();
         Ok::<_, pyrformer_data::Error>((documents, rows))
     })
 }
 
 /// A corpus as flat ids and the start of each document.
-fn corpus(ids: &PyReadonlyArray1<'_, u32>, offsets: &PyReadonlyArray1<'_, i64>) -> PyResult<(Arc<[u32]>, Arc<[u64]>)> {
-    let gaps = || Failure::new("InputError", "[data] ids and offsets must be C-contiguous, offsets not negative");
+fn corpus(
+    ids: &PyReadonlyArray1<'_, u32>,
+    offsets: &PyReadonlyArray1<'_, i64>,
+) -> PyResult<(Arc<[u32]>, Arc<[u64]>)> {
+    let gaps =
+        || Failure::new("InputError", "[data] ids and offsets must be C-contiguous, offsets not negative");
     let ids = ids.as_slice().map_err(|_| gaps())?;
     let offsets = offsets.as_slice().map_err(|_| gaps())?;
     let starts: Result<Vec<u64>, _> = offsets.iter().map(|&o| u64::try_from(o)).collect();
@@ -134,7 +140,8 @@ impl MaskedBatches {
         let (ids, offsets) = corpus(&ids, &offsets)?;
         let mut options = MaskedOptions::new(batch_size, max_length, vocab_size, special);
         (options.seed, options.shuffle) = (seed, shuffle);
-        (options.mlm_probability, options.mask_rate, options.random_rate) = (mlm_probability, mask_rate, random_rate);
+        (options.mlm_probability, options.mask_rate, options.random_rate) =
+            (mlm_probability, mask_rate, random_rate);
         options.whole_word = continues.map(Into::into);
         options.pad_to_multiple_of = pad_to_multiple_of;
         let inner = pyrformer_data::MaskedBatches::new(ids, offsets, options).map_err(Failure::from)?;

@@ -117,7 +117,10 @@ impl AtomicDir {
     fn commit(&self, py: Python<'_>, replace: bool) -> PyResult<()> {
         match self.inner.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(dir) => enter(py, move || dir.commit(replace)),
-            None => Err(Failure::new("FileError", "[files] the directory is already committed or discarded").into()),
+            None => {
+                Err(Failure::new("FileError", "[files] the directory is already committed or discarded")
+                    .into())
+            }
         }
     }
 

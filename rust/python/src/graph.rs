@@ -16,7 +16,11 @@ fn dtype(name: &str) -> PyResult<DType> {
         "float32" => Ok(DType::F32),
         "float64" => Ok(DType::F64),
         "int32" => Ok(DType::I32),
-        _ => Err(Failure::new("ShapeError", format!("[graph] unknown dtype {name:?}; use float32, float64 or int32")).into()),
+        _ => Err(Failure::new(
+            "ShapeError",
+            format!("[graph] unknown dtype {name:?}; use float32, float64 or int32"),
+        )
+        .into()),
     }
 }
 
@@ -76,7 +80,8 @@ impl Graph {
     /// operation does not determine it.
     #[pyo3(signature = (op, inputs, declared=None))]
     fn add(&self, op: &str, inputs: Vec<u32>, declared: Option<(String, Vec<usize>)>) -> PyResult<Vec<u32>> {
-        let op: Op = serde_json::from_str(op).map_err(|e| Failure::new("GraphError", format!("[graph] {op}: {e}")))?;
+        let op: Op =
+            serde_json::from_str(op).map_err(|e| Failure::new("GraphError", format!("[graph] {op}: {e}")))?;
         let inputs = self.known(&inputs)?;
         let mut graph = self.lock();
         let values = match declared {
@@ -260,7 +265,9 @@ impl Executor {
             Some(n) if (1..=threads::MAX_THREADS).contains(&n) => n,
             Some(n) => {
                 let most = threads::MAX_THREADS;
-                return Err(Failure::new("InputError", format!("[threads] {n} threads; give 1 to {most}")).into());
+                return Err(
+                    Failure::new("InputError", format!("[threads] {n} threads; give 1 to {most}")).into()
+                );
             }
             None => threads::default_threads().map_err(|e| Failure::new("InputError", e))?,
         };

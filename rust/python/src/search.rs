@@ -53,7 +53,9 @@ fn tokens(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
 }
 
 /// Two items, in a tuple or a list (as JSON has it).
-fn pair<'py, A: FromPyObjectOwned<'py>, B: FromPyObjectOwned<'py>>(value: &Bound<'py, PyAny>) -> PyResult<(A, B)> {
+fn pair<'py, A: FromPyObjectOwned<'py>, B: FromPyObjectOwned<'py>>(
+    value: &Bound<'py, PyAny>,
+) -> PyResult<(A, B)> {
     let item = |i: usize| value.get_item(i);
     Ok((item(0)?.extract().map_err(Into::into)?, item(1)?.extract().map_err(Into::into)?))
 }
@@ -81,10 +83,13 @@ fn options(given: &Bound<'_, PyDict>) -> PyResult<GenerationOptions> {
             "repetition_penalty" => take!(repetition_penalty, "a number"),
             "encoder_repetition_penalty" => take!(encoder_repetition_penalty, "a number"),
             "no_repeat_ngram_size" => take!(no_repeat_ngram_size, "a whole number of 0 or more"),
-            "encoder_no_repeat_ngram_size" => take!(encoder_no_repeat_ngram_size, "a whole number of 0 or more"),
+            "encoder_no_repeat_ngram_size" => {
+                take!(encoder_no_repeat_ngram_size, "a whole number of 0 or more")
+            }
             "bad_words_ids" => take!(bad_words_ids, "a list of lists of token ids"),
             "sequence_bias" => {
-                let pairs: PyResult<Vec<_>> = value.try_iter().and_then(|items| items.map(|i| pair(&i?)).collect());
+                let pairs: PyResult<Vec<_>> =
+                    value.try_iter().and_then(|items| items.map(|i| pair(&i?)).collect());
                 o.sequence_bias = pairs.map_err(|_| wrong(&name, &value, "a list of (token ids, number)"))?;
             }
             "suppress_tokens" => o.suppress_tokens = tokens(&name, &value)?,
@@ -121,8 +126,7 @@ pub(crate) struct Search {
 }
 
 /// Index, tokens, parents and sequences of a step.
-type Step<'py> =
-    (usize, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>);
+type Step<'py> = (usize, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>);
 
 fn signed(items: &[u32]) -> Vec<i32> {
     items.iter().map(|&x| x.cast_signed()).collect()
@@ -143,7 +147,8 @@ impl Search {
     #[new]
     fn new(options_: &Bound<'_, PyDict>, prompts: Vec<Vec<u32>>, vocab_size: usize) -> PyResult<Self> {
         let prompts = prompts.into_iter().map(Prompt::from);
-        let search = pyrformer_search::Search::new(options(options_)?, prompts, vocab_size).map_err(Failure::from)?;
+        let search =
+            pyrformer_search::Search::new(options(options_)?, prompts, vocab_size).map_err(Failure::from)?;
         Ok(Self { inner: Mutex::new(Some(search)) })
     }
 
@@ -170,7 +175,9 @@ impl Search {
     /// (sequence, token, log-probability) of each token made certain by the last `advance`.
     fn emitted(&self) -> Vec<(usize, u32, f64)> {
         let inner = self.lock();
-        inner.as_ref().map_or_else(Vec::new, |s| s.emitted().iter().map(|e| (e.sequence, e.token, e.logprob)).collect())
+        inner
+            .as_ref()
+            .map_or_else(Vec::new, |s| s.emitted().iter().map(|e| (e.sequence, e.token, e.logprob)).collect())
     }
 
     fn stop(&self, sequence: usize) -> bool {

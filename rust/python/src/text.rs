@@ -7,6 +7,8 @@ use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use pyrformer_text::{Preset, Progress, TrainOptions};
+
 use crate::enter::{Failure, enter};
 
 impl From<pyrformer_text::Error> for Failure {
@@ -14,6 +16,7 @@ impl From<pyrformer_text::Error> for Failure {
         use pyrformer_text::Error as E;
         let class = match e {
             E::Io { .. } => "FileError",
+            E::Input { .. } | E::Batch(_) => "DataError",
             _ => "TokenizerError",
         };
         Self::new(class, e)
@@ -31,6 +34,34 @@ type Ragged<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
 
 #[pymethods]
 impl Tokenizer {
+    /// Trains on documents; `kind` is used where no preset is named. `progress(stage, done, total)` is called now and then.
+    #[staticmethod]
+    #[expect(clippy::too_many_arguments, clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn train(
+        py: Python<'_>,
+        documents: Vec<String>,
+        kind: &str,
+        preset: Option<&str>,
+        vocab_size: usize,
+        min_frequency: u64,
+        special_tokens: Option<Vec<String>>,
+        threads: usize,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let preset = preset.map_or_else(|| Preset::of_kind(kind), str::parse).map_err(Failure::from)?;
+        let mut options = TrainOptions::new(preset, vocab_size);
+        (options.min_frequency, options.special_tokens, options.threads) =
+            (min_frequency, special_tokens, threads);
+        let mut report = |p: Progress| {
+            if let Some(call) = &progress {
+                // A display that fails must not end the training.
+                Python::attach(|py| drop(call.call1(py, (p.stage, p.done, p.total))));
+            }
+        };
+        let inner = enter(py, || pyrformer_text::Tokenizer::train(&documents, &options, &mut report))?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
     #[staticmethod]
     fn load(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         Ok(Self { inner: Arc::new(enter(py, || pyrformer_text::Tokenizer::load(&path))?) })

@@ -65,7 +65,7 @@ impl Mask<'_> {
         scores[..lo].fill(T::NEG_INFINITY);
         scores[hi..].fill(T::NEG_INFINITY);
         for s in &mut scores[lo..hi] {
-            *s = *s * scale;
+            *s *= scale;
         }
         if let Some(segments) = self.segments {
             let own = segments[b * t + i];
@@ -91,7 +91,7 @@ simd_fn! {
 simd_fn! {
     fn scale_row<T: Real>(row: &mut [T], by: T) {
         for x in row.iter_mut() {
-            *x = *x * by;
+            *x *= by;
         }
     }
 }
@@ -180,7 +180,9 @@ pub(crate) fn attention<T: Real>(
             let (ks, vs) = (k.block(b * t + from, m, kv, d), v.block(b * t + from, m, kv, d));
             let scores = MatMut::new(work.scores, n, m);
             // SAFETY: the result is this task's own and no operand overlaps it.
-            unsafe { gemm_serial(pack, &Gemm { a: qs, ta: false, b: ks, tb: true, c: scores, accumulate: false }) };
+            unsafe {
+                gemm_serial(pack, &Gemm { a: qs, ta: false, b: ks, tb: true, c: scores, accumulate: false })
+            };
             for r in 0..n {
                 // SAFETY: the scores are this task's own.
                 let row = unsafe { scores.row_mut(r) };
@@ -207,7 +209,9 @@ pub(crate) fn attention<T: Real>(
             let p = unsafe { scores.as_mat() };
             let sum = MatMut::new(work.sum, n, d);
             // SAFETY: the result is this task's own and no operand overlaps it.
-            unsafe { gemm_serial(pack, &Gemm { a: p, ta: false, b: vs, tb: false, c: sum, accumulate: true }) };
+            unsafe {
+                gemm_serial(pack, &Gemm { a: p, ta: false, b: vs, tb: false, c: sum, accumulate: true })
+            };
         }
         for r in 0..n {
             let i = queries.start + r;
@@ -316,7 +320,9 @@ fn query_block<T: Real>(
         // SAFETY: the result is this task's own and no operand overlaps it.
         unsafe { gemm_serial(pack, &Gemm { a: qs, ta: false, b: ks, tb: true, c: p, accumulate: false }) };
         // SAFETY: the result is this task's own and no operand overlaps it.
-        unsafe { gemm_serial(pack, &Gemm { a: douts, ta: false, b: vs, tb: true, c: dp, accumulate: false }) };
+        unsafe {
+            gemm_serial(pack, &Gemm { a: douts, ta: false, b: vs, tb: true, c: dp, accumulate: false })
+        };
         for r in 0..n {
             let i = queries.start + r;
             let lse = s.lse.row(b * heads + head)[i];

@@ -22,9 +22,10 @@ pub(crate) struct Places<'a> {
 
 impl Places<'_> {
     fn check(&self, op: &'static str, tokens: usize, slots: usize) -> Result<()> {
-        let bad = self.start.iter().zip(self.count).position(|(&s, &c)| {
-            s < 0 || c < 0 || c as usize > tokens || s as usize + c as usize > slots
-        });
+        let bad =
+            self.start.iter().zip(self.count).position(|(&s, &c)| {
+                s < 0 || c < 0 || c as usize > tokens || s as usize + c as usize > slots
+            });
         match bad {
             None => Ok(()),
             Some(b) => {
@@ -71,11 +72,11 @@ simd_fn! {
             let ((qs, q_rest), (ks, k_rest)) = (q.as_chunks::<LANES>(), key.as_chunks::<LANES>());
             for (q, k) in qs.iter().zip(ks) {
                 for l in 0..LANES {
-                    lanes[l] = lanes[l] + q[l] * k[l];
+                    lanes[l] += q[l] * k[l];
                 }
             }
             for ((lane, &q), &k) in lanes.iter_mut().zip(q_rest).zip(k_rest) {
-                *lane = *lane + q * k;
+                *lane += q * k;
             }
             *score = scale * fold_lanes(lanes, |a, b| a + b);
         }
@@ -89,7 +90,7 @@ simd_fn! {
             let p = p * factor;
             let value = v.block(row as usize * slots + first + i, 1, col, d).row(0);
             for (o, &v) in out.iter_mut().zip(value) {
-                *o = *o + p * v;
+                *o += p * v;
             }
         }
     }
@@ -132,7 +133,18 @@ pub(crate) fn cached_attention<T: Real>(
             let first = spec.window.map_or(0, |w| end.saturating_sub(w));
             let query = q.block(b * tokens + i, 1, head * d, d).row(0);
             let from = &rows[b * slots + first..b * slots + end];
-            one_query(query, &k, &v, from, first, slots, head / group * d, scale, &mut scores[..end - first], to);
+            one_query(
+                query,
+                &k,
+                &v,
+                from,
+                first,
+                slots,
+                head / group * d,
+                scale,
+                &mut scores[..end - first],
+                to,
+            );
         }
     });
     Ok(())

@@ -61,7 +61,7 @@ simd_fn! {
         #[inline(always)]
         fn times<T: Real>(x: &[T], dy: &mut [T], f: impl Fn(T) -> T) {
             for (dy, &x) in dy.iter_mut().zip(x) {
-                *dy = *dy * f(x);
+                *dy *= f(x);
             }
         }
         let half = T::from_f64(0.5);
@@ -123,7 +123,7 @@ simd_fn! {
     /// `y += x` for one row.
     pub(crate) fn add_row<T: Real>(x: &[T], y: &mut [T]) {
         for (y, &x) in y.iter_mut().zip(x) {
-            *y = *y + x;
+            *y += x;
         }
     }
 }
@@ -262,7 +262,7 @@ fn sum_all<T: Real>(pool: &Pool, x: Mat<'_, T>, y: MatMut<'_, T>, scratch: MatMu
     for_chunks(pool, x.rows, per, |chunk, from, to| {
         let mut sum = T::ZERO;
         for r in from..to {
-            sum = sum + crate::simd::sum(x.row(r));
+            sum += crate::simd::sum(x.row(r));
         }
         // SAFETY: each chunk has an element of scratch of its own.
         unsafe { scratch.set(0, chunk, sum) };
@@ -270,7 +270,7 @@ fn sum_all<T: Real>(pool: &Pool, x: Mat<'_, T>, y: MatMut<'_, T>, scratch: MatMu
     let mut sum = T::ZERO;
     for chunk in 0..x.rows.div_ceil(per.max(1)) {
         // SAFETY: the tasks are done; this thread is alone.
-        sum = sum + unsafe { scratch.block(0, 1, chunk, 1).row_mut(0) }[0];
+        sum += unsafe { scratch.block(0, 1, chunk, 1).row_mut(0) }[0];
     }
     // SAFETY: as above.
     unsafe { y.set(0, 0, sum) };

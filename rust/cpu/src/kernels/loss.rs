@@ -53,9 +53,9 @@ simd_fn! {
         let sum = reduce(row, T::ZERO, |x| x, |a, b| a + b);
         let factor = scale / sum;
         for x in row.iter_mut() {
-            *x = *x * factor;
+            *x *= factor;
         }
-        row[label] = row[label] - scale;
+        row[label] -= scale;
         sum.ln() + largest - target
     }
 }

@@ -20,7 +20,7 @@ simd_fn! {
         let rstd = T::ONE / (dot(y, y) / n + eps).sqrt();
         if bias.is_empty() {
             for (y, &w) in y.iter_mut().zip(weight) {
-                *y = *y * rstd * w;
+                *y *= rstd * w;
             }
         } else {
             for ((y, &w), &b) in y.iter_mut().zip(weight).zip(bias) {
@@ -66,13 +66,13 @@ simd_fn! {
         for i in 0..n {
             hat[i] = (x[i] - mean) * rstd;
             dhat[i] = dy[i] * weight[i];
-            dweight[i] = dweight[i] + dy[i] * hat[i];
-            dbias[i] = dbias[i] + dy[i];
+            dweight[i] += dy[i] * hat[i];
+            dbias[i] += dy[i];
         }
         let count = T::from_f64(n as f64);
         let (average, along) = (sum(dhat) / count, dot(dhat, hat) / count);
         for i in 0..n {
-            dx[i] = dx[i] + rstd * (dhat[i] - average - hat[i] * along);
+            dx[i] += rstd * (dhat[i] - average - hat[i] * along);
         }
     }
 }

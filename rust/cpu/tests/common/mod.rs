@@ -1,5 +1,11 @@
 //! Builds small graphs with random leaves and runs them both ways.
-#![allow(dead_code, missing_docs, unreachable_pub, reason = "each test file uses its part")]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "each test file uses its part"
+)]
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -130,7 +136,8 @@ pub fn run(graph: &Graph, leaves: &HashMap<String, Tensor>, threads: usize) -> H
         .iter()
         .map(|p| (p.name.as_str(), p.operand.ty.clone(), bytes(p.operand.ty.dtype, &leaves[&p.name])))
         .collect();
-    let borrowed: Vec<(&str, TensorType, &[u8])> = inputs.iter().map(|(n, t, b)| (*n, t.clone(), &b[..])).collect();
+    let borrowed: Vec<(&str, TensorType, &[u8])> =
+        inputs.iter().map(|(n, t, b)| (*n, t.clone(), &b[..])).collect();
     let results = executor.run(&borrowed).unwrap();
     let mut found: HashMap<String, Tensor> =
         plan.outputs.iter().zip(results).map(|(p, a)| (p.name.clone(), tensor(&a.ty, &a.bytes))).collect();
@@ -142,7 +149,12 @@ pub fn run(graph: &Graph, leaves: &HashMap<String, Tensor>, threads: usize) -> H
 }
 
 /// Asserts that two sets of results agree to `tolerance` relative to the largest element of each.
-pub fn assert_close(what: &str, got: &HashMap<String, Tensor>, want: &HashMap<String, Tensor>, tolerance: f64) {
+pub fn assert_close(
+    what: &str,
+    got: &HashMap<String, Tensor>,
+    want: &HashMap<String, Tensor>,
+    tolerance: f64,
+) {
     assert_eq!(got.len(), want.len(), "{what}: other results");
     for (name, w) in want {
         let (g, w) = (got[name].floats(), w.floats());

@@ -46,7 +46,9 @@ pub fn fold(graph: &Graph) -> Result<Graph> {
                 (Binary::Add | Binary::Sub, _, Some(0.0)) => Some(vec![x[0]]),
                 (Binary::Add, Some(0.0), _) if rw.to.ty(x[1]).shape == ty.shape => Some(vec![x[1]]),
                 (Binary::Mul, _, Some(c)) => Some(vec![scale(rw, x[0], c)?]),
-                (Binary::Mul, Some(c), _) if rw.to.ty(x[1]).shape == ty.shape => Some(vec![scale(rw, x[1], c)?]),
+                (Binary::Mul, Some(c), _) if rw.to.ty(x[1]).shape == ty.shape => {
+                    Some(vec![scale(rw, x[1], c)?])
+                }
                 (Binary::Div, _, Some(1.0)) => Some(vec![x[0]]),
                 _ => None,
             },
