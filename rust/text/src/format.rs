@@ -18,6 +18,7 @@ use crate::model::Model;
 use crate::normalize::Normalizer;
 use crate::pretokenize::{PreTokenizer, Words};
 use crate::template::PostProcessor;
+use crate::unigram::Unigram;
 use crate::vocab::Vocab;
 use crate::wordpiece::WordPiece;
 use crate::{Error, Result};
@@ -72,6 +73,7 @@ struct ModelFile {
     #[serde(default)]
     ignore_merges: bool,
     max_input_chars_per_word: Option<usize>,
+    unk_id: Option<u32>,
 }
 
 /// A merge as a pair, or as one string with a space in older files.
@@ -211,8 +213,8 @@ impl ModelFile {
                 let merges = merges.collect::<Result<Vec<_>>>()?;
                 Ok(Model::Bpe(Bpe::new(Vocab::new(entries)?, &merges, options, byte_level)?))
             }
-            ("WordPiece", VocabFile::Ids(_)) if byte_level => {
-                refuse("WordPiece after a ByteLevel pre-tokenizer is not supported".into())
+            ("WordPiece" | "Unigram", _) if byte_level => {
+                refuse(format!("{kind} after a ByteLevel pre-tokenizer is not supported"))
             }
             ("WordPiece", VocabFile::Ids(entries)) => Ok(Model::WordPiece(WordPiece::new(
                 Vocab::new(entries)?,
@@ -220,10 +222,14 @@ impl ModelFile {
                 self.continuing_subword_prefix.unwrap_or_else(|| "##".into()),
                 self.max_input_chars_per_word.unwrap_or(100),
             )?)),
+            ("Unigram", VocabFile::Scores(entries)) => {
+                Ok(Model::Unigram(Unigram::new(entries, self.unk_id, self.byte_fallback)?))
+            }
             ("BPE" | "WordPiece", VocabFile::Scores(_)) => {
                 refuse(format!("the vocabulary of {kind} is a list"))
             }
-            _ => refuse(format!("type {kind:?} is not supported, only BPE and WordPiece are")),
+            ("Unigram", VocabFile::Ids(_)) => refuse("the vocabulary of Unigram is not a list".into()),
+            _ => refuse(format!("type {kind:?} is not supported, only BPE, WordPiece and Unigram are")),
         }
     }
 }
@@ -259,6 +265,13 @@ impl Serialize for Model {
                 map.serialize_entry("continuing_subword_prefix", &m.continuing_subword_prefix)?;
                 map.serialize_entry("max_input_chars_per_word", &m.max_input_chars_per_word)?;
                 map.serialize_entry("vocab", &m.vocab)?;
+            }
+            Self::Unigram(m) => {
+                let vocab: Vec<_> =
+                    m.vocab.iter().map(|(token, id)| (token, m.scores[id as usize])).collect();
+                map.serialize_entry("unk_id", &m.unk_id)?;
+                map.serialize_entry("vocab", &vocab)?;
+                map.serialize_entry("byte_fallback", &m.byte_fallback)?;
             }
         }
         map.end()

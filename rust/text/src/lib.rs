@@ -23,6 +23,7 @@ mod train;
 mod trie;
 mod unicode;
 mod unicode_tables;
+mod unigram;
 mod vocab;
 mod wordpiece;
 

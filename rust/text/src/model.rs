@@ -1,8 +1,11 @@
 //! The model of a tokenizer: from a word to tokens.
 
 use crate::Result;
+use std::ops::Range;
+
 use crate::bpe::{Bpe, BpeScratch, Piece};
 use crate::cache::Cache;
+use crate::unigram::{Unigram, UnigramScratch};
 use crate::vocab::Vocab;
 use crate::wordpiece::WordPiece;
 
@@ -11,6 +14,7 @@ use crate::wordpiece::WordPiece;
 pub(crate) enum Model {
     Bpe(Bpe),
     WordPiece(WordPiece),
+    Unigram(Unigram),
 }
 
 /// What a thread keeps between words and texts.
@@ -18,6 +22,7 @@ pub(crate) enum Model {
 pub(crate) struct Scratch {
     pub(crate) cache: Cache,
     bpe: BpeScratch,
+    unigram: UnigramScratch,
     pieces: Vec<Piece>,
 }
 
@@ -27,6 +32,7 @@ impl Model {
         match self {
             Self::Bpe(_) => "BPE",
             Self::WordPiece(_) => "WordPiece",
+            Self::Unigram(_) => "Unigram",
         }
     }
 
@@ -34,6 +40,7 @@ impl Model {
         match self {
             Self::Bpe(m) => &m.vocab,
             Self::WordPiece(m) => &m.vocab,
+            Self::Unigram(m) => &m.vocab,
         }
     }
 
@@ -42,6 +49,15 @@ impl Model {
         match self {
             Self::Bpe(m) => m.options.unk_token.as_deref(),
             Self::WordPiece(m) => Some(&m.unk_token),
+            Self::Unigram(m) => m.vocab.token(m.unk_id?),
+        }
+    }
+
+    /// How a token is shown: the string of its id, but what Unigram does not know as it was read.
+    pub(crate) fn shown<'a>(&'a self, id: u32, text: &'a str, read: Range<usize>) -> &'a str {
+        match self {
+            Self::Unigram(m) if m.unk_id == Some(id) => &text[read],
+            _ => self.vocab().token(id).unwrap_or_default(),
         }
     }
 
@@ -51,6 +67,7 @@ impl Model {
         match self {
             Self::Bpe(m) => m.tokenize(word, &mut scratch.bpe, &mut scratch.pieces)?,
             Self::WordPiece(m) => m.tokenize(word, &mut scratch.pieces),
+            Self::Unigram(m) => m.tokenize(word, &mut scratch.unigram, &mut scratch.pieces)?,
         }
         Ok(&scratch.pieces)
     }

@@ -152,13 +152,14 @@ impl Tokenizer {
         }
     }
 
-    /// The kind of model: `"bpe"`, `"wordpiece"` or `"char"`.
+    /// The kind of model: `"bpe"`, `"wordpiece"`, `"unigram"` or `"char"`.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         match &self.parts.model {
             Model::Bpe(m) if m.is_characters() => "char",
             Model::Bpe(_) => "bpe",
             Model::WordPiece(_) => "wordpiece",
+            Model::Unigram(_) => "unigram",
         }
     }
 
@@ -323,8 +324,7 @@ impl Tokenizer {
                         for &(id, len) in pieces {
                             let last = at + len as usize - 1;
                             let (from, to) = origin[at].to(origin[last]);
-                            // The reference shows what was read, not the unknown token, as Unigram's unknown.
-                            let token = self.parts.model.vocab().token(id).unwrap_or_default();
+                            let token = self.parts.model.shown(id, prepared, at..last + 1);
                             out.push(id, token, positions.range(from, to), Some(word), Some(sequence), 0);
                             at = last + 1;
                         }

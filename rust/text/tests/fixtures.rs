@@ -8,7 +8,16 @@ use pyrformer_text::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 4] = ["bert_uncased", "bert_cased", "gpt2_bytelevel", "roberta_bytelevel"];
+const NAMES: [&str; 8] = [
+    "bert_uncased",
+    "bert_cased",
+    "gpt2_bytelevel",
+    "roberta_bytelevel",
+    "llama3_bytelevel",
+    "llama2_byte_fallback",
+    "llama2_metaspace",
+    "xlnet_unigram",
+];
 
 /// The folder of fixtures, or none with the reason printed.
 fn fixtures() -> Option<PathBuf> {
