@@ -479,6 +479,43 @@ mod tests {
         assert!(total.load(Ordering::Relaxed) >= 100);
     }
 
+    /// A child of `fork` has the caller's thread alone; its first run starts workers of its own.
+    #[cfg(unix)]
+    #[test]
+    fn a_forked_child_can_run_tasks() {
+        use std::collections::HashSet;
+
+        unsafe extern "C" {
+            fn fork() -> i32;
+            fn waitpid(process: i32, status: *mut i32, options: i32) -> i32;
+            fn _exit(status: i32) -> !;
+        }
+        let pool = Pool::new(3);
+        assert_eq!(counts(&pool, 50), vec![1; 50]);
+        // SAFETY: the child uses its own memory only and leaves by `_exit`.
+        let child = unsafe { fork() };
+        if child == 0 {
+            let works = catch_unwind(AssertUnwindSafe(|| {
+                let workers = Mutex::new(HashSet::new());
+                let all = counts(&pool, 50) == vec![1; 50];
+                pool.run(3, &|_, worker| {
+                    std::thread::sleep(Duration::from_millis(50));
+                    lock(&workers).insert(worker);
+                });
+                drop(pool);
+                all && lock(&workers).len() == 3
+            }));
+            // SAFETY: ends the child at once.
+            unsafe { _exit(if matches!(works, Ok(true)) { 0 } else { 1 }) };
+        }
+        assert!(child > 0);
+        let mut status = -1;
+        // SAFETY: waits for the child above.
+        assert_eq!(unsafe { waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0);
+        assert_eq!(counts(&pool, 50), vec![1; 50]);
+    }
+
     #[test]
     fn the_variable_is_followed_or_refused() {
         assert_eq!(parse_threads(Some("3")), Ok(3));

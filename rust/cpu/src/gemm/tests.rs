@@ -200,7 +200,7 @@ fn several_rounds_of_panels() {
 #[test]
 fn bits_do_not_depend_on_threads() {
     let pools = [1, 2, 3, 5].map(Pool::new);
-    for (m, n, k) in [(150, 210, 90), (7, 900, 300), (128, 512, 768), (300, 65, 128), (40, 1000, 400)] {
+    for (m, n, k) in [(150, 210, 20), (7, 900, 50), (30, 140, 800), (300, 65, 30), (20, 500, 50)] {
         transpositions(|ta, tb| {
             let case = Case { m, n, k, ta, tb, accumulate: true, gap: 0 };
             for level in levels() {
