@@ -50,9 +50,7 @@ class Display:
                 self.task = self.progress.add_task("", total=n["steps"], completed=n["done"], numbers="")
                 self.progress.start()
         elif kind == "step":
-            numbers = (
-                f"loss {n['loss']:.3f} lr {n['learning_rate']:.1e} {_short(n['tokens_per_s'])} tok/s{self.valid}"
-            )
+            numbers = f"loss {n['loss']:.3f} lr {n['learning_rate']:.1e} {_short(n['tokens_per_s'])} tok/s{self.valid}"
             if self.live:
                 self.progress.update(self.task, completed=n["step"], numbers=numbers)
             elif n["step"] % (10 * self.log_every) == 0:

@@ -20,7 +20,11 @@ def command(run: str, text: str, top_k: int, threads: int | None, as_json: bool)
     """Propose tokens for each mask token ([MASK]) in TEXT, with the model in the folder RUN."""
     masks = pf.load(run, threads=threads).fill_mask(text, top_k)
     if as_json:
-        click.echo(json.dumps([[dataclasses.asdict(p) for p in proposals] for proposals in masks], ensure_ascii=False))
+        click.echo(
+            json.dumps(
+                [[dataclasses.asdict(p) for p in proposals] for proposals in masks], ensure_ascii=False
+            )
+        )
         return
     for i, proposals in enumerate(masks):
         if len(masks) > 1:

@@ -18,7 +18,7 @@ PROGRAMS = ["train_step", "forward", "evaluate", "decode_step"]
 @click.option("--graph", is_flag=True, help="Print the graph after the passes instead of the plan.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(run: str, program: str, batch: int, seq: int | None, graph: bool, as_json: bool) -> None:
-    """Print the compiled plan of the model in the folder RUN: operations, shapes, bytes, FLOPs, and where results lie."""
+    """Print the compiled plan of the model in the folder RUN: operations, shapes, bytes, FLOPs, places of results."""
     model = pf.load(run)
     family = model.family
     tokens = seq or min(family.max_positions, 256)
@@ -45,8 +45,8 @@ def command(run: str, program: str, batch: int, seq: int | None, graph: bool, as
     plan = lowered.plan
     click.echo(
         f"\n{program} of [{batch}, {tokens}]: {len(plan)} steps, {plan.flops / 1e9:.3g} GFLOP, "
-        f"{_bytes(plan.traffic_bytes)} moved\narena {_bytes(plan.arena_bytes)} (alive at once {_bytes(plan.live_bytes)}), "
-        f"states {_bytes(plan.state_bytes)}"
+        f"{_bytes(plan.traffic_bytes)} moved\n"
+        f"arena {_bytes(plan.arena_bytes)} (alive at once {_bytes(plan.live_bytes)}), states {_bytes(plan.state_bytes)}"
     )
 
 

@@ -15,7 +15,9 @@ import pyrformer as pf
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=int, default=200, show_default=True, help="Tokens to add at most.")
 @click.option("--greedy", is_flag=True, help="Take the most probable token instead of drawing one.")
-@click.option("--temperature", type=float, help="Flatten (> 1) or sharpen (< 1) what is drawn from.  [default: 0.8]")
+@click.option(
+    "--temperature", type=float, help="Flatten (> 1) or sharpen (< 1) what is drawn from.  [default: 0.8]"
+)
 @click.option("--top-k", type=int, help="Draw from the k most probable tokens.")
 @click.option("--top-p", type=float, help="Draw from the fewest tokens with this much probability (nucleus).")
 @click.option("--min-p", type=float, help="Draw from tokens with this share of the best one's probability.")
@@ -23,7 +25,9 @@ import pyrformer as pf
 @click.option("--length-penalty", type=float, help="For beams: above 0 favours long texts.")
 @click.option("--repetition-penalty", type=float, help="Above 1: tokens that occurred become less probable.")
 @click.option("--no-repeat-ngram-size", type=int, help="No run of this many tokens occurs twice.")
-@click.option("-n", "--num-return-sequences", type=int, default=1, show_default=True, help="How many continuations.")
+@click.option(
+    "-n", "--num-return-sequences", type=int, default=1, show_default=True, help="How many continuations."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same text.")
 @click.option("--threads", type=int, help="Threads to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a continuation.")
@@ -61,7 +65,9 @@ def command(
             else:
                 score = out.scores[i]
                 if len(out.texts) > 1:
-                    click.secho(f"--- {i + 1}" + (f"  score {score:.4f}" if score is not None else ""), dim=True)
+                    click.secho(
+                        f"--- {i + 1}" + (f"  score {score:.4f}" if score is not None else ""), dim=True
+                    )
                 click.echo(prompt + text)
         return
     pieces = model.stream(prompt, **settings)

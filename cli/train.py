@@ -77,12 +77,16 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--out", type=click.Path(), help="The run folder to write.")
 @click.option("--config", "config_file", type=click.Path(), help="A TOML file; flags override it.")
 @click.option("--valid", multiple=True, type=click.Path(), help="A file to measure on; may be given again.")
-@click.option("--objective", type=click.Choice(["ar", "mlm"]), help="Next token, or masked tokens.  [default: ar]")
+@click.option(
+    "--objective", type=click.Choice(["ar", "mlm"]), help="Next token, or masked tokens.  [default: ar]"
+)
 @click.option("--family", help="gpt2 or bert.  [default: by the objective]")
 @click.option("--layers", type=int, help="Number of layers.")
 @click.option("--width", type=int, help="Width of the model.")
 @click.option("--heads", type=int, help="Number of attention heads.")
-@click.option("--tokenizer", help="A tokenizer.json, a preset (gpt2, bert-uncased, …) or a kind (bpe, wordpiece, char).")
+@click.option(
+    "--tokenizer", help="A tokenizer.json, a preset (gpt2, bert-uncased, …) or a kind (bpe, wordpiece, char)."
+)
 @click.option("--vocab-size", type=int, help="Tokens to learn.")
 @click.option("--seq-len", type=int, help="Tokens in a row.")
 @click.option("--batch-size", type=int, help="Rows in a batch.")
@@ -97,8 +101,12 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--mlm-probability", type=float, help="Share of tokens that are masked.")
 @click.option("--whole-word-mask/--no-whole-word-mask", default=None, help="Mask words, not tokens.")
 @click.option("--column", help="Field of .jsonl lines that holds the text.")
-@click.option("--errors", type=click.Choice(["strict", "replace"]), help="What to do with bytes that are not UTF-8.")
-@click.option("--clean", multiple=True, help="A cleaning step: nfc, nfkc, control, whitespace; may be given again.")
+@click.option(
+    "--errors", type=click.Choice(["strict", "replace"]), help="What to do with bytes that are not UTF-8."
+)
+@click.option(
+    "--clean", multiple=True, help="A cleaning step: nfc, nfkc, control, whitespace; may be given again."
+)
 @click.option("--eval-every", type=int, help="Updates between evaluations.")
 @click.option("--save-every", type=int, help="Updates between checkpoints.")
 @click.option("--log-every", type=int, help="Updates between lines of metrics.jsonl.")
@@ -116,7 +124,9 @@ def command(files: tuple[str, ...], config_file: str | None, print_config: bool,
     options = read_toml(config_file) if config_file else {"model": {}, "tokenizer": {}}
     objective = given["objective"] or options.get("objective", "ar")
     options["model"] = model_options(given, options["model"], objective)
-    options["tokenizer"] = tokenizer_options(given.pop("tokenizer"), given.pop("vocab_size"), options["tokenizer"])
+    options["tokenizer"] = tokenizer_options(
+        given.pop("tokenizer"), given.pop("vocab_size"), options["tokenizer"]
+    )
     for key in ("valid", "clean"):
         given[key] = list(given[key]) or None
     options |= {key: value for key, value in given.items() if value is not None}
@@ -124,7 +134,9 @@ def command(files: tuple[str, ...], config_file: str | None, print_config: bool,
         options["files"] = list(files)
     for name in ("files", "out"):
         if not options.get(name):
-            raise click.UsageError(f"give {'FILES' if name == 'files' else '--out RUN'}, or set it in the --config file")
+            raise click.UsageError(
+                f"give {'FILES' if name == 'files' else '--out RUN'}, or set it in the --config file"
+            )
     config = pf.TrainConfig(**options)
     if print_config:
         click.echo(json.dumps(dataclasses.asdict(config), indent=2))

@@ -4,7 +4,7 @@ Arrays given must be C-contiguous; arrays returned are new. Errors are those of 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, final
 
@@ -13,15 +13,20 @@ import numpy.typing as npt
 
 __all__ = [
     "AtomicDir",
+    "CausalBatches",
     "Executor",
     "Graph",
+    "MaskedBatches",
     "Plan",
     "SafeTensors",
     "Search",
     "Store",
+    "StreamDecoder",
+    "Tokenizer",
     "__version__",
     "filter_logits",
     "normal",
+    "read_documents",
     "write_file",
     "write_safetensors",
 ]
@@ -33,6 +38,8 @@ _Path = str | os.PathLike[str]
 _Array = npt.NDArray[Any]
 _Ints = npt.NDArray[np.int32]
 _Floats = npt.NDArray[np.float32]
+_Ids = npt.NDArray[np.uint32]
+_Offsets = npt.NDArray[np.int64]
 
 class _Result(TypedDict):
     """One sequence that a search found."""
@@ -43,6 +50,16 @@ class _Result(TypedDict):
     token_logprobs: list[float]
     beam_indices: list[int]
     finish_reason: str
+
+class _Encoding(TypedDict):
+    """One text, or a pair, as tokens; lists of equal length."""
+
+    ids: list[int]
+    type_ids: list[int]
+    tokens: list[str]
+    offsets: list[tuple[int, int]]
+    special_tokens_mask: list[int]
+    attention_mask: list[int]
 
 __version__: str
 
@@ -171,3 +188,110 @@ class AtomicDir:
         """Where to write meanwhile; None after the end."""
     def commit(self, replace: bool) -> None: ...
     def discard(self) -> None: ...
+
+# ---- rust/python/src/data.rs ----------------------------------------------------------------------------------------
+
+def read_documents(
+    paths: Sequence[_Path], column: str, replace_errors: bool, steps: Sequence[str]
+) -> tuple[list[str], list[tuple[str, int, int]]]:
+    """The documents of text files after the named cleaning steps.
+
+    Per step: its name, documents changed, characters removed.
+    """
+
+@final
+class CausalBatches:
+    """Packed rows for next-token prediction. Letters: B rows, S tokens in a row."""
+
+    def __new__(
+        cls,
+        ids: _Ids,
+        offsets: _Offsets,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        separate_documents: bool,
+    ) -> CausalBatches: ...
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches that visit every block once."""
+    def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
+        """input_ids, labels, position_ids, where documents are separate segments, [B, S] each; number of labels."""
+
+@final
+class MaskedBatches:
+    """Padded rows with masked tokens. Letters: B rows, S tokens in a row, P labelled positions."""
+
+    def __new__(
+        cls,
+        ids: _Ids,
+        offsets: _Offsets,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        vocab_size: int,
+        special: Sequence[int],
+        mlm_probability: float,
+        mask_rate: float,
+        random_rate: float,
+        continues: Sequence[bool] | None = None,
+        pad_to_multiple_of: int = 8,
+    ) -> MaskedBatches:
+        """``special``: ids of [CLS], [SEP], [PAD], [MASK]; ``continues[id]``: whether a token continues a word."""
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches that visit every piece once."""
+    def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
+        """input_ids, attention_mask, token_type_ids, labels [B, S], positions, masked_labels [P]; number of labels."""
+
+# ---- rust/python/src/text.rs ----------------------------------------------------------------------------------------
+
+@final
+class Tokenizer:
+    """Text to ids and back."""
+
+    @staticmethod
+    def train(
+        documents: Sequence[str],
+        kind: str,
+        preset: str | None,
+        vocab_size: int,
+        min_frequency: int,
+        special_tokens: Sequence[str] | None,
+        threads: int,
+        progress: Callable[[str, int, int], object] | None,
+    ) -> Tokenizer:
+        """``kind`` counts where no preset is named; ``progress(stage, done, total)`` is called during the work."""
+    @staticmethod
+    def load(path: _Path) -> Tokenizer: ...
+    @staticmethod
+    def from_json(text: str) -> Tokenizer: ...
+    def to_json(self) -> str: ...
+    def save(self, path: _Path) -> None: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def token_to_id(self, token: str) -> int | None: ...
+    def id_to_token(self, id: int) -> str | None: ...  # noqa: A002
+    def is_special(self, id: int) -> bool: ...  # noqa: A002
+    def special_ids(self) -> dict[str, int]:
+        """Role (unk, pad, cls, sep, mask, bos, eos) → id, for the roles that are filled."""
+    def encode(self, text: str, pair: str | None, add_special_tokens: bool) -> _Encoding: ...
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool, threads: int
+    ) -> tuple[_Ids, _Offsets]:
+        """All ids, one text after another, and the start of each text followed by the end of the last."""
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+    def stream_decoder(self, skip_special_tokens: bool) -> StreamDecoder: ...
+
+@final
+class StreamDecoder:
+    """Ids in, pieces of text out; the pieces together are what ``decode`` gives."""
+
+    def push(self, id: int) -> str | None:  # noqa: A002
+        """The text that this id makes certain, if any."""
+    def finish(self) -> str | None:
+        """What was held back."""

@@ -90,7 +90,9 @@ def _tensors(folder: Path, family: Family) -> dict[str, Any]:
             if _absent_bias(family, ours):
                 _require_zero(folder, name, stored.get(name))
                 continue
-            raise FileError(f"[load] {folder}: tensor {name!r} is not part of a {family.config.model_type} model")
+            raise FileError(
+                f"[load] {folder}: tensor {name!r} is not part of a {family.config.model_type} model"
+            )
         if tuple(shape) != parameters[ours].shape:
             want = list(parameters[ours].shape)
             raise FileError(f"[load] {folder}: tensor {name!r} is {shape}, the configuration says {want}")
@@ -107,7 +109,9 @@ def _absent_bias(family: Family, name: str) -> bool:
 
 def _require_zero(folder: Path, name: str, tensor: Any) -> None:
     if np.any(tensor):
-        raise FileError(f'[load] {folder}: tensor {name!r} is not zero, but the configuration says "bias": false')
+        raise FileError(
+            f'[load] {folder}: tensor {name!r} is not zero, but the configuration says "bias": false'
+        )
 
 
 def save(model: Model, folder: str | Path) -> None:

@@ -1,8 +1,8 @@
 """From a traced program to one that runs: Traced → Lowered → Compiled, each stage an object one can look at.
 
-    traced = Traced(name, trace)         # print(traced.graph)
-    lowered = traced.lower()             # print(lowered.graph), lowered.plan.table()
-    compiled = lowered.compile(store)    # compiled(input_ids=…, …) -> {"loss": …}
+traced = Traced(name, trace)         # print(traced.graph)
+lowered = traced.lower()             # print(lowered.graph), lowered.plan.table()
+compiled = lowered.compile(store)    # compiled(input_ids=…, …) -> {"loss": …}
 """
 
 from __future__ import annotations
@@ -65,4 +65,6 @@ class Compiled:
             InputError: an input is missing, unknown, of another shape, or holds an index out of range.
         """
         types = {name: dtype for name, dtype, _ in self.plan.inputs}
-        return self.executor.run({n: np.asarray(value, types.get(n), order="C") for n, value in inputs.items()})
+        return self.executor.run(
+            {n: np.asarray(value, types.get(n), order="C") for n, value in inputs.items()}
+        )

@@ -1,7 +1,7 @@
 """From text to batches: reading, cleaning, tokenizing, packing or masking.
 
-The batch of a step is a pure function of (seed, step): the same whatever the number of threads, and any step can be asked
-for at once. Letters: B rows, T tokens in a row, M labelled positions.
+The batch of a step is a pure function of (seed, step): the same whatever the number of threads, and any step can be
+asked for at once. Letters: B rows, T tokens in a row, M labelled positions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ OBJECTIVES = ("ar", "mlm")
 
 
 def read_documents(
-    files: Sequence[str | PathLike[str]], *, column: str = "text", errors: str = "strict", clean: Sequence[str] = ()
+    files: Sequence[str | PathLike[str]],
+    *,
+    column: str = "text",
+    errors: str = "strict",
+    clean: Sequence[str] = (),
 ) -> list[str]:
     """The documents of ``.txt`` files (one each) and ``.jsonl`` files (one a line, in field ``column``).
 
@@ -44,7 +48,9 @@ def read_documents(
     return documents
 
 
-def tokenize(tokenizer: Tokenizer, documents: Sequence[str], *, objective: str, threads: int | None = None) -> Ragged:
+def tokenize(
+    tokenizer: Tokenizer, documents: Sequence[str], *, objective: str, threads: int | None = None
+) -> Ragged:
     """The ids of documents, without the template's special tokens; for "ar", each ends with the end token if there is
     one."""
     ragged = tokenizer.encode_batch(documents, add_special_tokens=False, threads=threads)
@@ -76,8 +82,8 @@ class Batches:
     """Batches of a tokenized corpus: an iterable of dicts of plain numpy arrays, and random access by step.
 
     ``objective="ar"``: packed rows. Each dict has int32 ``input_ids``, ``labels`` (the next token, −100 where there is
-    none) and ``position_ids`` ``[B, T]``; where documents are kept apart, positions restart and ``segments [B, T]`` says
-    which tokens may see each other.
+    none) and ``position_ids`` ``[B, T]``; where documents are kept apart, positions restart and ``segments [B, T]``
+    says which tokens may see each other.
 
     ``objective="mlm"``: rows [CLS] … [SEP], padded. Each dict has int32 ``input_ids``, ``attention_mask``,
     ``token_type_ids``, ``labels`` (−100 where nothing is masked) ``[B, T]``, and the labelled places once more as flat

@@ -26,11 +26,41 @@ from pyrformer.model import Model
 SLOTS = 64
 #: What a stored ``generation_config.json`` may say about a search; its other keys concern other libraries.
 STORED = frozenset(
-    """max_new_tokens max_length min_length min_new_tokens do_sample num_beams num_return_sequences temperature top_k top_p
-    top_h min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids sequence_bias suppress_tokens begin_suppress_tokens forced_bos_token_id
-    forced_eos_token_id length_penalty early_stopping exponential_decay_length_penalty renormalize_logits
-    remove_invalid_values eos_token_id""".split()
+    # fmt: off
+    [
+        "max_new_tokens",
+        "max_length",
+        "min_length",
+        "min_new_tokens",
+        "do_sample",
+        "num_beams",
+        "num_return_sequences",
+        "temperature",
+        "top_k",
+        "top_p",
+        "top_h",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "repetition_penalty",
+        "encoder_repetition_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "sequence_bias",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "early_stopping",
+        "exponential_decay_length_penalty",
+        "renormalize_logits",
+        "remove_invalid_values",
+        "eos_token_id",
+    ]
+    # fmt: on
 )
 #: Options that mean nothing without sampling, or without beams.
 SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -82,7 +112,9 @@ def generate(model: Model, prompts: Any, config: dict[str, Any] | None = None, *
             pass
     results = search.finish()
     tokenizer = model.tokenizer
-    texts = ["" if tokenizer is None else tokenizer.decode(r["ids"], skip_special_tokens=True) for r in results]
+    texts = [
+        "" if tokenizer is None else tokenizer.decode(r["ids"], skip_special_tokens=True) for r in results
+    ]
     return Generation(
         texts,
         [r["ids"] for r in results],
@@ -101,7 +133,9 @@ def stream(model: Model, prompt: Any, config: dict[str, Any] | None = None, **op
     ids = _prompt_ids(model, prompt, None)
     merged = _options(model, config, options)
     if len(ids) != 1 or merged.get("num_beams", 1) != 1 or merged.get("num_return_sequences", 1) != 1:
-        raise InputError("[stream] only one prompt with num_beams=1 and num_return_sequences=1 can be streamed")
+        raise InputError(
+            "[stream] only one prompt with num_beams=1 and num_return_sequences=1 can be streamed"
+        )
     search = _core.Search(merged, ids, model.family.config.vocab_size)
     pieces = model.require_tokenizer().stream_decoder(skip_special_tokens=True)
     with model.decoding:
@@ -119,7 +153,9 @@ def stream(model: Model, prompt: Any, config: dict[str, Any] | None = None, **op
 def _options(model: Model, config: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
     """All options of a call, the model's own defaults first."""
     if model.family.objective != "ar":
-        raise InputError("[generate] this model predicts masked tokens and does not continue text; use fill_mask")
+        raise InputError(
+            "[generate] this model predicts masked tokens and does not continue text; use fill_mask"
+        )
     stored = {k: v for k, v in model.generation_config.items() if k in STORED}
     eos = {"eos_token_id": model.family.config.eos_token_id}
     asked = {**(config or {}), **options}
@@ -137,14 +173,20 @@ def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> list[
     if isinstance(prompts, np.ndarray):
         keep = np.ones(prompts.shape, bool) if mask is None else np.asarray(mask) != 0
         if prompts.ndim != 2 or keep.shape != prompts.shape:
-            raise InputError(f"[generate] prompts and attention_mask must be arrays [B, T], got {list(prompts.shape)}")
+            raise InputError(
+                f"[generate] prompts and attention_mask must be arrays [B, T], got {list(prompts.shape)}"
+            )
         return [row[k].tolist() for row, k in zip(prompts, keep, strict=True)]
     prompts = list(prompts)
     if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
         return [[int(p) for p in prompts]]
     ids = []
     for i, prompt in enumerate(prompts):
-        found = model.require_tokenizer().encode(prompt).ids if isinstance(prompt, str) else [int(t) for t in prompt]
+        found = (
+            model.require_tokenizer().encode(prompt).ids
+            if isinstance(prompt, str)
+            else [int(t) for t in prompt]
+        )
         if not found and model.family.config.bos_token_id is not None:
             found = [model.family.config.bos_token_id]
         if not found:
@@ -161,13 +203,17 @@ class Decoder:
     def __init__(self, model: Model, prompts: list[list[int]], search: _core.Search, options: dict[str, Any]):
         longest, limit = max(map(len, prompts)), model.family.max_positions
         if longest > limit:
-            raise InputError(f"[generate] a prompt of {longest} tokens is more than the model's {limit} positions")
+            raise InputError(
+                f"[generate] a prompt of {longest} tokens is more than the model's {limit} positions"
+            )
         wanted = options.get("max_new_tokens") or max(options.get("max_length", longest + 20) - longest, 1)
         self.model, self.search = model, search
         #: Prompt and new tokens of each active sequence.
         self.texts = [list(p) for p in prompts]
         self.slots = min(-(-(longest + wanted) // SLOTS) * SLOTS, limit)
-        self.cache_rows = len(prompts) * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+        self.cache_rows = len(prompts) * max(
+            options.get("num_beams", 1), options.get("num_return_sequences", 1)
+        )
         #: How many positions of each sequence are in the cache, and in which row each is.
         self.lengths = np.zeros(len(prompts), np.int32)
         self.rows = np.zeros((len(prompts), self.slots), np.int32)
@@ -203,7 +249,12 @@ class Decoder:
             positions[i, :n] = np.arange(at, at + n)
             # A sequence writes to the cache row of its own number: no other one ever needs that row at this position.
             self.rows[i, at : at + n] = sequences[i]
-        row[:active], start[:active], count[:active], rows[:active] = sequences, self.lengths, counts, self.rows
+        row[:active], start[:active], count[:active], rows[:active] = (
+            sequences,
+            self.lengths,
+            counts,
+            self.rows,
+        )
         last[:active] = np.arange(active) * width + counts - 1
         self.lengths = self.lengths + counts
         inputs = {"input_ids": ids, "position_ids": positions, "rows": rows, "row": row}
@@ -213,7 +264,9 @@ class Decoder:
     def _program(self, batch: int, width: int) -> Compiled:
         shape = (self.cache_rows, self.slots)
         self.model.use_cache(shape)
-        make = partial(programs.decode_step, self.model.family, batch, width, shape, "cache", self.model.dtype)
+        make = partial(
+            programs.decode_step, self.model.family, batch, width, shape, "cache", self.model.dtype
+        )
         return self.model.program(("decode", batch, width, shape), make)
 
 
@@ -223,7 +276,7 @@ def _bucket(n: int) -> int:
 
 
 def filter_logits(logits: npt.ArrayLike, **options: Any) -> npt.NDArray[np.float32]:
-    """The distribution that sampling draws from: ``logits [.., V]`` after the filters, renormalised, float32 ``[.., V]``.
+    """The distribution that sampling draws from: ``logits [.., V]`` filtered and renormalised, float32 ``[.., V]``.
 
     Args:
         options: temperature, top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, min_tokens_to_keep;

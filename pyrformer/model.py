@@ -129,12 +129,17 @@ class Model:
             StateError: a name is unknown or missing, or a shape differs; nothing is changed then.
         """
         parameters = dict(self.family.named_parameters())
-        unknown, missing = sorted(tensors.keys() - parameters.keys()), sorted(parameters.keys() - tensors.keys())
+        unknown, missing = (
+            sorted(tensors.keys() - parameters.keys()),
+            sorted(parameters.keys() - tensors.keys()),
+        )
         if unknown or missing:
             raise StateError(f"[model] unknown tensors: {unknown[:5]}; missing tensors: {missing[:5]}")
         for name, parameter in parameters.items():
             if tensors[name].shape != parameter.shape:
-                raise StateError(f"[model] {name} must be {list(parameter.shape)}, got {list(tensors[name].shape)}")
+                raise StateError(
+                    f"[model] {name} must be {list(parameter.shape)}, got {list(tensors[name].shape)}"
+                )
         for name in parameters:
             self.store.set(name, np.ascontiguousarray(tensors[name], dtype=self.dtype))
 
@@ -181,13 +186,14 @@ class Model:
         b, t = ids.shape
         if t > self.family.max_positions and position_ids is None:
             raise InputError(
-                f"[model] {t} tokens are more than the model's {self.family.max_positions} positions; truncate the input"
+                f"[model] {t} tokens are more than the model's {self.family.max_positions} positions; "
+                "truncate the input"
             )
         given = position_ids is not None
         positions = (
-            self._ints("position_ids", position_ids, ids.shape, self.family.max_positions)
-            if given
-            else np.broadcast_to(np.arange(t, dtype=np.int32), ids.shape)
+            np.broadcast_to(np.arange(t, dtype=np.int32), ids.shape)
+            if position_ids is None
+            else self._ints("position_ids", position_ids, ids.shape, self.family.max_positions)
         )
         arrays = {"input_ids": ids, "position_ids": positions}
         if self.family.uses_token_types:
@@ -213,10 +219,14 @@ class Model:
                 count = len(at)
                 labelled = max(8, -(-count // 8) * 8)
                 arrays["positions"] = np.pad(at, (0, labelled - count))
-                arrays["labels"] = np.pad(wanted.reshape(-1)[at], (0, labelled - count), constant_values=IGNORE)
+                arrays["labels"] = np.pad(
+                    wanted.reshape(-1)[at], (0, labelled - count), constant_values=IGNORE
+                )
         return Batch(Sizes(b, t, labelled, "segments" in arrays), arrays, count)
 
-    def _ints(self, name: str, value: npt.ArrayLike, shape: tuple[int, ...] | None, below: int | None) -> Ints:
+    def _ints(
+        self, name: str, value: npt.ArrayLike, shape: tuple[int, ...] | None, below: int | None
+    ) -> Ints:
         array = np.asarray(value)
         if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
             kind = f"{array.dtype}{list(array.shape)}"
@@ -320,7 +330,10 @@ class Model:
         logits = self(ids[None]).logits[0, masks].astype(np.float64)
         probabilities = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities /= probabilities.sum(-1, keepdims=True)
-        return [self._proposals(tokenizer, ids, at, p, top_k) for at, p in zip(masks, probabilities, strict=True)]
+        return [
+            self._proposals(tokenizer, ids, int(at), p, top_k)
+            for at, p in zip(masks, probabilities, strict=True)
+        ]
 
     def _proposals(self, tokenizer: Tokenizer, ids: Array, at: int, p: Array, top_k: int) -> list[FillMask]:
         proposals = []

@@ -4,7 +4,8 @@ Each function traces one for fixed sizes. Letters: B batch, T tokens, M labelled
 slots, R cache rows, C width, V vocabulary.
 
 Labels are given ready for the loss: for "ar" families ``labels int32[B, T]`` holds the *next* token of each position;
-for "mlm" families ``positions int32[M]`` are flat indices b·T + t and ``labels int32[M]`` their tokens. −100 is ignored.
+for "mlm" families ``positions int32[M]`` are flat indices b·T + t and ``labels int32[M]`` their tokens. −100 is
+ignored.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def _loss_sum(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> Tensor:
     return model.loss(rows, labels)
 
 
-def forward(model: Family, s: Sizes, dtype: str = "float32", *, all_hidden: bool = False, loss: bool = False) -> Traced:
-    """Outputs ``logits [B, T, V]``, ``hidden [B, T, C]``, with ``all_hidden`` each ``hidden.i``, with ``loss`` the summed
-    ``loss []``."""
+def forward(
+    model: Family, s: Sizes, dtype: str = "float32", *, all_hidden: bool = False, loss: bool = False
+) -> Traced:
+    """Outputs ``logits [B, T, V]``, ``hidden [B, T, C]``, with ``all_hidden`` each ``hidden.i``, with ``loss`` the
+    summed ``loss []``."""
     trace = Trace(dtype)
     states = model.hidden_states(_inputs(trace, model, s))
     trace.output("hidden", states[-1])
@@ -112,7 +115,7 @@ def train_step(model: Family, s: Sizes, optimizer: AdamW, dtype: str = "float32"
     """One whole step: forward, loss, backward, global-norm clipping, AdamW.
 
     Inputs besides the batch: ``loss_scale []``, ``lr []``, ``step int32[]`` (from 1), with dropout ``rng int32[4]``.
-    Outputs the summed ``loss []`` and ``grad_norm []``. States: parameters, and moments ``adamw.m.<p>``, ``adamw.v.<p>``.
+    Outputs the summed ``loss []`` and ``grad_norm []``. States: parameters, moments ``adamw.m.<p>``, ``adamw.v.<p>``.
     """
     trace = Trace(dtype, training=True)
     loss, parameters, grads = _backward(trace, model, s)
@@ -165,9 +168,9 @@ def decode_step(
 ) -> Traced:
     """Feeds up to T tokens of B sequences through the cache ``(R, S)`` named ``prefix``.
 
-    Inputs: ``input_ids``, ``position_ids int32[B, T]``; ``rows int32[B, S]``, ``row``, ``start``, ``count int32[B]`` (see
-    ``models.base.Cache``); ``last int32[B]``, the flat index of each sequence's last token. Outputs ``logits [B, V]`` at
-    those.
+    Inputs: ``input_ids``, ``position_ids int32[B, T]``; ``rows int32[B, S]``, ``row``, ``start``, ``count int32[B]``
+    (see ``models.base.Cache``); ``last int32[B]``, the flat index of each sequence's last token. Outputs
+    ``logits [B, V]`` at those.
     """
     trace = Trace(dtype)
     shape = (batch, tokens)

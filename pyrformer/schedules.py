@@ -13,7 +13,7 @@ def learning_rate(
 ) -> float:
     """The rate of update ``step``: (step + 1)/(warmup_steps + 1) of the peak while warming up, then down to the floor.
 
-    "cosine" follows half a wave (Loshchilov and Hutter 2017, equation 5), "linear" a line, "constant" stays at the peak.
+    "cosine" follows half a wave (Loshchilov and Hutter 2017, equation 5), "linear" a line, "constant" stays up.
     The warm-up is nanoGPT's, which never has a rate of zero.
     """
     if step < warmup_steps:

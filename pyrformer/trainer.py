@@ -1,7 +1,7 @@
 """Training: from text files to a run folder in Hugging Face's layout.
 
-A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json``, ``generation_config.json`` (the model as it
-stands), ``training.json`` (all options), ``metrics.jsonl`` (a line per log step) and ``checkpoint/`` (weights, moments
+A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json``, ``generation_config.json`` (the model as
+it stands), ``training.json`` (all options), ``metrics.jsonl`` (a line per log step) and ``checkpoint/`` (weights, moments
 and step, to go on from). The batch of a step is a pure function of (seed, step), so going on gives the bits that a
 straight run gives.
 """
@@ -31,7 +31,7 @@ from pyrformer.programs import AdamW
 from pyrformer.schedules import SCHEDULES, learning_rate
 from pyrformer.tokenizers import Ragged, Tokenizer
 
-#: What happens, as the caller's ``on_event`` sees it: "stage", "start", "step", "eval", "save" or "end", and its numbers.
+#: What happens, as ``on_event`` sees it: "stage", "start", "step", "eval", "save" or "end", and its numbers.
 Event = Callable[[str, dict[str, Any]], None]
 
 #: The model of an objective where none is configured: small enough for a laptop.
@@ -67,7 +67,8 @@ class TrainConfig:
         batch_size: rows in a batch.
         gradient_accumulation_steps: batches per update; gradients are averaged over all their labels.
         max_steps: updates.
-        learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type: see :func:`pyrformer.schedules.learning_rate`.
+        learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type: see
+            :func:`pyrformer.schedules.learning_rate`.
         adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; decay applies to matrices only.
         max_grad_norm: bound on the global gradient norm; 0: none.
         mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
@@ -124,9 +125,13 @@ class TrainConfig:
             if f.type in ("int", "float") and (
                 isinstance(value, bool) or not isinstance(value, (int, float) if f.type == "float" else int)
             ):
-                raise ConfigError(f"[train] {f.name} must be {'a number' if f.type == 'float' else 'a whole number'}")
+                raise ConfigError(
+                    f"[train] {f.name} must be {'a number' if f.type == 'float' else 'a whole number'}"
+                )
         require(bool(self.files), "give at least one file to learn from")
-        require(self.objective in OBJECTIVES, f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        require(
+            self.objective in OBJECTIVES, f"objective must be one of {OBJECTIVES}, got {self.objective!r}"
+        )
         require(
             self.lr_scheduler_type in SCHEDULES,
             f"lr_scheduler_type must be one of {SCHEDULES}, got {self.lr_scheduler_type!r}",
@@ -140,7 +145,9 @@ class TrainConfig:
             require(math.isfinite(value) and value >= 0, f"{name} must be a number of 0 or more, got {value}")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
-        require(0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}")
+        require(
+            0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}"
+        )
         require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
 
     def comparable(self) -> dict[str, Any]:
@@ -206,7 +213,11 @@ class _Trainer:
         self.batches = self._batches(self.corpus, shuffle=True)
         self.evaluation = self._batches(self.held_out, shuffle=False)
         self.optimizer = AdamW(
-            config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.weight_decay, config.max_grad_norm
+            config.adam_beta1,
+            config.adam_beta2,
+            config.adam_epsilon,
+            config.weight_decay,
+            config.max_grad_norm,
         )
         self.seconds = 0.0
         self.recent: list[float] = []
@@ -223,15 +234,21 @@ class _Trainer:
             raise FileError(f"[train] {self.folder} is a file; choose another --out")
         if self.config.overwrite:
             if not (self.folder / "training.json").is_file():
-                raise FileError(f"[train] {self.folder} is not a run folder, so it is not overwritten; choose another one")
+                raise FileError(
+                    f"[train] {self.folder} is not a run folder, so it is not overwritten; choose another one"
+                )
             return 0
         if not self.config.resume:
-            raise FileError(f"[train] {self.folder} exists; give --resume to go on with it or --overwrite to replace it")
+            raise FileError(
+                f"[train] {self.folder} exists; give --resume to go on with it or --overwrite to replace it"
+            )
         state = read_json(self.folder / "checkpoint" / "trainer_state.json")
         before, now = state["config"], json.loads(json.dumps(self.config.comparable()))
         changed = sorted(k for k in now if before.get(k) != now[k])
         if changed:
-            raise ConfigError(f"[train] {self.folder} was trained with another {', '.join(changed)}; use the same to resume")
+            raise ConfigError(
+                f"[train] {self.folder} was trained with another {', '.join(changed)}; use the same to resume"
+            )
         return int(state["step"])
 
     def _documents(self) -> tuple[list[str], list[str]]:
@@ -254,7 +271,9 @@ class _Trainer:
         known = {"path", "kind", "vocab_size", "preset", "min_frequency", "special_tokens"}
         unknown = sorted(options.keys() - known)
         if unknown:
-            raise ConfigError(f"[train] unknown tokenizer option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"[train] unknown tokenizer option {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
         if "path" in options:
             return Tokenizer.load(options["path"])
         self.on_event("stage", {"what": "training the tokenizer"})
@@ -349,7 +368,9 @@ class _Trainer:
         self._save(step)
         last = float(np.mean(self.recent[-100:])) if self.recent else math.nan
         run = Run(self.folder, self.model, step, last, valid_loss, self.seconds)
-        self.on_event("end", {"train_loss": last, "valid_loss": valid_loss, "seconds": self.seconds, "steps": step})
+        self.on_event(
+            "end", {"train_loss": last, "valid_loss": valid_loss, "seconds": self.seconds, "steps": step}
+        )
         return run
 
     def _step(self, step: int) -> dict[str, float]:

@@ -58,7 +58,9 @@ class ModelConfig:
     def check_sizes(self, **sizes: int) -> None:
         """Raises ConfigError unless all sizes are positive whole numbers."""
         for name, value in sizes.items():
-            self.require(isinstance(value, int) and value > 0, f"{name} must be a positive whole number, got {value!r}")
+            self.require(
+                isinstance(value, int) and value > 0, f"{name} must be a positive whole number, got {value!r}"
+            )
 
     def check_heads(self, width_name: str, width: int, heads_name: str, heads: int) -> None:
         """Raises ConfigError unless the width divides into heads."""

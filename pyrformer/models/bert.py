@@ -100,11 +100,11 @@ class Output(Module):
 class AttentionBlock(Module):
     def __init__(self, c: BertConfig, layer: int, init: Normal):
         # Hugging Face's parameter is called `self`.
-        setattr(self, "self", SelfAttention(c, layer, init))
+        self.self = SelfAttention(c, layer, init)
         self.output = Output(c, c.hidden_size, init)
 
     def __call__(self, h: Tensor, x: Inputs) -> Tensor:
-        return self.output(getattr(self, "self")(h, x), h)
+        return self.output(self.self(h, x), h)
 
 
 class Intermediate(Module):

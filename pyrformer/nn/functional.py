@@ -1,4 +1,4 @@
-"""The operations on traced tensors, one function each. Shapes as in ``rust/graph/src/op.rs``; ``..`` is any leading axes.
+"""The operations on traced tensors, one function each. Shapes as in ``rust/graph/src/op.rs``; ``..``: any leading axes.
 
 Letters: B batch, T tokens, C width, H query heads, K key-value heads, D head width, V vocabulary, N rows.
 """
@@ -95,7 +95,13 @@ def attention_spec(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, spec: dict[str, object], *, segments: Tensor | None = None, dropout_p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: dict[str, object],
+    *,
+    segments: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1) of ``q [B, T, H·D]``, ``k, v [B, T, K·D]``.
 
@@ -119,14 +125,14 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
 
 
 def cache_write(cache: Tensor, new: Tensor, row: Tensor, start: Tensor, count: Tensor) -> Tensor:
-    """``new [B, T, C]`` into ``cache [R, S, C]``: sequence b's first count[b] tokens to row row[b] from slot start[b]."""
+    """``new [B, T, C]`` into ``cache [R, S, C]``: the first count[b] tokens of b to row row[b] from slot start[b]."""
     return new.trace.apply("cache_write", cache, new, row, start, count)[0]
 
 
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, start: Tensor, count: Tensor, spec: dict[str, object]
 ) -> Tensor:
-    """Attention of ``q [B, T, H·D]`` over caches ``[R, S, K·D]``; position p of sequence b is in cache row rows[b, p]."""
+    """Attention of ``q [B, T, H·D]`` over caches ``[R, S, K·D]``; position p of sequence b is in row rows[b, p]."""
     return q.trace.apply({"cached_attention": spec}, q, k, v, rows, start, count)[0]
 
 

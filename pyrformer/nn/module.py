@@ -23,7 +23,9 @@ class Normal:
     std: float
 
     def values(self, shape: tuple[int, ...], seed: int, index: int) -> npt.NDArray[np.float32]:
-        return _core.normal(seed, index, int(np.prod(shape))).reshape(shape) * np.float32(self.std)
+        values = _core.normal(seed, index, int(np.prod(shape))).reshape(shape)
+        values *= np.float32(self.std)
+        return values
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,9 @@ class Trace:
 
     def _place(self) -> str:
         frame = sys._getframe(2)
-        while frame.f_back is not None and os.path.dirname(os.path.abspath(frame.f_code.co_filename)) == _HERE:
+        while (
+            frame.f_back is not None and os.path.dirname(os.path.abspath(frame.f_code.co_filename)) == _HERE
+        ):
             frame = frame.f_back
         where = f"{os.path.relpath(frame.f_code.co_filename)}:{frame.f_lineno}"
         return f"in {'.'.join(self._scope) or 'the model'}, at {where}"

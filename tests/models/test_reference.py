@@ -88,11 +88,15 @@ def test_five_training_steps(fixtures: Path, name: str, accumulate: bool) -> Non
             loss = 0.0
             for i in range(whole.sizes.batch):
                 part = model.batch(**{k: v[i : i + 1] for k, v in arrays.items()})
-                run = model.program(("accumulate", part.sizes), lambda p=part: programs.accumulate_step(model.family, p.sizes))
+                run = model.program(
+                    ("accumulate", part.sizes), lambda p=part: programs.accumulate_step(model.family, p.sizes)
+                )
                 loss += float(run(**part.arrays, loss_scale=1 / whole.labels)["loss"])
             out = model.program(("apply",), lambda: programs.apply_step(model.family, optimizer))(**hyper)
         else:
-            run = model.program(("train", whole.sizes), lambda: programs.train_step(model.family, whole.sizes, optimizer))
+            run = model.program(
+                ("train", whole.sizes), lambda w=whole: programs.train_step(model.family, w.sizes, optimizer)
+            )
             out = run(**whole.arrays, loss_scale=1 / whole.labels, **hyper)
             loss = float(out["loss"])
         assert loss / whole.labels == pytest.approx(trace["loss"][step], rel=1e-4)
@@ -109,7 +113,10 @@ def test_five_training_steps(fixtures: Path, name: str, accumulate: bool) -> Non
 def test_files_with_the_names_first_published(fixtures: Path, name: str) -> None:
     other = {"gpt2_hub_names": "gpt2", "bert_hub_names": "bert_mlm"}[name]
     note = json.loads((fixtures / "layouts" / name / "expected.json").read_text())
-    a, b = pf.load(fixtures / "layouts" / name).state_dict(), pf.load(fixtures / "models" / other).state_dict()
+    a, b = (
+        pf.load(fixtures / "layouts" / name).state_dict(),
+        pf.load(fixtures / "models" / other).state_dict(),
+    )
     assert a.keys() == b.keys(), note
     for key in a:
         assert np.array_equal(a[key], b[key]), key

@@ -76,7 +76,13 @@ def test_log_probabilities_are_those_of_the_forward_pass(fixtures: Path) -> None
 
 def test_text_goes_on_beyond_the_positions(fixtures: Path) -> None:
     model = pf.load(fixtures / "models" / "gpt2")
-    options = {"max_new_tokens": 150, "eos_token_id": [], "do_sample": True, "num_return_sequences": 3, "seed": 1}
+    options = {
+        "max_new_tokens": 150,
+        "eos_token_id": [],
+        "do_sample": True,
+        "num_return_sequences": 3,
+        "seed": 1,
+    }
     out = model.generate([[5, 6, 7]], **options)
     assert [len(ids) for ids in out.ids] == [150, 150, 150]
     assert out.finish_reasons == ["length"] * 3
