@@ -1,8 +1,8 @@
 """Training: from text files to a run folder in Hugging Face's layout.
 
 A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json``, ``generation_config.json`` (the model as
-it stands), ``training.json`` (all options), ``metrics.jsonl`` (a line per log step) and ``checkpoint/`` (weights, moments
-and step, to go on from). The batch of a step is a pure function of (seed, step), so going on gives the bits that a
+it stands), ``training.json`` (all options), ``metrics.jsonl`` (a line per log step) and ``checkpoint/`` (weights,
+moments and step, to go on from). The batch of a step is a pure function of (seed, step), so going on gives the bits that a
 straight run gives.
 """
 
