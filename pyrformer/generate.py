@@ -24,10 +24,17 @@ from pyrformer.model import Model
 
 #: Cache slots are made in multiples of this, so that calls of similar length share programs.
 SLOTS = 64
+# fmt: off
 #: What a stored ``generation_config.json`` may say about a search; its other keys concern other libraries.
-STORED = frozenset(
-    ["max_new_tokens", "max_length", "min_length", "min_new_tokens", "do_sample", "num_beams", "num_return_sequences", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "early_stopping", "exponential_decay_length_penalty", "renormalize_logits", "remove_invalid_values", "eos_token_id"]
-)
+STORED = frozenset([
+    "max_new_tokens", "max_length", "min_length", "min_new_tokens", "do_sample", "num_beams",
+    "num_return_sequences", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff",
+    "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens",
+    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "early_stopping",
+    "exponential_decay_length_penalty", "renormalize_logits", "remove_invalid_values", "eos_token_id",
+])
+# fmt: on
 #: Options that mean nothing without sampling, or without beams.
 SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 BEAMS = {"length_penalty", "early_stopping"}

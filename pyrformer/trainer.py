@@ -2,8 +2,8 @@
 
 A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json``, ``generation_config.json`` (the model as
 it stands), ``training.json`` (all options), ``metrics.jsonl`` (a line per log step) and ``checkpoint/`` (weights,
-moments and step, to go on from). The batch of a step is a pure function of (seed, step), so going on gives the bits that a
-straight run gives.
+moments and step, to go on from). The batch of a step is a pure function of (seed, step), so going on gives the
+bits that a straight run gives.
 """
 
 from __future__ import annotations
