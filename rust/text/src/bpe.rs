@@ -220,11 +220,11 @@ impl Bpe {
 
     /// Appends the tokens of `word`.
     pub(crate) fn tokenize(&self, word: &str, scratch: &mut BpeScratch, out: &mut Vec<Piece>) -> Result<()> {
-        if self.options.ignore_merges {
-            if let Some(&id) = self.whole.get(word.as_bytes()) {
-                out.push((id, word.len() as u32));
-                return Ok(());
-            }
+        if self.options.ignore_merges
+            && let Some(&id) = self.whole.get(word.as_bytes())
+        {
+            out.push((id, word.len() as u32));
+            return Ok(());
         }
         scratch.symbols.clear();
         self.start(word, &mut scratch.symbols)?;
@@ -307,10 +307,10 @@ impl Bpe {
         for i in 0..n {
             symbols[i].prev = if i == 0 { NONE } else { i as u32 - 1 };
             symbols[i].next = if i + 1 == n { NONE } else { i as u32 + 1 };
-            if i + 1 < n {
-                if let Some(&(rank, id)) = self.ranks.get(&pair(symbols[i].id, symbols[i + 1].id)) {
-                    heap.push(Reverse((rank, i as u32, id)));
-                }
+            if i + 1 < n
+                && let Some(&(rank, id)) = self.ranks.get(&pair(symbols[i].id, symbols[i + 1].id))
+            {
+                heap.push(Reverse((rank, i as u32, id)));
             }
         }
         while let Some(Reverse((rank, i, merged))) = heap.pop() {
@@ -331,10 +331,10 @@ impl Bpe {
                     heap.push(Reverse((rank, i, id)));
                 }
             }
-            if left.prev != NONE {
-                if let Some(&(rank, id)) = self.ranks.get(&pair(symbols[left.prev as usize].id, merged)) {
-                    heap.push(Reverse((rank, left.prev, id)));
-                }
+            if left.prev != NONE
+                && let Some(&(rank, id)) = self.ranks.get(&pair(symbols[left.prev as usize].id, merged))
+            {
+                heap.push(Reverse((rank, left.prev, id)));
             }
         }
     }
@@ -346,4 +346,45 @@ fn unknown_character(c: char) -> Error {
          on text that has it",
         c as u32
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn model(merges: &[(&str, &str)]) -> Bpe {
+        let mut tokens: Vec<String> = "abc".chars().map(String::from).collect();
+        let merges: Vec<(String, String)> = merges.iter().map(|&(l, r)| (l.into(), r.into())).collect();
+        tokens.extend(merges.iter().map(|(l, r)| format!("{l}{r}")));
+        let vocab = Vocab::new(tokens.into_iter().zip(0..).collect()).unwrap();
+        Bpe::new(vocab, &merges, BpeOptions::default(), true).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn heap_and_scan_agree(word in "[abc]{0,60}") {
+            let model = model(&[("a", "b"), ("c", "a"), ("a", "a"), ("ab", "ab"), ("aa", "b"), ("b", "c"), ("ca", "b")]);
+            let mut both = [BpeScratch::default(), BpeScratch::default()];
+            for scratch in &mut both {
+                model.start(&word, &mut scratch.symbols).unwrap();
+            }
+            model.merge_by_scan(&mut both[0]);
+            model.merge_by_heap(&mut both[1]);
+            let [scan, heap] = both.map(|s| {
+                s.symbols.iter().filter(|s| s.len > 0).map(|s| (s.id, s.len)).collect::<Vec<_>>()
+            });
+            prop_assert_eq!(scan, heap);
+        }
+    }
+
+    #[test]
+    fn the_earliest_merge_goes_first_and_from_the_left() {
+        let model = model(&[("a", "a"), ("aa", "b")]);
+        let mut out = vec![];
+        model.tokenize("aaab", &mut BpeScratch::default(), &mut out).unwrap();
+        // aa|a|b: the left pair is taken, so that aab is not to be had.
+        assert_eq!(out, [(3, 2), (0, 1), (1, 1)]);
+    }
 }

@@ -44,11 +44,11 @@ impl Ragged {
 
 /// Working memory and caches that no call is using.
 #[derive(Default)]
-pub(crate) struct Pool(Mutex<Vec<Box<Scratch>>>);
+pub(crate) struct Pool(Mutex<Vec<Scratch>>);
 
 /// One of them on loan.
 pub(crate) struct Borrowed<'a> {
-    scratch: Option<Box<Scratch>>,
+    scratch: Option<Scratch>,
     pool: &'a Pool,
 }
 
@@ -62,13 +62,13 @@ impl Pool {
 impl Deref for Borrowed<'_> {
     type Target = Scratch;
     fn deref(&self) -> &Scratch {
-        self.scratch.as_deref().expect("it is given back on drop only")
+        self.scratch.as_ref().expect("it is given back on drop only")
     }
 }
 
 impl DerefMut for Borrowed<'_> {
     fn deref_mut(&mut self) -> &mut Scratch {
-        self.scratch.as_deref_mut().expect("it is given back on drop only")
+        self.scratch.as_mut().expect("it is given back on drop only")
     }
 }
 
@@ -125,7 +125,7 @@ impl Tokenizer {
     fn is_bert(&self) -> bool {
         self.words.is_bert()
             && self.normalized.is_empty()
-            && matches!(self.parts.normalizer, None | Some(Normalizer::BertNormalizer { .. }))
+            && matches!(self.parts.normalizer, None | Some(Normalizer::Bert { .. }))
     }
 
     /// Cuts `text` into parts of about `target` bytes whose ids, one after the other, are those of the whole.
@@ -175,10 +175,10 @@ impl Tokenizer {
 
     /// The ids of a prepared text, word by word.
     fn word_ids(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
-        if let Model::Bpe(bpe) = &self.parts.model {
-            if bpe.is_characters() {
-                return bpe.characters(text, out);
-            }
+        if let Model::Bpe(bpe) = &self.parts.model
+            && bpe.is_characters()
+        {
+            return bpe.characters(text, out);
         }
         let mut result = Ok(());
         self.words.split(text, &mut |start, end| {

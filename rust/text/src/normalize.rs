@@ -15,19 +15,23 @@ use crate::{Error, Result};
 /// A normalizer as tokenizer.json writes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
-#[expect(clippy::upper_case_acronyms, reason = "the names of tokenizer.json")]
 pub(crate) enum Normalizer {
     /// BERT's cleaning, ideograph spacing, accent stripping (by default where it lowercases) and lowercasing.
-    BertNormalizer {
+    #[serde(rename = "BertNormalizer")]
+    Bert {
         clean_text: bool,
         handle_chinese_chars: bool,
         strip_accents: Option<bool>,
         lowercase: bool,
     },
-    NFC,
-    NFD,
-    NFKC,
-    NFKD,
+    #[serde(rename = "NFC")]
+    Nfc,
+    #[serde(rename = "NFD")]
+    Nfd,
+    #[serde(rename = "NFKC")]
+    Nfkc,
+    #[serde(rename = "NFKD")]
+    Nfkd,
     Lowercase,
     /// Drops all marks; usually after NFD.
     StripAccents,
@@ -78,7 +82,7 @@ impl Normalizer {
     /// Normalizes `text` in place.
     pub(crate) fn apply<O: Origin>(&self, text: &mut Text<O>) {
         match self {
-            Self::BertNormalizer { clean_text, handle_chinese_chars, strip_accents, lowercase: lower } => {
+            Self::Bert { clean_text, handle_chinese_chars, strip_accents, lowercase: lower } => {
                 bert(text, *clean_text, *handle_chinese_chars);
                 if strip_accents.unwrap_or(*lower) {
                     decompose(text, false, false);
@@ -89,10 +93,10 @@ impl Normalizer {
                     lowercase(text);
                 }
             }
-            Self::NFD => decompose(text, false, false),
-            Self::NFKD => decompose(text, true, false),
-            Self::NFC => decompose(text, false, true),
-            Self::NFKC => decompose(text, true, true),
+            Self::Nfd => decompose(text, false, false),
+            Self::Nfkd => decompose(text, true, false),
+            Self::Nfc => decompose(text, false, true),
+            Self::Nfkc => decompose(text, true, true),
             Self::Lowercase => lowercase(text),
             Self::StripAccents => {
                 let flags = Flags::get();
@@ -187,12 +191,12 @@ fn recompose(parts: Vec<(char, usize)>) -> Vec<(char, usize)> {
         let class = canonical_combining_class(c);
         if let Some(s) = starter {
             let adjacent = s + 1 == out.len();
-            if adjacent || (last_class < class && last_class != 0) {
-                if let Some(composed) = compose(out[s].0, c) {
-                    out[s].0 = composed;
-                    out[s].1 += taken;
-                    continue;
-                }
+            if (adjacent || (last_class < class && last_class != 0))
+                && let Some(composed) = compose(out[s].0, c)
+            {
+                out[s].0 = composed;
+                out[s].1 += taken;
+                continue;
             }
         }
         if class == 0 {
@@ -251,17 +255,17 @@ mod tests {
                 n.apply(&mut text);
                 text.to_text()
             };
-            assert_eq!(apply(Normalizer::NFC), s.nfc().collect::<String>());
-            assert_eq!(apply(Normalizer::NFD), s.nfd().collect::<String>());
-            assert_eq!(apply(Normalizer::NFKC), s.nfkc().collect::<String>());
-            assert_eq!(apply(Normalizer::NFKD), s.nfkd().collect::<String>());
+            assert_eq!(apply(Normalizer::Nfc), s.nfc().collect::<String>());
+            assert_eq!(apply(Normalizer::Nfd), s.nfd().collect::<String>());
+            assert_eq!(apply(Normalizer::Nfkc), s.nfkc().collect::<String>());
+            assert_eq!(apply(Normalizer::Nfkd), s.nfkd().collect::<String>());
         }
     }
 
     #[test]
     fn origins_follow_the_characters() {
         let mut text = Text::<(u32, u32)>::new("aÉ中", 10);
-        Normalizer::BertNormalizer {
+        Normalizer::Bert {
             clean_text: true,
             handle_chinese_chars: true,
             strip_accents: None,

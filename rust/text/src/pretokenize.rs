@@ -14,7 +14,8 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub(crate) enum PreTokenizer {
-    BertPreTokenizer,
+    #[serde(rename = "BertPreTokenizer")]
+    Bert,
     ByteLevel {
         add_prefix_space: bool,
         trim_offsets: bool,
@@ -107,7 +108,7 @@ impl Words {
             return refuse(format!("{config:?} cannot come after ByteLevel"));
         }
         match config {
-            PreTokenizer::BertPreTokenizer => self.splitters.push(Splitter::Bert),
+            PreTokenizer::Bert => self.splitters.push(Splitter::Bert),
             PreTokenizer::WhitespaceSplit => self.splitters.push(Splitter::Whitespace),
             PreTokenizer::Digits { individual_digits } => {
                 self.splitters.push(Splitter::Digits { individual: *individual_digits });

@@ -204,6 +204,25 @@ impl Tokenizer {
         matches!(self.added.get(id as usize), Some(Some((_, true))))
     }
 
+    /// For each id, whether it continues the word of the token before it, for masking whole words: pieces with `##`,
+    /// or without the space that starts a word.
+    #[must_use]
+    pub fn continues_word(&self) -> Vec<bool> {
+        let continues = |id: u32| match (&self.parts.model, self.parts.model.vocab().token(id)) {
+            (_, None) => false,
+            _ if self.is_special(id) => false,
+            (Model::WordPiece(m), Some(token)) => token.starts_with(&m.continuing_subword_prefix),
+            (_, Some(token)) => {
+                let first = match self.words.byte_level {
+                    true => from_alphabet(token).first().map(|&b| b as char),
+                    false => token.chars().next(),
+                };
+                first.is_some_and(|c| c != '▁' && !c.is_whitespace())
+            }
+        };
+        (0..self.vocab_size() as u32).map(continues).collect()
+    }
+
     /// The unknown token of the model, if it has one.
     pub(crate) fn unk_token(&self) -> Option<&str> {
         self.parts.model.unk_token()
@@ -232,11 +251,12 @@ impl Tokenizer {
     /// # Errors
     /// If `max_length` leaves no more room than `stride`.
     pub fn with_truncation(mut self, truncation: Option<Truncation>) -> Result<Self> {
-        if let Some(t) = &truncation {
-            if t.stride > 0 && t.stride >= t.max_length.saturating_sub(self.template.n_added(false)) {
-                let problem = format!("is {} but only {} tokens are kept", t.stride, t.max_length);
-                return Err(Error::option("truncation", "stride", problem));
-            }
+        if let Some(t) = &truncation
+            && t.stride > 0
+            && t.stride >= t.max_length.saturating_sub(self.template.n_added(false))
+        {
+            let problem = format!("is {} but only {} tokens are kept", t.stride, t.max_length);
+            return Err(Error::option("truncation", "stride", problem));
         }
         self.parts.truncation = truncation;
         Ok(self)

@@ -1,5 +1,7 @@
 //! Every value of the reference tokenizers: encodings, decodings, padding and truncation, exactly.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

@@ -8,24 +8,12 @@ use crate::{Tokenizer, parallel};
 /// Bytes of a piece of work.
 const PART_BYTES: usize = 1 << 18;
 
-/// Parts of documents, each to be counted by itself, in runs of about `PART_BYTES`.
-fn count<'d, S: AsRef<str> + Sync, K: std::hash::Hash + Eq + Send>(
-    documents: &'d [S],
-    tokenizer: Option<&Tokenizer>,
+/// Counts the parts of documents, in runs of about `PART_BYTES`; `tally` adds one part to the counts.
+fn count<'d, K: std::hash::Hash + Eq + Send>(
+    parts: &[&'d str],
     threads: usize,
     tally: impl Fn(&'d str, &mut FxHashMap<K, u64>) + Sync,
 ) -> FxHashMap<K, u64> {
-    let parts: Vec<&str> = documents
-        .iter()
-        .map(AsRef::as_ref)
-        .flat_map(|document| {
-            let parts = match tokenizer {
-                Some(tokenizer) => tokenizer.cut(document, PART_BYTES),
-                None => vec![0..document.len()],
-            };
-            parts.into_iter().map(move |part| &document[part])
-        })
-        .collect();
     let bounds = parallel::bounds(parts.iter().map(|part| part.len()), PART_BYTES);
     let maps = parallel::run(bounds.len() - 1, threads, |queue| {
         let mut counts = FxHashMap::default();
@@ -50,16 +38,22 @@ pub(super) fn words<S: AsRef<str> + Sync>(
     threads: usize,
 ) -> Vec<(String, u64)> {
     let split = &tokenizer.words;
+    let cut = |d: &str| tokenizer.cut(d, PART_BYTES);
+    let parts: Vec<&str> = documents
+        .iter()
+        .map(AsRef::as_ref)
+        .flat_map(|d| cut(d).into_iter().map(move |part| &d[part]))
+        .collect();
     let sums: FxHashMap<String, u64> = match &tokenizer.parts.normalizer {
         None => {
-            let counts = count(documents, Some(tokenizer), threads, |part, counts| {
+            let counts = count(&parts, threads, |part, counts| {
                 split.split(part, &mut |a, b| *counts.entry(&part[a..b]).or_insert(0) += 1);
             });
             counts.into_iter().map(|(word, n)| (word.to_owned(), n)).collect()
         }
         // What stands between white space is counted first, and normalized once however often it comes.
         Some(normalizer) => {
-            let chunks = count(documents, Some(tokenizer), threads, |part, counts| {
+            let chunks = count(&parts, threads, |part, counts| {
                 for chunk in part.split([' ', '\t', '\n', '\r']).filter(|c| !c.is_empty()) {
                     *counts.entry(chunk).or_insert(0) += 1;
                 }
@@ -86,7 +80,8 @@ pub(super) fn words<S: AsRef<str> + Sync>(
 
 /// How often each character comes.
 pub(super) fn characters<S: AsRef<str> + Sync>(documents: &[S], threads: usize) -> FxHashMap<char, u64> {
-    count(documents, None, threads, |part, counts| {
+    let parts: Vec<&str> = documents.iter().map(AsRef::as_ref).collect();
+    count(&parts, threads, |part, counts| {
         let mut ascii = [0u64; 128];
         for c in part.chars() {
             match ascii.get_mut(c as usize) {

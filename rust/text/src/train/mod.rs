@@ -216,13 +216,13 @@ fn empty(preset: Preset, special: &[String]) -> Result<Tokenizer> {
             let lowercase = preset == Preset::BertUncased;
             id("[UNK]")?;
             Parts {
-                normalizer: Some(Normalizer::BertNormalizer {
+                normalizer: Some(Normalizer::Bert {
                     clean_text: true,
                     handle_chinese_chars: true,
                     strip_accents: None,
                     lowercase,
                 }),
-                pre_tokenizer: Some(PreTokenizer::BertPreTokenizer),
+                pre_tokenizer: Some(PreTokenizer::Bert),
                 post_processor: Some(PostProcessor::bert_template(&id("[CLS]")?, &id("[SEP]")?)),
                 decoder: Some(Decoder::WordPiece { prefix: "##".into(), cleanup: true }),
                 ..plain
