@@ -12,8 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests; see --import-mode
 
-import nvrtc
 import sim
+from kernels import nvrtc
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

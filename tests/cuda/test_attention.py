@@ -1,35 +1,13 @@
 """attention.cu against float64 and finite differences."""
 
-import launches as run
 import numpy as np
 import pytest
-import reference
+from kernels import launches as run
+from kernels import reference
+from kernels.checks import attention as check
+from kernels.checks import attention_operands as operands
 
 LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
-
-
-def operands(rng, batch, tokens, heads, kv_heads, width):
-    q, dout = (rng.normal(size=(batch, tokens, heads, width)).astype(np.float32) for _ in range(2))
-    k, v = (rng.normal(size=(batch, tokens, kv_heads, width)).astype(np.float32) for _ in range(2))
-    return q, k, v, dout
-
-
-def check(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, **mask):
-    """Forward, and backward if there is a dout, against the dense definition."""
-    scale = q.shape[3] ** -0.5
-    batch, tokens, heads, _ = q.shape
-    factors = None
-    if site is not None:
-        shape = (batch, heads, tokens, tokens)
-        factors = reference.keep(site.rng, site.stream, site.p, int(np.prod(shape))).reshape(shape)
-    dense = reference.Attention(q, k, v, scale, factors=factors, **mask)
-    got = run.attention(device, q, k, v, scale, dout=dout, site=site, layout=layout, **mask)
-    close(got["out"], dense.out)
-    close(got["lse"], dense.lse)
-    if dout is None:
-        return
-    for name, want in zip(("dq", "dk", "dv"), dense.gradient(dout), strict=True):
-        close(got[name], want, 1e-5)
 
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 5, 2, 1, 8), (1, 64, 1, 1, 32), (1, 65, 2, 2, 24), (1, 130, 1, 1, 12)]

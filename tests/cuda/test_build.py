@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-import bars
-import nvrtc
 import pytest
+from kernels import bars, nvrtc
 
 # Kernels whose rows are read and written four columns at a time where alignment allows.
 WIDE = ("elementwise", "norm", "loss", "optimizer", "rows", "cache", "attention")
@@ -21,7 +20,7 @@ NARROW = {
 def test_registers_shared_and_local_memory(file, arch):
     expected = {name: bar for name, bar in bars.read().items() if bar["file"] == file}
     measured = bars.reports(file, arch)
-    assert set(measured) == set(expected), "bars.toml lists other kernels: run bars.py"
+    assert set(measured) == set(expected), "bars.toml lists other kernels: run kernels/bars.py"
     for name, found in measured.items():
         assert found["local_bytes"] == 0, f"{name} spills, or indexes an array that is not in registers"
         assert found["registers"] <= expected[name]["registers"][f"sm_{arch}"], name

@@ -1,8 +1,9 @@
 """cache.cu against NumPy."""
 
-import launches as run
 import numpy as np
 import pytest
+from kernels import launches as run
+from kernels import reference
 
 LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
 
@@ -30,22 +31,6 @@ def test_cache_write_leaves_out_what_lies_outside(device, rng):
     np.testing.assert_array_equal(got, want)
 
 
-def cached_attention(q, k, v, rows, start, count, scale, window):
-    out = np.zeros(q.shape)
-    group = q.shape[2] // k.shape[2]
-    for b, t in np.ndindex(q.shape[:2]):
-        end = start[b] + t + 1
-        p = np.arange(max(0, end - (window or end)), end)
-        if t >= count[b]:
-            continue
-        for h in range(q.shape[2]):
-            keys, values = (x[rows[b, p], p, h // group].astype(float) for x in (k, v))
-            s = scale * keys @ q[b, t, h]
-            w = np.exp(s - s.max())
-            out[b, t, h] = w @ values / w.sum()
-    return out
-
-
 @LAYOUTS
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "window"),
@@ -58,4 +43,4 @@ def test_cached_attention(device, rng, close, heads, kv_heads, width, window, la
     start, count = np.array([0, 11, 5]), np.array([2, 2, 1])
     scale = width**-0.5
     got = run.cached_attention(device, q, k, v, rows, start, count, scale, window, layout)
-    close(got, cached_attention(q, k, v, rows, start, count, scale, window))
+    close(got, reference.cached_attention(q, k, v, rows, start, count, scale, window))

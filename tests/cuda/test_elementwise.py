@@ -1,9 +1,9 @@
 """elementwise.cu against float64."""
 
-import launches as run
 import numpy as np
 import pytest
-import reference
+from kernels import launches as run
+from kernels import reference
 
 SHAPES = [(1, 1), (1, 1027), (5, 7), (3, 64), (33, 12), (130, 1)]
 LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)

@@ -1,9 +1,9 @@
 """The checks of memory and synchronisation find what they are for, and leave correct code alone."""
 
 import numpy as np
-import nvrtc
 import pytest
 import sim
+from kernels import nvrtc
 
 PARTS = {
     # Each kernel is launched with blocks of 64 threads, x [64 · blocks] written and y [64 · blocks] not.
@@ -52,7 +52,10 @@ PARTS = {
         y[i] = v;
     """,
 }
-KERNEL = 'extern "C" __global__ void k(const float* x, float* y, float* z) {{ int t = threadIdx.x, i = blockIdx.x * 64 + t; {} }}'
+KERNEL = (
+    'extern "C" __global__ void k(const float* x, float* y, float* z) '
+    "{{ int t = threadIdx.x, i = blockIdx.x * 64 + t; {} }}"
+)
 
 
 def launch(part, old="", new="", blocks=1):

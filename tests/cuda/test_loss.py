@@ -1,9 +1,9 @@
 """loss.cu against float64 and finite differences."""
 
-import launches as run
 import numpy as np
 import pytest
-import reference
+from kernels import launches as run
+from kernels import reference
 
 LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
 

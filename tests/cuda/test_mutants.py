@@ -1,17 +1,17 @@
 """Bugs planted into the kernels, each of which the checks must find: by a fault, or by wrong numbers."""
 
+# ruff: noqa: E501 (rows of the table quote kernels)
+
 import functools
 import re
 
-import launches as run
 import numpy as np
-import nvrtc
 import pytest
-import reference
 import sim
-from test_attention import check as check_attention
-from test_attention import operands as attention_operands
-from test_cache import cached_attention
+from kernels import launches as run
+from kernels import nvrtc, reference
+from kernels.checks import attention as check_attention
+from kernels.checks import attention_operands
 
 CROOKED = run.LAYOUTS["crooked"]
 
@@ -148,7 +148,7 @@ def cache_write(device, rng, close):
 def cached(device, rng, close):
     q, k, v = normal(rng, 2, 2, 2, 36), normal(rng, 3, 9, 1, 36), normal(rng, 3, 9, 1, 36)
     operands = q, k, v, rng.integers(3, size=(2, 9)), np.array([0, 7]), np.array([1, 2]), 0.3, 6
-    close(run.cached_attention(device, *operands), cached_attention(*operands))
+    close(run.cached_attention(device, *operands), reference.cached_attention(*operands))
 
 
 CASES = {f.__name__: f for f in (

@@ -1,9 +1,9 @@
 """norm.cu against float64 and finite differences."""
 
-import launches as run
 import numpy as np
 import pytest
-import reference
+from kernels import launches as run
+from kernels import reference
 
 EPS = 1e-5
 SHAPES = [(1, 1), (1, 8), (5, 7), (9, 64), (3, 130), (2, 515), (70, 33)]

@@ -1,9 +1,9 @@
 """optimizer.cu against float64."""
 
-import launches as run
 import numpy as np
 import pytest
-import reference
+from kernels import launches as run
+from kernels import reference
 
 LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
 

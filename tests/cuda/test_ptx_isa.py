@@ -28,8 +28,8 @@ def program(body: str, params: int, shared: str = "") -> dict[str, sim.Program]:
     """A module of one kernel `k` with pointers as parameters; %r0 is %tid.x, %rd<n> pointer n."""
     names = ",\n".join(f".param .u64 k_param_{n}" for n in range(params))
     loads = "\n".join(f"ld.param.u64 %rd{n}, [k_param_{n}];" for n in range(params))
-    text = f"{HEADER}\n.visible .entry k(\n{names}\n)\n{{{REGISTERS}{shared}\nmov.u32 %r0, %tid.x;\n{loads}\n{body}\nret;\n}}\n"
-    return sim.load(text)
+    code = f"{REGISTERS}{shared}\nmov.u32 %r0, %tid.x;\n{loads}\n{body}\nret;\n"
+    return sim.load(f"{HEADER}\n.visible .entry k(\n{names}\n)\n{{{code}}}\n")
 
 
 def run_op(opcode: str, result: str, kinds: tuple[str, ...], rows: list[tuple]) -> np.ndarray:
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "sub.ftz.f32": ("f32", f2, [((1.5, 2.25), -0.75), ((TINY, -TINY), 0)]),
     "mul.ftz.f32": ("f32", f2, [((1.5, -2), -3), ((1e-20, 1e-20), 0), ((TINY, 1e30), 0), ((0, inf), nan)]),
     "mul.f32": ("f32", f2, [((TINY, 1e30), float(np.float32(TINY)) * 1e30)]),
-    "fma.rn.ftz.f32": ("f32", f3, [((ABOVE, ABOVE, -1), 2 * 2.0**-23 + 2.0**-46), ((TINY, 1e30, 1), 1), ((2, 3, 4), 10)]),
+    "fma.rn.ftz.f32": ("f32", f3, [((ABOVE, ABOVE, -1), 2.0**-22 + 2.0**-46), ((TINY, 1e30, 1), 1), ((2, 3, 4), 10)]),
     "fma.rm.ftz.f32": (
         "f32", f3,
         # Rounded towards −∞: just below a representable number, and one that float64 alone would round up to it.
@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "shr.u64": ("u64", ("u64", "u32"), [((2**63, 63), 1), ((2**63, 64), 0)]),
     "brev.b32": ("u32", ("b32",), [((1,), 2**31), ((0x0000F00D,), 0xB00F0000)]),
     "bfind.shiftamt.u32": ("u32", ("u32",), [((1,), 31), ((2**31,), 0), ((0xFFFF,), 16), ((0,), MAX)]),
-    "bfi.b32": ("u32", ("b32", "b32", "u32", "u32"), [((0xAB, 0, 8, 8), 0xAB00), ((0, MAX, 4, 8), 0xFFFFF00F), ((1, 2, 0, 0), 2)]),
+    "bfi.b32": ("u32", ("b32",) * 2 + ("u32",) * 2, [((0xAB, 0, 8, 8), 0xAB00), ((0, MAX, 4, 8), 0xFFFFF00F)]),
     "cvt.s64.s32": ("s64", ("s32",), [((-5,), -5)]),
     "cvt.u64.u32": ("u64", ("u32",), [((MAX,), MAX)]),
     "cvt.u32.u64": ("u32", ("u64",), [((2**40 + 3,), 3)]),

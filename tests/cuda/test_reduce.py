@@ -1,8 +1,8 @@
 """reduce.cu against float64."""
 
-import launches as run
 import numpy as np
 import pytest
+from kernels import launches as run
 
 LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
 

@@ -1,8 +1,8 @@
 """rows.cu against NumPy."""
 
-import launches as run
 import numpy as np
 import pytest
+from kernels import launches as run
 
 LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
 SHAPES = [(1, 1, 1), (5, 9, 7), (3, 70, 130), (200, 33, 12)]

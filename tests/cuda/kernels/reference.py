@@ -166,3 +166,22 @@ class Attention:
         dq, dk = np.einsum("bhij,bjhd->bihd", ds, self.k), np.einsum("bhij,bihd->bjhd", ds, self.q)
         b, t, heads, d = self.kv_shape
         return dq, dk.reshape(b, t, heads, -1, d).sum(3), dv.reshape(b, t, heads, -1, d).sum(3)
+
+
+def cached_attention(
+    q: Array, k: Array, v: Array, rows: Array, start: Array, count: Array, scale: float, window: int | None
+) -> Array:
+    """out [B, T, H, D] of q likewise over caches [R, S, K, D], position p of sequence b in cache row rows[b, p]."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, t in np.ndindex(q.shape[:2]):
+        end = start[b] + t + 1
+        p = np.arange(max(0, end - (window or end)), end)
+        if t >= count[b]:
+            continue
+        for h in range(q.shape[2]):
+            keys, values = (x[rows[b, p], p, h // group].astype(float) for x in (k, v))
+            s = scale * keys @ q[b, t, h]
+            w = np.exp(s - s.max())
+            out[b, t, h] = w @ values / w.sum()
+    return out

@@ -11,7 +11,7 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 KERNELS = HERE.parents[1] / "cuda"
 REQUIREMENTS = HERE / "requirements.txt"
 

@@ -1,7 +1,7 @@
 """What ptxas says of each kernel, and the bars it must stay under.
 
-`python tests/cuda/bars.py` measures all kernels and rewrites bars.toml: run it when a kernel earns lower numbers, or
-when a higher one was decided on, and look at the diff.
+`python -m kernels.bars`, from tests/cuda, measures all kernels and rewrites bars.toml: run it when a kernel earns lower
+numbers, or when a higher one was decided on, and look at the diff.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import re
 import sys
 from pathlib import Path
 
-import nvrtc
+from kernels import nvrtc
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-FILE = Path(__file__).with_name("bars.toml")
+FILE = Path(__file__).resolve().parents[1] / "bars.toml"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Static shared memory beyond this needs an opt-in on every architecture.
 SHARED_LIMIT = 48 * 1024
@@ -50,8 +50,8 @@ def read() -> dict[str, dict]:
 
 def _measure() -> str:
     lines = [
-        "# The most registers of a thread by architecture and the most static shared memory of a block, with the NVRTC of",
-        "# requirements.txt. Written by bars.py. Local memory and spills are never allowed.",
+        "# The most registers of a thread by architecture, the most static shared memory of a block, with the NVRTC of",
+        "# requirements.txt. Written by kernels/bars.py. Local memory and spills are never allowed.",
     ]
     for file in nvrtc.files():
         measured = {arch: reports(file, arch) for arch in ARCHITECTURES}
