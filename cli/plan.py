@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 import pyrformer as pf
@@ -65,12 +67,11 @@ def table(rows: list[list[str]]) -> None:
         ("FLOP", "right"),
         ("part", "left"),
     ):
-        out.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        out.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
     for number, operation, _, results, place, size, flops, scope in rows:
         out.add_row(number, operation, results, place, _bytes(int(size)), _count(int(flops)), scope)
-    console = Console(highlight=False)
     # Piped output is not cut to a terminal's width.
-    console.print(out, width=None if console.is_terminal else 200)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 240).print(out)
 
 
 def _bytes(n: int) -> str:

@@ -12,8 +12,11 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -198,7 +201,7 @@ class _Trainer:
         self.done = self._prepare_folder()
         self.on_event("stage", {"what": "reading"})
         train_docs, valid_docs = self._documents()
-        self.tokenizer = self._tokenizer(train_docs)
+        self.tokenizer = self._tokenizer(train_docs, valid_docs)
         self.on_event("stage", {"what": "tokenizing"})
         threads = config.threads or None
         self.corpus, self.held_out = (
@@ -264,7 +267,7 @@ class _Trainer:
         cut = int(len(documents[0]) * (1 - c.valid_fraction))
         return [documents[0][:cut]], [documents[0][cut:]]
 
-    def _tokenizer(self, documents: list[str]) -> Tokenizer:
+    def _tokenizer(self, documents: list[str], held_out: list[str]) -> Tokenizer:
         if self.done:
             return Tokenizer.load(self.folder)
         options = self.config.tokenizer or DEFAULT_TOKENIZERS[self.config.objective]
@@ -278,6 +281,9 @@ class _Trainer:
             return Tokenizer.load(options["path"])
         self.on_event("stage", {"what": "training the tokenizer"})
         defaults = {"kind": "bpe", "vocab_size": 4096, "threads": self.config.threads or None}
+        if "char" in (options.get("kind"), options.get("preset")):
+            # An alphabet is not learned: characters of the held-out text alone would be unknown.
+            documents = documents + held_out
         return Tokenizer.train(iter(documents), **{**defaults, **options})
 
     def _model(self) -> Model:
@@ -289,6 +295,11 @@ class _Trainer:
                 f"[train] a {fields['model_type']} model learns {family[1].objective!r}, not {c.objective!r}; "
                 f"set objective to {family[1].objective!r} or choose another model_type"
             )
+        if family is not None:
+            known = {f.name for f in dataclasses.fields(family[0])} - {"extra"} | {"model_type"}
+            unknown = sorted(fields.keys() - known)
+            if unknown:
+                raise ConfigError(f"[train] a {fields['model_type']} model has no option {unknown[0]!r}")
         given = int(fields.setdefault("vocab_size", t.vocab_size))
         if given < t.vocab_size:
             raise ConfigError(f"[train] vocab_size ({given}) is smaller than the tokenizer's {t.vocab_size}")
@@ -326,13 +337,21 @@ class _Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save(self.folder / "tokenizer.json")
             write_json(self.folder / "training.json", dataclasses.asdict(c))
-            metrics = (self.folder / "metrics.jsonl").open("a" if self.done else "w", encoding="utf-8")
+            metrics = self._open_metrics()
         except OSError as e:
             if fresh and self.folder.is_dir():
                 shutil.rmtree(self.folder)
             raise FileError(f"[train] cannot write to {self.folder}: {e.strerror or e}") from None
         with metrics:
             return self._loop(metrics)
+
+    def _open_metrics(self) -> TextIO:
+        """``metrics.jsonl`` for appending; what an interrupted run logged after its checkpoint is cut off."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if self.done and path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= self.done]
+        _core.write_file(path, "".join(f"{line}\n" for line in kept).encode())
+        return path.open("a", encoding="utf-8")
 
     def _loop(self, metrics: TextIO) -> Run:
         c, step = self.config, self.done
@@ -351,12 +370,13 @@ class _Trainer:
         )
         try:
             while step < c.max_steps:
-                numbers = self._step(step)
-                step += 1
-                numbers = {"step": step, **numbers}
+                # An interrupt waits for the end of the update, so that what is saved is the state after a whole step.
+                with _interrupt_deferred():
+                    numbers = {"step": step + 1, **self._step(step)}
+                    step += 1
+                    if c.log_every and step % c.log_every == 0:
+                        _write(metrics, numbers)
                 self.on_event("step", numbers)
-                if c.log_every and step % c.log_every == 0:
-                    _write(metrics, numbers)
                 if c.eval_every and step % c.eval_every == 0 and step < c.max_steps:
                     self._evaluate(step, metrics)
                 if c.save_every and step % c.save_every == 0 and step < c.max_steps:
@@ -459,6 +479,29 @@ class _Trainer:
         for name, _, _ in moments.tensors():
             self.model.store.set(name, moments.get(name))
         self.seconds = float(read_json(path / "trainer_state.json")["seconds"])
+
+
+@contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Holds Ctrl-C back until the end of the block; a second one is not held back. Only the main thread gets signals, so
+    elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def _write(metrics: TextIO, numbers: dict[str, Any]) -> None:

@@ -130,13 +130,14 @@ impl Plan {
         serde_json::to_string(self)
     }
 
-    /// The steps as rows of text: number, operation, operands, results, offset, bytes, FLOPs, scope.
+    /// The steps as rows of text: number, operation, operands, results, where those lie (an offset into the arena, or
+    /// "state"), bytes, FLOPs, scope.
     #[must_use]
     pub fn table(&self) -> Vec<[String; 8]> {
         let types = |ports: &[Operand]| ports.iter().map(|o| o.ty.to_string()).collect::<Vec<_>>().join(" ");
         let place = |o: &Operand| match o.space {
-            Space::Arena => format!("{}", o.offset),
-            Space::State(i) => self.states[i].name.clone(),
+            Space::Arena => o.offset.to_string(),
+            Space::State(_) => "state".to_owned(),
         };
         self.steps
             .iter()

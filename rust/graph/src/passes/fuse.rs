@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::error::Result;
 use crate::graph::{Graph, Node, NodeId, ValueId};
-use crate::op::{Binary, Epilogue, Op};
+use crate::op::{Binary, Epilogue, Op, Unary};
 
 /// Fuses chains.
 ///
@@ -164,8 +164,10 @@ fn added(graph: &Graph, readers: &Readers, value: ValueId) -> Option<(NodeId, Va
 }
 
 /// The first activation applied to `value`.
-fn activation(graph: &Graph, readers: &Readers, value: ValueId) -> Option<(NodeId, crate::op::Unary)> {
+fn activation(graph: &Graph, readers: &Readers, value: ValueId) -> Option<(NodeId, Unary)> {
     readers.nodes[value.0 as usize].iter().find_map(|&id| match graph.node(id).op {
+        // A scaled product may end in place on a state or residual; fused as an activation it could not.
+        Op::Unary(Unary::Scale(_)) => None,
         Op::Unary(f) if !readers.taken.contains(&id) => Some((id, f)),
         _ => None,
     })

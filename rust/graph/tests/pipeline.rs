@@ -1,0 +1,176 @@
+//! The way from a graph to a plan, on a small network: what each pass leaves, what lowering does with views and states.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+use pyrformer_graph::autodiff::gradients;
+use pyrformer_graph::op::{AttentionSpec, DropoutSpec};
+use pyrformer_graph::{
+    Binary, DType, Epilogue, Error, Graph, Op, Plan, Space, Target, TensorType, Unary, ValueId, lower,
+    passes, verify::verify,
+};
+
+struct NoScratch;
+
+impl Target for NoScratch {
+    fn scratch_bytes(&self, _: &Op, _: &[&TensorType], _: &[&TensorType]) -> usize {
+        0
+    }
+}
+
+fn f32(shape: &[usize]) -> TensorType {
+    TensorType::new(DType::F32, pyrformer_graph::Shape(shape.to_vec()))
+}
+
+fn matmul(tb: bool) -> Op {
+    Op::MatMul { ta: false, tb, epilogue: Epilogue::default() }
+}
+
+/// A block with a residual, a loss, and the step that lowers it.
+fn training_graph() -> Graph {
+    let mut g = Graph::new();
+    let x = g.input("x", f32(&[6, 4])).unwrap();
+    let labels = g.input("labels", TensorType::new(DType::I32, [6])).unwrap();
+    let w = g.state("w", f32(&[8, 4])).unwrap();
+    let b = g.state("b", f32(&[8])).unwrap();
+    let v = g.state("v", f32(&[4, 8])).unwrap();
+    g.set_scope("mlp");
+    let h = g.add1(matmul(true), &[x, w]).unwrap();
+    let h = g.add1(Op::Binary(Binary::Add), &[h, b]).unwrap();
+    let a = g.add1(Op::Unary(Unary::Gelu), &[h]).unwrap();
+    let y = g.add1(matmul(true), &[a, v]).unwrap();
+    let y = g.add1(Op::Binary(Binary::Add), &[x, y]).unwrap();
+    g.set_scope("head");
+    let loss = g.add1(Op::LinearCrossEntropy { bias: false }, &[y, w, labels]).unwrap();
+    let mean = g.add1(Op::Unary(Unary::Scale(0.25)), &[loss]).unwrap();
+    let grads = gradients(&mut g, mean, &[w, b, v]).unwrap();
+    g.output("loss", mean).unwrap();
+    for (state, grad) in [w, b, v].into_iter().zip(grads) {
+        let down = g.add1(Op::Unary(Unary::Scale(-0.1)), &[grad]).unwrap();
+        let new = g.add1(Op::Binary(Binary::Add), &[state, down]).unwrap();
+        g.update(state, new).unwrap();
+    }
+    g
+}
+
+#[test]
+fn the_printed_form_after_all_passes() {
+    let g = passes::optimise(&training_graph()).unwrap();
+    let expected = r#"%0 = input{"x"} : f32[6,4]
+%1 = input{"labels"} : i32[6]
+%2 = state{"w"} : f32[8,4]
+%3 = state{"b"} : f32[8]
+%4 = state{"v"} : f32[4,8]
+%5, %6 = matmul{tb, bias, gelu+pre} %0, %2, %3 : f32[6,8], f32[6,8]  # mlp
+%7 = matmul{tb, residual} %5, %4, %0 : f32[6,4]  # mlp
+%8 = fill{0.25} : f32[]  # head
+%9, %10, %11 = linear_cross_entropy_grad %7, %2, %1, %8 : f32[], f32[6,4], f32[8,4]  # head
+%12 = scale{0.25} %9 : f32[]  # head
+%13 = matmul{ta} %10, %5 : f32[4,8]  # mlp
+%14 = matmul{gelu'} %10, %4, %6 : f32[6,8]  # mlp
+%15 = sum_to %14 : f32[8]  # mlp
+%16 = matmul{ta, residual} %14, %0, %11 : f32[8,4]  # mlp
+%17 = scale{-0.1} %16 : f32[8,4]
+%18 = add %2, %17 : f32[8,4]
+%19 = scale{-0.1} %15 : f32[8]
+%20 = add %3, %19 : f32[8]
+%21 = scale{-0.1} %13 : f32[4,8]
+%22 = add %4, %21 : f32[4,8]
+output "loss" = %12
+update "w" <- %18
+update "b" <- %20
+update "v" <- %22
+"#;
+    assert_eq!(g.to_string(), expected);
+}
+
+fn plan(g: &Graph) -> Plan {
+    lower(&passes::optimise(g).unwrap(), &NoScratch).unwrap()
+}
+
+#[test]
+fn every_pass_leaves_a_legal_graph() {
+    let mut g = training_graph();
+    verify(&g).unwrap();
+    for (name, pass) in passes::PIPELINE {
+        g = pass(&g).unwrap();
+        verify(&g).unwrap_or_else(|e| panic!("after {name}: {e}"));
+    }
+}
+
+#[test]
+fn states_are_updated_in_place_and_plans_survive_serialisation() {
+    let p = plan(&training_graph());
+    assert!(p.states.iter().all(|s| s.updated));
+    let onto_state: Vec<_> = p
+        .steps
+        .iter()
+        .filter(|s| matches!(s.outputs[0].space, Space::State(_)))
+        .map(|s| s.op.name())
+        .collect();
+    assert_eq!(onto_state, ["add", "add", "add"]);
+    assert!(p.steps.iter().all(|s| s.op != Op::Copy));
+    assert_eq!(serde_json::from_str::<Plan>(&p.to_json().unwrap()).unwrap(), p);
+    assert_eq!(p.state_bytes(), (32 + 8 + 32) * 4);
+    assert!(p.flops() > 0 && p.arena_bytes >= p.live_bytes && p.table().len() == p.steps.len());
+}
+
+#[test]
+fn a_state_read_after_its_update_is_copied_at_the_end() {
+    let mut g = Graph::new();
+    let s = g.state("s", f32(&[4])).unwrap();
+    let x = g.input("x", f32(&[4])).unwrap();
+    let new = g.sum(s, x).unwrap();
+    g.update(s, new).unwrap();
+    let late = g.add1(Op::Binary(Binary::Mul), &[new, s]).unwrap();
+    g.output("late", late).unwrap();
+    let p = plan(&g);
+    assert_eq!(p.steps.last().unwrap().op, Op::Copy);
+    assert!(matches!(p.steps.last().unwrap().outputs[0].space, Space::State(0)));
+}
+
+#[test]
+fn split_and_concat_are_views() {
+    let mut g = Graph::new();
+    let x = g.input("x", f32(&[2, 5, 12])).unwrap();
+    let y = g.add1(Op::Unary(Unary::Tanh), &[x]).unwrap();
+    let parts = g.add(Op::Split { sizes: vec![4, 4, 4] }, &[y]).unwrap();
+    let spec = AttentionSpec {
+        heads: 2,
+        kv_heads: 2,
+        causal: true,
+        window: None,
+        scale: 1.0,
+        segments: false,
+        dropout: None,
+    };
+    let out = g.add(Op::Attention(spec), &parts).unwrap()[0];
+    let a = g.add1(Op::Unary(Unary::Exp), &[out]).unwrap();
+    let b = g.add1(Op::Unary(Unary::Relu), &[out]).unwrap();
+    let joined = g.add1(Op::Concat, &[a, b]).unwrap();
+    g.output("y", joined).unwrap();
+    let p = plan(&g);
+    let names: Vec<&str> = p.steps.iter().map(|s| s.op.name()).collect();
+    assert_eq!(names, ["tanh", "attention", "exp", "relu"]);
+    let qkv = &p.steps[1].inputs;
+    assert_eq!((qkv[1].offset - qkv[0].offset, qkv[1].row_stride), (16, 12));
+    let (exp, relu) = (&p.steps[2].outputs[0], &p.steps[3].outputs[0]);
+    assert_eq!((relu.offset - exp.offset, exp.row_stride), (16, 8));
+}
+
+#[test]
+fn wrong_operands_are_refused_with_their_types() {
+    let mut g = Graph::new();
+    let a = g.input("a", f32(&[2, 3])).unwrap();
+    let b = g.input("b", f32(&[4, 5])).unwrap();
+    let i = g.input("i", TensorType::new(DType::I32, [2])).unwrap();
+    let message = |r: Result<Vec<ValueId>, Error>| r.unwrap_err().to_string();
+    assert_eq!(
+        message(g.add(matmul(false), &[a, b])),
+        "[matmul] expected a [.., K], b [K, N], got f32[2,3], f32[4,5]"
+    );
+    assert_eq!(message(g.add(Op::Unary(Unary::Exp), &[i])), "[exp] operand 0 must be a float type, got i32");
+    let dropout = Op::Dropout(DropoutSpec { p: 1.0, stream: 0 });
+    let rng = g.input("rng", TensorType::new(DType::I32, [4])).unwrap();
+    assert!(message(g.add(dropout, &[a, rng])).contains("in [0, 1), got 1"));
+    assert!(g.input("a", f32(&[1])).unwrap_err().to_string().contains("two inputs or states called \"a\""));
+    assert_eq!(g.nodes().len(), 4, "a refused operation leaves nothing behind");
+}
