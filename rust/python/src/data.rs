@@ -16,6 +16,11 @@ impl From<pyrformer_data::Error> for Failure {
     }
 }
 
+/// A cleaning step, how many documents it changed, and how many characters it removed.
+type Cleaned = (&'static str, usize, i64);
+/// Flat ids and the start of each document.
+type Corpus = (Arc<[u32]>, Arc<[u64]>);
+
 /// The documents of text files, after the named cleaning steps; and per step (name, documents changed, characters
 /// removed).
 #[pyfunction]
@@ -25,7 +30,7 @@ pub(crate) fn read_documents(
     column: String,
     replace_errors: bool,
     steps: Vec<String>,
-) -> PyResult<(Vec<String>, Vec<(&'static str, usize, i64)>)> {
+) -> PyResult<(Vec<String>, Vec<Cleaned>)> {
     let steps: Vec<Step> =
         steps.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(Failure::from)?;
     let errors = if replace_errors { DecodeErrors::Replace } else { DecodeErrors::Strict };
@@ -39,10 +44,7 @@ pub(crate) fn read_documents(
 }
 
 /// A corpus as flat ids and the start of each document.
-fn corpus(
-    ids: &PyReadonlyArray1<'_, u32>,
-    offsets: &PyReadonlyArray1<'_, i64>,
-) -> PyResult<(Arc<[u32]>, Arc<[u64]>)> {
+fn corpus(ids: &PyReadonlyArray1<'_, u32>, offsets: &PyReadonlyArray1<'_, i64>) -> PyResult<Corpus> {
     let gaps =
         || Failure::new("InputError", "[data] ids and offsets must be C-contiguous, offsets not negative");
     let ids = ids.as_slice().map_err(|_| gaps())?;
