@@ -25,7 +25,7 @@ const NAMES: [&str; 8] = [
 fn fixtures() -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/fixtures/tokenizers");
     if !folder.is_dir() {
-        println!("skipped: {} is absent", folder.display());
+        eprintln!("skipped: {} is absent", folder.display());
         return None;
     }
     Some(folder)
