@@ -330,20 +330,27 @@ class _Trainer:
         c = self.config
         if self.config.overwrite and self.folder.is_dir():
             shutil.rmtree(self.folder)
-        fresh = not self.folder.exists()
         if self.done:
             self._load_checkpoint()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save(self.folder / "tokenizer.json")
             write_json(self.folder / "training.json", dataclasses.asdict(c))
-            metrics = self._open_metrics()
+            with self._open_metrics() as metrics:
+                return self._loop(metrics)
         except OSError as e:
-            if fresh and self.folder.is_dir():
-                shutil.rmtree(self.folder)
-            raise FileError(f"[train] cannot write to {self.folder}: {e.strerror or e}") from None
-        with metrics:
-            return self._loop(metrics)
+            self._discard()
+            raise (
+                e if isinstance(e, FileError) else FileError(f"[train] {self.folder}: {e.strerror or e}")
+            ) from None
+        except Exception:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        """Removes a run folder that holds no checkpoint to go on from."""
+        if not (self.folder / "checkpoint").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _open_metrics(self) -> TextIO:
         """``metrics.jsonl`` for appending; what an interrupted run logged after its checkpoint is cut off."""
@@ -483,8 +490,8 @@ class _Trainer:
 
 @contextmanager
 def _interrupt_deferred() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block; a second one is not held back. Only the main thread gets signals, so
-    elsewhere nothing changes."""
+    """Holds Ctrl-C back until the end of the block; a second one is not held back. Only the main thread gets signals,
+    so elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

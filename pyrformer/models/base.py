@@ -62,6 +62,12 @@ class ModelConfig:
                 isinstance(value, int) and value > 0, f"{name} must be a positive whole number, got {value!r}"
             )
 
+    def check_probabilities(self, **values: float) -> None:
+        """Raises ConfigError unless all values are in [0, 1)."""
+        for name, value in values.items():
+            ok = isinstance(value, (int, float)) and 0 <= value < 1
+            self.require(ok, f"{name} must be a number in [0, 1), got {value!r}")
+
     def check_heads(self, width_name: str, width: int, heads_name: str, heads: int) -> None:
         """Raises ConfigError unless the width divides into heads."""
         self.check_sizes(**{width_name: width, heads_name: heads})

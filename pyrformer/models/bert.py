@@ -49,6 +49,10 @@ class BertConfig(ModelConfig):
             max_position_embeddings=self.max_position_embeddings,
             type_vocab_size=self.type_vocab_size,
         )
+        self.check_probabilities(
+            hidden_dropout_prob=self.hidden_dropout_prob,
+            attention_probs_dropout_prob=self.attention_probs_dropout_prob,
+        )
         self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
 
 

@@ -51,6 +51,9 @@ class GPT2Config(ModelConfig):
     def __post_init__(self) -> None:
         self.check_sizes(vocab_size=self.vocab_size, n_positions=self.n_positions, n_layer=self.n_layer)
         self.check_heads("n_embd", self.n_embd, "n_head", self.n_head)
+        self.check_probabilities(
+            resid_pdrop=self.resid_pdrop, embd_pdrop=self.embd_pdrop, attn_pdrop=self.attn_pdrop
+        )
         kinds = ("learned", "sinusoidal")
         self.require(
             self.position_embedding_type in kinds,
