@@ -2,7 +2,7 @@
 //!
 //! Every branch is a select and every table a polynomial. The polynomials are minimax fits (Lawson iteration over a
 //! Chebyshev basis in `f64`), each stated with its interval and weight. Measured over all finite inputs against the
-//! `f64` functions, with sums and products rounded separately: exp 1.1 ulp, tanh 1.6 ulp, erf 1.3 ulp (subnormal
+//! `f64` functions, with sums and products rounded separately: exp 1.03 ulp, tanh 1.34 ulp, erf 1.33 ulp (subnormal
 //! results count in units of the smallest subnormal). Infinities, NaN and signed zeros are as in C99 Annex F.
 
 /// 1.5·2²³: adding it rounds a small `f32` to an integer, which then sits in the low bits.
@@ -127,26 +127,26 @@ mod tests {
     const STEP: usize = 1009;
 
     #[test]
-    fn exp_is_exact_to_two_ulp() {
-        check("exp", STEP, exp, f64::exp, 1.5);
+    fn exp_is_within_its_bound() {
+        check("exp", STEP, exp, f64::exp, 1.1);
     }
 
     #[test]
-    fn tanh_is_exact_to_two_ulp() {
-        check("tanh", STEP, tanh, f64::tanh, 2.0);
+    fn tanh_is_within_its_bound() {
+        check("tanh", STEP, tanh, f64::tanh, 1.4);
     }
 
     #[test]
-    fn erf_is_exact_to_two_ulp() {
-        check("erf", STEP, erf, libm::erf, 2.0);
+    fn erf_is_within_its_bound() {
+        check("erf", STEP, erf, libm::erf, 1.4);
     }
 
     #[test]
     #[ignore = "all 2³² inputs take minutes"]
     fn every_input() {
-        check("exp", 1, exp, f64::exp, 1.5);
-        check("tanh", 1, tanh, f64::tanh, 2.0);
-        check("erf", 1, erf, libm::erf, 2.0);
+        check("exp", 1, exp, f64::exp, 1.1);
+        check("tanh", 1, tanh, f64::tanh, 1.4);
+        check("erf", 1, erf, libm::erf, 1.4);
     }
 
     #[test]
