@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::{Error, Result, Tokenizer};
+use crate::Tokenizer;
 
 /// The ids of special tokens by role, where the tokenizer has them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,9 +57,7 @@ impl SpecialIds {
     }
 
     /// These roles with those that a tokenizer_config.json states.
-    pub(crate) fn with_config(&self, tokenizer: &Tokenizer, config: &str) -> Result<Self> {
-        let config: Map<String, Value> = serde_json::from_str(config)
-            .map_err(|e| Error::format("tokenizer_config.json", e.to_string()))?;
+    pub(crate) fn with_config(&self, tokenizer: &Tokenizer, config: &Map<String, Value>) -> Self {
         let mut ids = self.clone();
         for (slot, (name, _)) in ids.slots().into_iter().zip(ROLES) {
             // A string, or an object with the string as its content.
@@ -68,7 +66,7 @@ impl SpecialIds {
                 *slot = Some(id);
             }
         }
-        Ok(ids)
+        ids
     }
 
     /// The tokenizer_config.json that states these roles.

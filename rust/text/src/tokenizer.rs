@@ -6,6 +6,8 @@
 
 use std::path::Path;
 
+use serde_json::{Map, Value};
+
 use crate::added::{AddedToken, Finder};
 use crate::bytes::from_alphabet;
 use crate::decode::Stages;
@@ -44,7 +46,8 @@ impl std::fmt::Debug for Tokenizer {
 
 impl Clone for Tokenizer {
     fn clone(&self) -> Self {
-        Self::new(self.parts.clone()).expect("the parts made a tokenizer before")
+        let clone = Self::new(self.parts.clone()).expect("the parts made a tokenizer before");
+        Self { roles: self.roles.clone(), ..clone }
     }
 }
 
@@ -117,22 +120,29 @@ impl Tokenizer {
         self.parts.to_json()
     }
 
-    /// Loads a tokenizer.json, or that of a directory. A tokenizer_config.json beside it says which special token has
+    /// Loads a tokenizer.json, or that of a directory; a directory without one may have `vocab.txt` (BERT), or
+    /// `vocab.json` and `merges.txt` (GPT-2, RoBERTa). A tokenizer_config.json beside it says which special token has
     /// which role; else the usual names do.
     ///
     /// # Errors
     /// [`Error::Io`] if a file cannot be read, [`Error::Format`] if it cannot be understood.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        let read = |file: &Path| std::fs::read_to_string(file).map_err(Error::io("load tokenizer", file));
         let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
-        let text = std::fs::read_to_string(&file).map_err(Error::io("load tokenizer", &file))?;
-        let mut tokenizer = Self::from_json(&text)?;
-        let config = file.with_file_name("tokenizer_config.json");
-        if config.is_file() {
-            let text = std::fs::read_to_string(&config).map_err(Error::io("load tokenizer", &config))?;
-            let roles = tokenizer.roles.with_config(&tokenizer, &text)?;
-            tokenizer.roles = roles;
-        }
+        let config_file = file.with_file_name("tokenizer_config.json");
+        let config: Map<String, Value> = if config_file.is_file() {
+            serde_json::from_str(&read(&config_file)?)
+                .map_err(|e| Error::format("tokenizer_config.json", e.to_string()))?
+        } else {
+            Map::new()
+        };
+        let mut tokenizer = if path.is_dir() && !file.is_file() {
+            crate::legacy::load(path, &config)?
+        } else {
+            Self::from_json(&read(&file)?)?
+        };
+        tokenizer.roles = tokenizer.roles.with_config(&tokenizer, &config);
         Ok(tokenizer)
     }
 

@@ -181,8 +181,35 @@ fn saved_directories_load_with_their_roles() {
     let loaded = Tokenizer::load(folder.path()).unwrap();
     assert_eq!(loaded.special_ids(), tokenizer.special_ids());
     assert_eq!(loaded.to_json().unwrap(), tokenizer.to_json().unwrap());
+    // Roles that only the configuration states outlive a clone.
+    std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"bos_token": {"content": "[CLS]"}}"#)
+        .unwrap();
+    assert_eq!(Tokenizer::load(folder.path()).unwrap().clone().special_ids().bos, Some(2));
     let error = Tokenizer::load(folder.path().join("nothing.json")).unwrap_err();
     assert!(matches!(&error, Error::Io { .. }) && error.to_string().contains("nothing.json"), "{error}");
+}
+
+#[test]
+fn vocabulary_files_load_without_a_tokenizer_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+    let bert = tokenizer(Preset::BertCased);
+    let lines: Vec<&str> = (0..bert.vocab_size() as u32).filter_map(|id| bert.id_to_token(id)).collect();
+    write("vocab.txt", lines.join("\n"));
+    write("tokenizer_config.json", r#"{"do_lower_case": false}"#.into());
+    assert_eq!(Tokenizer::load(folder.path()).unwrap().to_json().unwrap(), bert.to_json().unwrap());
+
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+    assert!(message(Tokenizer::load(folder.path())).contains("tokenizer.json"));
+    let gpt2 = tokenizer(Preset::Gpt2);
+    let file: serde_json::Value = serde_json::from_str(&gpt2.to_json().unwrap()).unwrap();
+    write("vocab.json", file["model"]["vocab"].to_string());
+    let merges = file["model"]["merges"].as_array().unwrap().iter();
+    let merges: Vec<String> =
+        merges.map(|m| format!("{} {}", m[0].as_str().unwrap(), m[1].as_str().unwrap())).collect();
+    write("merges.txt", format!("#version: 0.2\n{}\n", merges.join("\n")));
+    assert_eq!(Tokenizer::load(folder.path()).unwrap().to_json().unwrap(), gpt2.to_json().unwrap());
 }
 
 fn message<T: std::fmt::Debug>(result: Result<T, Error>) -> String {

@@ -7,84 +7,17 @@
 mod count;
 mod merges;
 
-use std::str::FromStr;
-
 use crate::added::AddedToken;
 use crate::bpe::{Bpe, BpeOptions};
 use crate::bytes::byte_to_char;
-use crate::decode::Decoder;
 use crate::format::Parts;
 use crate::model::Model;
-use crate::normalize::Normalizer;
-use crate::pretokenize::PreTokenizer;
-use crate::template::PostProcessor;
+use crate::presets::Preset;
 use crate::vocab::Vocab;
 use crate::wordpiece::WordPiece;
 use crate::{Error, Result, Tokenizer};
 
 use merges::Symbols;
-
-/// What kind of tokenizer is trained, and how it treats text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Preset {
-    /// Byte-level BPE with GPT-2's split; special token `<|endoftext|>`.
-    Gpt2,
-    /// WordPiece on lowercase text without accents, in the template `[CLS] … [SEP]`; BERT's five special tokens.
-    BertUncased,
-    /// The same on text as it is written.
-    BertCased,
-    /// As `BertCased`, with every character of the documents in the alphabet instead of the 1000 most frequent.
-    Multilingual,
-    /// One token for each character; no special tokens.
-    Char,
-}
-
-impl Preset {
-    /// The presets by name.
-    pub const ALL: [(&str, Self); 5] = [
-        ("gpt2", Self::Gpt2),
-        ("bert-uncased", Self::BertUncased),
-        ("bert-cased", Self::BertCased),
-        ("multilingual", Self::Multilingual),
-        ("char", Self::Char),
-    ];
-
-    /// The preset that a kind of model (`"bpe"`, `"wordpiece"`, `"char"`) is trained with if none is named.
-    ///
-    /// # Errors
-    /// [`Error::Option`] for another kind.
-    pub fn of_kind(kind: &str) -> Result<Self> {
-        match kind {
-            "bpe" => Ok(Self::Gpt2),
-            "wordpiece" => Ok(Self::BertUncased),
-            "char" => Ok(Self::Char),
-            _ => {
-                Err(Error::option("train", "kind", format!("is {kind:?} but must be bpe, wordpiece or char")))
-            }
-        }
-    }
-
-    fn special_tokens(self) -> &'static [&'static str] {
-        match self {
-            Self::Gpt2 => &["<|endoftext|>"],
-            Self::Char => &[],
-            Self::BertUncased | Self::BertCased | Self::Multilingual => {
-                &["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-            }
-        }
-    }
-}
-
-impl FromStr for Preset {
-    type Err = Error;
-    fn from_str(name: &str) -> Result<Self> {
-        let known = Self::ALL.iter().find(|(known, _)| *known == name).map(|&(_, preset)| preset);
-        known.ok_or_else(|| {
-            let names: Vec<&str> = Self::ALL.iter().map(|&(name, _)| name).collect();
-            Error::option("train", "preset", format!("is {name:?} but must be one of {}", names.join(", ")))
-        })
-    }
-}
 
 /// How to train. [`TrainOptions::new`] sets the defaults.
 #[derive(Clone, Debug)]
@@ -178,57 +111,18 @@ fn check_special(tokens: &[String]) -> Result<()> {
 
 /// A tokenizer of `preset` that knows its special tokens and nothing else.
 fn empty(preset: Preset, special: &[String]) -> Result<Tokenizer> {
-    let added_tokens: Vec<_> = (0..).zip(special).map(|(id, token)| AddedToken::special(token, id)).collect();
-    let id = |token: &str| {
-        let found = special.iter().position(|s| s == token).map(|i| (token.to_owned(), i as u32));
-        found.ok_or_else(|| {
-            Error::option("train", "special_tokens", format!("lacks {token}, which WordPiece needs"))
-        })
-    };
-    let vocab = Vocab::new((0..).zip(special).map(|(id, token)| (token.clone(), id)).collect())?;
-    let plain = Parts {
-        truncation: None,
-        padding: None,
-        added_tokens,
-        normalizer: None,
-        pre_tokenizer: None,
-        post_processor: None,
-        decoder: Some(Decoder::Fuse),
-        model: Model::Bpe(Bpe::new(vocab, &[], BpeOptions::default(), false)?),
-    };
-    Tokenizer::new(match preset {
-        Preset::Char => plain,
-        Preset::Gpt2 => Parts {
-            pre_tokenizer: Some(PreTokenizer::ByteLevel {
-                add_prefix_space: false,
-                trim_offsets: true,
-                use_regex: true,
-            }),
-            post_processor: Some(PostProcessor::ByteLevel {
-                add_prefix_space: true,
-                trim_offsets: false,
-                use_regex: true,
-            }),
-            decoder: Some(Decoder::ByteLevel { add_prefix_space: true, trim_offsets: true, use_regex: true }),
-            ..plain
-        },
-        Preset::BertUncased | Preset::BertCased | Preset::Multilingual => {
-            let lowercase = preset == Preset::BertUncased;
-            id("[UNK]")?;
-            Parts {
-                normalizer: Some(Normalizer::Bert {
-                    clean_text: true,
-                    handle_chinese_chars: true,
-                    strip_accents: None,
-                    lowercase,
-                }),
-                pre_tokenizer: Some(PreTokenizer::Bert),
-                post_processor: Some(PostProcessor::bert_template(&id("[CLS]")?, &id("[SEP]")?)),
-                decoder: Some(Decoder::WordPiece { prefix: "##".into(), cleanup: true }),
-                ..plain
-            }
-        }
-    })
+    let vocab = Vocab::new(special.iter().cloned().zip(0..).collect())?;
+    let added = special.iter().zip(0..).map(|(token, id)| AddedToken::special(token, id)).collect();
+    let model = Model::Bpe(Bpe::new(vocab, &[], BpeOptions::default(), false)?);
+    let needed: &[&str] = if preset.is_wordpiece() { &["[UNK]", "[CLS]", "[SEP]"] } else { &[] };
+    if let Some(token) = needed.iter().find(|token| !special.iter().any(|s| s == *token)) {
+        return Err(Error::option(
+            "train",
+            "special_tokens",
+            format!("lacks {token}, which WordPiece needs"),
+        ));
+    }
+    Tokenizer::new(preset.parts(added, model))
 }
 
 fn no_text() -> Error {
