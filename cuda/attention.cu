@@ -14,7 +14,8 @@
 // Shared memory: static, 34.8 KB.
 //
 // Which keys a query sees: key j of query i if j <= i (causal only), i - j < window (pass 2^31 - 1 for none), and, with
-// segments, segments[j] == segments[i] != 0. A query that sees nothing has out = 0 and lse = -inf.
+// segments, if segments[j] is not 0 (padding) and is segments[i], or segments[i] is 0. A query that sees nothing, which
+// only padding can be, averages all T values: its probabilities are 1 / T, its lse is -inf.
 // Probability (b, h, i, j) draws number ((b * H + h) * T + i) * T + j of the dropout site; rng is null without dropout.
 //
 // A block computes 64 rows of the result, `slice` telling which 128 columns of the head. A thread (ty, tx) of 16 x 16 has
@@ -167,12 +168,17 @@ struct Mask {
 
     __device__ __forceinline__ bool sees(int i, int j) const {
         if (i >= tokens || j >= tokens || (causal && j > i) || i - j >= window) return false;
-        return !segments || (segments[j] == segments[i] && segments[j] != 0);
+        if (!segments) return true;
+        int own = segments[i], other = segments[j];
+        return other != 0 && (own == other || own == 0);
     }
 
     // The first tile of keys that some query from `i` on sees, and the end of those that queries before `end` see.
     __device__ __forceinline__ int first_key(int i) const { return max(0, i - window + 1) / TILE * TILE; }
     __device__ __forceinline__ int end_key(int end) const { return causal ? min(end, tokens) : tokens; }
+
+    // The probability of key j for a query that sees nothing, or 0 for one that sees something.
+    __device__ __forceinline__ float blind_weight(bool blind, int j) const { return blind && j < tokens ? 1.f / tokens : 0.f; }
 
     // The same for the queries that see some key from `j` on, and before `end`.
     __device__ __forceinline__ int first_query(int j) const { return causal ? j / TILE * TILE : 0; }
@@ -257,11 +263,33 @@ attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, 
         add_weighted(sum, shared, vs, key0, column, ty, tx);
     }
 
+    bool blind = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) blind |= query0 + 4 * ty + i < tokens && largest[i] == -INFINITY;
+    if (segments && __syncthreads_or(blind)) {
+        for (int key0 = 0; key0 < tokens; key0 += TILE) {
+            float p[4][4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float4 factor = make_float4(1.f, 1.f, 1.f, 1.f);
+                if (rng) factor = keep4(keep, (row0 + i) * tokens + key0 + 4 * tx);
+                float factors[4] = {factor.x, factor.y, factor.z, factor.w};
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    p[i][j] = factors[j] * mask.blind_weight(largest[i] == -INFINITY, key0 + 4 * tx + j);
+                }
+            }
+            __syncthreads();  // the last weights are used up
+            store_weights(shared, p, ty, tx);
+            add_weighted(sum, shared, vs, key0, column, ty, tx);
+        }
+    }
+
     float factor[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        bool empty = denominator[i] == 0.f;
-        factor[i] = empty ? 0.f : 1.f / denominator[i];
+        bool empty = largest[i] == -INFINITY;
+        factor[i] = empty ? 1.f : 1.f / denominator[i];
         if (tx == 0 && column == 0 && query0 + 4 * ty + i < tokens) {
             lse[row0 + i] = empty ? -INFINITY : largest[i] + logf(denominator[i]);
         }
@@ -288,7 +316,8 @@ attention_delta_backward_f32(const float* __restrict__ dout, const float* __rest
     if (lane == 0) delta[((long long)(row / tokens) * heads + head) * tokens + row % tokens] = sum;
 }
 
-// p and dp of a tile -> (p * keep) and the score gradient p * (dp * keep - delta) * scale, in place.
+// p and dp of a tile -> (p * keep) and the score gradient p * (dp * keep - delta) * scale, in place; zeros for a query that
+// sees nothing, whose probabilities depend on no score.
 __device__ __forceinline__ void score_gradient(float& p, float& dp, bool seen, float lse, float delta, float factor, float scale) {
     p = seen && lse != -INFINITY ? expf(p * scale - lse) : 0.f;
     dp = p * (dp * factor - delta) * scale;
@@ -317,14 +346,8 @@ attention_dq_backward_f32(const float* __restrict__ dout, const float* __restric
     Keep keep;
     if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
 
-    float sum[PARTS][4][4], lses[4], deltas[4];
+    float sum[PARTS][4][4];
     clear(sum);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        bool inside = query0 + 4 * ty + i < tokens;
-        lses[i] = inside ? lse[row0 + i] : 0.f;
-        deltas[i] = inside ? delta[row0 + i] : 0.f;
-    }
 
     int end = mask.end_key(query0 + TILE);
     for (int key0 = mask.first_key(query0); key0 < end; key0 += TILE) {
@@ -333,13 +356,16 @@ attention_dq_backward_f32(const float* __restrict__ dout, const float* __restric
         dot_tiles(ds, shared, douts, query0, vs, key0, ty, tx);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+            // Read in every tile: kept in registers they would make others spill.
+            bool inside = query0 + 4 * ty + i < tokens;
+            float row_lse = inside ? lse[row0 + i] : 0.f, row_delta = inside ? delta[row0 + i] : 0.f;
             float4 factor = make_float4(1.f, 1.f, 1.f, 1.f);
             if (rng) factor = keep4(keep, (row0 + i) * tokens + key0 + 4 * tx);
             float factors[4] = {factor.x, factor.y, factor.z, factor.w};
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 bool seen = mask.sees(query0 + 4 * ty + i, key0 + 4 * tx + j);
-                score_gradient(p[i][j], ds[i][j], seen, lses[i], deltas[i], factors[j], scale);
+                score_gradient(p[i][j], ds[i][j], seen, row_lse, row_delta, factors[j], scale);
             }
         }
         store_weights(shared, ds, ty, tx);
@@ -401,6 +427,32 @@ attention_dkv_backward_f32(const float* __restrict__ dout, const float* __restri
             __syncthreads();  // the probabilities are used up
             store_weights(shared, ds, ty, tx);
             add_weighted(dks, shared, qs, query0, column, ty, tx);
+        }
+    }
+    // Queries that see nothing: every key has a share of them, wherever it lies.
+    for (int head = kv_head * group; segments && head < (kv_head + 1) * group; ++head) {
+        Rows douts = head_rows(dout, dout_ld, b, head, tokens, width);
+        long long head0 = ((long long)b * heads + head) * tokens;
+        for (int query0 = 0; query0 < tokens; query0 += TILE) {
+            bool blind[4], some = false;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                int query = query0 + 4 * tx + j;
+                blind[j] = query < tokens && lse[head0 + query] == -INFINITY;
+                some |= blind[j];
+            }
+            if (!__syncthreads_or(some)) continue;
+            float p[4][4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float4 factor = make_float4(1.f, 1.f, 1.f, 1.f);
+                if (rng) factor = keep4(keep, (head0 + query0 + 4 * tx + j) * tokens + key0 + 4 * ty);
+                float factors[4] = {factor.x, factor.y, factor.z, factor.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) p[i][j] = factors[i] * mask.blind_weight(blind[j], key0 + 4 * ty + i);
+            }
+            store_weights(shared, p, ty, tx);
+            add_weighted(dvs, shared, douts, query0, column, ty, tx);
         }
     }
     float ones[4] = {1.f, 1.f, 1.f, 1.f};

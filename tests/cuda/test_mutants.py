@@ -113,7 +113,7 @@ def adamw(device, rng, close):
 
 def attention(device, rng, close, backward=False):
     site = run.Site(np.array([1, 2, 3, 4]), 9, 0.2)
-    segments = np.array([[0] * 2 + [1] * 60 + [2] * 7])
+    segments = np.array([[1] * 20 + [0] * 2 + [1] * 40 + [2] * 7])
     x = attention_operands(rng, 1, 69, 2, 1, 36)
     check_attention(
         device,
@@ -129,6 +129,11 @@ def attention(device, rng, close, backward=False):
 
 def attention_grad(device, rng, close):
     attention(device, rng, close, backward=True)
+
+
+def blind(device, rng, close):
+    x = attention_operands(rng, 1, 70, 2, 1, 4)
+    check_attention(device, close, *x, causal=True, segments=np.array([[0] * 66 + [1] * 4]))
 
 
 def attention_of_wide_heads(device, rng, close):
@@ -153,7 +158,7 @@ def cached(device, rng, close):
 
 CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
-    global_norm, adamw, attention, attention_grad, attention_of_wide_heads, cache_write, cached,
+    global_norm, adamw, attention, attention_grad, blind, attention_of_wide_heads, cache_write, cached,
 )}  # fmt: skip
 
 # ---- The bugs: case, file, kernels to compile, text, replacement ----------------------------------------------------
@@ -203,7 +208,7 @@ MUTANTS = [
     # Attention: masks and numbers.
     ("attention", "attention", FORWARD, "causal && j > i", "causal && j >= i"),
     ("attention", "attention", FORWARD, "i - j >= window", "i - j > window"),
-    ("attention", "attention", FORWARD, " && segments[j] != 0", ""),
+    ("attention", "attention", FORWARD, "other != 0 && (own", "(own"),
     ("attention", "attention", FORWARD, "step = 8; step > 0; step /= 2) x = fmaxf", "step = 4; step > 0; step /= 2) x = fmaxf"),
     ("attention", "attention", FORWARD, "denominator[i] * correction + row_sum", "denominator[i] + row_sum"),
     ("attention", "attention", FORWARD, "kv_head = head / (heads / kv_heads)", "kv_head = head % kv_heads + head"),
@@ -215,6 +220,13 @@ MUTANTS = [
     ("attention_grad", "attention", DQ, "dp = p * (dp * factor - delta) * scale", "dp = p * (dp - delta) * scale"),
     ("attention_grad", "attention", DKV, "min(tokens, end - 1 + window)", "min(tokens, end - 60 + window)"),
     ("attention_grad", "attention", DKV, "head < (kv_head + 1) * group", "head < kv_head * group + 1"),
+    ("attention", "attention", FORWARD, "own == other || own == 0", "own == other"),
+    ("blind", "attention", FORWARD, "__syncthreads();  // the last weights are used up", ""),
+    ("blind", "attention", FORWARD, "1.f / tokens", "1.f / (tokens + 1)"),
+    ("blind", "attention", FORWARD, "segments && __syncthreads_or(blind)", "segments && blind"),
+    ("blind", "attention", DKV, "blind[j] = query < tokens && ", "blind[j] = "),
+    ("blind", "attention", DKV, "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
+    ("blind", "attention", DKV, "segments && head < (kv_head + 1) * group", "segments && head < kv_head * group + 1"),
     # Attention: barriers.
     ("attention", "attention", FORWARD, "__syncthreads();  // the last users of a and b are done", ""),
     ("attention", "attention", FORWARD, "        __syncthreads();\n        multiply(product", "        multiply(product"),

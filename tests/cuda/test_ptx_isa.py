@@ -155,6 +155,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.eq.s64": ("pred", ("s64", "s64"), [((2**40, 2**40), 1), ((2**40, 0), 0)]),
     "setp.eq.b64": ("pred", ("b64", "b64"), [((2**40, 2**40), 1), ((2**40, 0), 0)]),
     "setp.ne.s32": ("pred", ("s32", "s32"), [((-5, -5), 0), ((5, -5), 1)]),
+    "setp.ne.u32": ("pred", ("u32", "u32"), [((5, 5), 0), ((MAX, 5), 1)]),
     "setp.ne.b32": ("pred", ("b32", "b32"), [((5, 5), 0), ((5, 6), 1)]),
     "setp.ne.s64": ("pred", ("s64", "s64"), [((2**40, 2**40), 0), ((2**40, 0), 1)]),
     "setp.ne.b64": ("pred", ("b64", "b64"), [((2**40, 2**40), 0), ((2**40, 0), 1)]),
@@ -166,6 +167,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.ge.s32": ("pred", ("s32", "s32"), [((-1, -1), 1), ((-2, -1), 0)]),
     "setp.ge.u32": ("pred", ("u32", "u32"), [((MAX, 0), 1), ((0, 1), 0)]),
     "selp.b32": ("u32", ("u32", "u32", "pred"), [((3, 4, 1), 3), ((3, 4, 0), 4)]),
+    "selp.u32": ("u32", ("u32", "u32", "pred"), [((MAX, 4, 1), MAX), ((3, 4, 0), 4)]),
     "selp.b64": ("u64", ("u64", "u64", "pred"), [((2**40, 4, 1), 2**40), ((3, 4, 0), 4)]),
     "selp.f32": ("f32", ("f32", "f32", "pred"), [((1.5, 2.5, 1), 1.5), ((1.5, TINY, 0), TINY)]),
     "selp.u16": ("u16", ("u16", "u16", "pred"), [((3, 65535, 1), 3), ((3, 65535, 0), 65535)]),
@@ -205,6 +207,7 @@ def test_rounding_down_is_exact(rng):
 # ---- Immediates, memory, control: what needs more than one instruction ---------------------------------------------
 
 SPECIAL = {
+    "bar.red.or.pred",
     "bar.sync", "bra", "bra.uni", "ld.global.b32", "ld.global.f32", "ld.global.nc.b32", "ld.global.nc.f32",
     "ld.global.nc.u32", "ld.global.nc.v4.b32", "ld.global.nc.v4.f32", "ld.global.u32", "ld.global.v4.b32",
     "ld.global.v4.f32", "ld.param.b32", "ld.param.b64", "ld.param.f32", "ld.param.s32", "ld.param.u32", "ld.param.u64",
@@ -365,6 +368,34 @@ def test_barrier_shuffle_and_vote():
     got = run(body, 64, [], ((64, 2), np.uint32), ".shared .align 4 .b8 buffer[256];")
     assert got[:, 0].tolist() == [(t ^ 32) ^ 1 for t in range(64)]
     assert got[:, 1].tolist() == [7] * 32 + [0] * 32
+
+
+def test_a_barrier_that_votes_and_names_of_an_inner_scope():
+    """Blocks of 64 threads ask whether any thread has x != 0; %p1 of the scope is not %p1 outside."""
+    body = """
+    mov.u32 %r1, %ctaid.x;
+    mad.lo.s32 %r2, %r1, 64, %r0;
+    mul.wide.u32 %rd20, %r2, 4;
+    add.s64 %rd21, %rd20, %rd0;
+    add.s64 %rd22, %rd20, %rd1;
+    ld.global.u32 %r3, [%rd21];
+    setp.eq.s32 %p1, %r0, 7;
+\t{
+    .reg .pred %p1;
+    .reg .pred %p2;
+    setp.ne.u32 %p1, %r3, 0;
+    bar.red.or.pred %p2, 0, %p1;
+    selp.u32 %r4, 1, 0, %p2;
+\t}
+    selp.u32 %r4, 5, %r4, %p1;
+    st.global.u32 [%rd22], %r4;
+    """
+    x = np.zeros((2, 64), np.uint32)
+    x[1, 40] = 3
+    got = run(body, 64, [x], ((2, 64), np.uint32), blocks=2)
+    want = np.array([[0] * 64, [1] * 64])
+    want[:, 7] = 5
+    np.testing.assert_array_equal(got, want)
 
 
 def test_a_shuffle_beyond_its_segment_gives_the_own_value():

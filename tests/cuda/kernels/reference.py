@@ -146,14 +146,17 @@ class Attention:
         i, j = np.arange(t)[:, None], np.arange(t)
         seen = np.broadcast_to(((j <= i) | (not causal)) & (i - j < (window or t)), (q.shape[0], 1, t, t))
         if segments is not None:
-            own = segments[:, None, :, None] == segments[:, None, None, :]
-            seen = seen & own & (segments != 0)[:, None, None, :]
+            own, other = segments[:, None, :, None], segments[:, None, None, :]
+            seen = seen & (other != 0) & ((own == other) | (own == 0))
         scores = np.where(seen, scale * np.einsum("bihd,bjhd->bhij", self.q, self.k), -np.inf)
         largest = scores.max(-1, keepdims=True)
         largest[np.isneginf(largest)] = 0
         with np.errstate(divide="ignore"):
             self.lse = largest[..., 0] + np.log(np.exp(scores - largest).sum(-1))
         self.p = np.exp(scores - np.where(np.isneginf(self.lse), 0, self.lse)[..., None])
+        # A query that sees nothing averages all values, whatever the scores.
+        self.blind = np.isneginf(self.lse)
+        self.p[self.blind] = 1 / t
         self.factors = np.ones_like(self.p) if factors is None else factors
         self.out = np.einsum("bhij,bjhd->bihd", self.p * self.factors, self.v)
 
@@ -162,7 +165,7 @@ class Attention:
         dout = dout.astype(float)
         dv = np.einsum("bhij,bihd->bjhd", self.p * self.factors, dout)
         dp = self.factors * np.einsum("bihd,bjhd->bhij", dout, self.v)
-        ds = self.p * (dp - (self.p * dp).sum(-1, keepdims=True)) * self.scale
+        ds = self.p * (dp - (self.p * dp).sum(-1, keepdims=True)) * self.scale * ~self.blind[..., None]
         dq, dk = np.einsum("bhij,bjhd->bihd", ds, self.k), np.einsum("bhij,bihd->bjhd", ds, self.q)
         b, t, heads, d = self.kv_shape
         return dq, dk.reshape(b, t, heads, -1, d).sum(3), dv.reshape(b, t, heads, -1, d).sum(3)

@@ -183,7 +183,8 @@ class Machine:
             raise UnknownInstruction(f"a guarded {end.opcode}")
         if n in parked:
             i = np.concatenate((parked.pop(n), i))
-        complete = self._block_barrier(end, i) if end.opcode == "bar.sync" else self._warp_operation(end, i)
+        at_block = end.opcode in ("bar.sync", "bar.red.or.pred")
+        complete = self._block_barrier(end, i) if at_block else self._warp_operation(end, i)
         if not complete.all():
             parked[n] = i[~complete]
         return [(n + 1, i[complete])]
@@ -195,14 +196,18 @@ class Machine:
 
     def _block_barrier(self, end: Instruction, i: np.ndarray) -> np.ndarray:
         """Which threads of `i` may go on: those of blocks that are all here."""
-        if end.args != ["0"]:
-            raise UnknownInstruction(f"bar.sync {', '.join(end.args)}")
+        vote = end.opcode != "bar.sync"
+        if end.args[vote : vote + 1] != ["0"] or len(end.args) != 1 + 2 * vote:
+            raise UnknownInstruction(f"{end.opcode} {', '.join(end.args)}")
         blocks = self.block_of[i]
         left = self.exited[blocks] > 0
         if left.any():
             raise Fault(f"{self._who(i[left][0])} waits at {end.where} for threads that have exited")
         complete = np.bincount(blocks, minlength=len(self.exited))[blocks] == self.threads
         self.stamps[i[complete]] += 1 << BARRIER_SHIFT
+        if vote and complete.any():
+            found = np.bincount(blocks[complete], self._value(end.args[2], i[complete], "pred")) > 0
+            self.registers[self.program.name(end.args[0])][i[complete]] = found[blocks[complete]]
         return complete
 
     def _warp_operation(self, end: Instruction, i: np.ndarray) -> np.ndarray:

@@ -83,8 +83,19 @@ def _kernel(name: str, params: list, shared: list, body: str, files: dict[str, s
     blocks = [Block()]
     labels: dict[str, int] = {}
     where = "?"
+    local: dict[str, str] = {}  # registers of a `{ }` inside the body, which may have the names of outer ones
+    scopes = 0
     for raw in body.splitlines():
         line = raw.split("//")[0].strip()
+        if line in ("{", "}"):
+            local, scopes = {}, scopes + 1
+            continue
+        if declared := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+);", line):
+            local[declared[2]] = f"{declared[2]}_{scopes}"
+            registers[local[declared[2]]] = declared[1]
+            continue
+        if local:
+            line = re.sub(r"%\w+", lambda m, names=local: names.get(m[0], m[0]), line)
         if loc := _LOC.match(line):
             where = f"{files.get(loc[1], '?')}:{loc[2]}"
             if loc[3]:
