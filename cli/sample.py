@@ -26,7 +26,12 @@ import pyrformer as pf
 @click.option("--repetition-penalty", type=float, help="Above 1: tokens that occurred become less probable.")
 @click.option("--no-repeat-ngram-size", type=int, help="No run of this many tokens occurs twice.")
 @click.option(
-    "-n", "--num-return-sequences", type=int, default=1, show_default=True, help="How many continuations."
+    "-n",
+    "--num-return-sequences",
+    type=int,
+    default=1,
+    show_default=True,
+    help="How many continuations.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same text.")
 @click.option("--threads", type=int, help="Threads to use.")
@@ -56,7 +61,7 @@ def command(
     if asked or not (greedy or beams):
         settings |= {"do_sample": True, "seed": seed, "temperature": 0.8, **asked}
     model = pf.load(run, threads=threads)
-    if as_json or beams is not None or num_return_sequences > 1:
+    if as_json or beams is not None or num_return_sequences != 1:
         out = model.generate(prompt, **settings, num_return_sequences=num_return_sequences)
         for i, text in enumerate(out.texts):
             if as_json:

@@ -37,6 +37,9 @@ def read_toml(path: str) -> dict[str, Any]:
     unknown = sorted(raw.keys() - {"model", "tokenizer", "train"})
     if unknown:
         raise ConfigError(f"[config] {path}: unknown table {unknown[0]!r}; use [model], [tokenizer], [train]")
+    for name, table in raw.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"[config] {path}: {name} must be a table, [{name}]")
     known = {f.name for f in dataclasses.fields(pf.TrainConfig)} - {"model", "tokenizer"}
     strange = sorted(raw.get("train", {}).keys() - known)
     if strange:

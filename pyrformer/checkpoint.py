@@ -61,6 +61,8 @@ def load(
         raise InputError(f"[load] device must be 'cpu', got {device!r}")
     if dtype not in (None, "float32", "float64"):
         raise InputError(f"[load] dtype must be 'float32' or 'float64', got {dtype!r}")
+    if threads is not None and threads < 1:
+        raise InputError(f"[load] threads must be 1 or more, got {threads}")
     if not folder.is_dir():
         raise FileError(f"[load] there is no folder {folder}")
     family = build(read_json(folder / CONFIG))

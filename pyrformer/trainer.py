@@ -28,6 +28,7 @@ from pyrformer import _core, programs
 from pyrformer.checkpoint import read_json, write_json
 from pyrformer.data import OBJECTIVES, Batches, Masking, read_documents, tokenize
 from pyrformer.errors import ConfigError, FileError, InputError
+from pyrformer.fields import check_types
 from pyrformer.model import Batch, Model
 from pyrformer.models import FAMILIES
 from pyrformer.programs import AdamW
@@ -123,14 +124,7 @@ class TrainConfig:
             if not ok:
                 raise ConfigError(f"[train] {message}")
 
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.type in ("int", "float") and (
-                isinstance(value, bool) or not isinstance(value, (int, float) if f.type == "float" else int)
-            ):
-                raise ConfigError(
-                    f"[train] {f.name} must be {'a number' if f.type == 'float' else 'a whole number'}"
-                )
+        check_types(self, "train")
         require(bool(self.files), "give at least one file to learn from")
         require(
             self.objective in OBJECTIVES, f"objective must be one of {OBJECTIVES}, got {self.objective!r}"
@@ -270,13 +264,24 @@ class _Trainer:
     def _tokenizer(self, documents: list[str], held_out: list[str]) -> Tokenizer:
         if self.done:
             return Tokenizer.load(self.folder)
-        options = self.config.tokenizer or DEFAULT_TOKENIZERS[self.config.objective]
+        options = dict(self.config.tokenizer)
+        if not {"path", "kind", "preset"} & options.keys():
+            options = {**DEFAULT_TOKENIZERS[self.config.objective], **options}
         known = {"path", "kind", "vocab_size", "preset", "min_frequency", "special_tokens"}
         unknown = sorted(options.keys() - known)
         if unknown:
             raise ConfigError(
                 f"[train] unknown tokenizer option {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
+        for name in ("vocab_size", "min_frequency"):
+            value = options.get(name, 1)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"[train] the tokenizer's {name} must be a whole number of 1 or more, got {value!r}"
+                )
+        for name in ("path", "kind", "preset"):
+            if not isinstance(options.get(name, ""), str):
+                raise ConfigError(f"[train] the tokenizer's {name} must be a string, got {options[name]!r}")
         if "path" in options:
             return Tokenizer.load(options["path"])
         self.on_event("stage", {"what": "training the tokenizer"})
@@ -300,8 +305,8 @@ class _Trainer:
             unknown = sorted(fields.keys() - known)
             if unknown:
                 raise ConfigError(f"[train] a {fields['model_type']} model has no option {unknown[0]!r}")
-        given = int(fields.setdefault("vocab_size", t.vocab_size))
-        if given < t.vocab_size:
+        given = fields.setdefault("vocab_size", t.vocab_size)
+        if isinstance(given, int) and given < t.vocab_size:
             raise ConfigError(f"[train] vocab_size ({given}) is smaller than the tokenizer's {t.vocab_size}")
         if c.seq_len and fields["model_type"] == "gpt2":
             fields.setdefault("n_positions", c.seq_len)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pyrformer.errors import ConfigError
+from pyrformer.fields import check_types
 from pyrformer.nn import Module, Tensor
 from pyrformer.nn import functional as F
 
@@ -39,10 +40,16 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         given = {k: v for k, v in raw.items() if k in known}
         rest = {k: v for k, v in raw.items() if k not in known and k not in ("model_type", "architectures")}
-        try:
-            return cls(**given, extra=rest)
-        except TypeError as e:
-            raise ConfigError(f"[config] {cls.model_type}: {e}") from None
+        required = [
+            f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+        ]
+        missing = [name for name in required if name not in given]
+        if missing:
+            raise ConfigError(f"[config] {cls.model_type}: {missing[0]} is missing")
+        return cls(**given, extra=rest)
+
+    def __post_init__(self) -> None:
+        check_types(self, f"config {self.model_type}")
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of ``config.json``."""

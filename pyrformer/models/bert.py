@@ -42,6 +42,7 @@ class BertConfig(ModelConfig):
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_sizes(
             vocab_size=self.vocab_size,
             num_hidden_layers=self.num_hidden_layers,

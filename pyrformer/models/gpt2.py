@@ -49,6 +49,7 @@ class GPT2Config(ModelConfig):
     position_embedding_type: str = "learned"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_sizes(vocab_size=self.vocab_size, n_positions=self.n_positions, n_layer=self.n_layer)
         self.check_heads("n_embd", self.n_embd, "n_head", self.n_head)
         self.check_probabilities(

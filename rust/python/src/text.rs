@@ -16,7 +16,6 @@ impl From<pyrformer_text::Error> for Failure {
         use pyrformer_text::Error as E;
         let class = match e {
             E::Io { .. } => "FileError",
-            E::Input { .. } | E::Batch(_) => "DataError",
             _ => "TokenizerError",
         };
         Self::new(class, e)
@@ -27,6 +26,11 @@ impl From<pyrformer_text::Error> for Failure {
 #[pyclass(frozen, module = "pyrformer._core")]
 pub(crate) struct Tokenizer {
     inner: Arc<pyrformer_text::Tokenizer>,
+}
+
+/// An id that may be one.
+fn token(id: i64) -> Result<u32, Failure> {
+    u32::try_from(id).map_err(|_| Failure::new("TokenizerError", format!("[decode] id {id} is no token's")))
 }
 
 /// Flat ids uint32 and offsets int64.
@@ -94,12 +98,12 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
-    fn id_to_token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id).map(str::to_owned)
+    fn id_to_token(&self, id: i64) -> Option<String> {
+        self.inner.id_to_token(u32::try_from(id).ok()?).map(str::to_owned)
     }
 
-    fn is_special(&self, id: u32) -> bool {
-        self.inner.is_special(id)
+    fn is_special(&self, id: i64) -> bool {
+        u32::try_from(id).is_ok_and(|id| self.inner.is_special(id))
     }
 
     /// Role → id, for the roles that are filled.
@@ -153,7 +157,8 @@ impl Tokenizer {
         Ok((PyArray1::from_vec(py, ragged.ids), PyArray1::from_vec(py, ragged.offsets)))
     }
 
-    fn decode(&self, py: Python<'_>, ids: Vec<u32>, skip_special_tokens: bool) -> PyResult<String> {
+    fn decode(&self, py: Python<'_>, ids: Vec<i64>, skip_special_tokens: bool) -> PyResult<String> {
+        let ids = ids.into_iter().map(token).collect::<Result<Vec<u32>, Failure>>()?;
         enter(py, || self.inner.decode(&ids, skip_special_tokens))
     }
 
@@ -171,7 +176,8 @@ pub(crate) struct StreamDecoder {
 
 #[pymethods]
 impl StreamDecoder {
-    fn push(&self, id: u32) -> PyResult<Option<String>> {
+    fn push(&self, id: i64) -> PyResult<Option<String>> {
+        let id = token(id)?;
         Ok(self.inner.lock().unwrap_or_else(PoisonError::into_inner).push(id).map_err(Failure::from)?)
     }
 

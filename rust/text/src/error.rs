@@ -18,14 +18,6 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A document file does not hold what it should.
-    #[error("[read] {place}: {problem}")]
-    Input {
-        /// `file`, `file:line` or `file, byte n`.
-        place: String,
-        /// What is wrong and what to do.
-        problem: String,
-    },
     /// A tokenizer.json cannot be understood, or holds a component this crate does not have.
     #[error("[tokenizer.json] {component}: {problem}")]
     Format {
@@ -58,9 +50,6 @@ pub enum Error {
     /// A tokenizer cannot be trained on what was given.
     #[error("[train] {0}")]
     Train(String),
-    /// A data set cannot be cut into batches.
-    #[error("[batch] {0}")]
-    Batch(String),
 }
 
 impl Error {

@@ -56,17 +56,15 @@ impl Mask<'_> {
         T::from_f64(keep / t as f64)
     }
 
-    /// Scales the scores of query `i` against keys `from ..` and hides what it does not see.
-    fn apply<T: Real>(&self, scores: &mut [T], b: usize, i: usize, from: usize, t: usize) {
-        let scale = T::from_f64(self.spec.scale);
+    /// Scales the scores of query `i` against keys `from ..` and gives the columns that it sees by position; the others
+    /// become 0, those that segments hide among the seen become −∞.
+    fn apply<T: Real>(&self, scores: &mut [T], b: usize, i: usize, from: usize, t: usize) -> Range<usize> {
         let seen = self.seen(i, t);
         let lo = seen.start.clamp(from, from + scores.len()) - from;
         let hi = seen.end.clamp(from, from + scores.len()) - from;
-        scores[..lo].fill(T::NEG_INFINITY);
-        scores[hi..].fill(T::NEG_INFINITY);
-        for s in &mut scores[lo..hi] {
-            *s *= scale;
-        }
+        scores[..lo].fill(T::ZERO);
+        scores[hi..].fill(T::ZERO);
+        scale_row(&mut scores[lo..hi], T::from_f64(self.spec.scale));
         if let Some(segments) = self.segments {
             let own = segments[b * t + i];
             for (s, &segment) in scores[lo..hi].iter_mut().zip(&segments[b * t + from + lo..]) {
@@ -75,6 +73,7 @@ impl Mask<'_> {
                 }
             }
         }
+        lo..hi
     }
 }
 
@@ -187,15 +186,15 @@ pub(crate) fn attention<T: Real>(
                 // SAFETY: the scores are this task's own.
                 let row = unsafe { scores.row_mut(r) };
                 let i = queries.start + r;
-                mask.apply(row, b, i, from, t);
+                let seen = mask.apply(row, b, i, from, t);
                 let before = largest[r];
-                let now = before.max(max(row));
+                let now = before.max(max(&row[seen.clone()]));
                 if now == T::NEG_INFINITY {
                     row.fill(T::ZERO);
                     continue;
                 }
                 let correction = (before - now).exp();
-                let sum = exp_row(row, now);
+                let sum = exp_row(&mut row[seen], now);
                 denominators[r] = denominators[r] * correction + sum;
                 largest[r] = now;
                 if correction != T::ONE {
@@ -333,12 +332,15 @@ fn query_block<T: Real>(
                 drow.fill(T::ZERO);
                 continue;
             }
-            mask.apply(row, b, i, from, t);
-            exp_row(row, lse);
+            let seen = mask.apply(row, b, i, from, t);
+            exp_row(&mut row[seen.clone()], lse);
+            drow[..seen.start].fill(T::ZERO);
+            drow[seen.end..].fill(T::ZERO);
             if let Some(keep) = &mask.keep {
                 keep.apply(drow, (((b * heads + head) * t + i) * t + from) as u64);
             }
-            softmax_grad_row(row, drow, work.rows[r], T::from_f64(mask.spec.scale));
+            let scale = T::from_f64(mask.spec.scale);
+            softmax_grad_row(&row[seen.clone()], &mut drow[seen], work.rows[r], scale);
             if let Some(keep) = &mask.keep {
                 keep.apply(row, (((b * heads + head) * t + i) * t + from) as u64);
             }

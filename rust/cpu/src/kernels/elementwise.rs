@@ -27,9 +27,11 @@ fn sigmoid<T: Real>(x: T) -> T {
     T::ONE / (T::ONE + (-x).exp())
 }
 
+/// (1 + tanh u)/2 of GELU's tanh form, u = √(2/π)·(x + 0.044715·x³), as sigmoid(2u): one exponential instead of a
+/// hyperbolic tangent.
 #[inline(always)]
-fn gelu_inner<T: Real>(x: T) -> T {
-    T::from_f64(SQRT_2_OVER_PI) * (x + T::from_f64(GELU_CUBIC) * x * x * x)
+fn gelu_gate<T: Real>(x: T) -> T {
+    sigmoid(T::from_f64(2.0 * SQRT_2_OVER_PI) * (x + T::from_f64(GELU_CUBIC) * x * x * x))
 }
 
 simd_fn! {
@@ -49,7 +51,7 @@ simd_fn! {
                 let s = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
                 map(x, y, |x| half * x * (T::ONE + (x * s).erf()));
             }
-            Unary::GeluTanh => map(x, y, |x| half * x * (T::ONE + gelu_inner(x).tanh())),
+            Unary::GeluTanh => map(x, y, |x| x * gelu_gate(x)),
             Unary::Silu => map(x, y, |x| x * sigmoid(x)),
         }
     }
@@ -86,11 +88,11 @@ simd_fn! {
                 times(x, dy, |x| half * (T::ONE + (x * s).erf()) + x * c * (-half * x * x).exp());
             }
             Unary::GeluTanh => {
-                let c = T::from_f64(SQRT_2_OVER_PI);
+                let c = T::from_f64(2.0 * SQRT_2_OVER_PI);
                 let cubic = T::from_f64(3.0 * GELU_CUBIC);
                 times(x, dy, |x| {
-                    let t = gelu_inner(x).tanh();
-                    half * (T::ONE + t) + half * x * (T::ONE - t * t) * c * (T::ONE + cubic * x * x)
+                    let s = gelu_gate(x);
+                    s + x * s * (T::ONE - s) * c * (T::ONE + cubic * x * x)
                 });
             }
             Unary::Silu => times(x, dy, |x| {
