@@ -14,7 +14,7 @@ import pyrformer as pf
 @click.argument("run", type=click.Path())
 @click.argument("text")
 @click.option("--top-k", type=int, default=5, show_default=True, help="Proposals for each mask.")
-@click.option("--threads", type=int, help="Threads to use.")
+@click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of proposals for each mask, as JSON.")
 def command(run: str, text: str, top_k: int, threads: int | None, as_json: bool) -> None:
     """Propose tokens for each mask token ([MASK]) in TEXT, with the model in the folder RUN."""

@@ -34,7 +34,7 @@ import pyrformer as pf
     help="How many continuations.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same text.")
-@click.option("--threads", type=int, help="Threads to use.")
+@click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a continuation.")
 def command(
     run: str,
