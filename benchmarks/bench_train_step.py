@@ -2,8 +2,8 @@
 
     python benchmarks/bench_train_step.py [--steps 20] [--large]
 
-One step is one plan: forward, loss, backward, clipping, AdamW, on random tokens of a freshly made model. The peak is the
-best NumPy matrix product of the same run, on as many threads. Medians with minimum and maximum.
+One step is one plan: forward, loss, backward, clipping, AdamW, on random tokens of a freshly made model. The peak is
+the best NumPy matrix product of the same run, on as many threads. Medians with minimum and maximum.
 """
 
 from __future__ import annotations
