@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyrformer.errors import ConfigError
-from pyrformer.nn.trace import Tensor
+from pyrformer.nn.trace import Tensor, Trace
 
 #: Hugging Face's activation names → the graph's.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
+    "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
+    "mish": "mish",
     "tanh": "tanh",
     "sigmoid": "sigmoid",
 }
@@ -58,7 +62,50 @@ NO_EPILOGUE = {"bias": False, "act": None, "keep_pre": False, "act_grad": None, 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalisation over the last axis of ``x [.., C]`` (Ba et al. 2016)."""
     operands = (x, weight) if bias is None else (x, weight, bias)
-    return x.trace.apply({"layer_norm": {"eps": eps}}, *operands)[0]
+    return x.trace.apply({"layer_norm": {"eps": eps, "center": True}}, *operands)[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / √(mean(x²) + eps) · weight`` over the last axis of ``x [.., C]`` (Zhang and Sennrich 2019, equation 4)."""
+    return x.trace.apply({"layer_norm": {"eps": eps, "center": False}}, x, weight)[0]
+
+
+def rope_table(positions: Tensor, inv_freq: Sequence[float], scale: float = 1.0) -> Tensor:
+    """Cosines, then sines of ``positions int32[..]`` times each frequency, all times ``scale``: ``[.., R]``, R twice
+    the number of frequencies."""
+    op = {"inv_freq": list(inv_freq), "scale": scale, "dtype": DTYPES[positions.trace.dtype]}
+    return positions.trace.apply({"rope_table": op}, positions)[0]
+
+
+def rope(x: Tensor, table: Tensor, heads: int) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, equation 34) of ``x [.., H·D]`` by ``table [.., R]``: in each head
+    column i < R/2 turns with column i + R/2; columns from R on stay."""
+    return x.trace.apply({"rope": {"heads": heads, "inverse": False}}, x, table)[0]
+
+
+def alibi_bias(
+    positions: Tensor, slopes: Sequence[float], *, scale: float = 1.0, rounded: bool = False
+) -> Tensor:
+    """A bias on keys (Press et al. 2022, section 3) from their ``positions int32[.., T]``: ``[.., H, T]``.
+
+    ``rounded`` keeps slope and product in bfloat16, as Falcon does, before they are multiplied by ``scale``.
+    """
+    op = {
+        "slopes": list(slopes),
+        "scale": scale,
+        "round": rounded,
+        "dtype": DTYPES[positions.trace.dtype],
+    }
+    return positions.trace.apply({"alibi_bias": op}, positions)[0]
+
+
+def iota(trace: Trace, n: int) -> Tensor:
+    """0, 1, …, n − 1: ``int32[n]``."""
+    return trace.apply("iota", declared=("int32", [n]))[0]
+
+
+#: NumPy's names of floating-point types → the graph's.
+DTYPES = {"float32": "f32", "float64": "f64"}
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -80,16 +127,25 @@ def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def attention_spec(
-    heads: int, kv_heads: int, head_dim: int, *, causal: bool, scale: float | None = None
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> dict[str, object]:
-    """Attributes of an attention without segments and dropout; ``scale`` is 1/√D unless given."""
+    """Attributes of an attention without optional operands; ``scale`` is 1/√D unless given. With ``window`` query i
+    sees keys j with |i − j| < window only."""
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "causal": causal,
-        "window": None,
+        "window": window,
         "scale": head_dim**-0.5 if scale is None else scale,
         "segments": False,
+        "key_bias": False,
+        "prefix": False,
         "dropout": None,
     }
 
@@ -101,17 +157,21 @@ def attention(
     spec: dict[str, object],
     *,
     segments: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    prefix: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1) of ``q [B, T, H·D]``, ``k, v [B, T, K·D]``.
 
-    ``segments int32[B, T]``: a key is seen from its own segment only, segment 0 never. Dropout on the probabilities is
-    traced while training.
+    ``segments int32[B, T]``: a key is seen from its own segment only, segment 0 never. ``key_bias [B, H, T]`` is added
+    to the scores. ``prefix int32[B]``: so many first keys are seen by all queries, although the rest is causal. Dropout
+    on the probabilities is traced while training.
     """
     spec, operands = dict(spec), [q, k, v]
-    if segments is not None:
-        spec["segments"] = True
-        operands.append(segments)
+    for name, operand in (("segments", segments), ("key_bias", key_bias), ("prefix", prefix)):
+        if operand is not None:
+            spec[name] = True
+            operands.append(operand)
     if q.trace.training and dropout_p > 0.0:
         spec["dropout"] = {"p": dropout_p, "stream": q.trace.next_stream()}
         operands.append(q.trace.rng())
@@ -130,10 +190,20 @@ def cache_write(cache: Tensor, new: Tensor, row: Tensor, start: Tensor, count: T
 
 
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, start: Tensor, count: Tensor, spec: dict[str, object]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    count: Tensor,
+    spec: dict[str, object],
+    key_bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of ``q [B, T, H·D]`` over caches ``[R, S, K·D]``; position p of sequence b is in row rows[b, p]."""
-    return q.trace.apply({"cached_attention": spec}, q, k, v, rows, start, count)[0]
+    """Attention of ``q [B, T, H·D]`` over caches ``[R, S, K·D]``; position p of sequence b is in row rows[b, p].
+    ``key_bias [H, S]`` is added to the scores."""
+    extra = [] if key_bias is None else [key_bias]
+    op = {"cached_attention": {**spec, "key_bias": key_bias is not None}}
+    return q.trace.apply(op, q, k, v, rows, start, count, *extra)[0]
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ use crate::kernels::dropout::{Keep, dropout};
 use crate::kernels::loss::{self, Gradients, Head, linear_cross_entropy};
 use crate::kernels::matmul::{Fused, matmul};
 use crate::kernels::optimizer::{self, AdamW};
-use crate::kernels::{cache, elementwise, norm, rows};
+use crate::kernels::{cache, elementwise, norm, positions, rows};
 use crate::memory::{Block, PerWorker, State, Store};
 use crate::real::Real;
 use crate::threads::Pool;
@@ -31,7 +31,7 @@ impl Target for Cpu {
                 let (x, y) = (&inputs[0].shape, &outputs[0].shape);
                 elementwise::sum_to_scratch(x.rows(), y.rows(), y.elements()) * size(inputs[0])
             }
-            Op::LayerNormGrad => {
+            Op::LayerNormGrad { .. } => {
                 let x = &inputs[1].shape;
                 norm::layer_norm_grad_scratch(x.rows(), x.cols()) * size(inputs[1])
             }
@@ -311,10 +311,15 @@ impl<'a> Run<'a> {
         Keep::new(spec, [rng[0], rng[1], rng[2], rng[3]])
     }
 
-    fn mask(&self, spec: &AttentionSpec, extra: usize) -> Mask<'a> {
-        let segments = spec.segments.then(|| self.ints(extra));
-        let keep = spec.dropout.as_ref().map(|d| self.keep(d, extra + usize::from(spec.segments)));
-        Mask { spec: *spec, segments, keep }
+    fn mask<T>(&self, spec: &AttentionSpec, fixed: usize) -> Mask<'a, T> {
+        let at = spec.extras(fixed);
+        Mask {
+            spec: *spec,
+            segments: at.segments.map(|i| self.ints(i)),
+            key_bias: at.key_bias.map(|i| self.x(i)),
+            prefix: at.prefix.map(|i| self.ints(i)),
+            keep: spec.dropout.as_ref().zip(at.rng).map(|(d, i)| self.keep(d, i)),
+        }
     }
 
     fn batch(&self, operand: usize) -> usize {
@@ -330,6 +335,11 @@ impl<'a> Run<'a> {
                 let y: MatMut<'_, i32> = self.y(0);
                 // SAFETY: no task runs.
                 (0..y.rows).for_each(|r| unsafe { y.row_mut(r) }.fill(*value as i32));
+            }
+            Op::Iota => {
+                let y: MatMut<'_, i32> = self.flat_mut(0);
+                // SAFETY: no task runs.
+                unsafe { y.row_mut(0) }.iter_mut().enumerate().for_each(|(i, y)| *y = i as i32);
             }
             op => return Err(Error::Internal(format!("{} on integers", op.name()))),
         }
@@ -367,17 +377,18 @@ impl<'a> Run<'a> {
                 };
                 matmul::<T>(pool, T::packs(self.work), (self.x(0), *ta), (self.x(1), *tb), self.y(0), fused);
             }
-            Op::LayerNorm { eps } => {
+            Op::LayerNorm { eps, center } => {
                 let bias: &[T] = if self.step.inputs.len() == 3 { self.flat(2) } else { &[] };
                 let (mean, rstd) = (self.flat_mut(1), self.flat_mut(2));
-                norm::layer_norm(pool, *eps, self.x(0), self.flat(1), bias, self.y(0), mean, rstd);
+                norm::layer_norm(pool, *eps, *center, self.x(0), self.flat(1), bias, self.y(0), mean, rstd);
             }
-            Op::LayerNormGrad => {
+            Op::LayerNormGrad { center } => {
                 let residual = (self.step.inputs.len() == 6).then(|| self.x::<T>(5));
                 let (mean, rstd) = (self.flat(3), self.flat(4));
                 let (dw, db) = (self.flat_mut(1), self.flat_mut(2));
                 norm::layer_norm_grad(
                     pool,
+                    *center,
                     self.x(0),
                     self.x(1),
                     self.flat(2),
@@ -389,6 +400,15 @@ impl<'a> Run<'a> {
                     db,
                     self.scratch(),
                 );
+            }
+            Op::RopeTable { inv_freq, scale, .. } => {
+                positions::rope_table::<T>(pool, self.ints(0), inv_freq, *scale, self.y(0));
+            }
+            Op::Rope { heads, inverse } => {
+                positions::rope::<T>(pool, *heads, *inverse, self.x(0), self.x(1), self.y(0));
+            }
+            Op::AlibiBias { slopes, scale, round, .. } => {
+                positions::alibi_bias::<T>(slopes, *scale, *round, self.ints(0), self.y(0));
             }
             Op::Attention(spec) => {
                 let (mask, qkv) = (self.mask(spec, 3), [self.x::<T>(0), self.x(1), self.x(2)]);
@@ -440,6 +460,7 @@ impl<'a> Run<'a> {
                 let dims = &self.step.inputs[1].ty.shape.0;
                 let kv = [self.x::<T>(1), self.x(2)];
                 let (workers, rows) = (&self.work.workers, self.ints(3));
+                let bias = spec.key_bias.then(|| self.x(6));
                 cache::cached_attention(
                     pool,
                     workers,
@@ -449,6 +470,7 @@ impl<'a> Run<'a> {
                     (dims[0], dims[1]),
                     rows,
                     at,
+                    bias,
                     self.y(0),
                 )?;
             }
@@ -476,7 +498,12 @@ impl<'a> Run<'a> {
                 let y = [self.y(0), self.y(1), self.y(2)];
                 optimizer::adamw::<T>(pool, h, [self.x(0), self.x(1), self.x(2), self.x(3)], y);
             }
-            op @ (Op::Input { .. } | Op::State { .. } | Op::Reshape | Op::Split { .. } | Op::Concat) => {
+            op @ (Op::Iota
+            | Op::Input { .. }
+            | Op::State { .. }
+            | Op::Reshape
+            | Op::Split { .. }
+            | Op::Concat) => {
                 return Err(Error::Internal(format!("{} has no kernel", op.name())));
             }
         }

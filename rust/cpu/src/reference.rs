@@ -9,6 +9,7 @@ use pyrformer_graph::op::{AttentionSpec, DropoutSpec, Epilogue};
 use pyrformer_graph::{Binary, Graph, Op, Shape, Unary};
 
 use crate::kernels::dropout::Keep;
+use crate::kernels::positions::round_bf16;
 
 /// A tensor in plain memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,6 +96,9 @@ pub fn unary(f: Unary, x: f64) -> f64 {
             0.5 * x * (1.0 + u.tanh())
         }
         Unary::Silu => x / (1.0 + (-x).exp()),
+        Unary::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Unary::Relu2 => x.max(0.0).powi(2),
+        Unary::Mish => x * x.exp().ln_1p().tanh(),
     }
 }
 
@@ -123,6 +127,15 @@ pub fn unary_grad(f: Unary, x: f64) -> f64 {
             let s = 1.0 / (1.0 + (-x).exp());
             s * (1.0 + x * (1.0 - s))
         }
+        Unary::QuickGelu => {
+            let s = 1.0 / (1.0 + (-1.702 * x).exp());
+            s * (1.0 + 1.702 * x * (1.0 - s))
+        }
+        Unary::Relu2 => 2.0 * x.max(0.0),
+        Unary::Mish => {
+            let t = x.exp().ln_1p().tanh();
+            t + x * (1.0 - t * t) / (1.0 + (-x).exp())
+        }
     }
 }
 
@@ -133,6 +146,7 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
     let one = |x: Vec<f64>| vec![Tensor::Float(x)];
     match op {
         Op::Input { .. } | Op::State { .. } => unreachable!("leaves are given"),
+        Op::Iota => vec![Tensor::Int((0..outs[0].elements() as i32).collect())],
         Op::Fill { value } => one(vec![*value; outs[0].elements()]),
         Op::Reshape | Op::Copy => vec![ins[0].1.clone()],
         Op::Split { sizes } => {
@@ -193,11 +207,11 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
             one(f(0).iter().enumerate().map(|(i, &x)| x * keep.factor(i as u64)).collect())
         }
         Op::MatMul { ta, tb, epilogue } => matmul(ins, outs[0], *ta, *tb, epilogue),
-        Op::LayerNorm { eps } => {
+        Op::LayerNorm { eps, center } => {
             let c = ins[0].0.cols();
             let (mut y, mut means, mut rstds) = (vec![], vec![], vec![]);
             for x in f(0).chunks(c) {
-                let mean = x.iter().sum::<f64>() / c as f64;
+                let mean = if *center { x.iter().sum::<f64>() / c as f64 } else { 0.0 };
                 let var = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64;
                 let rstd = 1.0 / (var + eps).sqrt();
                 let bias = |j: usize| if ins.len() == 3 { f(2)[j] } else { 0.0 };
@@ -207,7 +221,40 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
             }
             vec![Tensor::Float(y), Tensor::Float(means), Tensor::Float(rstds)]
         }
-        Op::LayerNormGrad => layer_norm_grad(ins),
+        Op::LayerNormGrad { center } => layer_norm_grad(ins, *center),
+        Op::RopeTable { inv_freq, scale, .. } => {
+            let row = |&p: &i32| {
+                let angles: Vec<f64> = inv_freq.iter().map(|f| f64::from(p) * f).collect();
+                let (cos, sin) =
+                    (angles.iter().map(|a| a.cos() * scale), angles.iter().map(|a| a.sin() * scale));
+                cos.chain(sin).collect::<Vec<f64>>()
+            };
+            one(n(0).iter().flat_map(row).collect())
+        }
+        Op::Rope { heads, inverse } => {
+            let (c, r) = (ins[0].0.cols(), ins[1].0.cols());
+            let (d, half) = (c / heads, r / 2);
+            let sign = if *inverse { -1.0 } else { 1.0 };
+            let element = |at: usize| {
+                let (row, i) = (at / c, at % c % d);
+                let angle = |j: usize| (f(1)[row * r + j], sign * f(1)[row * r + half + j]);
+                match i {
+                    _ if i < half => angle(i).0 * f(0)[at] - angle(i).1 * f(0)[at + half],
+                    _ if i < r => angle(i - half).0 * f(0)[at] + angle(i - half).1 * f(0)[at - half],
+                    _ => f(0)[at],
+                }
+            };
+            one((0..f(0).len()).map(element).collect())
+        }
+        Op::AlibiBias { slopes, scale, round, .. } => {
+            let keep = |x: f64| if *round { round_bf16(x) } else { x };
+            let t = ins[0].0.cols();
+            let element = |at: usize| {
+                let (row, slope) = (at / t / slopes.len(), slopes[at / t % slopes.len()]);
+                scale * keep(keep(slope) * f64::from(n(0)[row * t + at % t]))
+            };
+            one((0..outs[0].elements()).map(element).collect())
+        }
         Op::Attention(spec) => attention(spec, ins),
         Op::AttentionGrad(spec) => attention_grad(spec, ins),
         Op::LinearCrossEntropy { bias } => one(vec![cross_entropy(ins, *bias).iter().map(|r| r.0).sum()]),
@@ -293,7 +340,7 @@ fn matmul(ins: &[(&Shape, &Tensor)], out: &Shape, ta: bool, tb: bool, e: &Epilog
     results
 }
 
-fn layer_norm_grad(ins: &[(&Shape, &Tensor)]) -> Vec<Tensor> {
+fn layer_norm_grad(ins: &[(&Shape, &Tensor)], center: bool) -> Vec<Tensor> {
     let f = |i: usize| ins[i].1.floats();
     let c = ins[1].0.cols();
     let (mut dx, mut dw, mut db) = (vec![], vec![0.0; c], vec![0.0; c]);
@@ -301,7 +348,7 @@ fn layer_norm_grad(ins: &[(&Shape, &Tensor)]) -> Vec<Tensor> {
         let (dy, x) = (&f(0)[r * c..(r + 1) * c], &f(1)[r * c..(r + 1) * c]);
         let hat: Vec<f64> = x.iter().map(|x| (x - f(3)[r]) * f(4)[r]).collect();
         let dhat: Vec<f64> = dy.iter().zip(f(2)).map(|(dy, w)| dy * w).collect();
-        let mean = dhat.iter().sum::<f64>() / c as f64;
+        let mean = if center { dhat.iter().sum::<f64>() / c as f64 } else { 0.0 };
         let along = dhat.iter().zip(&hat).map(|(a, b)| a * b).sum::<f64>() / c as f64;
         for j in 0..c {
             dw[j] += dy[j] * hat[j];
@@ -318,7 +365,7 @@ fn probabilities(
     spec: &AttentionSpec,
     q: (&Shape, &[f64]),
     k: (&Shape, &[f64]),
-    segments: Option<&[i32]>,
+    extras: &Extras<'_>,
 ) -> (Vec<f64>, Vec<f64>) {
     let (b, t, h) = (q.0.0[0], q.0.0[1], spec.heads);
     let d = q.0.cols() / h;
@@ -329,9 +376,9 @@ fn probabilities(
         for hi in 0..h {
             for i in 0..t {
                 let seen = |j: usize| {
-                    (!spec.causal || j <= i)
-                        && spec.window.is_none_or(|w| i < j + w)
-                        && segments.is_none_or(|s| {
+                    (!spec.causal || j <= i || extras.prefix.is_some_and(|p| (j as i32) < p[bi]))
+                        && spec.window.is_none_or(|w| i.abs_diff(j) < w)
+                        && extras.segments.is_none_or(|s| {
                             let (own, other) = (s[bi * t + i], s[bi * t + j]);
                             other != 0 && (own == other || own == 0)
                         })
@@ -341,7 +388,8 @@ fn probabilities(
                         &q.1[(bi * t + i) * h * d + hi * d..],
                         &k.1[(bi * t + j) * spec.kv_heads * d + hi / group * d..],
                     );
-                    spec.scale * (0..d).map(|x| qr[x] * kr[x]).sum::<f64>()
+                    let bias = extras.key_bias.map_or(0.0, |bias| bias[(bi * h + hi) * t + j]);
+                    spec.scale * (0..d).map(|x| qr[x] * kr[x]).sum::<f64>() + bias
                 };
                 let scores: Vec<(usize, f64)> = (0..t).filter(|&j| seen(j)).map(|j| (j, score(j))).collect();
                 let max = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(s.1));
@@ -361,26 +409,39 @@ fn probabilities(
     (p, lse)
 }
 
-/// The optional operands after the fixed ones: segments, then the dropout's keep rule.
-fn extras<'a>(spec: &AttentionSpec, rest: &[(&Shape, &'a Tensor)]) -> (Option<&'a [i32]>, Option<Keep>) {
-    let segments = spec.segments.then(|| rest[0].1.ints());
-    let rng = spec.dropout.as_ref().map(|d| keep(d, rest[usize::from(spec.segments)].1.ints()));
-    (segments, rng)
+/// Attention's optional operands.
+struct Extras<'a> {
+    segments: Option<&'a [i32]>,
+    key_bias: Option<&'a [f64]>,
+    prefix: Option<&'a [i32]>,
+    keep: Option<Keep>,
+}
+
+impl<'a> Extras<'a> {
+    fn of(spec: &AttentionSpec, ins: &[(&Shape, &'a Tensor)], fixed: usize) -> Self {
+        let at = spec.extras(fixed);
+        Self {
+            segments: at.segments.map(|i| ins[i].1.ints()),
+            key_bias: at.key_bias.map(|i| ins[i].1.floats()),
+            prefix: at.prefix.map(|i| ins[i].1.ints()),
+            keep: spec.dropout.as_ref().zip(at.rng).map(|(d, i)| keep(d, ins[i].1.ints())),
+        }
+    }
 }
 
 fn attention(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor> {
     let (q, k, v) = (ins[0].1.floats(), ins[1].1.floats(), ins[2].1.floats());
     let (b, t, h) = (ins[0].0.0[0], ins[0].0.0[1], spec.heads);
     let (d, group) = (ins[0].0.cols() / h, h / spec.kv_heads);
-    let (segments, keep) = extras(spec, &ins[3..]);
-    let (p, lse) = probabilities(spec, (ins[0].0, q), (ins[1].0, k), segments);
+    let extras = Extras::of(spec, ins, 3);
+    let (p, lse) = probabilities(spec, (ins[0].0, q), (ins[1].0, k), &extras);
     let mut out = vec![0.0; q.len()];
     for bi in 0..b {
         for hi in 0..h {
             for i in 0..t {
                 for j in 0..t {
                     let at = ((bi * h + hi) * t + i) * t + j;
-                    let p = p[at] * keep.as_ref().map_or(1.0, |k| k.factor(at as u64));
+                    let p = p[at] * extras.keep.as_ref().map_or(1.0, |k| k.factor(at as u64));
                     for x in 0..d {
                         out[(bi * t + i) * h * d + hi * d + x] +=
                             p * v[(bi * t + j) * spec.kv_heads * d + hi / group * d + x];
@@ -396,8 +457,8 @@ fn attention_grad(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor
     let (dout, q, k, v) = (ins[0].1.floats(), ins[1].1.floats(), ins[2].1.floats(), ins[3].1.floats());
     let (b, t, h) = (ins[1].0.0[0], ins[1].0.0[1], spec.heads);
     let (d, group) = (ins[1].0.cols() / h, h / spec.kv_heads);
-    let (segments, keep) = extras(spec, &ins[6..]);
-    let (p, lse) = probabilities(spec, (ins[1].0, q), (ins[2].0, k), segments);
+    let extras = Extras::of(spec, ins, 6);
+    let (p, lse) = probabilities(spec, (ins[1].0, q), (ins[2].0, k), &extras);
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     for bi in 0..b {
         for hi in 0..h {
@@ -405,7 +466,7 @@ fn attention_grad(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor
                 let at = ((bi * h + hi) * t + i) * t;
                 let qo = (bi * t + i) * h * d + hi * d;
                 let ko = |j: usize| (bi * t + j) * spec.kv_heads * d + hi / group * d;
-                let factor = |j: usize| keep.as_ref().map_or(1.0, |k| k.factor((at + j) as u64));
+                let factor = |j: usize| extras.keep.as_ref().map_or(1.0, |k| k.factor((at + j) as u64));
                 let dp: Vec<f64> = (0..t)
                     .map(|j| factor(j) * (0..d).map(|x| dout[qo + x] * v[ko(j) + x]).sum::<f64>())
                     .collect();
@@ -486,7 +547,10 @@ fn cached_attention(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tens
                     (rows[bi * slots + p] as usize * slots + p) * spec.kv_heads * d + hi / group * d
                 };
                 let scores: Vec<f64> = (first..=position)
-                    .map(|p| spec.scale * (0..d).map(|x| q[qo + x] * k[ko(p) + x]).sum::<f64>())
+                    .map(|p| {
+                        let bias = if spec.key_bias { ins[6].1.floats()[hi * slots + p] } else { 0.0 };
+                        spec.scale * (0..d).map(|x| q[qo + x] * k[ko(p) + x]).sum::<f64>() + bias
+                    })
                     .collect();
                 let max = scores.iter().fold(f64::NEG_INFINITY, |m, &s| m.max(s));
                 let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();

@@ -8,7 +8,7 @@ use common::{Case, assert_close};
 use pyrformer_cpu::reference::Tensor;
 use pyrformer_graph::autodiff::gradients;
 use pyrformer_graph::op::{AttentionSpec, DropoutSpec};
-use pyrformer_graph::{Binary, DType, Epilogue, Op, Unary, ValueId};
+use pyrformer_graph::{Binary, DType, Epilogue, Op, TensorType, Unary, ValueId};
 
 /// Adds one operation to a case and gives its differentiable result.
 type Build = Box<dyn Fn(&mut Case) -> ValueId>;
@@ -22,7 +22,17 @@ fn matmul(ta: bool, tb: bool) -> Op {
 }
 
 fn attention_spec(heads: usize, kv_heads: usize) -> AttentionSpec {
-    AttentionSpec { heads, kv_heads, causal: false, window: None, scale: 0.6, segments: false, dropout: None }
+    AttentionSpec {
+        heads,
+        kv_heads,
+        causal: false,
+        window: None,
+        scale: 0.6,
+        segments: false,
+        key_bias: false,
+        prefix: false,
+        dropout: None,
+    }
 }
 
 fn attention(b: usize, t: usize, d: usize, spec: AttentionSpec) -> Build {
@@ -39,6 +49,15 @@ fn attention(b: usize, t: usize, d: usize, spec: AttentionSpec) -> Build {
                 (_, j) => 1 + i32::from(j > t / 3),
             };
             operands.push(c.ints("segments", &[b, t], (0..b * t).map(segment).collect()));
+        }
+        if spec.key_bias {
+            let places = c.ints("places", &[b, t], (0..(b * t) as i32).map(|i| i * 7 % 11).collect());
+            let slopes = (0..spec.heads).map(|h| 0.3 / (h + 1) as f64).collect();
+            let op = Op::AlibiBias { slopes, scale: 0.7, round: false, dtype: c.dtype() };
+            operands.push(c.op1(op, &[places]));
+        }
+        if spec.prefix {
+            operands.push(c.ints("prefix", &[b], (0..b as i32).map(|i| i * 4).collect()));
         }
         if spec.dropout.is_some() {
             operands.push(c.ints("rng", &[4], vec![5, 6, 7, 8]));
@@ -64,6 +83,9 @@ fn differentiable() -> Vec<(String, Build)> {
         Unary::Gelu,
         Unary::GeluTanh,
         Unary::Silu,
+        Unary::QuickGelu,
+        Unary::Relu2,
+        Unary::Mish,
     ];
     for f in unaries {
         add(
@@ -103,10 +125,10 @@ fn differentiable() -> Vec<(String, Build)> {
             }),
         );
     }
-    for bias in [false, true] {
+    for (bias, center) in [(false, true), (true, true), (false, false)] {
         for (rows, cols) in [(1, 1), (5, 33), (130, 16)] {
             add(
-                &format!("layer_norm bias={bias} [{rows},{cols}]"),
+                &format!("layer_norm bias={bias} center={center} [{rows},{cols}]"),
                 case(move |c| {
                     let x = c.float("x", &[rows, cols]);
                     let w = c.float("w", &[cols]);
@@ -114,10 +136,23 @@ fn differentiable() -> Vec<(String, Build)> {
                     if bias {
                         operands.push(c.float("b", &[cols]));
                     }
-                    c.op(Op::LayerNorm { eps: 1e-5 }, &operands)[0]
+                    c.op(Op::LayerNorm { eps: 1e-5, center }, &operands)[0]
                 }),
             );
         }
+    }
+    for (heads, width, frequencies, inverse) in [(1, 2, 1, false), (3, 8, 4, false), (2, 9, 3, true)] {
+        add(
+            &format!("rope heads={heads} width={width} frequencies={frequencies}"),
+            case(move |c| {
+                let x = c.float("x", &[2, 5, heads * width]);
+                let positions = c.ints("positions", &[2, 5], vec![0, 1, 2, 3, 4, 90, 7, 7, 0, 1000]);
+                let inv_freq = (0..frequencies).map(|i| 0.1f64.powi(i)).collect();
+                let table = Op::RopeTable { inv_freq, scale: 1.25, dtype: c.dtype() };
+                let table = c.op1(table, &[positions]);
+                c.op1(Op::Rope { heads, inverse }, &[x, table])
+            }),
+        );
     }
     add(
         "gather",
@@ -209,6 +244,23 @@ fn differentiable() -> Vec<(String, Build)> {
         ("attention causal over blocks", 1, 150, 2, AttentionSpec { heads: 1, kv_heads: 1, ..causal }),
         ("attention grouped", 2, 6, 3, AttentionSpec { heads: 6, kv_heads: 2, ..causal }),
         ("attention window", 1, 9, 2, AttentionSpec { window: Some(3), ..causal }),
+        ("attention window on both sides", 2, 9, 2, AttentionSpec { window: Some(3), ..plain }),
+        ("attention window over blocks", 1, 300, 2, AttentionSpec { window: Some(40), ..plain }),
+        ("attention key_bias", 2, 7, 3, AttentionSpec { key_bias: true, ..causal }),
+        ("attention prefix", 3, 9, 2, AttentionSpec { prefix: true, ..causal }),
+        (
+            "attention segments, key_bias, prefix, dropout",
+            3,
+            9,
+            2,
+            AttentionSpec {
+                segments: true,
+                key_bias: true,
+                prefix: true,
+                dropout: Some(dropout_spec()),
+                ..causal
+            },
+        ),
         ("attention segments", 3, 11, 2, AttentionSpec { segments: true, ..plain }),
         ("attention causal segments", 2, 11, 2, AttentionSpec { segments: true, ..causal }),
         ("attention dropout", 2, 6, 2, AttentionSpec { dropout: Some(dropout_spec()), ..causal }),
@@ -243,7 +295,15 @@ fn forward_only() -> Vec<(&'static str, Build)> {
             let table = c.indices("rows", &[b, slots], rows as u32);
             let start = c.ints("start", &[b], vec![0, 5, 2]);
             let count = c.ints("count", &[b], vec![4, 3, 0]);
-            c.op1(Op::CachedAttention(spec), &[q, k, v, table, start, count])
+            let mut operands = vec![q, k, v, table, start, count];
+            if spec.key_bias {
+                let places = TensorType::new(DType::I32, [slots]);
+                let places = c.g.add_as(Op::Iota, &[], places).unwrap();
+                let slopes = (0..spec.heads).map(|h| 0.3 / (h + 1) as f64).collect();
+                let op = Op::AlibiBias { slopes, scale: 1.0, round: true, dtype: c.dtype() };
+                operands.push(c.op1(op, &[places]));
+            }
+            c.op1(Op::CachedAttention(spec), &operands)
         })
     };
     vec![
@@ -271,6 +331,7 @@ fn forward_only() -> Vec<(&'static str, Build)> {
             "cached_attention grouped, window",
             cached(AttentionSpec { window: Some(3), ..attention_spec(4, 2) }),
         ),
+        ("cached_attention key_bias", cached(AttentionSpec { key_bias: true, ..attention_spec(4, 2) })),
         (
             "global_norm",
             case(|c| {

@@ -76,7 +76,13 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         }
     };
     Ok(match &node.op {
-        Op::Input { .. } | Op::State { .. } | Op::Fill { .. } | Op::CountLabels { .. } => vec![None; x.len()],
+        Op::Input { .. }
+        | Op::State { .. }
+        | Op::Fill { .. }
+        | Op::Iota
+        | Op::RopeTable { .. }
+        | Op::AlibiBias { .. }
+        | Op::CountLabels { .. } => vec![None; x.len()],
         Op::Copy => vec![Some(dy)],
         Op::Reshape => {
             let ty = g.ty(x[0]).clone();
@@ -145,10 +151,14 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
             };
             vec![Some(da), Some(db)]
         }
-        Op::LayerNorm { .. } => {
+        Op::LayerNorm { center, .. } => {
             let (mean, rstd) = (node.outputs[1], node.outputs[2]);
-            let d = g.add(Op::LayerNormGrad, &[dy, x[0], x[1], mean, rstd])?;
+            let d = g.add(Op::LayerNormGrad { center: *center }, &[dy, x[0], x[1], mean, rstd])?;
             d.into_iter().take(x.len()).map(Some).collect()
+        }
+        // A rotation's transpose turns back.
+        Op::Rope { heads, inverse } => {
+            vec![Some(g.add1(Op::Rope { heads: *heads, inverse: !inverse }, &[dy, x[1]])?), None]
         }
         Op::Attention(spec) => {
             let mut operands = vec![dy, x[0], x[1], x[2], node.outputs[0], node.outputs[1]];
@@ -167,7 +177,7 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
             dx
         }
         Op::UnaryGrad(_)
-        | Op::LayerNormGrad
+        | Op::LayerNormGrad { .. }
         | Op::AttentionGrad(_)
         | Op::LinearCrossEntropyGrad { .. }
         | Op::CacheWrite

@@ -36,10 +36,12 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
             4 * elements(inputs[0]) * slots
         }
         Op::LayerNorm { .. } => 8 * elements(inputs[0]),
-        Op::LayerNormGrad => 14 * elements(inputs[1]),
+        Op::LayerNormGrad { .. } => 14 * elements(inputs[1]),
         Op::AdamW { .. } => 14 * elements(inputs[0]),
         Op::GlobalNorm => inputs.iter().map(|t| 2 * elements(t)).sum(),
         Op::Unary(_) | Op::UnaryGrad(_) | Op::Binary(_) | Op::Dropout(_) => elements(outputs[0]),
+        Op::Rope { .. } => 3 * elements(outputs[0]),
+        Op::RopeTable { .. } | Op::AlibiBias { .. } => elements(outputs[0]),
         Op::SumTo => elements(inputs[0]),
         Op::ScatterAdd { .. } => elements(inputs[0]),
         _ => 0,
@@ -58,6 +60,7 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
 fn pairs(spec: &AttentionSpec, q: &TensorType) -> u64 {
     let (b, t) = (q.shape.0[0] as u64, q.shape.0[1] as u64);
     let seen = if spec.causal { t * (t + 1) / 2 } else { t * t };
-    let seen = spec.window.map_or(seen, |w| seen.min(t * w as u64));
+    let sides = if spec.causal { 1 } else { 2 };
+    let seen = spec.window.map_or(seen, |w| seen.min(t * (sides * w as u64 - (sides - 1))));
     b * seen
 }

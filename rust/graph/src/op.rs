@@ -29,6 +29,12 @@ pub enum Unary {
     GeluTanh,
     /// x · sigmoid(x). Source: Elfwing et al. 2017.
     Silu,
+    /// x · sigmoid(1.702 x). Source: Hendrycks and Gimpel 2016, section 2.
+    QuickGelu,
+    /// max(x, 0)². Source: So et al. 2021.
+    Relu2,
+    /// x · tanh(ln(1 + eˣ)). Source: Misra 2019.
+    Mish,
 }
 
 impl Unary {
@@ -44,6 +50,9 @@ impl Unary {
             Self::Gelu => "gelu",
             Self::GeluTanh => "gelu_tanh",
             Self::Silu => "silu",
+            Self::QuickGelu => "quick_gelu",
+            Self::Relu2 => "relu2",
+            Self::Mish => "mish",
         }
     }
 }
@@ -118,7 +127,7 @@ pub struct AttentionSpec {
     pub kv_heads: usize,
     /// Queries see no later keys.
     pub causal: bool,
-    /// Queries see only the last `window` keys, themselves included.
+    /// Query i sees only keys j with |i − j| < window.
     pub window: Option<usize>,
     /// Factor on q·k, usually 1/√D.
     pub scale: f64,
@@ -126,8 +135,43 @@ pub struct AttentionSpec {
     /// a padding key never. A query that sees nothing averages all T values, as Hugging Face's eager attention does
     /// (its mask adds the same huge negative number everywhere).
     pub segments: bool,
+    /// An operand `key_bias [B, H, T]` is present and added to the scaled scores of each key; it gets no gradient.
+    pub key_bias: bool,
+    /// An operand `prefix i32[B]` is present: sequence b's first prefix[b] keys are seen by all its queries, whatever
+    /// `causal` says. Source: Raffel et al. 2020, section 3.2.1.
+    pub prefix: bool,
     /// Dropout on the probabilities.
     pub dropout: Option<DropoutSpec>,
+}
+
+/// Places of attention's optional operands.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AttentionExtras {
+    /// `segments i32[B, T]`.
+    pub segments: Option<usize>,
+    /// `key_bias [B, H, T]`.
+    pub key_bias: Option<usize>,
+    /// `prefix i32[B]`.
+    pub prefix: Option<usize>,
+    /// `rng i32[4]`.
+    pub rng: Option<usize>,
+    /// One past the last operand.
+    pub end: usize,
+}
+
+impl AttentionSpec {
+    /// Where the optional operands are, if `fixed` operands come before them.
+    #[must_use]
+    pub fn extras(&self, fixed: usize) -> AttentionExtras {
+        let mut end = fixed;
+        let mut place = |present: bool| {
+            end += usize::from(present);
+            present.then(|| end - 1)
+        };
+        let (segments, key_bias) = (place(self.segments), place(self.key_bias));
+        let (prefix, rng) = (place(self.prefix), place(self.dropout.is_some()));
+        AttentionExtras { segments, key_bias, prefix, rng, end }
+    }
 }
 
 /// An operation. Shapes use the crate's dimension letters; `..` stands for any leading axes.
@@ -150,6 +194,8 @@ pub enum Op {
         /// The value.
         value: f64,
     },
+    /// 0, 1, 2, …: `→ i32[N]`.
+    Iota,
 
     // ---- Layout: views where possible, a copy otherwise --------------------------------------------------------
     /// The same elements under another shape.
@@ -200,17 +246,56 @@ pub enum Op {
         /// What is fused.
         epilogue: Epilogue,
     },
-    /// `x [.., C], weight [C], (bias [C]) → y [.., C], mean [..], rstd [..]`. Source: Ba et al. 2016, equation 4.
+    /// `x [.., C], weight [C], (bias [C]) → y [.., C], mean [..], rstd [..]`. Source: Ba et al. 2016, equation 4; without
+    /// `center` the mean is taken to be 0: RMSNorm, Zhang and Sennrich 2019, equation 4.
     LayerNorm {
         /// Added to the variance.
         eps: f64,
+        /// Whether the mean is subtracted.
+        center: bool,
     },
     /// `dy, x, weight, mean, rstd, (residual [.., C]) → dx (+ residual), dweight [C], dbias [C]`.
-    LayerNormGrad,
-    /// `q [B, T, H·D], k [B, T, K·D], v [B, T, K·D], (segments i32[B, T]), (rng i32[4]) → out [B, T, H·D], lse [B, H, T]`;
-    /// lse is the log of the softmax's denominator (−∞ where a query sees nothing).
+    LayerNormGrad {
+        /// Whether the mean was subtracted.
+        center: bool,
+    },
+    /// `positions i32[..] → [.., R]`: cos of the angles position · inv_freq[i] in the first R/2 columns, sin in the rest,
+    /// both times `scale`. Source: Su et al. 2021, equation 34, in transformers' `modeling_rope_utils.py` layout.
+    RopeTable {
+        /// Radians a position, R/2 of them.
+        inv_freq: Vec<f64>,
+        /// Factor on both, 1 but for YaRN and LongRoPE (their attention factor).
+        scale: f64,
+        /// Type of the result.
+        dtype: DType,
+    },
+    /// `x [.., H·D], table [.., R] → [.., H·D]`: in each head the pairs (i, i + R/2), i < R/2, are turned by the table's
+    /// angles; columns from R on stay.
+    Rope {
+        /// Heads, H.
+        heads: usize,
+        /// Turns backwards: the transpose.
+        inverse: bool,
+    },
+    /// `positions i32[.., T] → [.., H, T]`: slope of the head · position · scale, a key bias for attention. Source: Press et
+    /// al. 2022, section 3; a softmax does not see that slope · (j − i) lost its constant −slope · i.
+    AlibiBias {
+        /// One a head.
+        slopes: Vec<f64>,
+        /// Factor on the product.
+        scale: f64,
+        /// Slope and slope · position are rounded to bfloat16 before scaling, as Falcon has it
+        /// (transformers' `build_alibi_tensor`).
+        round: bool,
+        /// Type of the result.
+        dtype: DType,
+    },
+    /// `q [B, T, H·D], k [B, T, K·D], v [B, T, K·D], (segments i32[B, T]), (key_bias [B, H, T]), (prefix i32[B]),
+    /// (rng i32[4]) → out [B, T, H·D], lse [B, H, T]`; lse is the log of the softmax's denominator (−∞ where a query sees
+    /// nothing).
     Attention(AttentionSpec),
-    /// `dout, q, k, v, out, lse, (segments), (rng) → dq, dk, dv`. Source: Dao et al. 2022, algorithm 4.
+    /// `dout, q, k, v, out, lse, (segments), (key_bias), (prefix), (rng) → dq, dk, dv`. Source: Dao et al. 2022,
+    /// algorithm 4.
     AttentionGrad(AttentionSpec),
     /// `x [.., C], weight [V, C], (bias [V]), labels i32[..] → loss []`: the sum over labels ≥ 0 of −log softmax(x·Wᵀ + b),
     /// in chunks of rows; the logits are never held in full. Other labels (−100) are ignored.
@@ -233,7 +318,8 @@ pub enum Op {
     /// `cache [R, S, C], new [B, T, C], row i32[B], start i32[B], count i32[B] → cache`: sequence b's first count[b] tokens
     /// go to cache row row[b] from slot start[b] on.
     CacheWrite,
-    /// `q [B, T, H·D], k_cache [R, S, K·D], v_cache [R, S, K·D], rows i32[B, S], start i32[B], count i32[B] → [B, T, H·D]`.
+    /// `q [B, T, H·D], k_cache [R, S, K·D], v_cache [R, S, K·D], rows i32[B, S], start i32[B], count i32[B],
+    /// (key_bias [H, S]) → [B, T, H·D]`.
     /// Query t of sequence b stands at position start[b] + t and sees positions p up to its own, each read from cache
     /// row rows[b, p]: sequences share prefixes without copies. Queries from count[b] on give zeros.
     CachedAttention(AttentionSpec),
@@ -269,6 +355,7 @@ impl Op {
             Self::Input { .. } => "input",
             Self::State { .. } => "state",
             Self::Fill { .. } => "fill",
+            Self::Iota => "iota",
             Self::Reshape => "reshape",
             Self::Split { .. } => "split",
             Self::Concat => "concat",
@@ -282,8 +369,13 @@ impl Op {
             Self::Broadcast => "broadcast",
             Self::Dropout(_) => "dropout",
             Self::MatMul { .. } => "matmul",
-            Self::LayerNorm { .. } => "layer_norm",
-            Self::LayerNormGrad => "layer_norm_grad",
+            Self::LayerNorm { center: true, .. } => "layer_norm",
+            Self::LayerNorm { center: false, .. } => "rms_norm",
+            Self::LayerNormGrad { center: true } => "layer_norm_grad",
+            Self::LayerNormGrad { center: false } => "rms_norm_grad",
+            Self::RopeTable { .. } => "rope_table",
+            Self::Rope { .. } => "rope",
+            Self::AlibiBias { .. } => "alibi_bias",
             Self::Attention(_) => "attention",
             Self::AttentionGrad(_) => "attention_grad",
             Self::LinearCrossEntropy { .. } => "linear_cross_entropy",
@@ -314,10 +406,12 @@ impl Op {
     #[must_use]
     pub fn in_place(&self) -> Vec<(usize, usize)> {
         match self {
-            Self::Unary(_) | Self::Dropout(_) | Self::Binary(_) | Self::CacheWrite => vec![(0, 0)],
+            Self::Unary(_) | Self::Dropout(_) | Self::Binary(_) | Self::Rope { .. } | Self::CacheWrite => {
+                vec![(0, 0)]
+            }
             Self::UnaryGrad(_) => vec![(1, 0), (0, 0)],
             Self::ScatterAdd { .. } => vec![(2, 0)],
-            Self::LayerNormGrad => vec![(5, 0), (0, 0)],
+            Self::LayerNormGrad { .. } => vec![(5, 0), (0, 0)],
             // The product is then accumulated onto the residual, so nothing may come between the two.
             Self::MatMul { epilogue: e, .. } if e.residual && e.act.is_none() && e.act_grad.is_none() => {
                 vec![(2 + usize::from(e.bias), 0)]
@@ -410,6 +504,14 @@ impl Check<'_> {
             Op::Input { .. } | Op::State { .. } | Op::Fill { .. } => {
                 self.count(0, 0)?;
                 Ok(vec![declared()?])
+            }
+            Op::Iota => {
+                self.count(0, 0)?;
+                let to = declared()?;
+                if to.dtype != DType::I32 || to.shape.rank() != 1 {
+                    return Err(self.shape_error(&format!("a result i32[N], not {to}")));
+                }
+                Ok(vec![to])
             }
             Op::Reshape => {
                 self.count(1, 1)?;
@@ -511,7 +613,7 @@ impl Check<'_> {
                 let stat = TensorType::new(dtype, Shape(self.shape(0).leading().to_vec()));
                 Ok(vec![like(0), stat.clone(), stat])
             }
-            Op::LayerNormGrad => {
+            Op::LayerNormGrad { .. } => {
                 self.count(5, 6)?;
                 let dtype = self.dtypes(&all, &[])?;
                 let c = [self.shape(1).cols()];
@@ -526,6 +628,36 @@ impl Check<'_> {
                 )?;
                 let w = TensorType::new(dtype, c);
                 Ok(vec![like(1), w.clone(), w])
+            }
+            Op::RopeTable { inv_freq, dtype, .. } => {
+                self.count(1, 1)?;
+                self.dtype(0, DType::I32)?;
+                self.require(!inv_freq.is_empty(), "at least one frequency")?;
+                let mut dims = self.shape(0).0.clone();
+                dims.push(2 * inv_freq.len());
+                Ok(vec![TensorType::new(*dtype, Shape(dims))])
+            }
+            Op::Rope { heads, .. } => {
+                self.count(2, 2)?;
+                self.dtypes(&[0, 1], &[])?;
+                let (x, table) = (self.shape(0), self.shape(1));
+                let fits = x.rank() > 0
+                    && table.rank() > 0
+                    && x.leading() == table.leading()
+                    && *heads > 0
+                    && x.cols().is_multiple_of(*heads)
+                    && table.cols().is_multiple_of(2)
+                    && table.cols() <= x.cols() / heads;
+                self.require(fits, &format!("x [.., {heads}·D], table [.., R] with R even and at most D"))?;
+                Ok(vec![like(0)])
+            }
+            Op::AlibiBias { slopes, dtype, .. } => {
+                self.count(1, 1)?;
+                self.dtype(0, DType::I32)?;
+                self.require(self.shape(0).rank() > 0 && !slopes.is_empty(), "positions i32[.., T]")?;
+                let mut dims = self.shape(0).leading().to_vec();
+                dims.extend([slopes.len(), self.shape(0).cols()]);
+                Ok(vec![TensorType::new(*dtype, Shape(dims))])
             }
             Op::Attention(spec) => {
                 let [b, t] = self.attention(spec, 0, 3)?;
@@ -574,8 +706,9 @@ impl Check<'_> {
                 Ok(vec![like(0)])
             }
             Op::CachedAttention(spec) => {
-                self.count(6, 6)?;
-                self.dtypes(&[0, 1, 2], &[3, 4, 5])?;
+                self.count(6 + usize::from(spec.key_bias), 6 + usize::from(spec.key_bias))?;
+                let floats: &[usize] = if spec.key_bias { &[0, 1, 2, 6] } else { &[0, 1, 2] };
+                self.dtypes(floats, &[3, 4, 5])?;
                 let (q, cache) = (self.shape(0), self.shape(1));
                 let fits = q.rank() == 3
                     && cache.rank() == 3
@@ -583,10 +716,11 @@ impl Check<'_> {
                     && self.heads_fit(spec, q.cols(), cache.cols())
                     && is(3, &[q.0[0], cache.0[1]])
                     && is(4, &q.0[..1])
-                    && is(5, &q.0[..1]);
+                    && is(5, &q.0[..1])
+                    && (!spec.key_bias || is(6, &[spec.heads, cache.0[1]]));
                 self.require(
                     fits,
-                    "q [B, T, H·D], caches [R, S, K·D], rows i32[B, S], start i32[B], count i32[B]",
+                    "q [B, T, H·D], caches [R, S, K·D], rows i32[B, S], start i32[B], count i32[B], key_bias [H, S]",
                 )?;
                 Ok(vec![like(0)])
             }
@@ -671,9 +805,9 @@ impl Check<'_> {
 
     /// Checks q, k, v from operand `at` on, then what follows operand `fixed`; gives [B, T].
     fn attention(&self, spec: &AttentionSpec, at: usize, fixed: usize) -> Result<[usize; 2]> {
-        let extra = usize::from(spec.segments) + usize::from(spec.dropout.is_some());
-        self.count(fixed + extra, fixed + extra)?;
-        let ints: Vec<usize> = (fixed..fixed + extra).collect();
+        let extras = spec.extras(fixed);
+        self.count(extras.end, extras.end)?;
+        let ints: Vec<usize> = (fixed..extras.end).filter(|&i| Some(i) != extras.key_bias).collect();
         self.dtypes(&[at, at + 1, at + 2], &ints)?;
         let (q, k, v) = (self.shape(at), self.shape(at + 1), self.shape(at + 2));
         let fits = q.rank() == 3
@@ -682,16 +816,22 @@ impl Check<'_> {
             && q.leading() == k.leading()
             && self.heads_fit(spec, q.cols(), k.cols());
         self.require(fits, &format!("q [B, T, {}·D], k and v [B, T, {}·D]", spec.heads, spec.kv_heads))?;
-        let mut next = fixed;
-        if spec.segments {
-            self.require(self.shape(next).0 == q.leading(), "segments i32[B, T]")?;
-            next += 1;
+        let [b, t] = [q.0[0], q.0[1]];
+        if let Some(i) = extras.segments {
+            self.require(self.shape(i).0 == [b, t], "segments i32[B, T]")?;
         }
-        if let Some(dropout) = &spec.dropout {
-            self.require(self.shape(next).0 == [4], "rng i32[4]")?;
+        if let Some(i) = extras.key_bias {
+            self.dtype(i, self.operands[at].dtype)?;
+            self.require(self.shape(i).0 == [b, spec.heads, t], "key_bias [B, H, T]")?;
+        }
+        if let Some(i) = extras.prefix {
+            self.require(self.shape(i).0 == [b], "prefix i32[B]")?;
+        }
+        if let (Some(i), Some(dropout)) = (extras.rng, &spec.dropout) {
+            self.require(self.shape(i).0 == [4], "rng i32[4]")?;
             self.probability(dropout)?;
         }
-        Ok([q.0[0], q.0[1]])
+        Ok([b, t])
     }
 
     fn cross_entropy(&self, bias: bool, extra: usize) -> Result<()> {

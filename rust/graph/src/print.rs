@@ -64,10 +64,22 @@ fn attributes(op: &Op) -> Vec<String> {
             out.extend(tb.then(|| "tb".to_owned()));
             fused(&mut out, epilogue);
         }
-        Op::LayerNorm { eps } => out.push(format!("eps={eps:e}")),
+        Op::LayerNorm { eps, .. } => out.push(format!("eps={eps:e}")),
         Op::Attention(s) | Op::AttentionGrad(s) | Op::CachedAttention(s) => attention(&mut out, s),
         Op::LinearCrossEntropy { bias } | Op::LinearCrossEntropyGrad { bias } => {
             out.extend(bias.then(|| "bias".to_owned()));
+        }
+        Op::RopeTable { inv_freq, scale, .. } => {
+            out.push(format!("{} frequencies", inv_freq.len()));
+            out.extend((*scale != 1.0).then(|| format!("scale={scale}")));
+        }
+        Op::Rope { heads, inverse } => {
+            out.push(format!("heads={heads}"));
+            out.extend(inverse.then(|| "inverse".to_owned()));
+        }
+        Op::AlibiBias { slopes, scale, round, .. } => {
+            out.push(format!("heads={}, scale={scale}", slopes.len()));
+            out.extend(round.then(|| "round".to_owned()));
         }
         Op::ClipFactor { max_norm } => out.push(format!("max_norm={max_norm}")),
         Op::AdamW { beta1, beta2, eps, weight_decay } => {
@@ -81,7 +93,8 @@ fn attributes(op: &Op) -> Vec<String> {
         | Op::Binary(_)
         | Op::SumTo
         | Op::Broadcast
-        | Op::LayerNormGrad
+        | Op::LayerNormGrad { .. }
+        | Op::Iota
         | Op::CountLabels { .. }
         | Op::CacheWrite
         | Op::GlobalNorm => {}
@@ -106,6 +119,8 @@ fn attention(out: &mut Vec<String>, s: &AttentionSpec) {
     out.extend(s.causal.then(|| "causal".to_owned()));
     out.extend(s.window.map(|w| format!("window={w}")));
     out.extend(s.segments.then(|| "segments".to_owned()));
+    out.extend(s.key_bias.then(|| "key_bias".to_owned()));
+    out.extend(s.prefix.then(|| "prefix".to_owned()));
     if let Some(spec) = &s.dropout {
         dropout(out, spec);
     }

@@ -140,6 +140,8 @@ fn split_and_concat_are_views() {
         window: None,
         scale: 1.0,
         segments: false,
+        key_bias: false,
+        prefix: false,
         dropout: None,
     };
     let out = g.add(Op::Attention(spec), &parts).unwrap()[0];

@@ -10,6 +10,7 @@ use pyrformer_graph::AttentionSpec;
 
 use crate::gemm::{Gemm, PackBuffers, Scratch, gemm_serial};
 use crate::kernels::dropout::Keep;
+use crate::kernels::elementwise::add_row;
 use crate::memory::PerWorker;
 use crate::real::Real;
 use crate::simd::{dot, max, reduce};
@@ -29,28 +30,35 @@ pub(crate) fn worker_bytes<T>(d: usize) -> usize {
 
 /// Which keys each query sees, beyond the shapes.
 #[derive(Clone, Copy)]
-pub(crate) struct Mask<'a> {
+pub(crate) struct Mask<'a, T> {
     pub(crate) spec: AttentionSpec,
     /// [B·T].
     pub(crate) segments: Option<&'a [i32]>,
+    /// [B·H, T].
+    pub(crate) key_bias: Option<Mat<'a, T>>,
+    /// [B].
+    pub(crate) prefix: Option<&'a [i32]>,
     pub(crate) keep: Option<Keep>,
 }
 
-impl Mask<'_> {
-    /// Keys that query `i` of `t` may see by position.
-    fn seen(&self, i: usize, t: usize) -> Range<usize> {
-        let end = if self.spec.causal { i + 1 } else { t };
-        let start = self.spec.window.map_or(0, |w| (i + 1).saturating_sub(w));
-        start..end
+impl<T: Real> Mask<'_, T> {
+    /// Keys that query `i` of `t` in sequence `b` may see by position.
+    fn seen(&self, b: usize, i: usize, t: usize) -> Range<usize> {
+        let open = self.prefix.map_or(0, |p| (p[b].max(0) as usize).min(t));
+        let end = if self.spec.causal { (i + 1).max(open) } else { t };
+        match self.spec.window {
+            None => 0..end,
+            Some(w) => (i + 1).saturating_sub(w)..end.min(i + w),
+        }
     }
 
     /// Keys that some query of `from .. to` may see by position.
-    fn seen_by_block(&self, queries: &Range<usize>, t: usize) -> Range<usize> {
-        self.seen(queries.start, t).start..self.seen(queries.end - 1, t).end
+    fn seen_by_block(&self, b: usize, queries: &Range<usize>, t: usize) -> Range<usize> {
+        self.seen(b, queries.start, t).start..self.seen(b, queries.end - 1, t).end
     }
 
     /// The weight of key `j` for a query that sees nothing: the same for all, but for dropout.
-    fn blind<T: Real>(&self, b: usize, head: usize, i: usize, j: usize, t: usize) -> T {
+    fn blind(&self, b: usize, head: usize, i: usize, j: usize, t: usize) -> T {
         let index = ((b * self.spec.heads + head) * t + i) * t + j;
         let keep = self.keep.as_ref().map_or(1.0, |k| k.factor(index as u64));
         T::from_f64(keep / t as f64)
@@ -58,13 +66,22 @@ impl Mask<'_> {
 
     /// Scales the scores of query `i` against keys `from ..` and gives the columns that it sees by position; the others
     /// become 0, those that segments hide among the seen become −∞.
-    fn apply<T: Real>(&self, scores: &mut [T], b: usize, i: usize, from: usize, t: usize) -> Range<usize> {
-        let seen = self.seen(i, t);
+    fn apply(
+        &self,
+        scores: &mut [T],
+        (b, head, i): (usize, usize, usize),
+        from: usize,
+        t: usize,
+    ) -> Range<usize> {
+        let seen = self.seen(b, i, t);
         let lo = seen.start.clamp(from, from + scores.len()) - from;
         let hi = seen.end.clamp(from, from + scores.len()) - from;
         scores[..lo].fill(T::ZERO);
         scores[hi..].fill(T::ZERO);
         scale_row(&mut scores[lo..hi], T::from_f64(self.spec.scale));
+        if let Some(bias) = &self.key_bias {
+            add_row(&bias.row(b * self.spec.heads + head)[from + lo..from + hi], &mut scores[lo..hi]);
+        }
         if let Some(segments) = self.segments {
             let own = segments[b * t + i];
             for (s, &segment) in scores[lo..hi].iter_mut().zip(&segments[b * t + from + lo..]) {
@@ -148,7 +165,7 @@ pub(crate) fn attention<T: Real>(
     pool: &Pool,
     memory: &PerWorker,
     packs: &PackBuffers<T>,
-    mask: &Mask<'_>,
+    mask: &Mask<'_, T>,
     batch: usize,
     [q, k, v]: [Mat<'_, T>; 3],
     out: MatMut<'_, T>,
@@ -173,7 +190,7 @@ pub(crate) fn attention<T: Real>(
         largest.fill(T::NEG_INFINITY);
         denominators.fill(T::ZERO);
         work.sum[..n * d].fill(T::ZERO);
-        let seen = mask.seen_by_block(&queries, t);
+        let seen = mask.seen_by_block(b, &queries, t);
         for from in (seen.start / BK * BK..seen.end).step_by(BK) {
             let m = BK.min(seen.end - from);
             let (ks, vs) = (k.block(b * t + from, m, kv, d), v.block(b * t + from, m, kv, d));
@@ -186,7 +203,7 @@ pub(crate) fn attention<T: Real>(
                 // SAFETY: the scores are this task's own.
                 let row = unsafe { scores.row_mut(r) };
                 let i = queries.start + r;
-                let seen = mask.apply(row, b, i, from, t);
+                let seen = mask.apply(row, (b, head, i), from, t);
                 let before = largest[r];
                 let now = before.max(max(&row[seen.clone()]));
                 if now == T::NEG_INFINITY {
@@ -251,7 +268,7 @@ pub(crate) fn attention_grad<T: Real>(
     pool: &Pool,
     memory: &PerWorker,
     packs: &PackBuffers<T>,
-    mask: &Mask<'_>,
+    mask: &Mask<'_, T>,
     batch: usize,
     saved: Saved<'_, T>,
     [dq, dk, dv]: [MatMut<'_, T>; 3],
@@ -283,7 +300,7 @@ pub(crate) fn attention_grad<T: Real>(
 fn query_block<T: Real>(
     work: &mut Work<'_, T>,
     pack: &mut Scratch<T>,
-    mask: &Mask<'_>,
+    mask: &Mask<'_, T>,
     Dims { t, d, .. }: Dims,
     s: &Saved<'_, T>,
     (b, head, kv): (usize, usize, usize),
@@ -309,7 +326,7 @@ fn query_block<T: Real>(
             }
         }
     }
-    let seen = mask.seen_by_block(&queries, t);
+    let seen = mask.seen_by_block(b, &queries, t);
     for from in (seen.start / BK * BK..seen.end).step_by(BK) {
         let m = BK.min(seen.end - from);
         let [ks, vs] = [s.k, s.v].map(|x| x.block(b * t + from, m, kv * d, d));
@@ -332,7 +349,7 @@ fn query_block<T: Real>(
                 drow.fill(T::ZERO);
                 continue;
             }
-            let seen = mask.apply(row, b, i, from, t);
+            let seen = mask.apply(row, (b, head, i), from, t);
             exp_row(&mut row[seen.clone()], lse);
             drow[..seen.start].fill(T::ZERO);
             drow[seen.end..].fill(T::ZERO);

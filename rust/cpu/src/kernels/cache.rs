@@ -60,10 +60,11 @@ pub(crate) fn cache_write<T: Real>(
 }
 
 simd_fn! {
-    /// One query against the positions `first ..`, whose cache rows are `rows`: out = softmax(scale·q·K)·V.
+    /// One query against the positions `first ..`, whose cache rows are `rows`: out = softmax(scale·q·K + bias)·V; an
+    /// empty bias is none.
     fn one_query<T: Real>(
         q: &[T], k: &Mat<'_, T>, v: &Mat<'_, T>, rows: &[i32], first: usize, slots: usize, col: usize, scale: T,
-        scores: &mut [T], out: &mut [T],
+        bias: &[T], scores: &mut [T], out: &mut [T],
     ) {
         let d = q.len();
         for (i, (score, &row)) in scores.iter_mut().zip(rows).enumerate() {
@@ -79,6 +80,9 @@ simd_fn! {
                 *lane += q * k;
             }
             *score = scale * fold_lanes(lanes, |a, b| a + b);
+        }
+        for (s, &b) in scores.iter_mut().zip(bias) {
+            *s += b;
         }
         let largest = max(scores);
         for s in scores.iter_mut() {
@@ -96,7 +100,7 @@ simd_fn! {
     }
 }
 
-/// Shapes: q, out [B·T, H·D], caches [R·S, K·D], rows [B, S].
+/// Shapes: q, out [B·T, H·D], caches [R·S, K·D], rows [B, S], key_bias [H, S].
 pub(crate) fn cached_attention<T: Real>(
     pool: &Pool,
     memory: &PerWorker,
@@ -106,6 +110,7 @@ pub(crate) fn cached_attention<T: Real>(
     (cache_rows, slots): (usize, usize),
     rows: &[i32],
     places: Places<'_>,
+    key_bias: Option<Mat<'_, T>>,
     out: MatMut<'_, T>,
 ) -> Result<()> {
     let batch = places.start.len();
@@ -142,6 +147,7 @@ pub(crate) fn cached_attention<T: Real>(
                 slots,
                 head / group * d,
                 scale,
+                key_bias.as_ref().map_or(&[][..], |bias| &bias.row(head)[first..end]),
                 &mut scores[..end - first],
                 to,
             );

@@ -34,6 +34,17 @@ fn gelu_gate<T: Real>(x: T) -> T {
     sigmoid(T::from_f64(2.0 * SQRT_2_OVER_PI) * (x + T::from_f64(GELU_CUBIC) * x * x * x))
 }
 
+/// tanh(ln(1 + eˣ)) = n / (n + 2) with n = eˣ(eˣ + 2); beyond 20 it is 1 to the last digit, and eˣ would overflow.
+#[inline(always)]
+fn mish_gate<T: Real>(x: T) -> T {
+    let e = x.min(T::from_f64(20.0)).exp();
+    let n = e * (e + T::from_f64(2.0));
+    n / (n + T::from_f64(2.0))
+}
+
+/// The slope inside QuickGELU's sigmoid.
+const QUICK: f64 = 1.702;
+
 simd_fn! {
     /// `y = f(x)` for one row.
     pub(crate) fn unary_row<T: Real>(f: Unary, x: &[T], y: &mut [T]) {
@@ -53,6 +64,15 @@ simd_fn! {
             }
             Unary::GeluTanh => map(x, y, |x| x * gelu_gate(x)),
             Unary::Silu => map(x, y, |x| x * sigmoid(x)),
+            Unary::QuickGelu => {
+                let c = T::from_f64(QUICK);
+                map(x, y, |x| x * sigmoid(c * x));
+            }
+            Unary::Relu2 => map(x, y, |x| {
+                let r = x.max(T::ZERO);
+                r * r
+            }),
+            Unary::Mish => map(x, y, |x| x * mish_gate(x)),
         }
     }
 }
@@ -98,6 +118,21 @@ simd_fn! {
             Unary::Silu => times(x, dy, |x| {
                 let s = sigmoid(x);
                 s * (T::ONE + x * (T::ONE - s))
+            }),
+            Unary::QuickGelu => {
+                let c = T::from_f64(QUICK);
+                times(x, dy, |x| {
+                    let s = sigmoid(c * x);
+                    s * (T::ONE + c * x * (T::ONE - s))
+                });
+            }
+            Unary::Relu2 => {
+                let two = T::from_f64(2.0);
+                times(x, dy, |x| two * x.max(T::ZERO));
+            }
+            Unary::Mish => times(x, dy, |x| {
+                let g = mish_gate(x);
+                g + x * (T::ONE - g * g) * sigmoid(x)
             }),
         }
     }

@@ -9,6 +9,7 @@ pub(crate) mod loss;
 pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod optimizer;
+pub(crate) mod positions;
 pub(crate) mod rows;
 
 use crate::threads::Pool;

@@ -1,4 +1,5 @@
-//! Layer normalisation. Source: Ba et al. 2016, equation 4; its gradient by hand from the same.
+//! Layer normalisation, with or without centring. Source: Ba et al. 2016, equation 4; RMSNorm: Zhang and Sennrich 2019,
+//! equation 4; their gradients by hand from the same.
 
 use crate::kernels::elementwise::{add_row, in_place};
 use crate::kernels::{for_chunks, for_rows, rows_per_task, sum_chunks};
@@ -9,10 +10,10 @@ use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
 
 simd_fn! {
-    /// One row: `y = (x − mean) · rstd · weight (+ bias)`; gives (mean, rstd).
-    fn forward_row<T: Real>(eps: T, x: &[T], weight: &[T], bias: &[T], y: &mut [T]) -> (T, T) {
+    /// One row: `y = (x − mean) · rstd · weight (+ bias)`; gives (mean, rstd), mean 0 without `center`.
+    fn forward_row<T: Real>(eps: T, center: bool, x: &[T], weight: &[T], bias: &[T], y: &mut [T]) -> (T, T) {
         let n = T::from_f64(x.len() as f64);
-        let mean = sum(x) / n;
+        let mean = if center { sum(x) / n } else { T::ZERO };
         // Two passes: the variance of centred values keeps its digits where the mean is large.
         for (y, &x) in y.iter_mut().zip(x) {
             *y = x - mean;
@@ -35,6 +36,7 @@ simd_fn! {
 pub(crate) fn layer_norm<T: Real>(
     pool: &Pool,
     eps: f64,
+    center: bool,
     x: Mat<'_, T>,
     weight: &[T],
     bias: &[T],
@@ -45,7 +47,7 @@ pub(crate) fn layer_norm<T: Real>(
     let eps = T::from_f64(eps);
     for_rows(pool, x.rows, rows_per_task(4 * x.cols), |r| {
         // SAFETY: one task a row.
-        let (m, s) = forward_row(eps, x.row(r), weight, bias, unsafe { y.row_mut(r) });
+        let (m, s) = forward_row(eps, center, x.row(r), weight, bias, unsafe { y.row_mut(r) });
         // SAFETY: element r of the statistics belongs to this row's task.
         unsafe {
             mean.set(0, r, m);
@@ -58,7 +60,7 @@ simd_fn! {
     /// One row of the gradient: dx into `dx` (which holds the residual or zeros), and what the row adds to dweight, dbias.
     fn backward_row<T: Real>(
         dy: &[T], x: &[T], weight: &[T], mean: T, rstd: T, hat: &mut [T], dhat: &mut [T],
-        dx: &mut [T], dweight: &mut [T], dbias: &mut [T],
+        dx: &mut [T], dweight: &mut [T], dbias: &mut [T], center: bool,
     ) {
         let n = x.len();
         let (dy, weight, hat, dhat) = (&dy[..n], &weight[..n], &mut hat[..n], &mut dhat[..n]);
@@ -70,7 +72,8 @@ simd_fn! {
             dbias[i] += dy[i];
         }
         let count = T::from_f64(n as f64);
-        let (average, along) = (sum(dhat) / count, dot(dhat, hat) / count);
+        let average = if center { sum(dhat) / count } else { T::ZERO };
+        let along = dot(dhat, hat) / count;
         for i in 0..n {
             dx[i] += rstd * (dhat[i] - average - hat[i] * along);
         }
@@ -86,6 +89,7 @@ pub(crate) fn layer_norm_grad_scratch(rows: usize, cols: usize) -> usize {
 /// Each chunk of rows sums its share of dweight and dbias in scratch; the shares are added in order.
 pub(crate) fn layer_norm_grad<T: Real>(
     pool: &Pool,
+    center: bool,
     dy: Mat<'_, T>,
     x: Mat<'_, T>,
     weight: &[T],
@@ -115,7 +119,7 @@ pub(crate) fn layer_norm_grad<T: Real>(
                 Some(residual) => in_place(residual, r, dx),
                 None => dx.fill(T::ZERO),
             }
-            backward_row(kept, x.row(r), weight, mean[r], rstd[r], hat, dhat, dx, dw, db);
+            backward_row(kept, x.row(r), weight, mean[r], rstd[r], hat, dhat, dx, dw, db, center);
         }
     });
     for (target, i) in [(dweight, 0), (dbias, 1)] {

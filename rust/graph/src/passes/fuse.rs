@@ -86,7 +86,7 @@ impl Chain {
                 Self::matmul(graph, readers, id, node, *ta, *tb)
             }
             Op::ScatterAdd { .. } if node.inputs.len() == 2 => Self::plus(graph, readers, id, node),
-            Op::LayerNormGrad if node.inputs.len() == 5 => Self::plus(graph, readers, id, node),
+            Op::LayerNormGrad { .. } if node.inputs.len() == 5 => Self::plus(graph, readers, id, node),
             _ => None,
         }
     }
