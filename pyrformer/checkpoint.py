@@ -124,6 +124,7 @@ def save(model: Model, folder: str | Path) -> None:
     except OSError as e:
         raise FileError(f"[save] {folder}: {e.strerror}") from None
     tensors = {name: array.astype(np.float32, copy=False) for name, array in model.state_dict().items()}
+    tensors = {model.family.stored_name(name): array for name, array in tensors.items()}
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in model.family.absent_tensors()}
     _core.write_safetensors(folder / WEIGHTS, tensors)
     if model.tokenizer is not None:

@@ -15,6 +15,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "a string"),
     "list[str]": ((list, tuple), "a list of strings"),
     "list[int]": ((list, tuple), "a list of whole numbers"),
+    "list[float]": ((list, tuple), "a list of numbers"),
     "dict[str, Any]": ((dict,), "a table"),
     "None": ((type(None),), "null"),
 }

@@ -219,7 +219,7 @@ class Decoder:
         for i, feed in enumerate(feeds):
             n, at = len(feed), int(self.lengths[i])
             ids[i, :n] = feed
-            positions[i, :n] = np.arange(at, at + n)
+            positions[i, :n] = np.arange(at, at + n) + self.model.family.position_offset
             # A sequence writes to the cache row of its own number: no other one ever needs that row at this position.
             self.rows[i, at : at + n] = sequences[i]
         row[:active], start[:active], count[:active], rows[:active] = (

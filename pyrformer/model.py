@@ -20,7 +20,7 @@ from pyrformer.compile import Array, Compiled, Traced
 from pyrformer.errors import InputError, StateError
 from pyrformer.models import build
 from pyrformer.models.base import Family
-from pyrformer.programs import Sizes
+from pyrformer.programs import SCALES, Sizes
 
 if TYPE_CHECKING:
     from pyrformer.generate import Generation
@@ -35,15 +35,18 @@ class Output:
     """What a call of a model gives.
 
     Attributes:
-        logits: ``[B, T, V]``.
+        logits: of tokens ``[B, T, V]``; of classes ``[B, N]`` where whole sequences are classified; None for a model
+            without a head.
         hidden: the last hidden state ``[B, T, C]``.
         loss: mean cross-entropy over the labels in nats; None without labels.
+        seq_relationship_logits: BERT's for pre-training, ``[B, 2]``: does the second text follow the first?
         hidden_states: with ``output_hidden_states``, embeddings and each layer's result, ``[B, T, C]`` each.
     """
 
-    logits: Array
+    logits: Array | None
     hidden: Array
     loss: float | None = None
+    seq_relationship_logits: Array | None = None
     hidden_states: list[Array] | None = None
 
 
@@ -66,11 +69,24 @@ class FillMask:
 
 @dataclass(eq=False)
 class Batch:
-    """A batch made ready for the programs: its sizes, its arrays by input name, and the number of labels."""
+    """A batch made ready for the programs: its sizes, its arrays by input name, and how many tokens and how many
+    sequences have labels."""
 
     sizes: Sizes
     arrays: dict[str, Ints]
     labels: int = 0
+    sentence_labels: int = 0
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The inputs that make means of the summed losses."""
+        counts = {"loss_scale": self.labels, "sentence_scale": self.sentence_labels}
+        return {name: 1.0 / count for name, count in counts.items() if count}
+
+    def mean(self, out: dict[str, Array]) -> float:
+        """The loss of a run's outputs: the mean over tokens plus the mean over sequences."""
+        scales = self.scales
+        return sum(float(out[name]) * scales.get(scale, 0.0) for name, scale in SCALES.items() if name in out)
 
 
 @dataclass(eq=False)
@@ -176,6 +192,7 @@ class Model:
         token_type_ids: npt.ArrayLike | None = None,
         position_ids: npt.ArrayLike | None = None,
         labels: npt.ArrayLike | None = None,
+        next_sentence_label: npt.ArrayLike | None = None,
     ) -> Batch:
         """Checks arrays ``[B, T]`` in Hugging Face's conventions and makes them ready for the programs.
 
@@ -189,25 +206,30 @@ class Model:
                 f"[model] {t} tokens are more than the model's {self.family.max_positions} positions; "
                 "truncate the input"
             )
-        given = position_ids is not None
-        positions = (
-            np.broadcast_to(np.arange(t, dtype=np.int32), ids.shape)
-            if position_ids is None
-            else self._ints("position_ids", position_ids, ids.shape, self.family.max_positions)
-        )
+        mask = None
+        if attention_mask is not None:
+            mask = (self._ints("attention_mask", attention_mask, ids.shape, None) != 0).astype(np.int32)
+        given = None
+        if position_ids is not None:
+            given = self._ints("position_ids", position_ids, ids.shape, self.family.max_positions)
+        positions = self.family.position_rows(ids, mask, given)
         arrays = {"input_ids": ids, "position_ids": positions}
         if self.family.uses_token_types:
             types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
             arrays["token_type_ids"] = self._ints("token_type_ids", types, ids.shape, None)
-        if attention_mask is not None:
-            mask = (self._ints("attention_mask", attention_mask, ids.shape, None) != 0).astype(np.int32)
+        if mask is not None:
             if not mask.all():
                 arrays["segments"] = mask
-        elif given and self.family.objective == "ar" and (np.diff(positions, axis=1) != 1).any():
+        elif given is not None and self.family.objective == "ar" and (np.diff(given, axis=1) != 1).any():
             # Positions that start again mark packed documents; they do not see each other.
-            starts = np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
+            starts = np.diff(given, axis=1, prepend=given[:, :1] - 1) != 1
             arrays["segments"] = (np.cumsum(starts, axis=1) + 1).astype(np.int32)
-        count = labelled = 0
+        count = labelled = sentences = 0
+        if self.family.objective == "sentence":
+            labels, next_sentence_label = None, labels
+        if next_sentence_label is not None:
+            arrays["sentence_labels"] = self._sentence_labels(next_sentence_label, ids.shape[0])
+            sentences = int((arrays["sentence_labels"] >= 0).sum())
         if labels is not None:
             wanted = self._labels(labels, ids.shape)
             if self.family.objective == "ar":
@@ -222,7 +244,8 @@ class Model:
                 arrays["labels"] = np.pad(
                     wanted.reshape(-1)[at], (0, labelled - count), constant_values=IGNORE
                 )
-        return Batch(Sizes(b, t, labelled, "segments" in arrays), arrays, count)
+        sizes = Sizes(b, t, labelled, "segments" in arrays, sentences="sentence_labels" in arrays)
+        return Batch(sizes, arrays, count, sentences)
 
     def _ints(
         self, name: str, value: npt.ArrayLike, shape: tuple[int, ...] | None, below: int | None
@@ -238,9 +261,22 @@ class Model:
             raise InputError(f"[model] {name} must be in 0..{below - 1}, got {bad}")
         return array.astype(np.int32)
 
+    def _sentence_labels(self, value: npt.ArrayLike, batch: int) -> Ints:
+        labels = np.asarray(value)
+        classes = self.family.config.num_labels if self.family.objective == "sentence" else 2
+        if labels.shape != (batch,) or not np.issubdtype(labels.dtype, np.integer):
+            kind = f"{labels.dtype}{list(labels.shape)}"
+            raise InputError(f"[model] labels of sequences must be an integer array [{batch}], got {kind}")
+        if ((labels < 0) & (labels != IGNORE)).any() or (labels >= classes).any():
+            raise InputError(f"[model] labels of sequences must be in 0..{classes - 1}, or {IGNORE}")
+        return labels.astype(np.int32)
+
     def _labels(self, value: npt.ArrayLike, shape: tuple[int, ...]) -> Ints:
         labels = self._ints("labels", value, shape, None)
-        vocab = self.family.config.vocab_size
+        if self.family.objective == "none":
+            raise InputError("[model] this model has no head to learn from labels")
+        tokens = self.family.objective in ("ar", "mlm")
+        vocab = self.family.config.vocab_size if tokens else self.family.config.num_labels
         if ((labels < 0) & (labels != IGNORE)).any() or (labels >= vocab).any():
             raise InputError(f"[model] labels must be in 0..{vocab - 1}, or {IGNORE} to be ignored")
         return labels
@@ -252,31 +288,37 @@ class Model:
         token_type_ids: npt.ArrayLike | None = None,
         position_ids: npt.ArrayLike | None = None,
         labels: npt.ArrayLike | None = None,
+        next_sentence_label: npt.ArrayLike | None = None,
         *,
         output_hidden_states: bool = False,
     ) -> Output:
         """Logits, hidden states and, with labels, the mean loss, for integer arrays ``[B, T]``.
 
-        Labels follow Hugging Face: −100 is ignored, autoregressive models shift inside. Without ``attention_mask``,
-        positions that restart mark packed documents.
+        Labels follow Hugging Face: −100 is ignored, autoregressive models shift inside; a model that classifies whole
+        sequences takes ``labels [B]``, BERT for pre-training ``next_sentence_label [B]`` as well. Without
+        ``attention_mask``, positions that restart mark packed documents.
 
         Raises:
             InputError: an array does not fit.
         """
-        batch = self.batch(input_ids, attention_mask, token_type_ids, position_ids, labels)
+        batch = self.batch(
+            input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label
+        )
+        labelled = bool(batch.scales)
         make = partial(
             programs.forward,
             self.family,
             batch.sizes,
             self.dtype,
             all_hidden=output_hidden_states,
-            loss=labels is not None,
+            loss=labelled,
         )
-        key = ("forward", batch.sizes, output_hidden_states, labels is not None)
-        out = self.program(key, make)(**batch.arrays)
+        out = self.program(("forward", batch.sizes, output_hidden_states, labelled), make)(**batch.arrays)
         states = [out[f"hidden.{i}"] for i in range(len(out)) if f"hidden.{i}" in out]
-        loss = float(out["loss"]) / max(batch.labels, 1) if labels is not None else None
-        return Output(out["logits"], out["hidden"], loss, states or None)
+        loss = batch.mean(out) if labelled else None
+        if self.family.objective == "sentence":
+            return Output(out["sentence_logits"], out["hidden"], loss, None, states or None)
+        return Output(out.get("logits"), out["hidden"], loss, out.get("sentence_logits"), states or None)
 
     def loss_and_grads(
         self,
@@ -285,19 +327,22 @@ class Model:
         attention_mask: npt.ArrayLike | None = None,
         token_type_ids: npt.ArrayLike | None = None,
         position_ids: npt.ArrayLike | None = None,
+        next_sentence_label: npt.ArrayLike | None = None,
     ) -> tuple[float, dict[str, Array]]:
         """The mean loss and its gradient by parameter name; a tied parameter has one gradient, under its first name.
 
         Raises:
             InputError: an array does not fit, or no label counts.
         """
-        batch = self.batch(input_ids, attention_mask, token_type_ids, position_ids, labels)
-        if batch.labels == 0:
+        batch = self.batch(
+            input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label
+        )
+        if not batch.scales:
             raise InputError("[model] every label is ignored: there is no loss to differentiate")
         make = partial(programs.gradients, self.family, batch.sizes, self.dtype)
-        out = self.program(("gradients", batch.sizes), make)(**batch.arrays, loss_scale=1.0 / batch.labels)
-        loss = float(out.pop("loss")) / batch.labels
-        return loss, {name.removeprefix("grad."): grad for name, grad in out.items()}
+        out = self.program(("gradients", batch.sizes), make)(**batch.arrays, **batch.scales)
+        grads = {k.removeprefix("grad."): v for k, v in out.items() if k.startswith("grad.")}
+        return batch.mean(out), grads
 
     def generate(self, prompts: Any, config: dict[str, Any] | None = None, **options: Any) -> Generation:
         """Continues prompts; see :func:`pyrformer.generate.generate`."""
@@ -327,7 +372,7 @@ class Model:
             raise InputError(f"[fill_mask] the text has no {tokenizer.id_to_token(mask)} token")
         if not 1 <= top_k <= self.family.config.vocab_size:
             raise InputError(f"[fill_mask] top_k must be in 1..{self.family.config.vocab_size}, got {top_k}")
-        logits = self(ids[None]).logits[0, masks].astype(np.float64)
+        logits = np.asarray(self(ids[None]).logits)[0, masks].astype(np.float64)
         probabilities = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities /= probabilities.sum(-1, keepdims=True)
         return [

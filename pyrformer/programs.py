@@ -4,8 +4,8 @@ Each function traces one for fixed sizes. Letters: B batch, T tokens, M labelled
 slots, R cache rows, C width, V vocabulary.
 
 Labels are given ready for the loss: for "ar" families ``labels int32[B, T]`` holds the *next* token of each position;
-for "mlm" families ``positions int32[M]`` are flat indices b·T + t and ``labels int32[M]`` their tokens. −100 is
-ignored.
+for "mlm" and "tokens" families ``positions int32[M]`` are flat indices b·T + t and ``labels int32[M]`` their tokens or
+classes; ``sentence_labels int32[B]`` are the classes of whole sequences. −100 is ignored.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyrformer.compile import Traced
+from pyrformer.errors import InputError
 from pyrformer.models.base import Cache, Family, Inputs
 from pyrformer.nn import Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
@@ -20,12 +21,19 @@ from pyrformer.nn import functional as F
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a batch: B, T, M (0 where every position has a label), and whether segments are given."""
+    """The sizes of a batch: B, T, M (0 where every position has a label, or none has), and whether there are segments,
+    prefixes (``prefix int32[B]``: so many first tokens that all may see) and labels of sequences."""
 
     batch: int
     tokens: int
     labelled: int = 0
     segments: bool = False
+    prefix: bool = False
+    sentences: bool = False
+
+
+#: The input that scales each loss.
+SCALES = {"loss": "loss_scale", "sentence_loss": "sentence_scale"}
 
 
 @dataclass(frozen=True)
@@ -51,61 +59,85 @@ def _inputs(trace: Trace, model: Family, s: Sizes) -> Inputs:
     shape = (s.batch, s.tokens)
     types = trace.input("token_type_ids", "int32", shape) if model.uses_token_types else None
     segments = trace.input("segments", "int32", shape) if s.segments else None
-    return Inputs(
-        trace.input("input_ids", "int32", shape), trace.input("position_ids", "int32", shape), types, segments
-    )
+    prefix = trace.input("prefix", "int32", (s.batch,)) if s.prefix else None
+    ids, positions = trace.input("input_ids", "int32", shape), trace.input("position_ids", "int32", shape)
+    return Inputs(ids, positions, types, segments, prefix)
 
 
-def _loss_sum(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> Tensor:
+def _losses(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> dict[str, Tensor]:
+    """The summed losses that the batch has labels for: "loss" over tokens, "sentence_loss" over sequences."""
+    losses = {}
     if model.objective == "ar":
-        return model.loss(hidden, trace.input("labels", "int32", (s.batch, s.tokens)))
-    positions = trace.input("positions", "int32", (s.labelled,))
-    labels = trace.input("labels", "int32", (s.labelled,))
-    with trace.scope("masked"):
-        flat = F.reshape(hidden, (s.batch * s.tokens, hidden.shape[-1]))
-        rows = F.gather(flat, positions)
-    return model.loss(rows, labels)
+        losses["loss"] = model.loss(hidden, trace.input("labels", "int32", (s.batch, s.tokens)))
+    elif s.labelled:
+        positions = trace.input("positions", "int32", (s.labelled,))
+        labels = trace.input("labels", "int32", (s.labelled,))
+        with trace.scope("masked"):
+            flat = F.reshape(hidden, (s.batch * s.tokens, hidden.shape[-1]))
+            rows = F.gather(flat, positions)
+        losses["loss"] = model.loss(rows, labels)
+    head = model.sentence_output(hidden) if s.sentences else None
+    if head is not None:
+        pooled, weight, bias = head
+        labels = trace.input("sentence_labels", "int32", (s.batch,))
+        with trace.scope("sentence"):
+            losses["sentence_loss"] = F.linear_cross_entropy(pooled, trace.parameter(weight), bias, labels)
+    return losses
 
 
 def forward(
     model: Family, s: Sizes, dtype: str = "float32", *, all_hidden: bool = False, loss: bool = False
 ) -> Traced:
-    """Outputs ``logits [B, T, V]``, ``hidden [B, T, C]``, with ``all_hidden`` each ``hidden.i``, with ``loss`` the
-    summed ``loss []``."""
+    """Outputs ``hidden [B, T, C]``; ``logits [B, T, V]`` and ``sentence_logits [B, N]`` of families that have them;
+    with ``all_hidden`` each ``hidden.i``; with ``loss`` the summed ``loss []`` and ``sentence_loss []`` that the batch
+    has labels for."""
     trace = Trace(dtype)
     states = model.hidden_states(_inputs(trace, model, s))
     trace.output("hidden", states[-1])
     if all_hidden:
         for i, state in enumerate(states):
             trace.output(f"hidden.{i}", state)
-    trace.output("logits", model.logits(states[-1]))
+    if model.objective in ("ar", "mlm", "tokens"):
+        trace.output("logits", model.logits(states[-1]))
+    head = model.sentence_output(states[-1])
+    if head is not None:
+        pooled, weight, bias = head
+        with trace.scope("sentence"):
+            trace.output("sentence_logits", F.linear(pooled, trace.parameter(weight), bias))
     if loss:
-        trace.output("loss", _loss_sum(trace, model, states[-1], s))
+        for name, value in _losses(trace, model, states[-1], s).items():
+            trace.output(name, value)
     return Traced("forward", trace)
 
 
 def evaluate(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
-    """Outputs the summed ``loss []``, without logits."""
+    """Outputs the summed ``loss []`` and ``sentence_loss []`` that the batch has labels for, without logits."""
     trace = Trace(dtype)
     hidden = model.hidden_states(_inputs(trace, model, s))[-1]
-    trace.output("loss", _loss_sum(trace, model, hidden, s))
+    for name, value in _losses(trace, model, hidden, s).items():
+        trace.output(name, value)
     return Traced("evaluate", trace)
 
 
-def _backward(trace: Trace, model: Family, s: Sizes) -> tuple[Tensor, list[Parameter], list[Tensor]]:
+def _backward(trace: Trace, model: Family, s: Sizes) -> tuple[list[Parameter], list[Tensor]]:
+    """Traces the losses as outputs, and the gradients of their sum, each scaled by its own input: ``loss_scale`` and
+    ``sentence_scale`` are 1 / number of labels in the whole (accumulated) batch: means are taken over labels."""
     hidden = model.hidden_states(_inputs(trace, model, s))[-1]
-    loss = _loss_sum(trace, model, hidden, s)
-    # 1 / number of labels in the whole (accumulated) batch: gradients are averaged by tokens.
-    scaled = loss * trace.input("loss_scale", trace.dtype, ())
+    total = None
+    for name, loss in _losses(trace, model, hidden, s).items():
+        trace.output(name, loss)
+        scaled = loss * trace.input(SCALES[name], trace.dtype, ())
+        total = scaled if total is None else total + scaled
+    if total is None:
+        raise InputError("[model] the batch has no label that this model learns from")
     parameters = trainable(model)
-    return loss, parameters, trace.gradients(scaled, [trace.parameter(p) for p in parameters])
+    return parameters, trace.gradients(total, [trace.parameter(p) for p in parameters])
 
 
 def gradients(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     """Outputs the summed ``loss []`` and ``grad.<parameter>`` of loss · loss_scale."""
     trace = Trace(dtype)
-    loss, parameters, grads = _backward(trace, model, s)
-    trace.output("loss", loss)
+    parameters, grads = _backward(trace, model, s)
     for parameter, grad in zip(parameters, grads, strict=True):
         trace.output(f"grad.{parameter.name}", grad)
     return Traced("gradients", trace)
@@ -118,8 +150,7 @@ def train_step(model: Family, s: Sizes, optimizer: AdamW, dtype: str = "float32"
     Outputs the summed ``loss []`` and ``grad_norm []``. States: parameters, moments ``adamw.m.<p>``, ``adamw.v.<p>``.
     """
     trace = Trace(dtype, training=True)
-    loss, parameters, grads = _backward(trace, model, s)
-    trace.output("loss", loss)
+    parameters, grads = _backward(trace, model, s)
     _update(trace, parameters, grads, optimizer)
     return Traced("train_step", trace)
 
@@ -127,8 +158,7 @@ def train_step(model: Family, s: Sizes, optimizer: AdamW, dtype: str = "float32"
 def accumulate_step(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     """A part of a step: adds its gradients to the states ``grad_sum.<parameter>``. Outputs the summed ``loss []``."""
     trace = Trace(dtype, training=True)
-    loss, parameters, grads = _backward(trace, model, s)
-    trace.output("loss", loss)
+    parameters, grads = _backward(trace, model, s)
     for parameter, grad in zip(parameters, grads, strict=True):
         total = trace.state(f"grad_sum.{parameter.name}", parameter.shape)
         trace.update(total, total + grad)

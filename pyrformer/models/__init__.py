@@ -7,13 +7,31 @@ from typing import Any
 from pyrformer.errors import ConfigError
 from pyrformer.models.base import Family, ModelConfig
 from pyrformer.models.bert import Bert, BertConfig
+from pyrformer.models.distilbert import DistilBert, DistilBertConfig
+from pyrformer.models.falcon import Falcon, FalconConfig
 from pyrformer.models.gpt2 import GPT2, GPT2Config
+from pyrformer.models.gpt_neox import GPTNeoX, GPTNeoXConfig
+from pyrformer.models.llama import Llama, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from pyrformer.models.modernbert import ModernBert, ModernBertConfig
+from pyrformer.models.opt import OPT, OPTConfig
+from pyrformer.models.roberta import Roberta, RobertaConfig
 
+_ALL: list[tuple[type[ModelConfig], type[Family]]] = [
+    (BertConfig, Bert),
+    (DistilBertConfig, DistilBert),
+    (FalconConfig, Falcon),
+    (GPT2Config, GPT2),
+    (GPTNeoXConfig, GPTNeoX),
+    (LlamaConfig, Llama),
+    (MistralConfig, Llama),
+    (ModernBertConfig, ModernBert),
+    (OPTConfig, OPT),
+    (Qwen2Config, Llama),
+    (Qwen3Config, Llama),
+    (RobertaConfig, Roberta),
+]
 #: ``model_type`` → (configuration, family).
-FAMILIES: dict[str, tuple[type[ModelConfig], type[Family]]] = {
-    "gpt2": (GPT2Config, GPT2),
-    "bert": (BertConfig, Bert),
-}
+FAMILIES = {config.model_type: (config, family) for config, family in _ALL}
 
 
 def build(config: dict[str, Any]) -> Family:
@@ -30,4 +48,4 @@ def build(config: dict[str, Any]) -> Family:
     return family(config_class.from_dict(config))  # type: ignore[call-arg]
 
 
-__all__ = ["FAMILIES", "GPT2", "Bert", "BertConfig", "Family", "GPT2Config", "ModelConfig", "build"]
+__all__ = ["FAMILIES", "Family", "ModelConfig", "build"]

@@ -9,10 +9,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from pyrformer.errors import ConfigError
 from pyrformer.fields import check_types
-from pyrformer.nn import Module, Tensor
+from pyrformer.nn import Module, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
+
+Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +26,11 @@ class ModelConfig:
     written back."""
 
     model_type: ClassVar[str]
-    architecture: ClassVar[str]
+    #: The names of ``config.json``'s ``architectures`` that the family builds, the usual one first.
+    ARCHITECTURES: ClassVar[tuple[str, ...]]
 
     vocab_size: int
+    architecture: str = ""
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -37,8 +44,15 @@ class ModelConfig:
         Raises:
             ConfigError: a field is missing or contradicts another.
         """
-        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        given = {k: v for k, v in raw.items() if k in known}
+        raw = cls.modernise(raw)
+        named = raw.get("architectures") or [cls.ARCHITECTURES[0]]
+        if not isinstance(named, list) or named[0] not in cls.ARCHITECTURES:
+            raise ConfigError(
+                f"[config] {cls.model_type}: unknown architectures {named!r}; "
+                f"known ones: {', '.join(cls.ARCHITECTURES)}"
+            )
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra", "architecture"}
+        given = {k: v for k, v in raw.items() if k in known} | {"architecture": named[0]}
         rest = {k: v for k, v in raw.items() if k not in known and k not in ("model_type", "architectures")}
         required = [
             f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
@@ -48,14 +62,33 @@ class ModelConfig:
             raise ConfigError(f"[config] {cls.model_type}: {missing[0]} is missing")
         return cls(**given, extra=rest)
 
+    @classmethod
+    def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """A ``config.json`` with older key names replaced by today's."""
+        return raw
+
     def __post_init__(self) -> None:
         check_types(self, f"config {self.model_type}")
+        if not self.architecture:
+            self.fill(architecture=self.ARCHITECTURES[0])
+
+    def fill(self, **values: Any) -> None:
+        """Sets fields whose defaults follow from others; for ``__post_init__`` only."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of ``config.json``."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        derived = ("extra", "architecture")
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in derived}
         head = {"architectures": [self.architecture], "model_type": self.model_type}
         return {**head, **self.extra, **own}
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes a classification head tells apart: the length of ``id2label``, or ``num_labels``, or 2."""
+        labels = self.extra.get("id2label")
+        return len(labels) if labels else int(self.extra.get("num_labels", 2))
 
     def require(self, ok: bool, message: str) -> None:
         """Raises ConfigError with ``message`` unless ``ok``."""
@@ -96,7 +129,15 @@ class Cache:
     start: Tensor
     count: Tensor
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: dict[str, object]) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: dict[str, object],
+        key_bias: Tensor | None,
+    ) -> Tensor:
         """Writes k and v, then attends over all that the sequences hold."""
         kept = []
         for name, new in (("key", k), ("value", v)):
@@ -104,41 +145,69 @@ class Cache:
             full = F.cache_write(state, new, self.row, self.start, self.count)
             q.trace.update(state, full)
             kept.append(full)
-        return F.cached_attention(q, kept[0], kept[1], self.rows, self.start, self.count, spec)
+        return F.cached_attention(q, kept[0], kept[1], self.rows, self.start, self.count, spec, key_bias)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Symbolic inputs of a model.
 
-    ``input_ids``, ``position_ids`` and, where used, ``token_type_ids`` and ``segments`` are int32[B, T].
+    ``input_ids``, ``position_ids`` and, where used, ``token_type_ids`` and ``segments`` are int32[B, T]; ``prefix``
+    int32[B] counts the tokens at the start that all may see.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     token_type_ids: Tensor | None = None
     segments: Tensor | None = None
+    prefix: Tensor | None = None
     cache: Cache | None = None
 
+    @property
+    def trace(self) -> Trace:
+        """The trace that all inputs belong to."""
+        return self.input_ids.trace
+
+    @property
+    def length(self) -> int:
+        """How many positions attention reaches over: T, or the cache's slots S."""
+        return self.input_ids.shape[1] if self.cache is None else self.cache.shape[1]
+
+    @property
+    def key_positions(self) -> Tensor:
+        """The position of each key: int32[B, T], or int32[S] of the cache's slots."""
+        return self.position_ids if self.cache is None else F.iota(self.trace, self.cache.shape[1])
+
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: dict[str, object], dropout_p: float = 0.0
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: dict[str, object],
+        dropout_p: float = 0.0,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         """Self-attention: over the cache while decoding, over the batch itself otherwise."""
         if self.cache is not None:
-            return self.cache.attend(layer, q, k, v, spec)
-        return F.attention(q, k, v, spec, segments=self.segments, dropout_p=dropout_p)
+            return self.cache.attend(layer, q, k, v, spec, key_bias)
+        optional = {"segments": self.segments, "key_bias": key_bias, "prefix": self.prefix}
+        return F.attention(q, k, v, spec, **optional, dropout_p=dropout_p)
 
 
 class Family(Module):
     """A model as its paper has it: from ids to hidden states, from hidden states to logits or loss."""
 
     config: ModelConfig
-    #: "ar": the label of a position is the next token; "mlm": the token that was masked there.
-    objective: ClassVar[str]
+    #: What the head predicts. "ar": of each position, the next token; "mlm": the token that was masked there; "tokens":
+    #: a class of each token; "sentence": a class of the whole; "none": nothing, the model ends at its hidden states.
+    objective: str
     #: Whether ``token_type_ids`` are read.
     uses_token_types: ClassVar[bool] = False
     #: The longest input in tokens.
     max_positions: int
+    #: The row of the position table that the first token reads.
+    position_offset: int = 0
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         """Embeddings, then the result of each layer, each ``[B, T, C]``; the last one is what the head reads."""
@@ -146,17 +215,50 @@ class Family(Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden [.., C]`` → ``[.., V]``."""
-        raise NotImplementedError
+        weight, bias = self.output(hidden.trace)
+        with hidden.trace.scope("lm_head"):
+            return F.linear(self.transform(hidden), hidden.trace.parameter(weight), bias)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The summed cross-entropy of ``hidden [.., C]`` against ``labels int32[..]``; negative labels are ignored."""
+        weight, bias = self.output(hidden.trace)
+        with hidden.trace.scope("lm_head"):
+            weight_value = hidden.trace.parameter(weight)
+            return F.linear_cross_entropy(self.transform(hidden), weight_value, bias, labels)
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """What the head does to ``hidden [.., C]`` before it meets the output weights."""
+        return hidden
+
+    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
+        """The output weights ``[V, C]`` and their bias ``[V]``."""
         raise NotImplementedError
+
+    def sentence_output(self, hidden: Tensor) -> tuple[Tensor, Parameter, Tensor | None] | None:
+        """For models that classify whole sequences: what the head reads ``[B, C]``, its weights ``[N, C]`` and bias
+        ``[N]``, from ``hidden [B, T, C]``."""
+        return None
+
+    def position_rows(self, ids: Ints, mask: Ints | None, given: Ints | None) -> Ints:
+        """The rows of the position table that tokens read, int32[B, T], for ``input_ids``, ``attention_mask`` and
+        ``position_ids`` in Hugging Face's conventions."""
+        if given is not None:
+            return given
+        return np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
 
     def absent_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Tensors that Hugging Face's layout has and this configuration leaves out; files hold zeros for them."""
         return []
 
-    @classmethod
-    def rename(cls, name: str) -> str | None:
+    def rename(self, name: str) -> str | None:
         """Today's name of a tensor in a file; None for one that is no parameter."""
         return name
+
+    def stored_name(self, name: str) -> str:
+        """The name of a parameter in files."""
+        return name
+
+
+def masked_positions(mask: Ints) -> Ints:
+    """Positions that count what is not padding, from 0: cumsum(mask) − 1, and −1 at padding. Shapes: [B, T]."""
+    return ((np.cumsum(mask, axis=1) * mask) - 1).astype(np.int32)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from pyrformer.errors import InputError
 from pyrformer.models.base import Family, Inputs, ModelConfig
-from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor
+from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
 
@@ -27,7 +27,13 @@ class BertConfig(ModelConfig):
     """Hugging Face's ``BertConfig``."""
 
     model_type: ClassVar[str] = "bert"
-    architecture: ClassVar[str] = "BertForMaskedLM"
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = (
+        "BertForMaskedLM",
+        "BertForPreTraining",
+        "BertModel",
+        "BertForSequenceClassification",
+        "BertForTokenClassification",
+    )
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -40,6 +46,7 @@ class BertConfig(ModelConfig):
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
+    classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,12 +146,32 @@ class Encoder(Module):
         self.layer = [Layer(c, i, init) for i in range(c.num_hidden_layers)]
 
 
+class Pooler(Module):
+    """The first token's state, transformed: what sentence heads read."""
+
+    def __init__(self, c: BertConfig, init: Normal):
+        self.dense = Linear(c.hidden_size, c.hidden_size, init)
+
+    def __call__(self, first: Tensor) -> Tensor:
+        return F.activation("tanh", self.dense(first))
+
+
 class BertModel(Module):
     """Everything but the head."""
 
-    def __init__(self, c: BertConfig, init: Normal):
+    def __init__(self, c: BertConfig, init: Normal, *, pooler: bool):
         self.embeddings = Embeddings(c, init)
         self.encoder = Encoder(c, init)
+        self.pooler = Pooler(c, init) if pooler else None
+
+    def hidden_states(self, x: Inputs) -> list[Tensor]:
+        """Embeddings, then each layer's result."""
+        with x.trace.scope("embeddings"):
+            states = [self.embeddings(x)]
+        for i, layer in enumerate(self.encoder.layer):
+            with x.trace.scope(f"layer.{i}"):
+                states.append(layer(states[-1], x))
+        return states
 
 
 class Transform(Module):
@@ -168,13 +195,17 @@ class Predictions(Module):
         self.decoder = Linear(c.hidden_size, c.vocab_size, init, bias=False)
 
 
-class Head(Module):
+class Heads(Module):
+    """What pre-training predicts: masked tokens and, for pairs, whether the second text follows the first."""
+
     def __init__(self, c: BertConfig, init: Normal):
         self.predictions = Predictions(c, init)
+        pretraining = c.architecture == "BertForPreTraining"
+        self.seq_relationship = Linear(c.hidden_size, 2, init) if pretraining else None
 
 
 class Bert(Family):
-    """BERT with its masked-language-model head."""
+    """BERT with the head that its configuration's ``architectures`` names."""
 
     objective = "mlm"
     uses_token_types = True
@@ -182,37 +213,68 @@ class Bert(Family):
     def __init__(self, config: BertConfig):
         self.config: BertConfig = config
         self.max_positions = config.max_position_embeddings
-        init = Normal(config.initializer_range)
-        self.bert = BertModel(config, init)
-        self.cls = Head(config, init)
-        if config.tie_word_embeddings:
+        init, kind = Normal(config.initializer_range), config.architecture
+        self.objective = {
+            "BertModel": "none",
+            "BertForSequenceClassification": "sentence",
+            "BertForTokenClassification": "tokens",
+        }.get(kind, "mlm")
+        pooled = ("BertForPreTraining", "BertModel", "BertForSequenceClassification")
+        self.bert = BertModel(config, init, pooler=kind in pooled)
+        self.cls = Heads(config, init) if self.objective == "mlm" else None
+        classifies = self.objective in ("sentence", "tokens")
+        self.classifier = Linear(config.hidden_size, config.num_labels, init) if classifies else None
+        if self.cls is not None and config.tie_word_embeddings:
             self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
         self.name_parameters()
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
-        trace = x.input_ids.trace
-        with trace.scope("embeddings"):
-            states = [self.bert.embeddings(x)]
-        for i, layer in enumerate(self.bert.encoder.layer):
-            with trace.scope(f"layer.{i}"):
-                states.append(layer(states[-1], x))
-        return states
+        return self.bert.hidden_states(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        head = self.cls.predictions
-        with hidden.trace.scope("cls"):
-            return head.decoder(head.transform(hidden)) + hidden.trace.parameter(head.bias)
+    def transform(self, hidden: Tensor) -> Tensor:
+        if self.cls is None:
+            return F.dropout(hidden, self._classifier_dropout)
+        return self.cls.predictions.transform(hidden)
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        head, trace = self.cls.predictions, hidden.trace
-        with trace.scope("cls"):
-            weight, bias = trace.parameter(head.decoder.weight), trace.parameter(head.bias)
-            return F.linear_cross_entropy(head.transform(hidden), weight, bias, labels)
+    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
+        if self.cls is not None:
+            predictions = self.cls.predictions
+            return predictions.decoder.weight, trace.parameter(predictions.bias)
+        return self._classes(self.classifier, trace)
 
-    @classmethod
-    def rename(cls, name: str) -> str | None:
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        surplus = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
-        if name.startswith(surplus) or name == "cls.predictions.decoder.bias":
+    def sentence_output(self, hidden: Tensor) -> tuple[Tensor, Parameter, Tensor | None] | None:
+        pooler = self.bert.pooler
+        head = self.classifier if self.objective == "sentence" else None
+        if self.cls is not None:
+            head = self.cls.seq_relationship
+        if pooler is None or head is None:
             return None
-        return name
+        pooled = pooler(F.first_token(hidden))
+        if self.objective == "sentence":
+            pooled = F.dropout(pooled, self._classifier_dropout)
+        return pooled, *self._classes(head, hidden.trace)
+
+    @staticmethod
+    def _classes(head: Linear | None, trace: Trace) -> tuple[Parameter, Tensor | None]:
+        if head is None or head.bias is None:
+            raise InputError("[bert] this model has no head that predicts tokens")
+        return head.weight, trace.parameter(head.bias)
+
+    @property
+    def _classifier_dropout(self) -> float:
+        c = self.config
+        return c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+
+    def rename(self, name: str) -> str | None:
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if not name.startswith(("bert.", "cls.", "classifier.")):
+            name = f"bert.{name}"
+        surplus = ["cls.predictions.decoder.bias", "bert.embeddings.position_ids"]
+        surplus += ["cls."] if self.cls is None else []
+        surplus += ["bert.pooler."] if self.bert.pooler is None else []
+        if self.cls is None or self.cls.seq_relationship is None:
+            surplus.append("cls.seq_relationship.")
+        return None if name.startswith(tuple(surplus)) else name
+
+    def stored_name(self, name: str) -> str:
+        return name.removeprefix("bert.") if self.objective == "none" else name

@@ -16,11 +16,21 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
 from pyrformer.models.base import Family, Inputs, ModelConfig
-from pyrformer.nn import Conv1D, Embedding, Init, LayerNorm, Linear, Module, Normal, Table, Tensor
+from pyrformer.models.positions import sinusoids
+from pyrformer.nn import (
+    Conv1D,
+    Embedding,
+    Init,
+    LayerNorm,
+    Linear,
+    Module,
+    Normal,
+    Parameter,
+    Table,
+    Tensor,
+    Trace,
+)
 from pyrformer.nn import functional as F
 
 
@@ -30,7 +40,7 @@ class GPT2Config(ModelConfig):
     ``position_embedding_type`` ("learned" or "sinusoidal")."""
 
     model_type: ClassVar[str] = "gpt2"
-    architecture: ClassVar[str] = "GPT2LMHeadModel"
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = ("GPT2LMHeadModel",)
 
     n_positions: int = 1024
     n_embd: int = 768
@@ -64,13 +74,6 @@ class GPT2Config(ModelConfig):
             self.position_embedding_type == "learned" or self.n_embd % 2 == 0,
             f"sinusoidal positions need an even n_embd, got {self.n_embd}",
         )
-
-
-def sinusoids(positions: int, width: int) -> npt.NDArray[np.float32]:
-    """The position table ``[positions, width]``: sin in even columns, cos in odd ones, wavelengths from 2π to
-    10000·2π. Source: Vaswani et al. 2017, section 3.5."""
-    angle = np.arange(positions)[:, None] / 10000.0 ** (np.arange(0, width, 2) / width)
-    return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(positions, width).astype(np.float32)
 
 
 class Attention(Module):
@@ -162,13 +165,8 @@ class GPT2(Family):
             states[-1] = t.ln_f(states[-1])
         return states
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        with hidden.trace.scope("lm_head"):
-            return self.lm_head(hidden)
-
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        with hidden.trace.scope("lm_head"):
-            return F.linear_cross_entropy(hidden, hidden.trace.parameter(self.lm_head.weight), None, labels)
+    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
+        return self.lm_head.weight, None
 
     def absent_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         if self.config.bias:
@@ -180,8 +178,7 @@ class GPT2(Family):
             if name.startswith(("transformer.h.", "transformer.ln_f."))
         ]
 
-    @classmethod
-    def rename(cls, name: str) -> str | None:
+    def rename(self, name: str) -> str | None:
         # The files first published lack the prefix, and hold the causal mask as buffers.
         if re.search(r"\.attn\.(masked_)?bias$", name):
             return None

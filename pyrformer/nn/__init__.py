@@ -1,7 +1,7 @@
 """What a model is written with: modules that hold parameters, functions that record operations."""
 
 from pyrformer.nn import functional
-from pyrformer.nn.layers import Conv1D, Embedding, LayerNorm, Linear
+from pyrformer.nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
 from pyrformer.nn.module import ONES, ZEROS, Constant, Init, Module, Normal, Parameter, Table
 from pyrformer.nn.trace import Tensor, Trace
 
@@ -17,6 +17,7 @@ __all__ = [
     "Module",
     "Normal",
     "Parameter",
+    "RMSNorm",
     "Table",
     "Tensor",
     "Trace",

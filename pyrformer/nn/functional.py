@@ -121,6 +121,22 @@ def split(x: Tensor, parts: int) -> list[Tensor]:
     return x.trace.apply({"split": {"sizes": [x.shape[-1] // parts] * parts}}, x)
 
 
+def split_groups(x: Tensor, groups: int, sizes: Sequence[int]) -> list[Tensor]:
+    """Cuts each of ``groups`` equal runs of the last axis into parts of ``sizes`` and joins the parts of all groups:
+    ``x [B, T, G·Σ sizes]`` → ``[B, T, G·sizes[i]]`` each."""
+    lead = x.shape[:-1]
+    grouped = reshape(x, (*lead, groups, x.shape[-1] // groups))
+    parts = x.trace.apply({"split": {"sizes": list(sizes)}}, grouped)
+    return [reshape(part, (*lead, groups * size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def first_token(x: Tensor) -> Tensor:
+    """The first position of each sequence: ``[B, T, C]`` → ``[B, C]``."""
+    b, t, c = x.shape
+    sizes = [c, (t - 1) * c] if t > 1 else [c]
+    return x.trace.apply({"split": {"sizes": sizes}}, reshape(x, (b, t * c)))[0]
+
+
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The same elements under another shape."""
     return x.trace.apply("reshape", x, declared=(x.dtype, list(shape)))[0]

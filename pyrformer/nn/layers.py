@@ -42,13 +42,26 @@ class Conv1D(Module):
 
 
 class LayerNorm(Module):
-    """Layer normalisation over the last axis."""
+    """Layer normalisation over the last axis; without ``affine`` it has no parameters."""
 
-    def __init__(self, width: int, eps: float, *, bias: bool = True):
+    def __init__(self, width: int, eps: float, *, bias: bool = True, affine: bool = True):
+        self.weight = Parameter((width,), ONES) if affine else None
+        self.bias = Parameter((width,), ZEROS) if affine and bias else None
+        self._width, self._eps = width, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        trace = x.trace
+        weight = trace.fill(1.0, (self._width,)) if self.weight is None else trace.parameter(self.weight)
+        bias = None if self.bias is None else trace.parameter(self.bias)
+        return F.layer_norm(x, weight, bias, self._eps)
+
+
+class RMSNorm(Module):
+    """Root-mean-square normalisation over the last axis."""
+
+    def __init__(self, width: int, eps: float):
         self.weight = Parameter((width,), ONES)
-        self.bias = Parameter((width,), ZEROS) if bias else None
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else x.trace.parameter(self.bias)
-        return F.layer_norm(x, x.trace.parameter(self.weight), bias, self._eps)
+        return F.rms_norm(x, x.trace.parameter(self.weight), self._eps)

@@ -18,15 +18,30 @@ import pyrformer as pf
 from pyrformer import programs
 from pyrformer.programs import AdamW
 
-FAMILIES = ["gpt2", "bert_mlm"]
+MODELS = {
+    "bert_mlm": ["no_mask_no_types"],
+    "bert_pretraining": [],
+    "distilbert_mlm": [],
+    "falcon_40b_style": [],
+    "falcon_7b_style": ["left_pad"],
+    "falcon_rw_style": ["left_pad"],
+    "gpt2": ["left_pad", "packed"],
+    "gpt_neox": ["left_pad"],
+    "llama": ["left_pad", "packed"],
+    "llama3_rope": [],
+    "llama_gqa_tied": ["left_pad"],
+    "mistral_window": ["left_pad"],
+    "modernbert_mlm": [],
+    "opt": ["left_pad"],
+    "qwen2": [],
+    "qwen3": [],
+    "roberta_mlm": [],
+}
 CASES = [
-    ("gpt2", "expected"),
-    ("gpt2", "expected_left_pad"),
-    ("gpt2", "expected_packed"),
-    ("bert_mlm", "expected"),
-    ("bert_mlm", "expected_no_mask_no_types"),
+    (name, case) for name, more in MODELS.items() for case in ("expected", *(f"expected_{m}" for m in more))
 ]
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
+TRACED = ["gpt2", "llama", "bert_mlm"]
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "next_sentence_label")
 
 
 def close(got: np.ndarray, want: np.ndarray, what: str) -> None:
@@ -52,11 +67,13 @@ def test_logits_states_and_loss(fixtures: Path, name: str, case: str, dtype: str
     for i, state in enumerate(out.hidden_states or []):
         if f"hidden.{i}" in expected:
             close(state[seen], expected[f"hidden.{i}"][seen], f"hidden.{i}")
+    if "seq_relationship_logits" in expected:
+        close(out.seq_relationship_logits, expected["seq_relationship_logits"], "seq_relationship_logits")
     if "loss" in expected:
         assert out.loss == pytest.approx(float(expected["loss"][0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_gradient(fixtures: Path, name: str) -> None:
     folder = fixtures / "models" / name
     expected = load_file(folder / "expected.safetensors")
@@ -70,7 +87,7 @@ def test_every_gradient(fixtures: Path, name: str) -> None:
         assert error <= 1e-3 * np.abs(want).max() + 1e-6 * largest, parameter
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TRACED)
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_five_training_steps(fixtures: Path, name: str, accumulate: bool) -> None:
     """The stored trace, by the one-plan step and by accumulation of single rows weighted by their labels."""
@@ -122,7 +139,28 @@ def test_files_with_the_names_first_published(fixtures: Path, name: str) -> None
         assert np.array_equal(a[key], b[key]), key
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_older_keys_describe_the_same_model(fixtures: Path, name: str, tmp_path: Path) -> None:
+    folder = fixtures / "models" / name
+    if not (folder / "config_legacy.json").is_file():
+        pytest.skip(f"{name} has no configuration with older keys")
+    for file, source in [("config.json", "config_legacy.json"), ("model.safetensors", "model.safetensors")]:
+        (tmp_path / file).write_bytes((folder / source).read_bytes())
+    expected = load_file(folder / "expected.safetensors")
+    logits = [pf.load(f)(**inputs(expected)).logits for f in (folder, tmp_path)]
+    assert np.array_equal(*logits)
+
+
+def test_shards_in_bfloat16(fixtures: Path, tmp_path: Path) -> None:
+    folder = fixtures / "layouts" / "llama_sharded_bf16"
+    expected = load_file(folder / "expected.safetensors")
+    model = pf.load(folder)
+    out = model(**inputs(expected))
+    close(out.logits, expected["logits"], "logits")
+    assert out.loss == pytest.approx(float(expected["loss"][0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_saved_model_is_the_same_model(fixtures: Path, name: str, tmp_path: Path) -> None:
     model = pf.load(fixtures / "models" / name)
     model.save(tmp_path / "copy")

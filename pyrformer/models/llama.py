@@ -1,0 +1,274 @@
+"""LLaMA and its close kin: Mistral, Qwen2, Qwen3. Source: Touvron et al. 2023; transformers' ``modeling_llama.py``,
+``modeling_mistral.py``, ``modeling_qwen2.py``, ``modeling_qwen3.py``.
+
+Pre-norm decoder blocks with RMSNorm, rotary positions, a gated MLP, and keys and values shared by groups of heads::
+
+    x ← embed[ids]
+    x ← x + Wo·attention(rope(Wq·n), rope(Wk·n), Wv·n),  n = rms(x)        for each layer
+    x ← x + W_down·(silu(W_gate·n) ⊙ (W_up·n)),          n = rms(x)
+    logits = W_head·rms(x)
+
+Mistral's queries see a window of keys; Qwen2 has biases on q, k and v; Qwen3 normalises each head of q and k instead.
+
+Letters: B batch, T tokens, C hidden_size, H query heads, K key-value heads, D head_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pyrformer.models.base import Family, Inputs, ModelConfig
+from pyrformer.models.positions import Rope, rope, rope_parameters
+from pyrformer.nn import Embedding, Linear, Module, Normal, Parameter, RMSNorm, Tensor, Trace
+from pyrformer.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """Hugging Face's ``LlamaConfig``."""
+
+    model_type: ClassVar[str] = "llama"
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM",)
+
+    tie_word_embeddings: bool = False
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    rope_parameters: dict[str, Any] | None = None
+
+    @classmethod
+    def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        old = ("rope_theta", "rope_scaling")
+        return {**{k: v for k, v in raw.items() if k not in old}, "rope_parameters": rope_parameters(raw)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_sizes(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        self.check_probabilities(attention_dropout=self.attention_dropout)
+        if self.head_dim is None:
+            self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        kv_heads = self.num_key_value_heads or self.num_attention_heads
+        self.require(
+            kv_heads > 0 and self.num_attention_heads % kv_heads == 0,
+            f"num_attention_heads ({self.num_attention_heads}) is not divisible by num_key_value_heads ({kv_heads})",
+        )
+        self.fill(
+            num_key_value_heads=kv_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})},
+        )
+        self.rope(1)
+
+    def rope(self, length: int) -> Rope:
+        """The rotary frequencies for inputs of ``length`` tokens."""
+        parameters, head_dim = self.rope_parameters or {}, self.head_dim or 0
+        return rope(parameters, head_dim, self.max_position_embeddings, length, self.model_type)
+
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases."""
+        return self.attention_bias
+
+    def output_bias(self) -> bool:
+        """Whether attention's output has a bias."""
+        return self.attention_bias
+
+    def head_norms(self) -> bool:
+        """Whether each head of q and k is normalised."""
+        return False
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of this layer sees; None: all before it."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistralConfig(LlamaConfig):
+    """Hugging Face's ``MistralConfig``."""
+
+    model_type: ClassVar[str] = "mistral"
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = ("MistralForCausalLM",)
+
+    intermediate_size: int = 14336
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 4096
+
+    def window(self, layer: int) -> int | None:
+        return self.sliding_window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config(LlamaConfig):
+    """Hugging Face's ``Qwen2Config``."""
+
+    model_type: ClassVar[str] = "qwen2"
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = ("Qwen2ForCausalLM",)
+
+    intermediate_size: int = 22016
+    num_key_value_heads: int | None = 32
+    max_position_embeddings: int = 32768
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("full_attention", "sliding_attention")
+        types = self.layer_types
+        self.require(
+            types is None or (len(types) == self.num_hidden_layers and all(t in known for t in types)),
+            f"layer_types must hold one of {known} for each of the {self.num_hidden_layers} layers",
+        )
+
+    def qkv_bias(self) -> bool:
+        return True
+
+    def output_bias(self) -> bool:
+        return False
+
+    def window(self, layer: int) -> int | None:
+        if self.layer_types is not None:
+            slides = self.layer_types[layer] == "sliding_attention"
+        else:
+            slides = self.use_sliding_window and layer >= self.max_window_layers
+        return self.sliding_window if slides else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Config(Qwen2Config):
+    """Hugging Face's ``Qwen3Config``."""
+
+    model_type: ClassVar[str] = "qwen3"
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = ("Qwen3ForCausalLM",)
+
+    head_dim: int | None = 128
+
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    def output_bias(self) -> bool:
+        return self.attention_bias
+
+    def head_norms(self) -> bool:
+        return True
+
+
+class Attention(Module):
+    """Causal self-attention over rotated queries and keys."""
+
+    def __init__(self, c: LlamaConfig, layer: int, init: Normal):
+        self._heads, self._kv_heads = c.num_attention_heads, c.num_key_value_heads or 0
+        self._d, self._layer, self._dropout = c.head_dim or 0, layer, c.attention_dropout
+        q, kv = self._heads * self._d, self._kv_heads * self._d
+        self.q_proj = Linear(c.hidden_size, q, init, bias=c.qkv_bias())
+        self.k_proj = Linear(c.hidden_size, kv, init, bias=c.qkv_bias())
+        self.v_proj = Linear(c.hidden_size, kv, init, bias=c.qkv_bias())
+        self.o_proj = Linear(q, c.hidden_size, init, bias=c.output_bias())
+        self.q_norm = RMSNorm(self._d, c.rms_norm_eps) if c.head_norms() else None
+        self.k_norm = RMSNorm(self._d, c.rms_norm_eps) if c.head_norms() else None
+        self._spec = F.attention_spec(
+            self._heads, self._kv_heads, self._d, causal=True, window=c.window(layer)
+        )
+
+    def __call__(self, h: Tensor, x: Inputs, table: Tensor) -> Tensor:
+        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        q, k = self._normed(q, self.q_norm, self._heads), self._normed(k, self.k_norm, self._kv_heads)
+        q, k = F.rope(q, table, self._heads), F.rope(k, table, self._kv_heads)
+        return self.o_proj(x.attend(self._layer, q, k, v, self._spec, self._dropout))
+
+    def _normed(self, y: Tensor, norm: RMSNorm | None, heads: int) -> Tensor:
+        if norm is None:
+            return y
+        return F.reshape(norm(F.reshape(y, (*y.shape[:-1], heads, self._d))), y.shape)
+
+
+class MLP(Module):
+    """The gated MLP (Shazeer 2020): SwiGLU with ``hidden_act`` "silu"."""
+
+    def __init__(self, c: LlamaConfig, init: Normal):
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, init, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, init, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, init, bias=c.mlp_bias)
+        self._act = c.hidden_act
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.down_proj(F.activation(self._act, self.gate_proj(h)) * self.up_proj(h))
+
+
+class Layer(Module):
+    """Attention and MLP, each after a norm and beside a residual."""
+
+    def __init__(self, c: LlamaConfig, layer: int, init: Normal):
+        self.self_attn = Attention(c, layer, init)
+        self.mlp = MLP(c, init)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def __call__(self, h: Tensor, x: Inputs, table: Tensor) -> Tensor:
+        with h.trace.scope("attn"):
+            h = h + self.self_attn(self.input_layernorm(h), x, table)
+        with h.trace.scope("mlp"):
+            return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class LlamaModel(Module):
+    """Everything but the head."""
+
+    def __init__(self, c: LlamaConfig, init: Normal):
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, init)
+        self.layers = [Layer(c, i, init) for i in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Llama(Family):
+    """A LLaMA-like decoder with its language-model head."""
+
+    objective = "ar"
+
+    def __init__(self, config: LlamaConfig):
+        self.config: LlamaConfig = config
+        self.max_positions = config.max_position_embeddings
+        init = Normal(config.initializer_range)
+        self.model = LlamaModel(config, init)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, init, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.name_parameters()
+
+    def hidden_states(self, x: Inputs) -> list[Tensor]:
+        with x.trace.scope("embed"):
+            states = [self.model.embed_tokens(x.input_ids)]
+            angles = self.config.rope(x.length)
+            table = F.rope_table(x.position_ids, angles.inv_freq, angles.scale)
+        for i, layer in enumerate(self.model.layers):
+            with x.trace.scope(f"layers.{i}"):
+                states.append(layer(states[-1], x, table))
+        with x.trace.scope("norm"):
+            states[-1] = self.model.norm(states[-1])
+        return states
+
+    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
+        return self.lm_head.weight, None
+
+    def rename(self, name: str) -> str | None:
+        # Files of older versions hold the frequencies as a buffer.
+        return None if name.endswith(".rotary_emb.inv_freq") else name

@@ -1,0 +1,164 @@
+"""OPT: a decoder with learned positions. Source: Zhang et al. 2022; transformers' ``modeling_opt.py``.
+
+Pre-norm blocks (post-norm with ``do_layer_norm_before`` false); positions count what the attention mask shows; the
+embeddings may be narrower than the blocks, with a projection on either side::
+
+    x ← in·tokens[ids] + positions[p + 2]
+    x ← x + attention(ln(x));  x ← x + W₂·relu(W₁·ln'(x))        for each layer
+    logits = out·ln_f(x)·tokensᵀ
+
+Letters: B batch, T tokens, C hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyrformer.models.base import Family, Inputs, Ints, ModelConfig, masked_positions
+from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
+from pyrformer.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPTConfig(ModelConfig):
+    """Hugging Face's ``OPTConfig``."""
+
+    model_type: ClassVar[str] = "opt"
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = ("OPTForCausalLM",)
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    word_embed_proj_dim: int | None = None
+    activation_function: str = "relu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    _remove_final_layer_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_sizes(
+            vocab_size=self.vocab_size,
+            num_hidden_layers=self.num_hidden_layers,
+            ffn_dim=self.ffn_dim,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        self.check_probabilities(dropout=self.dropout, attention_dropout=self.attention_dropout)
+        self.fill(word_embed_proj_dim=self.word_embed_proj_dim or self.hidden_size)
+
+    def norm(self) -> LayerNorm:
+        """A norm over C as the configuration has it."""
+        return LayerNorm(self.hidden_size, 1e-5, affine=self.layer_norm_elementwise_affine)
+
+
+class Attention(Module):
+    """Causal self-attention."""
+
+    def __init__(self, c: OPTConfig, layer: int, init: Normal):
+        def linear() -> Linear:
+            return Linear(c.hidden_size, c.hidden_size, init, bias=c.enable_bias)
+
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = linear(), linear(), linear(), linear()
+        self._layer, self._dropout = layer, c.attention_dropout
+        heads = c.num_attention_heads
+        self._spec = F.attention_spec(heads, heads, c.hidden_size // heads, causal=True)
+
+    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        return self.out_proj(x.attend(self._layer, q, k, v, self._spec, self._dropout))
+
+
+class Layer(Module):
+    """Attention and two linear layers, each with a norm before or after its residual."""
+
+    def __init__(self, c: OPTConfig, layer: int, init: Normal):
+        self.self_attn = Attention(c, layer, init)
+        self.self_attn_layer_norm = c.norm()
+        self.fc1 = Linear(c.hidden_size, c.ffn_dim, init, bias=c.enable_bias)
+        self.fc2 = Linear(c.ffn_dim, c.hidden_size, init, bias=c.enable_bias)
+        self.final_layer_norm = c.norm()
+        self._c = c
+
+    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+        c, before = self._c, self._c.do_layer_norm_before
+        with h.trace.scope("attn"):
+            inner = self.self_attn_layer_norm(h) if before else h
+            h = h + F.dropout(self.self_attn(inner, x), c.dropout)
+            h = h if before else self.self_attn_layer_norm(h)
+        with h.trace.scope("mlp"):
+            inner = self.final_layer_norm(h) if before else h
+            inner = self.fc2(F.activation(c.activation_function, self.fc1(inner)))
+            h = h + F.dropout(inner, c.dropout)
+            return h if before else self.final_layer_norm(h)
+
+
+class Decoder(Module):
+    """Everything but the head."""
+
+    def __init__(self, c: OPTConfig, init: Normal):
+        narrow = c.word_embed_proj_dim or c.hidden_size
+        projected = narrow != c.hidden_size
+        self.embed_tokens = Embedding(c.vocab_size, narrow, init)
+        self.embed_positions = Embedding(c.max_position_embeddings + 2, c.hidden_size, init)
+        self.project_out = Linear(c.hidden_size, narrow, init, bias=False) if projected else None
+        self.project_in = Linear(narrow, c.hidden_size, init, bias=False) if projected else None
+        last = c.do_layer_norm_before and not c._remove_final_layer_norm
+        self.final_layer_norm = c.norm() if last else None
+        self.layers = [Layer(c, i, init) for i in range(c.num_hidden_layers)]
+
+
+class Body(Module):
+    def __init__(self, c: OPTConfig, init: Normal):
+        self.decoder = Decoder(c, init)
+
+
+class OPT(Family):
+    """OPT with its language-model head."""
+
+    objective = "ar"
+    position_offset = 2
+
+    def __init__(self, config: OPTConfig):
+        self.config: OPTConfig = config
+        self.max_positions = config.max_position_embeddings
+        init = Normal(config.init_std)
+        self.model = Body(config, init)
+        narrow = config.word_embed_proj_dim or config.hidden_size
+        self.lm_head = Linear(narrow, config.vocab_size, init, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+        self.name_parameters()
+
+    def hidden_states(self, x: Inputs) -> list[Tensor]:
+        d = self.model.decoder
+        with x.trace.scope("embed"):
+            tokens = d.embed_tokens(x.input_ids)
+            tokens = tokens if d.project_in is None else d.project_in(tokens)
+            states = [F.dropout(tokens + d.embed_positions(x.position_ids), self.config.dropout)]
+        for i, layer in enumerate(d.layers):
+            with x.trace.scope(f"layers.{i}"):
+                states.append(layer(states[-1], x))
+        with x.trace.scope("final"):
+            last = states[-1] if d.final_layer_norm is None else d.final_layer_norm(states[-1])
+            states[-1] = last if d.project_out is None else d.project_out(last)
+        return states
+
+    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
+        return self.lm_head.weight, None
+
+    def position_rows(self, ids: Ints, mask: Ints | None, given: Ints | None) -> Ints:
+        if given is None and mask is not None:
+            given = masked_positions(mask)
+        return super().position_rows(ids, mask, given) + self.position_offset
+
+    def rename(self, name: str) -> str | None:
+        # The files first published lack the prefix.
+        return f"model.{name}" if name.startswith("decoder.") else name
