@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
+from pyrformer.batch import Batch
 from pyrformer.errors import InputError
-from pyrformer.model import Batch
 from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
 

@@ -16,18 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core, programs
+from pyrformer.batch import Batch, make_batch
 from pyrformer.compile import Array, Compiled, Traced
 from pyrformer.errors import InputError, StateError
 from pyrformer.models import build
 from pyrformer.models.base import Family
-from pyrformer.programs import SCALES, Sizes
 
 if TYPE_CHECKING:
     from pyrformer.generate import Generation
     from pyrformer.tokenizers import Tokenizer
-
-IGNORE = -100
-Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -65,28 +62,6 @@ class FillMask:
     token: int
     token_str: str
     sequence: str
-
-
-@dataclass(eq=False)
-class Batch:
-    """A batch made ready for the programs: its sizes, its arrays by input name, and how many tokens and how many
-    sequences have labels."""
-
-    sizes: Sizes
-    arrays: dict[str, Ints]
-    labels: int = 0
-    sentence_labels: int = 0
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """The inputs that make means of the summed losses."""
-        counts = {"loss_scale": self.labels, "sentence_scale": self.sentence_labels}
-        return {name: 1.0 / count for name, count in counts.items() if count}
-
-    def mean(self, out: dict[str, Array]) -> float:
-        """The loss of a run's outputs: the mean over tokens plus the mean over sequences."""
-        scales = self.scales
-        return sum(float(out[name]) * scales.get(scale, 0.0) for name, scale in SCALES.items() if name in out)
 
 
 @dataclass(eq=False)
@@ -185,125 +160,29 @@ class Model:
                     self.store.remove(name)
             self._cache = shape
 
-    def batch(
-        self,
-        input_ids: npt.ArrayLike,
-        attention_mask: npt.ArrayLike | None = None,
-        token_type_ids: npt.ArrayLike | None = None,
-        position_ids: npt.ArrayLike | None = None,
-        labels: npt.ArrayLike | None = None,
-        next_sentence_label: npt.ArrayLike | None = None,
-    ) -> Batch:
-        """Checks arrays ``[B, T]`` in Hugging Face's conventions and makes them ready for the programs.
-
-        Raises:
-            InputError: a shape differs, an id is out of range, or the input is longer than the model's positions.
-        """
-        ids = self._ints("input_ids", input_ids, None, self.family.config.vocab_size)
-        b, t = ids.shape
-        if t > self.family.max_positions and position_ids is None:
-            raise InputError(
-                f"[model] {t} tokens are more than the model's {self.family.max_positions} positions; "
-                "truncate the input"
-            )
-        mask = None
-        if attention_mask is not None:
-            mask = (self._ints("attention_mask", attention_mask, ids.shape, None) != 0).astype(np.int32)
-        given = None
-        if position_ids is not None:
-            given = self._ints("position_ids", position_ids, ids.shape, self.family.max_positions)
-        positions = self.family.position_rows(ids, mask, given)
-        arrays = {"input_ids": ids, "position_ids": positions}
-        if self.family.uses_token_types:
-            types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
-            arrays["token_type_ids"] = self._ints("token_type_ids", types, ids.shape, None)
-        if mask is not None:
-            if not mask.all():
-                arrays["segments"] = mask
-        elif given is not None and self.family.objective == "ar" and (np.diff(given, axis=1) != 1).any():
-            # Positions that start again mark packed documents; they do not see each other.
-            starts = np.diff(given, axis=1, prepend=given[:, :1] - 1) != 1
-            arrays["segments"] = (np.cumsum(starts, axis=1) + 1).astype(np.int32)
-        count = labelled = sentences = 0
-        if self.family.objective == "sentence":
-            labels, next_sentence_label = None, labels
-        if next_sentence_label is not None:
-            arrays["sentence_labels"] = self._sentence_labels(next_sentence_label, ids.shape[0])
-            sentences = int((arrays["sentence_labels"] >= 0).sum())
-        if labels is not None:
-            wanted = self._labels(labels, ids.shape)
-            if self.family.objective == "ar":
-                shifted = np.full_like(wanted, IGNORE)
-                shifted[:, :-1] = wanted[:, 1:]
-                arrays["labels"], count = shifted, int((shifted >= 0).sum())
-            else:
-                at = np.flatnonzero(wanted >= 0).astype(np.int32)
-                count = len(at)
-                labelled = max(8, -(-count // 8) * 8)
-                arrays["positions"] = np.pad(at, (0, labelled - count))
-                arrays["labels"] = np.pad(
-                    wanted.reshape(-1)[at], (0, labelled - count), constant_values=IGNORE
-                )
-        sizes = Sizes(b, t, labelled, "segments" in arrays, sentences="sentence_labels" in arrays)
-        return Batch(sizes, arrays, count, sentences)
-
-    def _ints(
-        self, name: str, value: npt.ArrayLike, shape: tuple[int, ...] | None, below: int | None
-    ) -> Ints:
-        array = np.asarray(value)
-        if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-            kind = f"{array.dtype}{list(array.shape)}"
-            raise InputError(f"[model] {name} must be a non-empty integer array [B, T], got {kind}")
-        if shape is not None and array.shape != shape:
-            raise InputError(f"[model] {name} must be {list(shape)} like input_ids, got {list(array.shape)}")
-        if below is not None and (array.min() < 0 or array.max() >= below):
-            bad = array.min() if array.min() < 0 else array.max()
-            raise InputError(f"[model] {name} must be in 0..{below - 1}, got {bad}")
-        return array.astype(np.int32)
-
-    def _sentence_labels(self, value: npt.ArrayLike, batch: int) -> Ints:
-        labels = np.asarray(value)
-        classes = self.family.config.num_labels if self.family.objective == "sentence" else 2
-        if labels.shape != (batch,) or not np.issubdtype(labels.dtype, np.integer):
-            kind = f"{labels.dtype}{list(labels.shape)}"
-            raise InputError(f"[model] labels of sequences must be an integer array [{batch}], got {kind}")
-        if ((labels < 0) & (labels != IGNORE)).any() or (labels >= classes).any():
-            raise InputError(f"[model] labels of sequences must be in 0..{classes - 1}, or {IGNORE}")
-        return labels.astype(np.int32)
-
-    def _labels(self, value: npt.ArrayLike, shape: tuple[int, ...]) -> Ints:
-        labels = self._ints("labels", value, shape, None)
-        if self.family.objective == "none":
-            raise InputError("[model] this model has no head to learn from labels")
-        tokens = self.family.objective in ("ar", "mlm")
-        vocab = self.family.config.vocab_size if tokens else self.family.config.num_labels
-        if ((labels < 0) & (labels != IGNORE)).any() or (labels >= vocab).any():
-            raise InputError(f"[model] labels must be in 0..{vocab - 1}, or {IGNORE} to be ignored")
-        return labels
+    def batch(self, input_ids: npt.ArrayLike, *arrays: Any, **more: Any) -> Batch:
+        """Arrays ``[B, T]`` made ready for the programs; see :func:`pyrformer.batch.make_batch`."""
+        return make_batch(self.family, input_ids, *arrays, **more)
 
     def __call__(
         self,
         input_ids: npt.ArrayLike,
         attention_mask: npt.ArrayLike | None = None,
         token_type_ids: npt.ArrayLike | None = None,
-        position_ids: npt.ArrayLike | None = None,
         labels: npt.ArrayLike | None = None,
-        next_sentence_label: npt.ArrayLike | None = None,
         *,
         output_hidden_states: bool = False,
+        **more: Any,
     ) -> Output:
-        """Logits, hidden states and, with labels, the mean loss, for integer arrays ``[B, T]``.
+        """Logits, hidden states and, with labels, the mean loss, for arrays in Hugging Face's conventions.
 
-        Labels follow Hugging Face: −100 is ignored, autoregressive models shift inside; a model that classifies whole
-        sequences takes ``labels [B]``, BERT for pre-training ``next_sentence_label [B]`` as well. Without
-        ``attention_mask``, positions that restart mark packed documents.
+        :func:`pyrformer.batch.make_batch` describes the arguments, and ``more``: position_ids, next_sentence_label,
+        perm_mask, target_mapping, mems.
 
         Raises:
             InputError: an array does not fit.
         """
-        batch = self.batch(
-            input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label
-        )
+        batch = self.batch(input_ids, attention_mask, token_type_ids, labels, **more)
         labelled = bool(batch.scales)
         make = partial(
             programs.forward,
@@ -326,17 +205,15 @@ class Model:
         labels: npt.ArrayLike,
         attention_mask: npt.ArrayLike | None = None,
         token_type_ids: npt.ArrayLike | None = None,
-        position_ids: npt.ArrayLike | None = None,
-        next_sentence_label: npt.ArrayLike | None = None,
+        **more: Any,
     ) -> tuple[float, dict[str, Array]]:
         """The mean loss and its gradient by parameter name; a tied parameter has one gradient, under its first name.
+        Arguments as in a call.
 
         Raises:
             InputError: an array does not fit, or no label counts.
         """
-        batch = self.batch(
-            input_ids, attention_mask, token_type_ids, position_ids, labels, next_sentence_label
-        )
+        batch = self.batch(input_ids, attention_mask, token_type_ids, labels, **more)
         if not batch.scales:
             raise InputError("[model] every label is ignored: there is no loss to differentiate")
         make = partial(programs.gradients, self.family, batch.sizes, self.dtype)

@@ -4,8 +4,9 @@ Each function traces one for fixed sizes. Letters: B batch, T tokens, M labelled
 slots, R cache rows, C width, V vocabulary.
 
 Labels are given ready for the loss: for "ar" families ``labels int32[B, T]`` holds the *next* token of each position;
-for "mlm" and "tokens" families ``positions int32[M]`` are flat indices b·T + t and ``labels int32[M]`` their tokens or
-classes; ``sentence_labels int32[B]`` are the classes of whole sequences. −100 is ignored.
+for "mlm", "plm" and "tokens" families ``positions int32[M]`` are flat indices of the last hidden state's rows and
+``labels int32[M]`` their tokens or classes; ``sentence_labels int32[B]`` are the classes of whole sequences. −100 is
+ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pyrformer.nn import functional as F
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of a batch: B, T, M (0 where every position has a label, or none has), and whether there are segments,
-    prefixes (``prefix int32[B]``: so many first tokens that all may see) and labels of sequences."""
+    prefixes (``prefix int32[B]``: so many first tokens that all may see), labels of sequences and, for permutation
+    models, P targets (0: every token), ``hidden int32[B, T, T]`` and M remembered states (``models.base.Inputs``)."""
 
     batch: int
     tokens: int
@@ -30,6 +32,9 @@ class Sizes:
     segments: bool = False
     prefix: bool = False
     sentences: bool = False
+    targets: int = 0
+    hidden: bool = False
+    remembered: int = 0
 
 
 #: The input that scales each loss.
@@ -61,7 +66,17 @@ def _inputs(trace: Trace, model: Family, s: Sizes) -> Inputs:
     segments = trace.input("segments", "int32", shape) if s.segments else None
     prefix = trace.input("prefix", "int32", (s.batch,)) if s.prefix else None
     ids, positions = trace.input("input_ids", "int32", shape), trace.input("position_ids", "int32", shape)
-    return Inputs(ids, positions, types, segments, prefix)
+    if model.objective != "plm":
+        return Inputs(ids, positions, types, segments, prefix)
+    targets = trace.input("targets", "int32", (s.batch, s.targets)) if s.targets else None
+    hidden = trace.input("hidden", "int32", (s.batch, s.tokens, s.tokens)) if s.hidden else None
+    mems: tuple[Tensor, ...] = ()
+    key_types = None
+    if s.remembered:
+        states = (s.batch, s.remembered, model.width)
+        mems = tuple(trace.input(f"mems.{i}", trace.dtype, states) for i in range(model.depth))
+        key_types = trace.input("key_types", "int32", (s.batch, s.remembered + s.tokens))
+    return Inputs(ids, positions, types, targets=targets, hidden=hidden, mems=mems, key_types=key_types)
 
 
 def _losses(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> dict[str, Tensor]:
@@ -73,7 +88,7 @@ def _losses(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> dict[str, 
         positions = trace.input("positions", "int32", (s.labelled,))
         labels = trace.input("labels", "int32", (s.labelled,))
         with trace.scope("masked"):
-            flat = F.reshape(hidden, (s.batch * s.tokens, hidden.shape[-1]))
+            flat = F.reshape(hidden, (hidden.shape[0] * hidden.shape[1], hidden.shape[2]))
             rows = F.gather(flat, positions)
         losses["loss"] = model.loss(rows, labels)
     head = model.sentence_output(hidden) if s.sentences else None
@@ -97,7 +112,7 @@ def forward(
     if all_hidden:
         for i, state in enumerate(states):
             trace.output(f"hidden.{i}", state)
-    if model.objective in ("ar", "mlm", "tokens"):
+    if model.objective in ("ar", "mlm", "plm", "tokens"):
         trace.output("logits", model.logits(states[-1]))
     head = model.sentence_output(states[-1])
     if head is not None:

@@ -25,11 +25,12 @@ from typing import Any, TextIO
 import numpy as np
 
 from pyrformer import _core, programs
+from pyrformer.batch import Batch
 from pyrformer.checkpoint import read_json, write_json
 from pyrformer.data import OBJECTIVES, Batches, Masking, read_documents, tokenize
 from pyrformer.errors import ConfigError, FileError, InputError
 from pyrformer.fields import check_types
-from pyrformer.model import Batch, Model
+from pyrformer.model import Model
 from pyrformer.models import FAMILIES
 from pyrformer.programs import AdamW
 from pyrformer.schedules import SCHEDULES, learning_rate

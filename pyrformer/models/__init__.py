@@ -15,6 +15,7 @@ from pyrformer.models.llama import Llama, LlamaConfig, MistralConfig, Qwen2Confi
 from pyrformer.models.modernbert import ModernBert, ModernBertConfig
 from pyrformer.models.opt import OPT, OPTConfig
 from pyrformer.models.roberta import Roberta, RobertaConfig
+from pyrformer.models.xlnet import XLNet, XLNetConfig
 
 _ALL: list[tuple[type[ModelConfig], type[Family]]] = [
     (BertConfig, Bert),
@@ -29,6 +30,7 @@ _ALL: list[tuple[type[ModelConfig], type[Family]]] = [
     (Qwen2Config, Llama),
     (Qwen3Config, Llama),
     (RobertaConfig, Roberta),
+    (XLNetConfig, XLNet),
 ]
 #: ``model_type`` → (configuration, family).
 FAMILIES = {config.model_type: (config, family) for config, family in _ALL}

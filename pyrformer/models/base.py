@@ -153,7 +153,9 @@ class Inputs:
     """Symbolic inputs of a model.
 
     ``input_ids``, ``position_ids`` and, where used, ``token_type_ids`` and ``segments`` are int32[B, T]; ``prefix``
-    int32[B] counts the tokens at the start that all may see.
+    int32[B] counts the tokens at the start that all may see. Of permutation models: ``targets int32[B, P]``, the places
+    that are predicted; ``hidden int32[B, T, T]``, 1 where the first place does not see the second; ``mems``, for each
+    layer the states ``[B, M, C]`` of an earlier part, and with them ``key_types int32[B, M + T]``.
     """
 
     input_ids: Tensor
@@ -162,6 +164,10 @@ class Inputs:
     segments: Tensor | None = None
     prefix: Tensor | None = None
     cache: Cache | None = None
+    targets: Tensor | None = None
+    hidden: Tensor | None = None
+    mems: tuple[Tensor, ...] = ()
+    key_types: Tensor | None = None
 
     @property
     def trace(self) -> Trace:
@@ -199,13 +205,19 @@ class Family(Module):
     """A model as its paper has it: from ids to hidden states, from hidden states to logits or loss."""
 
     config: ModelConfig
-    #: What the head predicts. "ar": of each position, the next token; "mlm": the token that was masked there; "tokens":
-    #: a class of each token; "sentence": a class of the whole; "none": nothing, the model ends at its hidden states.
+    #: What the head predicts. "ar": of each position, the next token; "mlm" and "plm": the token that was masked or is
+    #: sought there; "tokens": a class of each token; "sentence": a class of the whole; "none": nothing, the model ends
+    #: at its hidden states.
     objective: str
     #: Whether ``token_type_ids`` are read.
     uses_token_types: ClassVar[bool] = False
+    #: How many token types there are; None: any.
+    token_types: int | None = None
     #: The longest input in tokens.
     max_positions: int
+    #: Of permutation models: C and the number of layers.
+    width: int = 0
+    depth: int = 0
     #: The row of the position table that the first token reads.
     position_offset: int = 0
 

@@ -213,6 +213,7 @@ class Bert(Family):
     def __init__(self, config: BertConfig):
         self.config: BertConfig = config
         self.max_positions = config.max_position_embeddings
+        self.token_types = config.type_vocab_size
         init, kind = Normal(config.initializer_range), config.architecture
         self.objective = {
             "BertModel": "none",

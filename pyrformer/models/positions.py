@@ -131,8 +131,8 @@ def _llama3(plain: npt.NDArray[np.float64], p: dict[str, Any], before: int) -> n
     low, high = p["low_freq_factor"], p["high_freq_factor"]
     turns = before * plain / (2 * math.pi)
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    stretched: npt.NDArray[np.float64] = plain / p["factor"]
-    return (1 - blend) * stretched + blend * plain
+    stretched = (1 - blend) * plain / p["factor"]
+    return np.asarray(stretched + blend * plain, np.float64)
 
 
 def _yarn(

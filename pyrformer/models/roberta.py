@@ -81,6 +81,7 @@ class Roberta(Family):
         self.config: RobertaConfig = config
         self.position_offset = (config.pad_token_id or 0) + 1
         self.max_positions = config.max_position_embeddings - self.position_offset
+        self.token_types = config.type_vocab_size
         init = Normal(config.initializer_range)
         self.objective = {
             "RobertaModel": "none",
@@ -130,7 +131,7 @@ class Roberta(Family):
         if given is not None:
             return given
         real = (ids != self.config.pad_token_id).astype(np.int32)
-        return masked_positions(real) + np.int32(self.position_offset)
+        return (masked_positions(real) + self.position_offset).astype(np.int32)
 
     def rename(self, name: str) -> str | None:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -99,9 +99,9 @@ def alibi_bias(
     return positions.trace.apply({"alibi_bias": op}, positions)[0]
 
 
-def iota(trace: Trace, n: int) -> Tensor:
-    """0, 1, …, n − 1: ``int32[n]``."""
-    return trace.apply("iota", declared=("int32", [n]))[0]
+def iota(trace: Trace, n: int, start: int = 0, step: int = 1) -> Tensor:
+    """start, start + step, …: ``int32[n]``."""
+    return trace.apply({"iota": {"start": start, "step": step}}, declared=("int32", [n]))[0]
 
 
 #: NumPy's names of floating-point types → the graph's.
@@ -119,6 +119,18 @@ def dropout(x: Tensor, p: float) -> Tensor:
 def split(x: Tensor, parts: int) -> list[Tensor]:
     """Cuts the last axis into equal parts."""
     return x.trace.apply({"split": {"sizes": [x.shape[-1] // parts] * parts}}, x)
+
+
+def concat(parts: Sequence[Tensor]) -> Tensor:
+    """Joins along the last axis."""
+    return parts[0].trace.apply("concat", *parts)[0]
+
+
+def concat_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """Joins ``a [B, M, C]`` and ``b [B, T, C]`` along the tokens."""
+    batch, width = a.shape[0], a.shape[2]
+    flat = [reshape(x, (batch, x.shape[1] * width)) for x in (a, b)]
+    return reshape(concat(flat), (batch, a.shape[1] + b.shape[1], width))
 
 
 def split_groups(x: Tensor, groups: int, sizes: Sequence[int]) -> list[Tensor]:
@@ -192,6 +204,42 @@ def attention(
         spec["dropout"] = {"p": dropout_p, "stream": q.trace.next_stream()}
         operands.append(q.trace.rng())
     return q.trace.apply({"attention": spec}, *operands)[0]
+
+
+def relative_attention(
+    q: tuple[Tensor, Tensor, Tensor],
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    kinds: Tensor,
+    at: Tensor,
+    q_kinds: Tensor,
+    k_kinds: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    hidden: Tensor | None,
+    sees_itself: bool,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """XLNet's attention (Yang et al. 2019, section 2.5) of rows at places ``at int32[B, T]``: ``[B, T, H·D]``.
+
+    ``q``: the queries ``[B, T, H·D]`` that meet keys, distances and kinds; ``k, v [B, S, H·D]``; ``r [S + U, H·D]``,
+    row p for the distance S − p; ``kinds [2, H·D]``, for tokens of the same kind and of another; ``hidden int32[B, U,
+    U]``.
+    """
+    operands = [*q, k, v, r, kinds, at, q_kinds, k_kinds, *([] if hidden is None else [hidden])]
+    spec: dict[str, object] = {
+        "heads": heads,
+        "scale": scale,
+        "hidden": hidden is not None,
+        "sees_itself": sees_itself,
+        "dropout": None,
+    }
+    if k.trace.training and dropout_p > 0.0:
+        spec["dropout"] = {"p": dropout_p, "stream": k.trace.next_stream()}
+        operands.append(k.trace.rng())
+    return k.trace.apply({"relative_attention": spec}, *operands)[0]
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

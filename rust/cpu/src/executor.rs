@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use pyrformer_graph::op::DropoutSpec;
 use pyrformer_graph::plan::Port;
-use pyrformer_graph::{AttentionSpec, DType, Op, Operand, Plan, Space, Step, Target, TensorType};
+use pyrformer_graph::{
+    AttentionSpec, DType, Op, Operand, Plan, RelativeSpec, Space, Step, Target, TensorType,
+};
 
 use crate::error::{Error, Result};
 use crate::gemm::PackBuffers;
@@ -13,6 +15,7 @@ use crate::kernels::dropout::{Keep, dropout};
 use crate::kernels::loss::{self, Gradients, Head, linear_cross_entropy};
 use crate::kernels::matmul::{Fused, matmul};
 use crate::kernels::optimizer::{self, AdamW};
+use crate::kernels::relative::{self, Relative};
 use crate::kernels::{cache, elementwise, norm, positions, rows};
 use crate::memory::{Block, PerWorker, State, Store};
 use crate::real::Real;
@@ -57,6 +60,15 @@ fn worker_bytes(plan: &Plan) -> usize {
                 attention::worker_bytes::<f64>(d)
             } else {
                 attention::worker_bytes::<f32>(d)
+            }
+        }
+        Op::RelativeAttention(spec) | Op::RelativeAttentionGrad(spec) => {
+            let k = &s.inputs[3 + usize::from(matches!(s.op, Op::RelativeAttentionGrad(_)))].ty;
+            let d = k.shape.cols() / spec.heads;
+            if k.dtype == DType::F64 {
+                relative::worker_bytes::<f64>(k.shape.0[1], d)
+            } else {
+                relative::worker_bytes::<f32>(k.shape.0[1], d)
             }
         }
         Op::CachedAttention(_) => s.inputs[1].ty.shape.0[1] * s.inputs[1].ty.dtype.size(),
@@ -322,6 +334,26 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// The operands of relative attention, from operand `q` on.
+    fn relative<T: Element>(&self, spec: &RelativeSpec, q: usize) -> Relative<'a, T> {
+        let (at, extra) = (q + 7, q + 10);
+        let rng = extra + usize::from(spec.hidden);
+        Relative {
+            spec: *spec,
+            batch: self.batch(q),
+            q: [self.x(q), self.x(q + 1), self.x(q + 2)],
+            k: self.x(q + 3),
+            v: self.x(q + 4),
+            r: self.x(q + 5),
+            kinds: self.x(q + 6),
+            at: self.ints(at),
+            q_kinds: self.ints(at + 1),
+            k_kinds: self.ints(at + 2),
+            hidden: spec.hidden.then(|| self.ints(extra)),
+            keep: spec.dropout.as_ref().map(|d| self.keep(d, rng)),
+        }
+    }
+
     fn batch(&self, operand: usize) -> usize {
         self.step.inputs[operand].ty.shape.0[0]
     }
@@ -336,10 +368,11 @@ impl<'a> Run<'a> {
                 // SAFETY: no task runs.
                 (0..y.rows).for_each(|r| unsafe { y.row_mut(r) }.fill(*value as i32));
             }
-            Op::Iota => {
+            Op::Iota { start, step } => {
                 let y: MatMut<'_, i32> = self.flat_mut(0);
                 // SAFETY: no task runs.
-                unsafe { y.row_mut(0) }.iter_mut().enumerate().for_each(|(i, y)| *y = i as i32);
+                let row = unsafe { y.row_mut(0) };
+                row.iter_mut().enumerate().for_each(|(i, y)| *y = start + step * i as i32);
             }
             op => return Err(Error::Internal(format!("{} on integers", op.name()))),
         }
@@ -438,6 +471,15 @@ impl<'a> Run<'a> {
                     d,
                 );
             }
+            Op::RelativeAttention(spec) => {
+                let x = self.relative::<T>(spec, 0);
+                relative::relative_attention(pool, &self.work.workers, &x, self.y(0))?;
+            }
+            Op::RelativeAttentionGrad(spec) => {
+                let x = self.relative::<T>(spec, 1);
+                let d = [0, 1, 2, 3, 4, 5, 6].map(|i| self.y(i));
+                relative::relative_attention_grad(pool, &self.work.workers, &x, self.x(0), d)?;
+            }
             Op::LinearCrossEntropy { bias } => self.loss::<T>(*bias, None)?,
             Op::LinearCrossEntropyGrad { bias } => {
                 let dloss = self.x::<T>(3 + usize::from(*bias)).row(0)[0];
@@ -498,7 +540,7 @@ impl<'a> Run<'a> {
                 let y = [self.y(0), self.y(1), self.y(2)];
                 optimizer::adamw::<T>(pool, h, [self.x(0), self.x(1), self.x(2), self.x(3)], y);
             }
-            op @ (Op::Iota
+            op @ (Op::Iota { .. }
             | Op::Input { .. }
             | Op::State { .. }
             | Op::Reshape

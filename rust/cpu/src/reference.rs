@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use pyrformer_graph::op::{AttentionSpec, DropoutSpec, Epilogue};
+use pyrformer_graph::op::{AttentionSpec, DropoutSpec, Epilogue, RelativeSpec};
 use pyrformer_graph::{Binary, Graph, Op, Shape, Unary};
 
 use crate::kernels::dropout::Keep;
@@ -146,7 +146,9 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
     let one = |x: Vec<f64>| vec![Tensor::Float(x)];
     match op {
         Op::Input { .. } | Op::State { .. } => unreachable!("leaves are given"),
-        Op::Iota => vec![Tensor::Int((0..outs[0].elements() as i32).collect())],
+        Op::Iota { start, step } => {
+            vec![Tensor::Int((0..outs[0].elements() as i32).map(|i| start + step * i).collect())]
+        }
         Op::Fill { value } => one(vec![*value; outs[0].elements()]),
         Op::Reshape | Op::Copy => vec![ins[0].1.clone()],
         Op::Split { sizes } => {
@@ -257,6 +259,8 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
         }
         Op::Attention(spec) => attention(spec, ins),
         Op::AttentionGrad(spec) => attention_grad(spec, ins),
+        Op::RelativeAttention(spec) => vec![relative_attention(spec, ins, 0).0],
+        Op::RelativeAttentionGrad(spec) => relative_attention(spec, ins, 1).1,
         Op::LinearCrossEntropy { bias } => one(vec![cross_entropy(ins, *bias).iter().map(|r| r.0).sum()]),
         Op::LinearCrossEntropyGrad { bias } => cross_entropy_grad(ins, *bias),
         Op::CountLabels { .. } => one(vec![n(0).iter().filter(|&&l| l >= 0).count() as f64]),
@@ -485,6 +489,68 @@ fn attention_grad(spec: &AttentionSpec, ins: &[(&Shape, &Tensor)]) -> Vec<Tensor
         }
     }
     vec![Tensor::Float(dq), Tensor::Float(dk), Tensor::Float(dv)]
+}
+
+/// The result of relative attention and, where operand 0 is dout (`q` 1), the gradients.
+fn relative_attention(spec: &RelativeSpec, ins: &[(&Shape, &Tensor)], q: usize) -> (Tensor, Vec<Tensor>) {
+    let at = q + 7;
+    let f = |i: usize| ins[q + i].1.floats();
+    let n = |i: usize| ins[at + i].1.ints();
+    let (b, t, c) = (ins[q].0.0[0], ins[q].0.0[1], ins[q].0.cols());
+    let (s, u, h) = (ins[q + 3].0.0[1], ins[at + 1].0.0[1], spec.heads);
+    let d = c / h;
+    let hidden = spec.hidden.then(|| n(3));
+    let keep = spec.dropout.as_ref().map(|p| keep(p, n(3 + usize::from(spec.hidden))));
+    let dout = (q == 1).then(|| ins[0].1.floats());
+    let mut out = vec![0.0; b * t * c];
+    let mut grads: Vec<Vec<f64>> = (0..7).map(|i| vec![0.0; f(i).len()]).collect();
+    for (bi, hi, i) in (0..b).flat_map(|bi| (0..h).flat_map(move |hi| (0..t).map(move |i| (bi, hi, i)))) {
+        let Ok(p) = usize::try_from(n(0)[bi * t + i]) else { continue };
+        let qo = (bi * t + i) * c + hi * d;
+        let ko = |j: usize| (bi * s + j) * c + hi * d;
+        let ro = |j: usize| (u - p + j) * c + hi * d;
+        let so = |j: usize| usize::from(n(1)[bi * u + p] != n(2)[bi * s + j]) * c + hi * d;
+        let seen = |j: usize| {
+            j < s - u
+                || (spec.sees_itself && j == s - u + p)
+                || hidden.is_none_or(|x| x[(bi * u + p) * u + j - (s - u)] == 0)
+        };
+        let score = |j: usize| {
+            let term = |x: usize| {
+                f(0)[qo + x] * f(3)[ko(j) + x]
+                    + f(1)[qo + x] * f(5)[ro(j) + x]
+                    + f(2)[qo + x] * f(6)[so(j) + x]
+            };
+            spec.scale * (0..d).map(term).sum::<f64>()
+        };
+        let any = (0..s).any(seen);
+        let scores: Vec<f64> = (0..s).map(|j| if seen(j) { score(j) } else { f64::NEG_INFINITY }).collect();
+        let largest = scores.iter().fold(f64::NEG_INFINITY, |m, &x| m.max(x));
+        let total: f64 = scores.iter().map(|x| (x - largest).exp()).sum();
+        let prob = |j: usize| if any { (scores[j] - largest).exp() / total } else { 1.0 / s as f64 };
+        let factor =
+            |j: usize| keep.as_ref().map_or(1.0, |k| k.factor((((bi * h + hi) * t + i) * s + j) as u64));
+        for j in 0..s {
+            (0..d).for_each(|x| out[qo + x] += prob(j) * factor(j) * f(4)[ko(j) + x]);
+        }
+        let Some(dout) = dout else { continue };
+        let dp: Vec<f64> =
+            (0..s).map(|j| factor(j) * (0..d).map(|x| dout[qo + x] * f(4)[ko(j) + x]).sum::<f64>()).collect();
+        let mean: f64 = (0..s).map(|j| prob(j) * dp[j]).sum();
+        for j in 0..s {
+            let ds = spec.scale * prob(j) * (dp[j] - mean);
+            for x in 0..d {
+                grads[0][qo + x] += ds * f(3)[ko(j) + x];
+                grads[1][qo + x] += ds * f(5)[ro(j) + x];
+                grads[2][qo + x] += ds * f(6)[so(j) + x];
+                grads[3][ko(j) + x] += ds * f(0)[qo + x];
+                grads[4][ko(j) + x] += prob(j) * factor(j) * dout[qo + x];
+                grads[5][ro(j) + x] += ds * f(1)[qo + x];
+                grads[6][so(j) + x] += ds * f(2)[qo + x];
+            }
+        }
+    }
+    (Tensor::Float(out), grads.into_iter().map(Tensor::Float).collect())
 }
 
 /// Loss and probabilities of each row; rows without a label have loss 0 and no probabilities.

@@ -7,7 +7,7 @@ mod common;
 use common::{Case, assert_close};
 use pyrformer_cpu::reference::Tensor;
 use pyrformer_graph::autodiff::gradients;
-use pyrformer_graph::op::{AttentionSpec, DropoutSpec};
+use pyrformer_graph::op::{AttentionSpec, DropoutSpec, RelativeSpec};
 use pyrformer_graph::{Binary, DType, Epilogue, Op, TensorType, Unary, ValueId};
 
 /// Adds one operation to a case and gives its differentiable result.
@@ -63,6 +63,33 @@ fn attention(b: usize, t: usize, d: usize, spec: AttentionSpec) -> Build {
             operands.push(c.ints("rng", &[4], vec![5, 6, 7, 8]));
         }
         c.op(Op::Attention(spec), &operands)[0]
+    })
+}
+
+fn relative_spec() -> RelativeSpec {
+    RelativeSpec { heads: 2, scale: 0.4, hidden: false, sees_itself: false, dropout: None }
+}
+
+/// Two sequences of 5 tokens; queries stand at all of them, or at some and one nowhere.
+fn relative(spec: RelativeSpec, remembered: usize, all: bool) -> Build {
+    case(move |c| {
+        let (b, u, c2) = (2, 5, spec.heads * 3);
+        let (s, t) = (u + remembered, if all { u } else { 3 });
+        let mut operands: Vec<ValueId> = ["q_k", "q_r", "q_s"].map(|n| c.float(n, &[b, t, c2])).to_vec();
+        operands.extend(["k", "v"].map(|n| c.float(n, &[b, s, c2])));
+        operands.push(c.float("r", &[s + u, c2]));
+        operands.push(c.float("kinds", &[2, c2]));
+        let places = if all { vec![0, 1, 2, 3, 4, 0, 1, 2, 3, 4] } else { vec![4, 1, -1, 0, 2, 3] };
+        operands.push(c.ints("at", &[b, t], places));
+        operands.push(c.indices("q_kinds", &[b, u], 2));
+        operands.push(c.indices("k_kinds", &[b, s], 2));
+        if spec.hidden {
+            operands.push(c.indices("hidden", &[b, u, u], 2));
+        }
+        if spec.dropout.is_some() {
+            operands.push(c.ints("rng", &[4], vec![5, 6, 7, 8]));
+        }
+        c.op(Op::RelativeAttention(spec), &operands)[0]
     })
 }
 
@@ -267,6 +294,23 @@ fn differentiable() -> Vec<(String, Build)> {
     ] {
         add(name, attention(b, t, d, spec));
     }
+    for (name, spec, remembered, all) in [
+        ("relative_attention", relative_spec(), 0, true),
+        (
+            "relative_attention hidden",
+            RelativeSpec { hidden: true, sees_itself: true, ..relative_spec() },
+            3,
+            true,
+        ),
+        (
+            "relative_attention targets",
+            RelativeSpec { hidden: true, dropout: Some(dropout_spec()), ..relative_spec() },
+            2,
+            false,
+        ),
+    ] {
+        add(name, relative(spec, remembered, all));
+    }
     for bias in [false, true] {
         add(
             &format!("linear_cross_entropy bias={bias}"),
@@ -298,7 +342,7 @@ fn forward_only() -> Vec<(&'static str, Build)> {
             let mut operands = vec![q, k, v, table, start, count];
             if spec.key_bias {
                 let places = TensorType::new(DType::I32, [slots]);
-                let places = c.g.add_as(Op::Iota, &[], places).unwrap();
+                let places = c.g.add_as(Op::Iota { start: 0, step: 1 }, &[], places).unwrap();
                 let slopes = (0..spec.heads).map(|h| 0.3 / (h + 1) as f64).collect();
                 let op = Op::AlibiBias { slopes, scale: 1.0, round: true, dtype: c.dtype() };
                 operands.push(c.op1(op, &[places]));

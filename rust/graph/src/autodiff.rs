@@ -79,7 +79,7 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         Op::Input { .. }
         | Op::State { .. }
         | Op::Fill { .. }
-        | Op::Iota
+        | Op::Iota { .. }
         | Op::RopeTable { .. }
         | Op::AlibiBias { .. }
         | Op::CountLabels { .. } => vec![None; x.len()],
@@ -168,6 +168,14 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
             dx.resize(x.len(), None);
             dx
         }
+        Op::RelativeAttention(spec) => {
+            let mut operands = vec![dy];
+            operands.extend(x);
+            let d = g.add(Op::RelativeAttentionGrad(*spec), &operands)?;
+            let mut dx: Vec<_> = d.into_iter().map(Some).collect();
+            dx.resize(x.len(), None);
+            dx
+        }
         Op::LinearCrossEntropy { bias } => {
             let mut operands = x.clone();
             operands.push(dy);
@@ -179,6 +187,7 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         Op::UnaryGrad(_)
         | Op::LayerNormGrad { .. }
         | Op::AttentionGrad(_)
+        | Op::RelativeAttentionGrad(_)
         | Op::LinearCrossEntropyGrad { .. }
         | Op::CacheWrite
         | Op::CachedAttention(_)

@@ -144,6 +144,23 @@ pub struct AttentionSpec {
     pub dropout: Option<DropoutSpec>,
 }
 
+/// Attention with relative positions and kinds of tokens: XLNet's.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RelativeSpec {
+    /// Heads, H.
+    pub heads: usize,
+    /// Factor on the scores.
+    pub scale: f64,
+    /// An operand `hidden i32[B, U, U]` is present: where it is not 0, the query at the first position does not see the
+    /// key at the second; remembered keys are always seen. A query that sees nothing weighs all S keys alike, and
+    /// gradients flow as if its scores were equal (transformers subtracts 1e30 from each).
+    pub hidden: bool,
+    /// Queries see the key at their own position whatever `hidden` says: the content stream.
+    pub sees_itself: bool,
+    /// Dropout on the probabilities.
+    pub dropout: Option<DropoutSpec>,
+}
+
 /// Places of attention's optional operands.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AttentionExtras {
@@ -194,8 +211,13 @@ pub enum Op {
         /// The value.
         value: f64,
     },
-    /// 0, 1, 2, …: `→ i32[N]`.
-    Iota,
+    /// start, start + step, start + 2·step, …: `→ i32[N]`.
+    Iota {
+        /// The first element.
+        start: i32,
+        /// The difference of neighbours.
+        step: i32,
+    },
 
     // ---- Layout: views where possible, a copy otherwise --------------------------------------------------------
     /// The same elements under another shape.
@@ -297,6 +319,15 @@ pub enum Op {
     /// `dout, q, k, v, out, lse, (segments), (key_bias), (prefix), (rng) → dq, dk, dv`. Source: Dao et al. 2022,
     /// algorithm 4.
     AttentionGrad(AttentionSpec),
+    /// `q_k, q_r, q_s [B, T, H·D], k, v [B, S, H·D], r [S + U, H·D], kinds [2, H·D], at i32[B, T], q_kinds i32[B, U],
+    /// k_kinds i32[B, S], (hidden i32[B, U, U]), (rng i32[4]) → [B, T, H·D]`. Query t of sequence b
+    /// stands at position p = at[b, t] of the sequence's U tokens, before which S − U tokens are remembered; its score
+    /// against key j is scale · (q_k·k[j] + q_r·r[U − p + j] + q_s·kinds[q_kinds[b, p] ≠ k_kinds[b, j]]). A query at −1
+    /// gives zeros. Source: Yang et al. 2019, sections 2.3 and 2.5; Dai et al. 2019, equation 5.
+    RelativeAttention(RelativeSpec),
+    /// `dout, q_k, q_r, q_s, k, v, r, kinds, at, q_kinds, k_kinds, (hidden), (rng) → dq_k, dq_r, dq_s, dk, dv, dr,
+    /// dkinds`.
+    RelativeAttentionGrad(RelativeSpec),
     /// `x [.., C], weight [V, C], (bias [V]), labels i32[..] → loss []`: the sum over labels ≥ 0 of −log softmax(x·Wᵀ + b),
     /// in chunks of rows; the logits are never held in full. Other labels (−100) are ignored.
     LinearCrossEntropy {
@@ -355,7 +386,7 @@ impl Op {
             Self::Input { .. } => "input",
             Self::State { .. } => "state",
             Self::Fill { .. } => "fill",
-            Self::Iota => "iota",
+            Self::Iota { .. } => "iota",
             Self::Reshape => "reshape",
             Self::Split { .. } => "split",
             Self::Concat => "concat",
@@ -378,6 +409,8 @@ impl Op {
             Self::AlibiBias { .. } => "alibi_bias",
             Self::Attention(_) => "attention",
             Self::AttentionGrad(_) => "attention_grad",
+            Self::RelativeAttention(_) => "relative_attention",
+            Self::RelativeAttentionGrad(_) => "relative_attention_grad",
             Self::LinearCrossEntropy { .. } => "linear_cross_entropy",
             Self::LinearCrossEntropyGrad { .. } => "linear_cross_entropy_grad",
             Self::CountLabels { .. } => "count_labels",
@@ -505,7 +538,7 @@ impl Check<'_> {
                 self.count(0, 0)?;
                 Ok(vec![declared()?])
             }
-            Op::Iota => {
+            Op::Iota { .. } => {
                 self.count(0, 0)?;
                 let to = declared()?;
                 if to.dtype != DType::I32 || to.shape.rank() != 1 {
@@ -673,6 +706,16 @@ impl Check<'_> {
                 self.require(fits, "dout, q, k, v, out [B, T, H·D], lse [B, H, T]")?;
                 Ok(vec![like(1), like(2), like(3)])
             }
+            Op::RelativeAttention(spec) => {
+                self.relative_attention(spec, 0)?;
+                Ok(vec![like(0)])
+            }
+            Op::RelativeAttentionGrad(spec) => {
+                self.relative_attention(spec, 1)?;
+                self.dtypes(&[0, 1], &[])?;
+                self.require(self.shape(0) == self.shape(1), "dout [B, T, H·D]")?;
+                Ok((1..8).map(like).collect())
+            }
             Op::LinearCrossEntropy { bias } => {
                 self.cross_entropy(*bias, 0)?;
                 Ok(vec![TensorType::new(self.operands[0].dtype, Shape::scalar())])
@@ -832,6 +875,44 @@ impl Check<'_> {
             self.probability(dropout)?;
         }
         Ok([b, t])
+    }
+
+    /// Checks q_k and all that follows it, from operand `at` on.
+    fn relative_attention(&self, spec: &RelativeSpec, at: usize) -> Result<()> {
+        let fixed = at + 10;
+        let extra = usize::from(spec.hidden) + usize::from(spec.dropout.is_some());
+        self.count(fixed + extra, fixed + extra)?;
+        let ints: Vec<usize> = (fixed - 3..fixed + extra).collect();
+        self.dtypes(&(at..at + 7).collect::<Vec<_>>(), &ints)?;
+        let (q, k, r) = (self.shape(at), self.shape(at + 3), self.shape(at + 5));
+        let place = self.shape(fixed - 3);
+        let (q_kinds, k_kinds) = (self.shape(fixed - 2), self.shape(fixed - 1));
+        let ranks = q.rank() == 3 && k.rank() == 3 && r.rank() == 2 && q_kinds.rank() == 2;
+        self.require(ranks, "q_k, q_r, q_s [B, T, H·D], k, v [B, S, H·D], r [S + U, H·D], kinds [2, H·D]")?;
+        let (b, t, c, s, u) = (q.0[0], q.0[1], q.cols(), k.0[1], q_kinds.0[1]);
+        let fits = spec.heads > 0
+            && c.is_multiple_of(spec.heads)
+            && (at + 1..at + 3).all(|i| self.shape(i) == q)
+            && k.0 == [b, s, c]
+            && self.shape(at + 4) == k
+            && u <= s
+            && r.0 == [s + u, c]
+            && self.shape(at + 6).0 == [2, c]
+            && place.0 == [b, t]
+            && q_kinds.0[0] == b
+            && k_kinds.0 == [b, s];
+        self.require(
+            fits,
+            "sizes that agree: at i32[B, T], q_kinds i32[B, U], k_kinds i32[B, S], r [S + U, H·D]",
+        )?;
+        if spec.hidden {
+            self.require(self.shape(fixed).0 == [b, u, u], "hidden i32[B, U, U]")?;
+        }
+        if let Some(dropout) = &spec.dropout {
+            self.require(self.shape(fixed + extra - 1).0 == [4], "rng i32[4]")?;
+            self.probability(dropout)?;
+        }
+        Ok(())
     }
 
     fn cross_entropy(&self, bias: bool, extra: usize) -> Result<()> {

@@ -81,6 +81,15 @@ fn attributes(op: &Op) -> Vec<String> {
             out.push(format!("heads={}, scale={scale}", slopes.len()));
             out.extend(round.then(|| "round".to_owned()));
         }
+        Op::Iota { start, step } => out.push(format!("{start}, step {step}")),
+        Op::RelativeAttention(s) | Op::RelativeAttentionGrad(s) => {
+            out.push(format!("heads={}", s.heads));
+            out.extend(s.hidden.then(|| "hidden".to_owned()));
+            out.extend(s.sees_itself.then(|| "sees_itself".to_owned()));
+            if let Some(spec) = &s.dropout {
+                dropout(&mut out, spec);
+            }
+        }
         Op::ClipFactor { max_norm } => out.push(format!("max_norm={max_norm}")),
         Op::AdamW { beta1, beta2, eps, weight_decay } => {
             out.push(format!("betas={beta1}/{beta2}, eps={eps:e}, weight_decay={weight_decay}"));
@@ -94,7 +103,6 @@ fn attributes(op: &Op) -> Vec<String> {
         | Op::SumTo
         | Op::Broadcast
         | Op::LayerNormGrad { .. }
-        | Op::Iota
         | Op::CountLabels { .. }
         | Op::CacheWrite
         | Op::GlobalNorm => {}

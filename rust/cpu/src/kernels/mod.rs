@@ -10,6 +10,7 @@ pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod optimizer;
 pub(crate) mod positions;
+pub(crate) mod relative;
 pub(crate) mod rows;
 
 use crate::threads::Pool;

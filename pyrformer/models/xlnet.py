@@ -1,0 +1,245 @@
+"""XLNet: a permutation language model. Source: Yang et al. 2019; transformers' ``modeling_xlnet.py``.
+
+Each token is predicted from those before it in some order of the text. Two streams run side by side: the content h of a
+token, which sees the token itself, and the query g of a target, which knows the target's place only. Scores compare
+contents, distances and kinds of tokens::
+
+    h ← words[ids];  g ← mask_emb                                   (g where there are targets)
+    x ← LN(x + Wo·attention(q(x), k(h), v(h)));  x ← LN(x + W₂·gelu(W₁·x))    for each layer, x = h and x = g
+    score(i, j) = (q + r_w)·k_j + (q + r_r)·R_{i−j} + (q + r_s)·kinds[i, j],  R_δ = Wr·sinusoids(δ)
+    logits = g·wordsᵀ + b                                           (h·wordsᵀ + b without targets)
+
+``perm_mask`` says what is hidden from whom, ``target_mapping`` which places are predicted, ``mems`` are the states of
+an earlier part of the text.
+
+Letters: B batch, T tokens, P targets, S keys (remembered ones and T), C d_model, H heads, D d_head, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pyrformer.errors import InputError
+from pyrformer.models.base import Family, Inputs, ModelConfig
+from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
+from pyrformer.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class XLNetConfig(ModelConfig):
+    """Hugging Face's ``XLNetConfig``. ``attn_type`` "uni", ``bi_data`` and ``clamp_len`` are refused."""
+
+    model_type: ClassVar[str] = "xlnet"
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = ("XLNetLMHeadModel",)
+
+    d_model: int = 1024
+    n_layer: int = 24
+    n_head: int = 16
+    d_head: int | None = None
+    d_inner: int = 4096
+    ff_activation: str = "gelu"
+    attn_type: str = "bi"
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    dropout: float = 0.1
+    bi_data: bool = False
+    clamp_len: int = -1
+    #: XLNet has no table of positions; this bounds training and text, as other families' tables do.
+    max_position_embeddings: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_sizes(
+            vocab_size=self.vocab_size,
+            n_layer=self.n_layer,
+            d_inner=self.d_inner,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        self.check_heads("d_model", self.d_model, "n_head", self.n_head)
+        self.check_probabilities(dropout=self.dropout)
+        self.require(self.d_model % 2 == 0, f"d_model must be even, got {self.d_model}")
+        self.require(self.attn_type == "bi", f"attn_type must be 'bi', got {self.attn_type!r}")
+        self.require(not self.bi_data, "bi_data is not supported")
+        self.require(self.clamp_len <= 0, f"clamp_len is not supported, got {self.clamp_len}")
+        self.fill(d_head=self.d_head or self.d_model // self.n_head)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one pass share.
+
+    Attributes:
+        distances: sinusoids of key distances ``[S + T, C]``.
+        content, query: the places of the streams' rows, int32[B, T] and int32[B, P].
+        kinds, key_kinds: token types of rows int32[B, T] and keys int32[B, S].
+        hidden: what is hidden from which place, int32[B, T, T].
+        mems: for each layer, the remembered states ``[B, M, C]``.
+    """
+
+    distances: Tensor
+    content: Tensor
+    query: Tensor | None
+    kinds: Tensor
+    key_kinds: Tensor
+    hidden: Tensor | None
+    mems: tuple[Tensor, ...]
+
+
+class RelativeAttention(Module):
+    """Attention of one stream's rows to the content stream."""
+
+    def __init__(self, c: XLNetConfig, init: Normal):
+        d = c.d_head or 0
+        shape = (c.d_model, c.n_head, d)
+        self.q, self.k, self.v = Parameter(shape, init), Parameter(shape, init), Parameter(shape, init)
+        self.o, self.r = Parameter(shape, init), Parameter(shape, init)
+        self.r_r_bias = Parameter((c.n_head, d), init)
+        self.r_s_bias = Parameter((c.n_head, d), init)
+        self.r_w_bias = Parameter((c.n_head, d), init)
+        self.seg_embed = Parameter((2, c.n_head, d), init)
+        self.layer_norm = LayerNorm(c.d_model, c.layer_norm_eps)
+        self._c, self._width = c, c.n_head * d
+
+    def keys(self, content: Tensor, at: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values ``[B, S, H·D]`` of the remembered and present contents, and distances ``[S + T, H·D]``."""
+        return self._head(self.k, content), self._head(self.v, content), self._head(self.r, at.distances)
+
+    def __call__(
+        self, x: Tensor, kvr: tuple[Tensor, Tensor, Tensor], at: Context, *, content: bool
+    ) -> Tensor:
+        trace, c = x.trace, self._c
+        k, v, r = kvr
+        q = self._head(self.q, x)
+        q_k, q_r, q_s = (q + self._flat(b, trace) for b in (self.r_w_bias, self.r_r_bias, self.r_s_bias))
+        kinds = F.reshape(trace.parameter(self.seg_embed), (2, self._width))
+        places = at.content if content or at.query is None else at.query
+        y = F.relative_attention(
+            (q_k, q_r, q_s),
+            k,
+            v,
+            r,
+            kinds,
+            places,
+            at.kinds,
+            at.key_kinds,
+            heads=c.n_head,
+            scale=(c.d_head or 1) ** -0.5,
+            hidden=at.hidden,
+            sees_itself=content,
+            dropout_p=c.dropout,
+        )
+        o = F.reshape(trace.parameter(self.o), (c.d_model, self._width))
+        return self.layer_norm(F.dropout(F.linear(y, o), c.dropout) + x)
+
+    def _head(self, parameter: Parameter, x: Tensor) -> Tensor:
+        weight = F.reshape(x.trace.parameter(parameter), (self._c.d_model, self._width))
+        return F.linear(x, weight, transposed=True)
+
+    def _flat(self, parameter: Parameter, trace: Trace) -> Tensor:
+        return F.reshape(trace.parameter(parameter), (self._width,))
+
+
+class FeedForward(Module):
+    """Two linear layers with an activation between them, beside a residual."""
+
+    def __init__(self, c: XLNetConfig, init: Normal):
+        self.layer_norm = LayerNorm(c.d_model, c.layer_norm_eps)
+        self.layer_1 = Linear(c.d_model, c.d_inner, init)
+        self.layer_2 = Linear(c.d_inner, c.d_model, init)
+        self._c = c
+
+    def __call__(self, x: Tensor) -> Tensor:
+        c = self._c
+        y = F.dropout(F.activation(c.ff_activation, self.layer_1(x)), c.dropout)
+        return self.layer_norm(F.dropout(self.layer_2(y), c.dropout) + x)
+
+
+class Layer(Module):
+    """One layer of both streams."""
+
+    def __init__(self, c: XLNetConfig, init: Normal):
+        self.rel_attn = RelativeAttention(c, init)
+        self.ff = FeedForward(c, init)
+
+    def __call__(
+        self, h: Tensor, g: Tensor | None, memory: Tensor | None, at: Context
+    ) -> tuple[Tensor, Tensor | None]:
+        with h.trace.scope("attn"):
+            contents = h if memory is None else F.concat_tokens(memory, h)
+            kvr = self.rel_attn.keys(contents, at)
+            content = self.rel_attn(h, kvr, at, content=True)
+            query = None if g is None else self.rel_attn(g, kvr, at, content=False)
+        with h.trace.scope("ff"):
+            return self.ff(content), None if query is None else self.ff(query)
+
+
+class Transformer(Module):
+    """Everything but the head."""
+
+    def __init__(self, c: XLNetConfig, init: Normal):
+        self.mask_emb = Parameter((1, 1, c.d_model), init)
+        self.word_embedding = Embedding(c.vocab_size, c.d_model, init)
+        self.layer = [Layer(c, init) for _ in range(c.n_layer)]
+
+
+class Projector(Module):
+    """Output weights, tied to the word embeddings where configured, and their bias."""
+
+    def __init__(self, c: XLNetConfig, init: Normal):
+        self.weight = Parameter((c.vocab_size, c.d_model), init)
+        self.bias = Parameter((c.vocab_size,), ZEROS)
+
+
+class XLNet(Family):
+    """XLNet with its language-model head."""
+
+    objective = "plm"
+    uses_token_types = True
+
+    def __init__(self, config: XLNetConfig):
+        self.config: XLNetConfig = config
+        self.max_positions = config.max_position_embeddings
+        self.width, self.depth = config.d_model, config.n_layer
+        init = Normal(config.initializer_range)
+        self.transformer = Transformer(config, init)
+        self.lm_loss = Projector(config, init)
+        if config.tie_word_embeddings:
+            self.lm_loss.weight = self.transformer.word_embedding.weight
+        self.name_parameters()
+
+    def hidden_states(self, x: Inputs) -> list[Tensor]:
+        if x.token_type_ids is None or x.cache is not None:
+            raise InputError("[xlnet] token_type_ids are needed, and there is no decoding with a cache")
+        c, t, trace = self.config, self.transformer, x.trace
+        with trace.scope("embed"):
+            h = F.dropout(t.word_embedding(x.input_ids), c.dropout)
+            g = None
+            if x.targets is not None:
+                mask = F.reshape(trace.parameter(t.mask_emb), (c.d_model,))
+                g = F.dropout(trace.fill(0.0, (*x.targets.shape, c.d_model)) + mask, c.dropout)
+            at = self._context(x)
+        states = [h] if g is None else [h, g]
+        for i, layer in enumerate(t.layer):
+            with trace.scope(f"layer.{i}"):
+                h, g = layer(h, g, at.mems[i] if at.mems else None, at)
+                states.extend([h] if g is None else [h, g])
+        states[-1] = F.dropout(states[-1], c.dropout)
+        return states
+
+    def _context(self, x: Inputs) -> Context:
+        trace, t = x.trace, x.input_ids.shape[1]
+        m = x.mems[0].shape[1] if x.mems else 0
+        # Row p of the table stands for the distance S − p.
+        places = F.iota(trace, m + 2 * t, m + t, -1)
+        half = np.arange(0, self.config.d_model, 2) / self.config.d_model
+        cos, sin = F.split(F.rope_table(places, (10000.0**-half).tolist()), 2)
+        assert x.token_type_ids is not None
+        kinds = x.token_type_ids
+        distances = F.dropout(F.concat([sin, cos]), self.config.dropout)
+        return Context(distances, x.position_ids, x.targets, kinds, x.key_types or kinds, x.hidden, x.mems)
+
+    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
+        return self.lm_loss.weight, trace.parameter(self.lm_loss.bias)
