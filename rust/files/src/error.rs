@@ -37,6 +37,14 @@ pub enum Error {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// A GGUF file is not what its format promises.
+    #[error("[gguf] {path}: {problem}")]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
     /// The target of an atomic directory is taken.
     #[error("[files] {path} already exists; choose another place or ask for it to be replaced")]
     Exists {
@@ -54,6 +62,10 @@ impl Error {
 
     pub(crate) fn format(path: &Path, problem: impl Into<String>) -> Self {
         Self::Format { path: path.to_owned(), problem: problem.into() }
+    }
+
+    pub(crate) fn gguf(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Gguf { path: path.to_owned(), problem: problem.into() }
     }
 
     pub(crate) fn tensor(path: &Path, tensor: &str, problem: impl Into<String>) -> Self {
