@@ -14,6 +14,7 @@ import click
 
 #: Command → (file, first line of its help).
 COMMANDS = {
+    "bench": ("bench", "Measure this machine."),
     "fill-mask": ("fill_mask", "Propose tokens for the masks in a text."),
     "plan": ("plan", "Print the compiled plan of a model."),
     "sample": ("sample", "Continue a text."),

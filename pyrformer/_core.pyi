@@ -132,6 +132,8 @@ class Executor:
 
     def __new__(cls, plan: Plan, store: Store, threads: int | None = None) -> Executor: ...
     def run(self, inputs: dict[str, _Array]) -> dict[str, _Array]: ...
+    def profile(self, inputs: dict[str, _Array]) -> list[float]:
+        """Runs once; the seconds that each step of the plan took."""
 
 # ---- rust/python/src/random.rs --------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 //! Runs a plan: copies the inputs in, walks the steps, copies the outputs out. Nothing is allocated inside a step.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use pyrformer_graph::op::DropoutSpec;
 use pyrformer_graph::plan::Port;
@@ -175,6 +176,32 @@ impl CpuExecutor {
     /// # Errors
     /// When an input is missing, unknown or of another type, or an index is out of range.
     pub fn run(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<Array>> {
+        self.watched(inputs, |_| {})
+    }
+
+    /// Runs the plan once as [`run`](Self::run) does, and gives the seconds that each step took.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn profile(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<f64>> {
+        let mut seconds = vec![0.0; self.plan.steps.len()];
+        let mut before = Instant::now();
+        self.watched(inputs, |step| {
+            let now = Instant::now();
+            if let Some(step) = step {
+                seconds[step] = (now - before).as_secs_f64();
+            }
+            before = now;
+        })?;
+        Ok(seconds)
+    }
+
+    /// Runs the plan once, calling `after` before the first step (with nothing) and after each (with its number).
+    fn watched(
+        &self,
+        inputs: &[(&str, TensorType, &[u8])],
+        mut after: impl FnMut(Option<usize>),
+    ) -> Result<Vec<Array>> {
         let slot = self.store.work();
         let Some(work) = slot.as_ref() else {
             return Err(Error::Internal("a store without work memory".to_owned()));
@@ -191,13 +218,15 @@ impl CpuExecutor {
                 std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.address(&port.operand), bytes.len())
             };
         }
-        for step in &self.plan.steps {
+        after(None);
+        for (number, step) in self.plan.steps.iter().enumerate() {
             let run = Run { memory, pool: &self.pool, work, step };
             match step.outputs[0].ty.dtype {
                 DType::I32 => run.integers()?,
                 DType::F32 => run.floats::<f32>()?,
                 DType::F64 => run.floats::<f64>()?,
             }
+            after(Some(number));
         }
         Ok(self.plan.outputs.iter().map(|port| memory.read(port)).collect())
     }

@@ -277,16 +277,8 @@ impl Executor {
 
     /// Runs the plan once: a dict of arrays in, a dict of new arrays out.
     fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
-        let given: Vec<(String, Given<'py>)> = inputs
-            .iter()
-            .map(|(name, value)| {
-                let name: String = name.extract()?;
-                let value = Given::new(&name, &value)?;
-                Ok((name, value))
-            })
-            .collect::<PyResult<_>>()?;
-        let raw: Vec<(&str, TensorType, &[u8])> =
-            given.iter().map(|(name, g)| (name.as_str(), g.ty(), g.bytes().unwrap_or_default())).collect();
+        let given = given(inputs)?;
+        let raw = raw(&given);
         let results = enter(py, || self.inner.run(&raw))?;
         let out = PyDict::new(py);
         for (port, array) in self.inner.plan().outputs.iter().zip(results) {
@@ -294,4 +286,27 @@ impl Executor {
         }
         Ok(out)
     }
+
+    /// Runs the plan once and gives the seconds that each step took.
+    fn profile(&self, py: Python<'_>, inputs: &Bound<'_, PyDict>) -> PyResult<Vec<f64>> {
+        let given = given(inputs)?;
+        let raw = raw(&given);
+        enter(py, || self.inner.profile(&raw))
+    }
+}
+
+/// The arrays of a dict by name.
+fn given<'py>(inputs: &Bound<'py, PyDict>) -> PyResult<Vec<(String, Given<'py>)>> {
+    inputs
+        .iter()
+        .map(|(name, value)| {
+            let name: String = name.extract()?;
+            let value = Given::new(&name, &value)?;
+            Ok((name, value))
+        })
+        .collect()
+}
+
+fn raw<'a>(given: &'a [(String, Given<'_>)]) -> Vec<(&'a str, TensorType, &'a [u8])> {
+    given.iter().map(|(name, g)| (name.as_str(), g.ty(), g.bytes().unwrap_or_default())).collect()
 }

@@ -1,0 +1,73 @@
+"""``pyrformer bench``: what this machine does."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from pyrformer.bench.train_step import FAMILIES, Result, Shape, measure
+
+
+@click.group()
+def command() -> None:
+    """Measure this machine."""
+
+
+@command.command("train-step")
+@click.option("--family", type=click.Choice(FAMILIES), default="gpt2", show_default=True)
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--width", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--heads", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--vocab", type=click.IntRange(2), default=65, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=12, show_default=True, help="Rows in a step.")
+@click.option("--seq", type=click.IntRange(2), default=64, show_default=True, help="Tokens in a row.")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Threads to use.")
+@click.option(
+    "--profile", is_flag=True, help="Also the time of each operation and its share of the roofline."
+)
+@click.option("--peer", type=click.Choice(["torch"]), help="Also time the same step there, turn by turn.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def train_step(
+    steps: int, threads: int | None, profile: bool, peer: str | None, as_json: bool, **sizes: object
+) -> None:
+    """Time one training step of a freshly made model on random tokens: forward, backward, clipping, AdamW."""
+    shape = Shape(**sizes)  # type: ignore[arg-type]
+    result = measure(shape, steps=steps, threads=threads, profile=profile, peer=peer is not None)
+    if as_json:
+        click.echo(json.dumps(result.to_dict()))
+        return
+    _print(result)
+
+
+def _print(r: Result) -> None:
+    s = r.shape
+    click.echo(
+        f"{s.family}, {s.layers} layers × {s.width}, {s.heads} heads, vocabulary {s.vocab}: "
+        f"{r.parameters / 1e6:.2f} M parameters\n"
+        f"{s.batch} × {s.seq} tokens a step, {r.threads} threads\n\n"
+        f"  time        {r.ms_per_step:10.1f} ms a step (median of {r.steps}; {r.ms_min:.1f} … {r.ms_max:.1f})\n"
+        f"  throughput  {r.tokens_per_s:10.0f} tokens/s\n"
+        f"  arithmetic  {r.gflop_per_step:10.2f} GFLOP a step\n"
+        f"  sgemm peak  {r.peak_gflops:10.0f} GFLOP/s (NumPy, in this run)\n"
+        f"  utilisation {r.utilisation:10.2f} of that peak\n"
+        f"  memory      {r.peak_bytes / 1e6:10.1f} MB: arena {r.arena_bytes / 1e6:.1f}, "
+        f"states {r.state_bytes / 1e6:.1f}\n"
+        f"  compiling   {r.compile_ms:10.1f} ms"
+    )
+    if r.peer is not None:
+        p = r.peer
+        click.echo(
+            f"\n  PyTorch     {p['ms_per_step']:10.1f} ms a step ({p['ms_min']:.1f} … {p['ms_max']:.1f}): "
+            f"{p['speedup']:.2f} times ours"
+        )
+    if r.operations:
+        click.echo(
+            f"\n{'operation':28}{'steps':>6}{'ms':>9}{'share':>8}{'GFLOP':>9}{'MB':>9}{'roofline':>10}"
+        )
+        total = sum(o.ms for o in r.operations)
+        for o in r.operations:
+            click.echo(
+                f"{o.name:28}{o.count:6}{o.ms:9.2f}{o.ms / total:8.1%}{o.gflop:9.2f}{o.mb:9.1f}{o.roofline:10.2f}"
+            )

@@ -1,0 +1,1 @@
+"""Measurements of this machine: what ``pyrformer bench`` and ``benchmarks/`` print."""
