@@ -12,18 +12,14 @@ import click
 
 import pyrformer as pf
 from pyrformer.errors import ConfigError
+from pyrformer.initial import DEFAULT_FAMILY
+from pyrformer.models import FAMILIES
+from pyrformer.trainer import OBJECTIVES
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-#: What --layers, --width and --heads are called in a family's config.json.
-SIZES = {
-    "gpt2": {"layers": "n_layer", "width": "n_embd", "heads": "n_head"},
-    "bert": {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"},
-}
-FAMILY_OF = {"ar": "gpt2", "mlm": "bert"}
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -64,13 +60,15 @@ def tokenizer_options(tokenizer: str | None, vocab_size: int | None, base: dict[
 
 def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -> dict[str, Any]:
     """--family, --layers, --width, --heads under the family's own names."""
-    family = given.pop("family") or base.get("model_type") or FAMILY_OF.get(objective, "gpt2")
+    asked_family = given.pop("family")
+    family = asked_family or base.get("model_type") or DEFAULT_FAMILY.get(objective, "gpt2")
     sizes = {key: given.pop(key) for key in ("layers", "width", "heads")}
     asked = {key: value for key, value in sizes.items() if value is not None}
-    if asked and family not in SIZES:
-        raise ConfigError(f"[config] unknown family {family!r}; known families: {', '.join(sorted(SIZES))}")
-    model = {**base, **{SIZES[family][key]: value for key, value in asked.items()}}
-    if asked or model:
+    if asked and family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(f"[config] unknown family {family!r}; known families: {known}")
+    model = {**base, **{FAMILIES[family][0].SIZES[key]: value for key, value in asked.items()}}
+    if asked or model or asked_family:
         model["model_type"] = family
     return model
 
@@ -81,9 +79,19 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--config", "config_file", type=click.Path(), help="A TOML file; flags override it.")
 @click.option("--valid", multiple=True, type=click.Path(), help="A file to measure on; may be given again.")
 @click.option(
-    "--objective", type=click.Choice(["ar", "mlm"]), help="Next token, or masked tokens.  [default: ar]"
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    help="Next token, masked tokens, permuted tokens, or a class of each text.  [default: ar]",
 )
-@click.option("--family", help="gpt2 or bert.  [default: by the objective]")
+@click.option("--family", help="gpt2, llama, falcon, bert, xlnet, …  [default: by the objective]")
+@click.option("--init-from", help="A model folder to begin with.")
+@click.option("--freeze", multiple=True, help="Names of parameters to leave alone; may be given again.")
+@click.option(
+    "--lora",
+    type=click.IntRange(1),
+    metavar="RANK",
+    help="Train changes of this rank beside all linear layers.",
+)
 @click.option("--layers", type=int, help="Number of layers.")
 @click.option("--width", type=int, help="Width of the model.")
 @click.option("--heads", type=int, help="Number of attention heads.")
@@ -104,6 +112,7 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--mlm-probability", type=float, help="Share of tokens that are masked.")
 @click.option("--whole-word-mask/--no-whole-word-mask", default=None, help="Mask words, not tokens.")
 @click.option("--column", help="Field of .jsonl lines that holds the text.")
+@click.option("--label-column", help="Field that holds the class.  [default: label]")
 @click.option(
     "--errors", type=click.Choice(["strict", "replace"]), help="What to do with bytes that are not UTF-8."
 )
@@ -130,7 +139,10 @@ def command(files: tuple[str, ...], config_file: str | None, print_config: bool,
     options["tokenizer"] = tokenizer_options(
         given.pop("tokenizer"), given.pop("vocab_size"), options["tokenizer"]
     )
-    for key in ("valid", "clean"):
+    rank = given.pop("lora")
+    if rank is not None:
+        options["lora"] = {**options.get("lora", {}), "r": rank}
+    for key in ("valid", "clean", "freeze"):
         given[key] = list(given[key]) or None
     options |= {key: value for key, value in given.items() if value is not None}
     if files:

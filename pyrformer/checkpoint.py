@@ -11,6 +11,7 @@ import numpy as np
 
 from pyrformer import _core
 from pyrformer.errors import FileError, InputError
+from pyrformer.finetune import merged
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.models.base import Family
@@ -123,7 +124,7 @@ def save(model: Model, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise FileError(f"[save] {folder}: {e.strerror}") from None
-    tensors = {name: array.astype(np.float32, copy=False) for name, array in model.state_dict().items()}
+    tensors = {name: array.astype(np.float32, copy=False) for name, array in merged(model).items()}
     tensors = {model.family.stored_name(name): array for name, array in tensors.items()}
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in model.family.absent_tensors()}
     _core.write_safetensors(folder / WEIGHTS, tensors)

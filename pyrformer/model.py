@@ -23,6 +23,7 @@ from pyrformer.models import build
 from pyrformer.models.base import Family
 
 if TYPE_CHECKING:
+    from pyrformer.finetune import LoraConfig
     from pyrformer.generate import Generation
     from pyrformer.tokenizers import Tokenizer
 
@@ -150,6 +151,23 @@ class Model:
         if key not in self._programs:
             self._programs[key] = trace().lower().compile(self.store, self.threads)
         return self._programs[key]
+
+    def forget_programs(self) -> None:
+        """Drops compiled programs, for the family has changed."""
+        self._programs.clear()
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Makes training leave parameters alone; see :func:`pyrformer.finetune.freeze`."""
+        from pyrformer.finetune import freeze
+
+        freeze(self, patterns)
+
+    def add_lora(self, config: LoraConfig | None = None, *, seed: int = 0, **options: Any) -> None:
+        """Trains low-rank changes in place of the weights; ``options`` are the fields of
+        :class:`pyrformer.finetune.LoraConfig`. Saving merges them."""
+        from pyrformer.finetune import LoraConfig, add_lora
+
+        add_lora(self, config or LoraConfig(**options), seed)
 
     def use_cache(self, shape: tuple[int, int]) -> None:
         """Makes (R, S) the shape of the decoding cache; programs and states of another shape are dropped."""

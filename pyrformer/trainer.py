@@ -27,33 +27,27 @@ import numpy as np
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import read_json, write_json
-from pyrformer.data import OBJECTIVES, Batches, Masking, read_documents, tokenize
+from pyrformer.data import Batches, Masking, read_documents, tokenize
 from pyrformer.errors import ConfigError, FileError, InputError
 from pyrformer.fields import check_types
+from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
-from pyrformer.models import FAMILIES
 from pyrformer.programs import AdamW
 from pyrformer.schedules import SCHEDULES, learning_rate
+from pyrformer.supervised import Labelled, LabelledBatches, PermutationBatches, labelled, read_labelled
 from pyrformer.tokenizers import Ragged, Tokenizer
+
+OBJECTIVES = ("ar", "mlm", "plm", "sentence")
 
 #: What happens, as ``on_event`` sees it: "stage", "start", "step", "eval", "save" or "end", and its numbers.
 Event = Callable[[str, dict[str, Any]], None]
 
-#: The model of an objective where none is configured: small enough for a laptop.
-DEFAULT_MODELS: dict[str, dict[str, Any]] = {
-    "ar": {"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "n_head": 4},
-    "mlm": {
-        "model_type": "bert",
-        "num_hidden_layers": 4,
-        "hidden_size": 128,
-        "num_attention_heads": 4,
-        "intermediate_size": 512,
-    },
-}
 #: The tokenizer of an objective where none is configured.
 DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
     "ar": {"preset": "gpt2", "vocab_size": 4096},
     "mlm": {"preset": "bert-uncased", "vocab_size": 4096},
+    "plm": {"preset": "gpt2", "vocab_size": 4096},
+    "sentence": {"preset": "bert-uncased", "vocab_size": 4096},
 }
 
 
@@ -65,8 +59,12 @@ class TrainConfig:
         files: ``.txt`` or ``.jsonl`` files to learn from.
         out: the run folder.
         valid: files to measure on; without any, ``valid_fraction`` of the text is held out.
-        objective: "ar" (next token) or "mlm" (masked tokens).
+        objective: "ar" (next token), "mlm" (masked tokens), "plm" (tokens in a random order) or "sentence" (a class
+            of each text, from field ``label_column`` of ``.jsonl`` files).
         model: fields of ``config.json``; sizes of the vocabulary and special ids come from the tokenizer.
+        init_from: a model folder to begin with; its tokenizer is used unless another is given.
+        freeze: names of parameters that stay as they are; see :func:`pyrformer.finetune.freeze`.
+        lora: fields of :class:`pyrformer.finetune.LoraConfig`, to train low-rank changes in place of the weights.
         tokenizer: {"path": …} of one to use, or {"kind", "vocab_size", "preset", "min_frequency"} of one to train.
         seq_len: tokens in a row, at most; 0: as many as the model has positions.
         batch_size: rows in a batch.
@@ -77,6 +75,7 @@ class TrainConfig:
         adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; decay applies to matrices only.
         max_grad_norm: bound on the global gradient norm; 0: none.
         mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
+        plm_probability, max_span_length: see :class:`pyrformer.supervised.PermutationBatches`.
         cross_documents: for "ar", let tokens see the document before their own.
         column, errors, clean: see :func:`pyrformer.data.read_documents`.
         eval_every, log_every, save_every: in updates; 0: only at the end.
@@ -92,6 +91,9 @@ class TrainConfig:
     valid_fraction: float = 0.05
     objective: str = "ar"
     model: dict[str, Any] = field(default_factory=dict)
+    init_from: str = ""
+    freeze: list[str] = field(default_factory=list)
+    lora: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     seq_len: int = 0
     batch_size: int = 16
@@ -108,8 +110,11 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     mlm_probability: float = 0.15
     whole_word_mask: bool = False
+    plm_probability: float = 1 / 6
+    max_span_length: int = 5
     cross_documents: bool = False
     column: str = "text"
+    label_column: str = "label"
     errors: str = "strict"
     clean: list[str] = field(default_factory=list)
     eval_every: int = 250
@@ -134,7 +139,10 @@ class TrainConfig:
             self.lr_scheduler_type in SCHEDULES,
             f"lr_scheduler_type must be one of {SCHEDULES}, got {self.lr_scheduler_type!r}",
         )
-        for name in ("batch_size", "gradient_accumulation_steps", "max_steps"):
+        require(
+            0 < self.plm_probability <= 1, f"plm_probability must be in (0, 1], got {self.plm_probability}"
+        )
+        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "max_span_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seq_len", "warmup_steps", "eval_every", "log_every", "save_every", "seed", "threads"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
@@ -189,6 +197,19 @@ def train(config: TrainConfig, on_event: Event | None = None) -> Run:
     return _Trainer(config, on_event or (lambda _kind, _numbers: None)).run()
 
 
+@dataclass(frozen=True)
+class _Documents:
+    """Texts and, for "sentence", their labels."""
+
+    texts: list[str]
+    labels: list[str]
+
+    def where(self, keep: Callable[[int], bool]) -> _Documents:
+        """Those whose number is kept."""
+        texts = [t for i, t in enumerate(self.texts) if keep(i)]
+        return _Documents(texts, [x for i, x in enumerate(self.labels) if keep(i)])
+
+
 class _Trainer:
     def __init__(self, config: TrainConfig, on_event: Event):
         self.config, self.on_event = config, on_event
@@ -196,18 +217,15 @@ class _Trainer:
         self.done = self._prepare_folder()
         self.on_event("stage", {"what": "reading"})
         train_docs, valid_docs = self._documents()
-        self.tokenizer = self._tokenizer(train_docs, valid_docs)
-        self.on_event("stage", {"what": "tokenizing"})
-        threads = config.threads or None
-        self.corpus, self.held_out = (
-            tokenize(self.tokenizer, docs, objective=config.objective, threads=threads)
-            for docs in (train_docs, valid_docs)
-        )
+        self.labels = sorted(set(train_docs.labels))
+        self.tokenizer = self._tokenizer(train_docs.texts, valid_docs.texts)
         self.model = self._model()
         self.seq_len = config.seq_len or self.model.family.max_positions
         if self.seq_len > self.model.family.max_positions:
             most = self.model.family.max_positions
             raise ConfigError(f"[train] seq_len ({self.seq_len}) is more than the model's {most} positions")
+        self.on_event("stage", {"what": "tokenizing"})
+        self.corpus, self.held_out = self._tokenized(train_docs), self._tokenized(valid_docs)
         self.batches = self._batches(self.corpus, shuffle=True)
         self.evaluation = self._batches(self.held_out, shuffle=False)
         self.optimizer = AdamW(
@@ -217,6 +235,7 @@ class _Trainer:
             config.weight_decay,
             config.max_grad_norm,
         )
+        self.loss = "sentence_loss" if config.objective == "sentence" else "loss"
         self.seconds = 0.0
         self.recent: list[float] = []
 
@@ -249,23 +268,39 @@ class _Trainer:
             )
         return int(state["step"])
 
-    def _documents(self) -> tuple[list[str], list[str]]:
+    def _documents(self) -> tuple[_Documents, _Documents]:
+        """What to learn from and what to measure on."""
         c = self.config
-        options: dict[str, Any] = {"column": c.column, "errors": c.errors, "clean": c.clean}
-        documents = read_documents(c.files, **options)
+        documents = self._read(c.files)
         if c.valid:
-            return documents, read_documents(c.valid, **options)
-        if len(documents) > 1:
+            return documents, self._read(c.valid)
+        if len(documents.texts) > 1:
             # Every k-th document, so that ordered files are represented.
             every = max(2, round(1 / c.valid_fraction))
-            return [d for i, d in enumerate(documents) if i % every], documents[::every]
-        cut = int(len(documents[0]) * (1 - c.valid_fraction))
-        return [documents[0][:cut]], [documents[0][cut:]]
+            return documents.where(lambda i: i % every > 0), documents.where(lambda i: i % every == 0)
+        text = documents.texts[0]
+        cut = int(len(text) * (1 - c.valid_fraction))
+        return _Documents([text[:cut]], []), _Documents([text[cut:]], [])
+
+    def _read(self, files: list[str]) -> _Documents:
+        c = self.config
+        if c.objective == "sentence":
+            return _Documents(*read_labelled(files, column=c.column, label_column=c.label_column))
+        return _Documents(read_documents(files, column=c.column, errors=c.errors, clean=c.clean), [])
+
+    def _tokenized(self, documents: _Documents) -> Ragged | Labelled:
+        c, texts = self.config, documents.texts
+        if c.objective == "sentence":
+            return labelled(self.tokenizer, texts, documents.labels, self.labels, self.seq_len)
+        kind = "mlm" if c.objective == "mlm" else "ar"
+        return tokenize(self.tokenizer, texts, objective=kind, threads=c.threads or None)
 
     def _tokenizer(self, documents: list[str], held_out: list[str]) -> Tokenizer:
         if self.done:
             return Tokenizer.load(self.folder)
         options = dict(self.config.tokenizer)
+        if self.config.init_from and not options:
+            return Tokenizer.load(self.config.init_from)
         if not {"path", "kind", "preset"} & options.keys():
             options = {**DEFAULT_TOKENIZERS[self.config.objective], **options}
         known = {"path", "kind", "vocab_size", "preset", "min_frequency", "special_tokens"}
@@ -293,39 +328,36 @@ class _Trainer:
         return Tokenizer.train(iter(documents), **{**defaults, **options})
 
     def _model(self) -> Model:
-        c, t = self.config, self.tokenizer
-        fields = {**DEFAULT_MODELS[c.objective], **c.model} if "model_type" not in c.model else dict(c.model)
-        family = FAMILIES.get(fields["model_type"])
-        if family is not None and family[1].objective != c.objective:
-            raise ConfigError(
-                f"[train] a {fields['model_type']} model learns {family[1].objective!r}, not {c.objective!r}; "
-                f"set objective to {family[1].objective!r} or choose another model_type"
+        if self.done:
+            fields = read_json(self.folder / "config.json")
+            model = Model.from_config(
+                fields, seed=self.config.seed, tokenizer=self.tokenizer, threads=self.config.threads or None
             )
-        if family is not None:
-            known = {f.name for f in dataclasses.fields(family[0])} - {"extra"} | {"model_type"}
-            unknown = sorted(fields.keys() - known)
-            if unknown:
-                raise ConfigError(f"[train] a {fields['model_type']} model has no option {unknown[0]!r}")
-        given = fields.setdefault("vocab_size", t.vocab_size)
-        if isinstance(given, int) and given < t.vocab_size:
-            raise ConfigError(f"[train] vocab_size ({given}) is smaller than the tokenizer's {t.vocab_size}")
-        if c.seq_len and fields["model_type"] == "gpt2":
-            fields.setdefault("n_positions", c.seq_len)
-        fields.setdefault("bos_token_id", t.bos_token_id)
-        fields.setdefault("eos_token_id", t.eos_token_id)
-        fields.setdefault("pad_token_id", t.pad_token_id)
-        return Model.from_config(fields, seed=c.seed, tokenizer=t, threads=c.threads or None)
+            apply_changes(model, self.config)
+            return model
+        return initial_model(self.config, self.tokenizer, self.labels)
 
-    def _batches(self, corpus: Ragged, *, shuffle: bool) -> Batches:
+    def _batches(
+        self, corpus: Ragged | Labelled, *, shuffle: bool
+    ) -> Batches | PermutationBatches | LabelledBatches:
         c = self.config
+        shared: dict[str, Any] = {
+            "seq_len": self.seq_len,
+            "batch_size": c.batch_size,
+            "seed": c.seed,
+            "shuffle": shuffle,
+        }
+        if isinstance(corpus, Labelled):
+            return LabelledBatches(corpus, pad_token_id=self.tokenizer.pad_token_id, **shared)
+        if c.objective == "plm":
+            return PermutationBatches(
+                corpus, **shared, plm_probability=c.plm_probability, max_span_length=c.max_span_length
+            )
         return Batches(
             corpus,
             c.objective,
-            seq_len=self.seq_len,
-            batch_size=c.batch_size,
+            **shared,
             tokenizer=self.tokenizer,
-            seed=c.seed,
-            shuffle=shuffle,
             cross_documents=c.cross_documents,
             masking=Masking(c.mlm_probability, whole_word=c.whole_word_mask),
         )
@@ -418,13 +450,13 @@ class _Trainer:
         )
         parts = c.gradient_accumulation_steps
         batches = [self.batches.ready(step * parts + i) for i in range(parts)]
-        labels = max(1, sum(b.labels for b in batches))
+        labels = max(1, sum(b.labels + b.sentence_labels for b in batches))
         losses = [self._run(batch, step * parts + i, labels, step, lr) for i, batch in enumerate(batches)]
         out = losses[-1]
         if parts > 1:
             make = partial(programs.apply_step, self.model.family, self.optimizer)
             out = self.model.program(("apply_step",), make)(lr=lr, step=step + 1)
-        loss = sum(float(o["loss"]) for o in losses)
+        loss = sum(float(o[self.loss]) for o in losses)
         loss, norm = loss / labels, float(out["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise InputError(
@@ -445,7 +477,7 @@ class _Trainer:
 
     def _run(self, batch: Batch, draw: int, labels: int, step: int, lr: float) -> dict[str, Any]:
         """One forward and backward pass, with the update where it is the step's only one."""
-        inputs: dict[str, Any] = {**batch.arrays, "loss_scale": 1.0 / labels}
+        inputs: dict[str, Any] = {**self._arrays(batch), programs.SCALES[self.loss]: 1.0 / labels}
         if self.config.gradient_accumulation_steps == 1:
             make = partial(programs.train_step, self.model.family, batch.sizes, self.optimizer)
             program = self.model.program(("train_step", batch.sizes), make)
@@ -457,13 +489,24 @@ class _Trainer:
             inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)
         return program(**inputs)
 
+    def _arrays(self, batch: Batch) -> dict[str, Any]:
+        """A batch's arrays as the family takes them: positions from its first row on, types only where it has some."""
+        arrays = dict(batch.arrays)
+        arrays["position_ids"] = arrays["position_ids"] + np.int32(self.model.family.position_offset)
+        if not self.model.family.uses_token_types:
+            arrays.pop("token_type_ids", None)
+        elif "token_type_ids" not in arrays:
+            arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
+        return arrays
+
     def _evaluate(self, step: int, metrics: TextIO) -> float:
         total, labels = 0.0, 0
         for i in range(self.evaluation.batches_per_pass):
             batch = self.evaluation.ready(i)
             make = partial(programs.evaluate, self.model.family, batch.sizes)
-            total += float(self.model.program(("evaluate", batch.sizes), make)(**batch.arrays)["loss"])
-            labels += batch.labels
+            run = self.model.program(("evaluate", batch.sizes), make)
+            total += float(run(**self._arrays(batch))[self.loss])
+            labels += batch.labels + batch.sentence_labels
         loss = total / max(1, labels)
         numbers = {"step": step, "valid_loss": loss, "valid_labels": labels}
         _write(metrics, numbers)

@@ -29,6 +29,21 @@ class ModelConfig:
     #: The names of ``config.json``'s ``architectures`` that the family builds, the usual one first.
     ARCHITECTURES: ClassVar[tuple[str, ...]]
 
+    #: What the family calls the sizes that all have.
+    SIZES: ClassVar[dict[str, str]] = {
+        "layers": "num_hidden_layers",
+        "width": "hidden_size",
+        "heads": "num_attention_heads",
+        "positions": "max_position_embeddings",
+    }
+    #: Sizes of a model that a laptop trains, for what a new run does not say.
+    SMALL: ClassVar[dict[str, Any]] = {
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+    }
+
     vocab_size: int
     architecture: str = ""
     bos_token_id: int | None = None

@@ -13,7 +13,7 @@ Letters: B batch, T tokens, C dim, V vocab_size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pyrformer.errors import InputError
 from pyrformer.models.base import Family, Inputs, ModelConfig
@@ -36,6 +36,14 @@ class DistilBertConfig(ModelConfig):
         "DistilBertForSequenceClassification",
         "DistilBertForTokenClassification",
     )
+
+    SIZES: ClassVar[dict[str, str]] = {
+        "layers": "n_layers",
+        "width": "dim",
+        "heads": "n_heads",
+        "positions": "max_position_embeddings",
+    }
+    SMALL: ClassVar[dict[str, Any]] = {"n_layers": 4, "dim": 128, "n_heads": 4, "hidden_dim": 512}
 
     dim: int = 768
     n_layers: int = 6

@@ -28,6 +28,8 @@ class FalconConfig(ModelConfig):
     model_type: ClassVar[str] = "falcon"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("FalconForCausalLM",)
 
+    SMALL: ClassVar[dict[str, Any]] = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4}
+
     hidden_size: int = 4544
     num_hidden_layers: int = 32
     num_attention_heads: int = 71

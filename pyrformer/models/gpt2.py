@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pyrformer.models.base import Family, Inputs, ModelConfig
 from pyrformer.models.positions import sinusoids
@@ -41,6 +41,14 @@ class GPT2Config(ModelConfig):
 
     model_type: ClassVar[str] = "gpt2"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("GPT2LMHeadModel",)
+
+    SIZES: ClassVar[dict[str, str]] = {
+        "layers": "n_layer",
+        "width": "n_embd",
+        "heads": "n_head",
+        "positions": "n_positions",
+    }
+    SMALL: ClassVar[dict[str, Any]] = {"n_layer": 4, "n_embd": 128, "n_head": 4}
 
     n_positions: int = 1024
     n_embd: int = 768

@@ -31,6 +31,16 @@ class LlamaConfig(ModelConfig):
     model_type: ClassVar[str] = "llama"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM",)
 
+    # The gated MLP has three matrices: 8/3 of the width makes it as large as one of two.
+    SMALL: ClassVar[dict[str, Any]] = {
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "intermediate_size": 384,
+    }
+
     tie_word_embeddings: bool = False
     hidden_size: int = 4096
     intermediate_size: int = 11008

@@ -37,6 +37,13 @@ class ModernBertConfig(ModelConfig):
         "ModernBertForTokenClassification",
     )
 
+    SMALL: ClassVar[dict[str, Any]] = {
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "intermediate_size": 192,
+    }
+
     hidden_size: int = 768
     intermediate_size: int = 1152
     num_hidden_layers: int = 22

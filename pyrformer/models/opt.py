@@ -13,7 +13,7 @@ Letters: B batch, T tokens, C hidden_size, V vocab_size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pyrformer.models.base import Family, Inputs, Ints, ModelConfig, masked_positions
 from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
@@ -26,6 +26,13 @@ class OPTConfig(ModelConfig):
 
     model_type: ClassVar[str] = "opt"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("OPTForCausalLM",)
+
+    SMALL: ClassVar[dict[str, Any]] = {
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "ffn_dim": 512,
+    }
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

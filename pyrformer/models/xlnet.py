@@ -18,7 +18,7 @@ Letters: B batch, T tokens, P targets, S keys (remembered ones and T), C d_model
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,14 @@ class XLNetConfig(ModelConfig):
 
     model_type: ClassVar[str] = "xlnet"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("XLNetLMHeadModel",)
+
+    SIZES: ClassVar[dict[str, str]] = {
+        "layers": "n_layer",
+        "width": "d_model",
+        "heads": "n_head",
+        "positions": "max_position_embeddings",
+    }
+    SMALL: ClassVar[dict[str, Any]] = {"n_layer": 4, "d_model": 128, "n_head": 4, "d_inner": 512}
 
     d_model: int = 1024
     n_layer: int = 24

@@ -1,7 +1,7 @@
 """What a model is written with: modules that hold parameters, functions that record operations."""
 
 from pyrformer.nn import functional
-from pyrformer.nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
+from pyrformer.nn.layers import Conv1D, Embedding, LayerNorm, Linear, Lora, RMSNorm
 from pyrformer.nn.module import ONES, ZEROS, Constant, Init, Module, Normal, Parameter, Table
 from pyrformer.nn.trace import Tensor, Trace
 
@@ -14,6 +14,7 @@ __all__ = [
     "Init",
     "LayerNorm",
     "Linear",
+    "Lora",
     "Module",
     "Normal",
     "Parameter",

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from pyrformer.nn import functional as F
-from pyrformer.nn.module import ONES, ZEROS, Init, Module, Parameter
+from pyrformer.nn.module import ONES, ZEROS, Init, Module, Normal, Parameter
 from pyrformer.nn.trace import Tensor
+
+
+class Lora(Module):
+    """A change of low rank beside a linear layer (Hu et al. 2021, section 4.1): ``scale · B·A·x``, A ``[r, C]`` and
+    B ``[N, r]``, scale α/r. B begins with zeros, so nothing changes at first."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, dropout: float):
+        self.lora_A = Linear(inputs, rank, Normal((3 * inputs) ** -0.5), bias=False)
+        self.lora_B = Linear(rank, outputs, ZEROS, bias=False)
+        self.scale = alpha / rank
+        self._dropout = dropout
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.lora_B(self.lora_A(F.dropout(x, self._dropout))) * self.scale
 
 
 class Embedding(Module):
@@ -23,10 +37,12 @@ class Linear(Module):
     def __init__(self, inputs: int, outputs: int, init: Init, *, bias: bool = True):
         self.weight = Parameter((outputs, inputs), init)
         self.bias = Parameter((outputs,), ZEROS) if bias else None
+        self.lora: Lora | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else x.trace.parameter(self.bias)
-        return F.linear(x, x.trace.parameter(self.weight), bias)
+        y = F.linear(x, x.trace.parameter(self.weight), bias)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class Conv1D(Module):
@@ -35,10 +51,12 @@ class Conv1D(Module):
     def __init__(self, inputs: int, outputs: int, init: Init, *, bias: bool = True):
         self.weight = Parameter((inputs, outputs), init)
         self.bias = Parameter((outputs,), ZEROS) if bias else None
+        self.lora: Lora | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else x.trace.parameter(self.bias)
-        return F.linear(x, x.trace.parameter(self.weight), bias, transposed=True)
+        y = F.linear(x, x.trace.parameter(self.weight), bias, transposed=True)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class LayerNorm(Module):

@@ -81,6 +81,16 @@ class Module:
                 seen.add(id(parameter))
                 yield name, parameter
 
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """All modules below this one with their names."""
+        for name, child in vars(self).items():
+            children = enumerate(child) if isinstance(child, list) else [(None, child)]
+            for i, item in children:
+                if isinstance(item, Module):
+                    full = f"{prefix}{name}" if i is None else f"{prefix}{name}.{i}"
+                    yield full, item
+                    yield from item.named_modules(f"{full}.")
+
     def tied_names(self) -> dict[str, str]:
         """Further names of parameters that are reached twice → their first name."""
         first: dict[int, str] = {}

@@ -1,0 +1,121 @@
+"""The model that a run begins with: freshly made, or opened from a folder; whole, frozen in part, or with LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from pyrformer.checkpoint import load
+from pyrformer.errors import ConfigError
+from pyrformer.finetune import LoraConfig
+from pyrformer.model import Model
+from pyrformer.models import FAMILIES
+
+if TYPE_CHECKING:
+    from pyrformer.tokenizers import Tokenizer
+    from pyrformer.trainer import TrainConfig
+
+#: The family of an objective where none is configured.
+DEFAULT_FAMILY = {"ar": "gpt2", "mlm": "bert", "plm": "xlnet", "sentence": "bert"}
+
+
+def initial_model(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
+    """The model of a new run.
+
+    Args:
+        tokenizer: gives the vocabulary's size and the special ids of a fresh model.
+        labels: names of the classes, for "sentence".
+
+    Raises:
+        ConfigError, FileError, InputError: the options contradict each other, or the folder to begin with.
+    """
+    model = _opened(config, tokenizer, labels) if config.init_from else _fresh(config, tokenizer, labels)
+    learns = model.family.objective
+    if learns != config.objective:
+        kind = model.family.config.model_type
+        raise ConfigError(
+            f"[train] a {kind} model learns {learns!r}, not {config.objective!r}; "
+            f"set objective to {learns!r} or choose another model_type"
+        )
+    apply_changes(model, config)
+    return model
+
+
+def apply_changes(model: Model, config: TrainConfig) -> None:
+    """Freezes parameters and adds low-rank changes as the options say.
+
+    Raises:
+        ConfigError, InputError: an option is unknown or matches nothing.
+    """
+    if config.freeze:
+        model.freeze(config.freeze)
+    if config.lora:
+        known = {f.name for f in dataclasses.fields(LoraConfig)}
+        unknown = sorted(config.lora.keys() - known)
+        if unknown:
+            raise ConfigError(
+                f"[train] lora has no option {unknown[0]!r}; known ones: {', '.join(sorted(known))}"
+            )
+        model.add_lora(LoraConfig(**config.lora), seed=config.seed)
+
+
+def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
+    fields = dict(config.model)
+    kind = fields.setdefault("model_type", DEFAULT_FAMILY[config.objective])
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"[train] unknown model_type {kind!r}; known families: {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[kind][0]
+    known = {f.name for f in dataclasses.fields(family)} - {"extra", "architecture"} | {"model_type"}
+    unknown = sorted(fields.keys() - known - {"architectures"})
+    if unknown:
+        raise ConfigError(f"[train] a {kind} model has no option {unknown[0]!r}")
+    given = fields.setdefault("vocab_size", tokenizer.vocab_size)
+    if isinstance(given, int) and given < tokenizer.vocab_size:
+        raise ConfigError(
+            f"[train] vocab_size ({given}) is smaller than the tokenizer's {tokenizer.vocab_size}"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))
+    fields = {**family.SMALL, **fields}
+    if config.seq_len:
+        # RoBERTa counts positions from the padding's id.
+        before = (fields["pad_token_id"] or 0) + 1 if kind == "roberta" else 0
+        fields.setdefault(family.SIZES["positions"], config.seq_len + before)
+    if labels:
+        fields |= _classes(family.ARCHITECTURES, labels)
+    return Model.from_config(fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None)
+
+
+def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
+    """The model of ``init_from``, with the fields of ``model`` on top; a classifier gets a fresh head."""
+    base = load(config.init_from, threads=config.threads or None)
+    if base.family.config.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"[train] the tokenizer's {tokenizer.vocab_size} tokens are more than the "
+            f"{base.family.config.vocab_size} of {config.init_from}"
+        )
+    fields = {**base.config, **config.model}
+    if labels:
+        fields |= _classes(type(base.family.config).ARCHITECTURES, labels)
+    model = Model.from_config(fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None)
+    known = base.state_dict()
+    for name, parameter in model.family.named_parameters():
+        if name in known and known[name].shape == parameter.shape:
+            model.store.set(name, known[name])
+        elif config.objective != "sentence":
+            raise ConfigError(f"[train] {config.init_from} has no tensor {name!r} of the configured shape")
+    model.generation_config = base.generation_config
+    return model
+
+
+def _classes(architectures: tuple[str, ...], labels: list[str]) -> dict[str, Any]:
+    found = [a for a in architectures if a.endswith("ForSequenceClassification")]
+    if not found:
+        raise ConfigError("[train] this family has no head that classifies texts")
+    return {
+        "architectures": found[:1],
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
