@@ -15,9 +15,13 @@ import click
 #: Command → (file, first line of its help).
 COMMANDS = {
     "bench": ("bench", "Measure this machine."),
+    "compare": ("compare", "Compare two models on a text."),
+    "embed": ("embed", "Print vectors of texts."),
+    "eval": ("eval", "Measure a model on a text."),
     "fill-mask": ("fill_mask", "Propose tokens for the masks in a text."),
     "plan": ("plan", "Print the compiled plan of a model."),
     "sample": ("sample", "Continue a text."),
+    "score": ("score", "Print how probable texts are."),
     "train": ("train", "Train a model on text files."),
 }
 

@@ -73,10 +73,30 @@ def load(
         from pyrformer.tokenizers import Tokenizer
 
         tokenizer = Tokenizer.load(folder / TOKENIZER)
-    model = Model(family, tokenizer, dtype or "float32", threads, generation)
+    model = Model(family, tokenizer, dtype or "float32", threads, generation, _pooling(folder))
     for name, tensor in _tensors(folder, family).items():
         model.store.set(name, tensor.astype(model.dtype, copy=False))
     return model
+
+
+def _pooling(folder: Path) -> dict[str, Any]:
+    """What sentence-transformers' files say of a text's vector."""
+    if not (folder / "1_Pooling" / "config.json").is_file():
+        return {}
+    raw = read_json(folder / "1_Pooling" / "config.json")
+    kinds = {
+        "cls": "pooling_mode_cls_token",
+        "mean": "pooling_mode_mean_tokens",
+        "last": "pooling_mode_lasttoken",
+    }
+    chosen = [kind for kind, name in kinds.items() if raw.get(name)]
+    if len(chosen) != 1:
+        raise FileError(
+            f"[load] {folder}/1_Pooling/config.json asks for a pooling other than {', '.join(kinds)}"
+        )
+    modules = folder / "modules.json"
+    normalize = modules.is_file() and "Normalize" in modules.read_text(encoding="utf-8")
+    return {"pooling": chosen[0], "normalize": normalize}
 
 
 def _tensors(folder: Path, family: Family) -> dict[str, Any]:

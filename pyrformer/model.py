@@ -6,7 +6,7 @@ Letters: B batch, T tokens, C width, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from pyrformer.models.base import Family
 if TYPE_CHECKING:
     from pyrformer.finetune import LoraConfig
     from pyrformer.generate import Generation
+    from pyrformer.score import Scores
     from pyrformer.tokenizers import Tokenizer
 
 
@@ -81,6 +82,8 @@ class Model:
     dtype: str = "float32"
     threads: int | None = None
     generation_config: dict[str, Any] = field(default_factory=dict)
+    #: How :meth:`embed` makes a text's vector, where the model's folder says it: "pooling" and "normalize".
+    pooling: dict[str, Any] = field(default_factory=dict)
     store: _core.Store = field(default_factory=_core.Store)
     _programs: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
     _cache: tuple[int, int] | None = None
@@ -250,6 +253,18 @@ class Model:
         from pyrformer.generate import stream
 
         return stream(self, prompt, config, **options)
+
+    def score(self, texts: Iterable[str | Sequence[int]], **options: Any) -> Scores:
+        """Log-probabilities of texts; see :func:`pyrformer.score.score`."""
+        from pyrformer.score import score
+
+        return score(self, texts, **options)
+
+    def embed(self, texts: Iterable[str | Sequence[int]], **options: Any) -> npt.NDArray[np.float32]:
+        """Vectors of texts, float32 ``[N, C]``; see :func:`pyrformer.score.embed`."""
+        from pyrformer.score import embed
+
+        return embed(self, texts, **options)
 
     def fill_mask(self, text: str, top_k: int = 5) -> list[list[FillMask]]:
         """The ``top_k`` most probable tokens for each mask token of ``text``, most probable first.

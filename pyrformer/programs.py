@@ -85,12 +85,7 @@ def _losses(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> dict[str, 
     if model.objective == "ar":
         losses["loss"] = model.loss(hidden, trace.input("labels", "int32", (s.batch, s.tokens)))
     elif s.labelled:
-        positions = trace.input("positions", "int32", (s.labelled,))
-        labels = trace.input("labels", "int32", (s.labelled,))
-        with trace.scope("masked"):
-            flat = F.reshape(hidden, (hidden.shape[0] * hidden.shape[1], hidden.shape[2]))
-            rows = F.gather(flat, positions)
-        losses["loss"] = model.loss(rows, labels)
+        losses["loss"] = model.loss(*_labelled_rows(trace, hidden, s))
     head = model.sentence_output(hidden) if s.sentences else None
     if head is not None:
         pooled, weight, bias = head
@@ -98,6 +93,14 @@ def _losses(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> dict[str, 
         with trace.scope("sentence"):
             losses["sentence_loss"] = F.linear_cross_entropy(pooled, trace.parameter(weight), bias, labels)
     return losses
+
+
+def _labelled_rows(trace: Trace, hidden: Tensor, s: Sizes) -> tuple[Tensor, Tensor]:
+    """The rows of ``hidden [B, T, C]`` that have labels ``[M, C]``, and the labels."""
+    positions = trace.input("positions", "int32", (s.labelled,))
+    with trace.scope("labelled"):
+        flat = F.reshape(hidden, (hidden.shape[0] * hidden.shape[1], hidden.shape[2]))
+        return F.gather(flat, positions), trace.input("labels", "int32", (s.labelled,))
 
 
 def forward(
@@ -132,6 +135,25 @@ def evaluate(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     for name, value in _losses(trace, model, hidden, s).items():
         trace.output(name, value)
     return Traced("evaluate", trace)
+
+
+def token_losses(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
+    """Outputs ``losses``, −log p of each label: ``[B, T]`` for "ar" families, ``[M]`` otherwise; 0 without a label."""
+    trace = Trace(dtype)
+    hidden = model.hidden_states(_inputs(trace, model, s))[-1]
+    if model.objective == "ar":
+        rows, labels = hidden, trace.input("labels", "int32", (s.batch, s.tokens))
+    else:
+        rows, labels = _labelled_rows(trace, hidden, s)
+    trace.output("losses", model.token_losses(rows, labels))
+    return Traced("token_losses", trace)
+
+
+def encode(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
+    """Outputs the last hidden state ``hidden [B, T, C]``, without the head."""
+    trace = Trace(dtype)
+    trace.output("hidden", model.hidden_states(_inputs(trace, model, s))[-1])
+    return Traced("encode", trace)
 
 
 def _backward(trace: Trace, model: Family, s: Sizes) -> tuple[list[Parameter], list[Tensor]]:

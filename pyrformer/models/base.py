@@ -253,6 +253,13 @@ class Family(Module):
             weight_value = hidden.trace.parameter(weight)
             return F.linear_cross_entropy(self.transform(hidden), weight_value, bias, labels)
 
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy of each row of ``hidden [.., C]`` against ``labels int32[..]``, ``[..]``."""
+        weight, bias = self.output(hidden.trace)
+        with hidden.trace.scope("lm_head"):
+            weight_value = hidden.trace.parameter(weight)
+            return F.linear_token_losses(self.transform(hidden), weight_value, bias, labels)
+
     def transform(self, hidden: Tensor) -> Tensor:
         """What the head does to ``hidden [.., C]`` before it meets the output weights."""
         return hidden

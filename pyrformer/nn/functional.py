@@ -248,6 +248,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
     return x.trace.apply({"linear_cross_entropy": {"bias": bias is not None}}, *operands)[0]
 
 
+def linear_token_losses(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """−log softmax(x·Wᵀ + b) at ``labels int32[..]``, ``[..]``, 0 where they are negative; the logits are never held in
+    full."""
+    operands = [x, weight, *([] if bias is None else [bias]), labels]
+    return x.trace.apply({"linear_token_losses": {"bias": bias is not None}}, *operands)[0]
+
+
 def cache_write(cache: Tensor, new: Tensor, row: Tensor, start: Tensor, count: Tensor) -> Tensor:
     """``new [B, T, C]`` into ``cache [R, S, C]``: the first count[b] tokens of b to row row[b] from slot start[b]."""
     return new.trace.apply("cache_write", cache, new, row, start, count)[0]

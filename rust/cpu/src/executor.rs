@@ -39,7 +39,9 @@ impl Target for Cpu {
                 let x = &inputs[1].shape;
                 norm::layer_norm_grad_scratch(x.rows(), x.cols()) * size(inputs[1])
             }
-            Op::LinearCrossEntropy { .. } | Op::LinearCrossEntropyGrad { .. } => {
+            Op::LinearCrossEntropy { .. }
+            | Op::LinearCrossEntropyGrad { .. }
+            | Op::LinearTokenLosses { .. } => {
                 loss::scratch_elements(inputs[0].shape.rows(), inputs[1].shape.0[0]) * size(inputs[0])
             }
             Op::GlobalNorm => {
@@ -509,7 +511,9 @@ impl<'a> Run<'a> {
                 let d = [0, 1, 2, 3, 4, 5, 6].map(|i| self.y(i));
                 relative::relative_attention_grad(pool, &self.work.workers, &x, self.x(0), d)?;
             }
-            Op::LinearCrossEntropy { bias } => self.loss::<T>(*bias, None)?,
+            Op::LinearCrossEntropy { bias } | Op::LinearTokenLosses { bias } => {
+                self.loss::<T>(*bias, None)?
+            }
             Op::LinearCrossEntropyGrad { bias } => {
                 let dloss = self.x::<T>(3 + usize::from(*bias)).row(0)[0];
                 let dbias = bias.then(|| self.flat_mut(3));
@@ -584,6 +588,7 @@ impl<'a> Run<'a> {
     fn loss<T: Element>(&self, bias: bool, gradients: Option<Gradients<'_, T>>) -> Result<()> {
         let labels = self.ints(2 + usize::from(bias));
         let head = Head { x: self.x(0), weight: self.x(1), bias: bias.then(|| self.x(2)), labels };
-        linear_cross_entropy(self.pool, T::packs(self.work), head, self.y(0), gradients, self.scratch())
+        let loss = self.flat_mut(0);
+        linear_cross_entropy(self.pool, T::packs(self.work), head, loss, gradients, self.scratch())
     }
 }

@@ -262,6 +262,7 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
         Op::RelativeAttention(spec) => vec![relative_attention(spec, ins, 0).0],
         Op::RelativeAttentionGrad(spec) => relative_attention(spec, ins, 1).1,
         Op::LinearCrossEntropy { bias } => one(vec![cross_entropy(ins, *bias).iter().map(|r| r.0).sum()]),
+        Op::LinearTokenLosses { bias } => one(cross_entropy(ins, *bias).iter().map(|r| r.0).collect()),
         Op::LinearCrossEntropyGrad { bias } => cross_entropy_grad(ins, *bias),
         Op::CountLabels { .. } => one(vec![n(0).iter().filter(|&&l| l >= 0).count() as f64]),
         Op::CacheWrite => {

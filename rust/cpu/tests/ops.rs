@@ -377,6 +377,14 @@ fn forward_only() -> Vec<(&'static str, Build)> {
         ),
         ("cached_attention key_bias", cached(AttentionSpec { key_bias: true, ..attention_spec(4, 2) })),
         (
+            "linear_token_losses",
+            case(|c| {
+                let (x, w, b) = (c.float("x", &[2, 5, 6]), c.float("w", &[9, 6]), c.float("b", &[9]));
+                let labels = c.ints("labels", &[2, 5], vec![0, -100, 8, 3, 3, -100, 1, 2, 8, 0]);
+                c.op1(Op::LinearTokenLosses { bias: true }, &[x, w, b, labels])
+            }),
+        ),
+        (
             "global_norm",
             case(|c| {
                 let grads = [c.float("a", &[70, 300]), c.float("b", &[5]), c.float("c", &[])];

@@ -189,6 +189,7 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         | Op::AttentionGrad(_)
         | Op::RelativeAttentionGrad(_)
         | Op::LinearCrossEntropyGrad { .. }
+        | Op::LinearTokenLosses { .. }
         | Op::CacheWrite
         | Op::CachedAttention(_)
         | Op::GlobalNorm

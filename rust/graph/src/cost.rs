@@ -25,7 +25,9 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
             let inner = if *ta { inputs[0].shape.rows() } else { inputs[0].shape.cols() };
             2 * elements(outputs[0]) * inner as u64
         }
-        Op::LinearCrossEntropy { .. } => 2 * elements(inputs[1]) * inputs[0].shape.rows() as u64,
+        Op::LinearCrossEntropy { .. } | Op::LinearTokenLosses { .. } => {
+            2 * elements(inputs[1]) * inputs[0].shape.rows() as u64
+        }
         // Logits, their gradient times W, and times x.
         Op::LinearCrossEntropyGrad { .. } => 6 * elements(inputs[1]) * inputs[0].shape.rows() as u64,
         Op::Attention(spec) => 4 * pairs(spec, inputs[0]) * (inputs[0].shape.cols() as u64),

@@ -339,6 +339,12 @@ pub enum Op {
         /// Whether the bias operand and its gradient are present.
         bias: bool,
     },
+    /// `x [.., C], weight [V, C], (bias [V]), labels i32[..] → losses [..]`: −log softmax(x·Wᵀ + b) of each row at its
+    /// label, 0 without one, in chunks of rows as above.
+    LinearTokenLosses {
+        /// Whether the bias operand is present.
+        bias: bool,
+    },
     /// `labels i32[..] → []`: how many labels are ≥ 0, as `dtype`.
     CountLabels {
         /// Type of the result.
@@ -413,6 +419,7 @@ impl Op {
             Self::RelativeAttentionGrad(_) => "relative_attention_grad",
             Self::LinearCrossEntropy { .. } => "linear_cross_entropy",
             Self::LinearCrossEntropyGrad { .. } => "linear_cross_entropy_grad",
+            Self::LinearTokenLosses { .. } => "linear_token_losses",
             Self::CountLabels { .. } => "count_labels",
             Self::CacheWrite => "cache_write",
             Self::CachedAttention(_) => "cached_attention",
@@ -719,6 +726,11 @@ impl Check<'_> {
             Op::LinearCrossEntropy { bias } => {
                 self.cross_entropy(*bias, 0)?;
                 Ok(vec![TensorType::new(self.operands[0].dtype, Shape::scalar())])
+            }
+            Op::LinearTokenLosses { bias } => {
+                self.cross_entropy(*bias, 0)?;
+                let rows = self.shape(2 + usize::from(*bias)).clone();
+                Ok(vec![TensorType::new(self.operands[0].dtype, rows)])
             }
             Op::LinearCrossEntropyGrad { bias } => {
                 self.cross_entropy(*bias, 1)?;

@@ -66,7 +66,9 @@ fn attributes(op: &Op) -> Vec<String> {
         }
         Op::LayerNorm { eps, .. } => out.push(format!("eps={eps:e}")),
         Op::Attention(s) | Op::AttentionGrad(s) | Op::CachedAttention(s) => attention(&mut out, s),
-        Op::LinearCrossEntropy { bias } | Op::LinearCrossEntropyGrad { bias } => {
+        Op::LinearCrossEntropy { bias }
+        | Op::LinearCrossEntropyGrad { bias }
+        | Op::LinearTokenLosses { bias } => {
             out.extend(bias.then(|| "bias".to_owned()));
         }
         Op::RopeTable { inv_freq, scale, .. } => {

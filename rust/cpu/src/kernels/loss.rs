@@ -60,7 +60,7 @@ simd_fn! {
     }
 }
 
-/// The summed loss into `loss` [], and the gradients if asked for.
+/// The loss of each row into `loss` [N], or their sum where that is [] (or N is 1), and the gradients if asked for.
 ///
 /// # Errors
 /// When a label is not below V.
@@ -126,6 +126,11 @@ pub(crate) fn linear_cross_entropy<T: Real>(
             }
             (0..n).for_each(|r| add_row(d.row(r), sum));
         }
+    }
+    if loss.cols == rows {
+        // SAFETY: no task runs.
+        unsafe { loss.row_mut(0) }.copy_from_slice(unsafe { losses.as_mat() }.row(0));
+        return Ok(());
     }
     // SAFETY: no task runs.
     unsafe {

@@ -1,0 +1,57 @@
+"""``pyrformer eval``: what a model knows of a text."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+import pyrformer as pf
+from pyrformer.data import read_documents
+from pyrformer.evaluate import evaluate
+
+
+@click.command()
+@click.argument("run", type=click.Path())
+@click.argument("files", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--column", default="text", show_default=True, help="Field of .jsonl lines that holds the text."
+)
+@click.option("--limit", type=click.IntRange(1), help="Read so many characters of each text at most.")
+@click.option("--stride", type=int, help="Tokens between windows over long texts.  [default: half a window]")
+@click.option("--within-word", is_flag=True, help="Masked models: hide the rest of a token's word, too.")
+@click.option("--threads", type=click.IntRange(1), help="Threads to use.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    run: str,
+    files: tuple[str, ...],
+    column: str,
+    limit: int | None,
+    stride: int | None,
+    within_word: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure the model in the folder RUN on FILES (.txt, .jsonl).
+
+    Autoregressive models: exact log-likelihood, perplexity, bits per byte. Masked models: pseudo-log-likelihood (one
+    pass a token: slow; see --limit), pseudo-perplexity, and the share of hidden tokens that are guessed.
+    """
+    model = pf.load(run, threads=threads)
+    texts = [text[:limit] for text in read_documents(list(files), column=column)]
+    found = evaluate(model, texts, stride=stride, within_word=within_word)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+        return
+    pseudo = "pseudo-" if found.objective == "mlm" else ""
+    lines = [
+        (f"{pseudo}log-likelihood", f"{found.log_likelihood:.2f} nats"),
+        ("tokens", f"{found.tokens}"),
+        ("bytes", f"{found.bytes}"),
+        (f"{pseudo}perplexity", f"{found.perplexity:.3f} a token"),
+        ("bits per byte", f"{found.bits_per_byte:.4f}"),
+    ]
+    if found.masked_accuracy is not None:
+        lines.append(("masked accuracy", f"{found.masked_accuracy:.1%} of hidden tokens guessed"))
+    for name, value in lines:
+        click.echo(f"{name:24}{value}")
