@@ -45,5 +45,9 @@ class ResourceError(Error, MemoryError):
     """Memory or threads that cannot be had."""
 
 
+class DeviceError(Error, RuntimeError):
+    """A device that is missing, too small, or cannot do what a plan asks of it."""
+
+
 class InternalError(Error, RuntimeError):
     """A broken invariant: a fault of pyrformer."""

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use pyrformer_cpu::{Cpu, CpuExecutor, simd, threads};
+use pyrformer_cuda::Cuda;
 use pyrformer_graph::autodiff::gradients;
-use pyrformer_graph::{DType, Op, Shape, TensorType, ValueId, lower, passes};
+use pyrformer_graph::{DType, Op, Shape, Target, TensorType, ValueId, lower, passes};
 
 use crate::array::{Given, to_numpy};
 use crate::enter::{Failure, enter};
@@ -128,10 +129,19 @@ impl Graph {
         Ok(Self { inner: Mutex::new(graph) })
     }
 
-    /// The plan of this graph, as it is.
-    fn lower(&self, py: Python<'_>) -> PyResult<Plan> {
+    /// The plan of this graph, as it is, for an executor: "cpu" or "cuda".
+    #[pyo3(signature = (target="cpu"))]
+    fn lower(&self, py: Python<'_>, target: &str) -> PyResult<Plan> {
+        let target: &(dyn Target + Sync) = match target {
+            "cpu" => &Cpu,
+            "cuda" => &Cuda,
+            _ => {
+                let message = format!("[device] there is no device {target:?}; use \"cpu\" or \"cuda\"");
+                return Err(Failure::new("InputError", message).into());
+            }
+        };
         let graph = self.lock().clone();
-        Ok(Plan { inner: Arc::new(enter(py, move || lower(&graph, &Cpu))?) })
+        Ok(Plan { inner: Arc::new(enter(py, move || lower(&graph, target))?) })
     }
 
     fn __str__(&self) -> String {
@@ -147,6 +157,12 @@ impl Graph {
 #[pyclass(frozen, module = "pyrformer._core")]
 pub(crate) struct Plan {
     inner: Arc<pyrformer_graph::Plan>,
+}
+
+impl Plan {
+    pub(crate) fn shared(&self) -> Arc<pyrformer_graph::Plan> {
+        self.inner.clone()
+    }
 }
 
 #[pymethods]

@@ -4,6 +4,7 @@
 use pyo3::prelude::*;
 
 mod array;
+mod cuda;
 mod data;
 mod enter;
 mod files;
@@ -17,6 +18,8 @@ mod text;
 mod _core {
     use super::{PyModule, PyModuleMethods, PyResult};
 
+    #[pymodule_export]
+    use super::cuda::{cuda_program, cuda_sources};
     #[pymodule_export]
     use super::data::{CausalBatches, MaskedBatches, read_documents};
     #[pymodule_export]

@@ -1,0 +1,329 @@
+"""Runs plans on a device: states, one arena, launch records, and the whole program captured as one graph.
+
+A program's first run walks its records, which loads every kernel; the second is captured, and replayed from then on.
+Addresses are frozen in a graph, so states and arena are allocated before; a larger program's larger arena makes the
+smaller ones walk and capture once more.
+
+A run uploads its inputs through pinned memory on a second stream while the run before may still compute, and copies its
+outputs into pinned memory without waiting: :meth:`Executor.start` returns at once. Two sets of such memory (slots) take
+turns; a slot is used again when its run has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyrformer import _core
+from pyrformer.errors import DeviceError, InputError, StateError
+from pyrformer.executors.device import Bytes, Device, Matrix, Memory, Product
+
+Array = npt.NDArray[Any]
+DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32)}
+#: Offsets of inputs and outputs in pinned memory are multiples of this.
+ALIGNMENT = 256
+SLOTS = 2
+
+
+class Store:
+    """Named tensors on a device that programs share, their arena, and the stream that all of them run on."""
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.compute, self.copies = device.stream(), device.stream()
+        self.idle = device.event()
+        self.arena = device.memory(0)
+        #: Counts arenas: a graph made for another one must not run.
+        self.generation = 0
+        self.lock = threading.RLock()
+        self._states: dict[str, tuple[str, tuple[int, ...], Memory]] = {}
+
+    def executor(self, plan: _core.Plan) -> Executor:
+        """A plan bound to this store; states that the store lacks are made, zero.
+
+        Raises:
+            DeviceError: the device cannot run the plan, or has too little memory for it.
+            StateError: a state has another type.
+        """
+        return Executor(plan, self)
+
+    def types(self) -> list[tuple[str, str, list[int]]]:
+        """Name, dtype and shape of each state."""
+        return [(name, dtype, list(shape)) for name, (dtype, shape, _) in self._states.items()]
+
+    def state(self, name: str, dtype: str, shape: tuple[int, ...]) -> Memory:
+        """The memory of a state, made if there is none."""
+        if name not in self._states:
+            size = np.dtype(dtype).itemsize * int(np.prod(shape))
+            self._states[name] = (dtype, shape, self.device.memory(size, zero=True))
+        has = self._states[name]
+        if has[:2] != (dtype, shape):
+            raise StateError(
+                f"[state] {name!r} is {has[0]}{list(has[1])} on the device, not {dtype}{list(shape)}"
+            )
+        return has[2]
+
+    def set(self, name: str, value: Array) -> None:
+        """Copies an array to the device."""
+        value = np.ascontiguousarray(value)
+        with self.lock:
+            memory = self.state(name, value.dtype.name, value.shape)
+            host = self.device.pinned(memory.size)
+            host[:] = value.reshape(-1).view(np.uint8)
+            self.device.upload(self.compute, memory.address, host)
+            self.wait()
+
+    def get(self, name: str) -> Array:
+        """A copy of a state, once all runs so far have ended."""
+        with self.lock:
+            if name not in self._states:
+                raise StateError(f"[state] there is no state {name!r}")
+            dtype, shape, memory = self._states[name]
+            host = self.device.pinned(memory.size)
+            self.device.download(self.compute, host, memory.address)
+            self.wait()
+        return host.view(dtype).reshape(shape).copy()
+
+    def remove(self, name: str) -> None:
+        """Drops a state; programs that use it must be dropped too."""
+        self._states.pop(name, None)
+
+    def wait(self) -> None:
+        """Waits until all work on the computing stream is done."""
+        self.device.record(self.idle, self.compute)
+        self.device.synchronize(self.idle)
+
+    def reserve(self, plan: _core.Plan) -> None:
+        """Checks that states and arena of a plan fit, then makes the arena at least as large as the plan's.
+
+        Raises:
+            DeviceError: they do not fit.
+        """
+        missing = sum(
+            np.dtype(dtype).itemsize * int(np.prod(shape))
+            for name, dtype, shape in plan.states
+            if name not in self._states
+        )
+        grow = plan.arena_bytes if plan.arena_bytes > self.arena.size else 0
+        # A larger arena takes the place of the old one, once that has no graph left.
+        free = self.device.free_bytes() + (self.arena.size if grow else 0)
+        if missing + grow > free:
+            raise DeviceError(
+                f"[cuda] the program needs {_size(missing + grow)} of device memory ({_size(missing)} for states, "
+                f"{_size(grow)} for intermediate values), {_size(free)} are free; use smaller batches or sequences"
+            )
+        if grow:
+            self.wait()
+            self.arena = self.device.memory(0)  # lets go of the old one first
+            self.arena = self.device.memory(grow)
+            self.generation += 1
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: its type, where it lies in the arena or a state, and where in a slot's memory."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    place: dict[str, Any]
+    row_stride: int
+    at: int
+
+    @property
+    def span(self) -> int:
+        """Bytes from the first element to the end of the last, gaps between rows included."""
+        rows, cols = int(np.prod(self.shape[:-1])), self.shape[-1] if self.shape else 1
+        return ((rows - 1) * self.row_stride + cols) * self.dtype.itemsize if rows * cols else 0
+
+    def array(self, host: Bytes) -> Array:
+        """A copy of the value, from a slot's memory."""
+        rows, cols = int(np.prod(self.shape[:-1])), self.shape[-1] if self.shape else 1
+        flat = host[self.at : self.at + self.span].view(self.dtype)
+        steps = (self.row_stride * self.dtype.itemsize, self.dtype.itemsize)
+        return np.lib.stride_tricks.as_strided(flat, (rows, cols), steps).copy().reshape(self.shape)
+
+
+def _ports(raw: list[dict[str, Any]]) -> tuple[list[Port], int]:
+    """The ports, packed one after the other, and the bytes they take."""
+    ports: list[Port] = []
+    at = 0
+    for port in raw:
+        o = port["operand"]
+        dtype, shape = DTYPES[o["ty"]["dtype"]], tuple(o["ty"]["shape"])
+        place = {"space": o["space"], "offset": o["offset"]}
+        ports.append(Port(port["name"], dtype, shape, place, o["row_stride"], at))
+        at = -(-(at + ports[-1].span) // ALIGNMENT) * ALIGNMENT
+    return ports, at
+
+
+@dataclass(eq=False)
+class Slot:
+    """What one run under way has for itself: pinned memory, a place on the device for inputs, and events."""
+
+    inputs: Bytes
+    staging: Memory
+    outputs: Bytes
+    uploaded: Any
+    done: Any
+    run: Pending | None = None
+
+
+@dataclass(eq=False)
+class Pending:
+    """A run under way."""
+
+    executor: Executor
+    slot: Slot
+    _results: dict[str, Array] | None = field(default=None, repr=False)
+
+    def result(self) -> dict[str, Array]:
+        """The outputs as new arrays, once the run has ended."""
+        with self.executor.store.lock:
+            if self._results is None:
+                self.executor.store.device.synchronize(self.slot.done)
+                self._results = {p.name: p.array(self.slot.outputs) for p in self.executor.outputs}
+                self.slot.run = None
+        return self._results
+
+
+class Executor:
+    """A plan bound to a store, run on its device."""
+
+    def __init__(self, plan: _core.Plan, store: Store):
+        program = json.loads(_core.cuda_program(plan))
+        self.store = store
+        self.records: list[tuple[int, dict[str, Any]]] = program["records"]
+        self.limits: list[dict[str, Any]] = program["limits"]
+        self.inputs, input_bytes = _ports(program["inputs"])
+        self.outputs, output_bytes = _ports(program["outputs"])
+        with store.lock:
+            store.reserve(plan)
+            self.states = [store.state(name, dtype, tuple(shape)) for name, dtype, shape in plan.states]
+            d = store.device
+            self.slots = [
+                Slot(d.pinned(input_bytes), d.memory(input_bytes), d.pinned(output_bytes), d.event(), d.event())
+                for _ in range(SLOTS)
+            ]
+        self.turn = 0
+        #: The arena that the calls' addresses lie in, by the store's count.
+        self.generation = -1
+        self.calls: list[tuple[Any, ...]] = []
+        self.graph: Any = None
+
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Runs the plan once and waits: a dict of arrays in, a dict of new arrays out.
+
+        Raises:
+            InputError: an input is missing, unknown, of another type, or holds an index out of range.
+            DeviceError: the device failed.
+        """
+        return self.start(inputs).result()
+
+    def start(self, inputs: dict[str, Array]) -> Pending:
+        """Runs the plan once without waiting for it. Raises as :meth:`run`."""
+        self._check(inputs)
+        store, d = self.store, self.store.device
+        with store.lock:
+            slot = self.slots[self.turn]
+            self.turn = (self.turn + 1) % SLOTS
+            if slot.run is not None:
+                slot.run.result()
+            for port in self.inputs:
+                value = np.ascontiguousarray(inputs[port.name]).reshape(-1).view(np.uint8)
+                slot.inputs[port.at : port.at + port.span] = value
+            d.upload(store.copies, slot.staging.address, slot.inputs)
+            d.record(slot.uploaded, store.copies)
+            d.wait(store.compute, slot.uploaded)
+            first = self._resolve()
+            for port in self.inputs:
+                d.copy(store.compute, self._address(port.place), slot.staging.address + port.at, port.span)
+            if first:
+                self._walk()
+            else:
+                if self.graph is None:
+                    d.begin_capture(store.compute)
+                    self._walk()
+                    self.graph = d.end_capture(store.compute)
+                d.replay(store.compute, self.graph)
+            for port in self.outputs:
+                host = slot.outputs[port.at : port.at + port.span]
+                d.download(store.compute, host, self._address(port.place))
+            d.record(slot.done, store.compute)
+            slot.run = Pending(self, slot)
+            return slot.run
+
+    def _check(self, inputs: dict[str, Array]) -> None:
+        known = {port.name: port for port in self.inputs}
+        for name, value in inputs.items():
+            if name not in known:
+                raise InputError(f"[run] there is no input {name!r}; the inputs are {', '.join(known)}")
+            port = known[name]
+            if value.dtype != port.dtype or value.shape != port.shape:
+                wanted, got = f"{port.dtype}{list(port.shape)}", f"{value.dtype}{list(value.shape)}"
+                raise InputError(f"[run] input {name!r} must be {wanted}, got {got}")
+        for name in known:
+            if name not in inputs:
+                raise InputError(f"[run] input {name!r} is missing")
+        for limit in self.limits:
+            value, least = inputs[limit["input"]], limit["least"]
+            if value.size and (value.max() >= limit["below"] or (least is not None and value.min() < least)):
+                outside = (value >= limit["below"]) | (value < (-np.inf if least is None else least))
+                at = int(np.flatnonzero(outside)[0])
+                raise InputError(
+                    f"[{limit['op']}] {limit['input']} {int(value.reshape(-1)[at])} at place {at} is outside "
+                    f"{least or 0}..{limit['below']}"
+                )
+
+    # -- Records with addresses -------------------------------------------------------------------------------------
+
+    def _resolve(self) -> bool:
+        """Puts addresses into the records if the arena has changed; tells whether it has."""
+        if self.generation == self.store.generation:
+            return False
+        self.generation, self.graph = self.store.generation, None
+        self.calls = [self._call(record) for _, record in self.records]
+        return True
+
+    def _address(self, place: dict[str, Any]) -> int:
+        space = place["space"]
+        memory = self.store.arena if space == "arena" else self.states[space["state"]]
+        return memory.address + int(place["offset"])
+
+    def _call(self, record: dict[str, Any]) -> tuple[Any, ...]:
+        if "product" in record:
+            p = record["product"]
+            matrices = {k: self._matrix(p[k]) for k in "abcy"}
+            bias = p["bias"] and self._address(p["bias"])
+            return (Product(ta=p["ta"], tb=p["tb"], bias=bias, **matrices),)
+        launch = record["launch"]
+        args = tuple(self._arg(arg) for arg in launch["args"])
+        return launch["kernel"], launch["grid"], launch["block"], args
+
+    def _matrix(self, raw: dict[str, Any] | None) -> Any:
+        return raw and Matrix(self._address(raw["place"]), raw["rows"], raw["cols"], raw["ld"])
+
+    def _arg(self, arg: dict[str, Any]) -> np.generic:
+        ((kind, value),) = arg.items()
+        if kind == "pointer":
+            return np.uint64(self._address(value) if value else 0)
+        if kind == "f32":
+            return np.uint32(value).view(np.float32)
+        return np.int32(value) if kind == "i32" else np.uint32(value)
+
+    def _walk(self) -> None:
+        d, stream = self.store.device, self.store.compute
+        for call in self.calls:
+            if len(call) == 1:
+                d.product(stream, call[0])
+            else:
+                d.launch(stream, *call)

@@ -1,0 +1,228 @@
+//! Launch records: a plan's steps as what a CUDA device is told, in order, as data.
+//!
+//! A record is a kernel with its geometry and typed arguments, or a matrix product for cuBLASLt. Pointers are places (a
+//! memory and an offset), so that records are made once, before any memory exists, and can be printed and tested anywhere.
+
+use pyrformer_graph::plan::Port;
+use pyrformer_graph::{DType, Operand, Plan, Space};
+use serde::{Serialize, Serializer};
+
+use crate::error::{Error, Result};
+use crate::limits::{Limit, limits};
+use crate::steps::record;
+
+/// A place in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Place {
+    /// Which memory.
+    pub space: Space,
+    /// Bytes from its start.
+    pub offset: usize,
+}
+
+/// A kernel's argument.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arg {
+    /// A pointer; `None` is null.
+    Pointer(Option<Place>),
+    /// `int`.
+    I32(i32),
+    /// `unsigned`.
+    U32(u32),
+    /// `float`; serialised as its bits, because JSON has no infinities.
+    #[serde(serialize_with = "bits")]
+    F32(f32),
+}
+
+fn bits<S: Serializer>(x: &f32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u32(x.to_bits())
+}
+
+impl From<usize> for Arg {
+    /// [`program`] has checked that every count fits.
+    fn from(n: usize) -> Self {
+        Self::I32(i32::try_from(n).unwrap_or(i32::MAX))
+    }
+}
+
+impl From<bool> for Arg {
+    fn from(x: bool) -> Self {
+        Self::I32(i32::from(x))
+    }
+}
+
+impl From<u32> for Arg {
+    fn from(n: u32) -> Self {
+        Self::U32(n)
+    }
+}
+
+impl From<f64> for Arg {
+    fn from(x: f64) -> Self {
+        Self::F32(x as f32)
+    }
+}
+
+impl From<Place> for Arg {
+    fn from(place: Place) -> Self {
+        Self::Pointer(Some(place))
+    }
+}
+
+impl From<Matrix> for Arg {
+    fn from(matrix: Matrix) -> Self {
+        Self::Pointer(Some(matrix.place))
+    }
+}
+
+impl From<Option<Matrix>> for Arg {
+    fn from(matrix: Option<Matrix>) -> Self {
+        Self::Pointer(matrix.map(|m| m.place))
+    }
+}
+
+/// One launch of a kernel. Shared memory is static in all kernels, so there is nothing to say of it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Launch {
+    /// The kernel's `extern "C"` name; `sources::of_kernel` tells its file.
+    pub kernel: String,
+    /// Blocks.
+    pub grid: [usize; 3],
+    /// Threads of a block.
+    pub block: [usize; 3],
+    /// Arguments in the kernel's order.
+    pub args: Vec<Arg>,
+}
+
+/// Rows of elements in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Matrix {
+    /// The first element.
+    pub place: Place,
+    /// Rows.
+    pub rows: usize,
+    /// Columns; a row is contiguous.
+    pub cols: usize,
+    /// Elements from row to row.
+    pub ld: usize,
+}
+
+impl Matrix {
+    /// An operand of 32-bit elements, leading axes as rows.
+    #[must_use]
+    pub fn of(o: &Operand) -> Self {
+        let (rows, cols) = (o.ty.shape.rows(), o.ty.shape.cols());
+        Self { place: Place { space: o.space, offset: o.offset }, rows, cols, ld: o.row_stride }
+    }
+
+    /// Whether rows follow one another without gaps.
+    #[must_use]
+    pub fn is_contiguous(&self) -> bool {
+        self.ld == self.cols || self.rows <= 1
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// `rows × cols` elements without gaps, from element `skip` of this contiguous matrix on.
+    #[must_use]
+    pub fn part(&self, skip: usize, rows: usize, cols: usize) -> Self {
+        let offset = self.place.offset + 4 * skip;
+        Self { place: Place { offset, ..self.place }, rows, cols, ld: cols }
+    }
+
+    /// Rows `from .. from + rows`.
+    #[must_use]
+    pub fn rows(&self, from: usize, rows: usize) -> Self {
+        let offset = self.place.offset + 4 * from * self.ld;
+        Self { place: Place { offset, ..self.place }, rows, ..*self }
+    }
+}
+
+/// A float32 matrix product `y = op(a)·op(b) (+ c) (+ bias)`, all row-major. Shapes: op(a) [M, K], op(b) [K, N], y, c
+/// [M, N], bias [N]. `c` may be `y`'s memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Product {
+    /// First factor, [K, M] if transposed.
+    pub a: Matrix,
+    /// Whether it is.
+    pub ta: bool,
+    /// Second factor, [N, K] if transposed.
+    pub b: Matrix,
+    /// Whether it is.
+    pub tb: bool,
+    /// What is added.
+    pub c: Option<Matrix>,
+    /// The row that is added to each row.
+    pub bias: Option<Place>,
+    /// The result.
+    pub y: Matrix,
+}
+
+/// One thing that the device does.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Record {
+    /// A kernel.
+    Launch(Launch),
+    /// A matrix product.
+    Product(Product),
+}
+
+/// A plan, ready for a device.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Program {
+    /// In order; each with the number of its step.
+    pub records: Vec<(usize, Record)>,
+    /// Where inputs are put.
+    pub inputs: Vec<Port>,
+    /// Where outputs are found.
+    pub outputs: Vec<Port>,
+    /// What the values of the inputs must satisfy, checked before they are uploaded: kernels cannot raise errors.
+    pub limits: Vec<Limit>,
+}
+
+/// The records of a plan.
+///
+/// # Errors
+/// When a step has no kernel, or a tensor is too large to be counted.
+pub fn program(plan: &Plan) -> Result<Program> {
+    let mut records = Vec::new();
+    for (i, step) in plan.steps.iter().enumerate() {
+        let op = || step.op.name().to_owned();
+        for o in step.inputs.iter().chain(&step.outputs).chain(&step.scratch) {
+            let elements = o.ty.shape.rows() * o.row_stride.max(o.ty.shape.cols());
+            if elements > i32::MAX as usize {
+                return Err(Error::TooLarge { step: i, op: op(), elements });
+            }
+            if o.ty.dtype == DType::F64 {
+                let why = "kernels compute in float32; load the model with dtype \"float32\"".to_owned();
+                return Err(Error::Unsupported { step: i, op: op(), why });
+            }
+        }
+        match record(step) {
+            Ok(made) => records.extend(made.into_iter().map(|r| (i, r))),
+            Err(why) => return Err(Error::Unsupported { step: i, op: op(), why }),
+        }
+    }
+    Ok(Program {
+        records,
+        inputs: plan.inputs.clone(),
+        outputs: plan.outputs.clone(),
+        limits: limits(plan),
+    })
+}
+
+impl Program {
+    /// The program as JSON, for the executor.
+    ///
+    /// # Errors
+    /// None in practice: every field has a JSON form.
+    pub fn to_json(&self) -> serde_json::Result<String> {
+        serde_json::to_string(self)
+    }
+}

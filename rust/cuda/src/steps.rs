@@ -1,0 +1,518 @@
+//! One rule for each operation: step → launch records, and the work space they need.
+//!
+//! Geometry and arguments are those that the heads of `cuda/*.cu` state. Sums go through chunks whose number depends on
+//! shapes alone. A contiguous tensor is given to elementwise kernels as one row.
+
+use pyrformer_graph::op::DropoutSpec;
+use pyrformer_graph::{AttentionSpec, Binary, DType, Epilogue, Op, Step, Target, TensorType, Unary};
+
+use crate::launch::{Arg, Launch, Matrix, Product, Record};
+
+/// A CUDA device as a target of lowering: how much work space the launches of a step need.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cuda;
+
+/// Elements of logits held at a time: chunks of some hundred rows keep tensor cores busy at usual vocabularies.
+const LOGITS: usize = 32 << 20;
+/// Sums of more rows or elements than this go through partial sums, of which there are at most [`PARTS`].
+const ROWS_PER_PART: usize = 32;
+const ELEMENTS_PER_PART: usize = 4096;
+const PARTS: usize = 256;
+/// Elements of a gradient whose squares one block adds up.
+const NORM_CHUNK: usize = 16384;
+/// The widest head that attention over a cache holds in registers.
+const CACHED_WIDTH: usize = 256;
+const NO_WINDOW: usize = i32::MAX as usize;
+
+/// Values that one partial sum has, given all of them.
+fn per_part(n: usize, least: usize) -> usize {
+    least.max(n.div_ceil(PARTS))
+}
+
+fn chunk_rows(rows: usize, classes: usize) -> usize {
+    (LOGITS / classes.max(1)).next_multiple_of(16).min(rows).max(1)
+}
+
+/// Partial sums of a row-wise sum, none where one launch does it.
+fn row_parts(copies: usize, result: usize) -> usize {
+    let parts = copies.div_ceil(per_part(copies, ROWS_PER_PART));
+    if parts > 1 { parts * result } else { 0 }
+}
+
+fn element_parts(n: usize) -> usize {
+    let parts = n.div_ceil(per_part(n, ELEMENTS_PER_PART));
+    if parts > 1 { parts } else { 0 }
+}
+
+impl Target for Cuda {
+    fn scratch_bytes(&self, op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> usize {
+        let elements = match op {
+            Op::SumTo if outputs[0].shape.rank() == 0 => element_parts(inputs[0].shape.elements()),
+            Op::SumTo => {
+                let (x, y) = (inputs[0].shape.elements(), outputs[0].shape.elements());
+                row_parts(x / y.max(1), y)
+            }
+            Op::LayerNormGrad { .. } => {
+                let x = &inputs[1].shape;
+                2 * x.rows().div_ceil(per_part(x.rows(), ROWS_PER_PART)) * x.cols()
+            }
+            Op::AttentionGrad(_) => inputs[5].shape.elements(),
+            Op::LinearCrossEntropy { .. } | Op::LinearCrossEntropyGrad { .. } => {
+                let (rows, classes) = (inputs[0].shape.rows(), inputs[1].shape.0[0]);
+                chunk_rows(rows, classes) * classes + rows + element_parts(rows) + classes
+            }
+            Op::GlobalNorm => inputs.iter().map(|t| t.shape.elements().div_ceil(NORM_CHUNK)).sum(),
+            _ => 0,
+        };
+        4 * elements
+    }
+}
+
+/// The records of a step, or what is missing for it.
+pub(crate) fn record(step: &Step) -> Result<Vec<Record>, String> {
+    let mut r = Recorder { step, records: Vec::new() };
+    r.step()?;
+    Ok(r.records)
+}
+
+/// A list of arguments of mixed types.
+macro_rules! args {
+    ($($x:expr),* $(,)?) => { vec![$(Arg::from($x)),*] };
+}
+
+struct Recorder<'a> {
+    step: &'a Step,
+    records: Vec<Record>,
+}
+
+/// Contiguous tensors of one shape as one row each.
+fn flat<const N: usize>(x: [Matrix; N]) -> [Matrix; N] {
+    if x.iter().all(Matrix::is_contiguous) { x.map(|m| m.part(0, 1, m.elements())) } else { x }
+}
+
+fn groups(rows: usize, cols: usize) -> [usize; 3] {
+    [(rows * cols.div_ceil(4)).div_ceil(256), 1, 1]
+}
+
+fn keep(spec: Option<&DropoutSpec>) -> [Arg; 3] {
+    let (stream, p) = spec.map_or((0, 0.0), |s| (s.stream, s.p));
+    [stream.into(), p.into(), (1.0 / (1.0 - p)).into()]
+}
+
+/// Numbers in `enum Function` of elementwise.cu; 0 is none.
+fn function(f: Option<Unary>) -> Result<Arg, String> {
+    let number: usize = match f {
+        None => 0,
+        Some(Unary::Exp) => 1,
+        Some(Unary::Tanh) => 2,
+        Some(Unary::Sigmoid) => 3,
+        Some(Unary::Relu) => 4,
+        Some(Unary::Gelu) => 5,
+        Some(Unary::GeluTanh) => 6,
+        Some(Unary::Silu) => 7,
+        Some(f) => return Err(format!("the product's epilogue lacks {}", f.name())),
+    };
+    Ok(number.into())
+}
+
+/// The stem of an activation's kernels.
+fn stem(f: Unary) -> Result<&'static str, String> {
+    match f {
+        Unary::QuickGelu | Unary::Relu2 | Unary::Mish => Err("it has no kernel".to_owned()),
+        f => Ok(f.name()),
+    }
+}
+
+impl Recorder<'_> {
+    fn x(&self, i: usize) -> Matrix {
+        Matrix::of(&self.step.inputs[i])
+    }
+
+    fn y(&self, i: usize) -> Matrix {
+        Matrix::of(&self.step.outputs[i])
+    }
+
+    fn dims(&self, i: usize) -> &[usize] {
+        &self.step.inputs[i].ty.shape.0
+    }
+
+    /// The work space as one row, from element `skip` on.
+    fn scratch(&self, skip: usize, rows: usize, cols: usize) -> Result<Matrix, String> {
+        let whole = self.step.scratch.as_ref().ok_or("the plan was lowered for another target")?;
+        let whole = Matrix::of(whole);
+        if skip + rows * cols > whole.elements() {
+            return Err("the plan was lowered for another target".to_owned());
+        }
+        Ok(whole.part(skip, rows, cols))
+    }
+
+    fn launch(&mut self, kernel: impl Into<String>, grid: [usize; 3], block: [usize; 3], args: Vec<Arg>) {
+        self.records.push(Record::Launch(Launch { kernel: kernel.into(), grid, block, args }));
+    }
+
+    fn copy(&mut self, x: Matrix, y: Matrix) {
+        let [x, y] = flat([x, y]);
+        self.repeat(x, y);
+    }
+
+    /// y = x repeated over leading axes.
+    fn repeat(&mut self, x: Matrix, y: Matrix) {
+        let args = args![x, y, y.rows, y.cols, x.rows, x.cols, x.ld, y.ld];
+        self.launch("broadcast_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+    }
+
+    fn fill(&mut self, y: Matrix, value: f32) {
+        let [y] = flat([y]);
+        let args = vec![y.into(), y.rows.into(), y.cols.into(), y.ld.into(), Arg::F32(value)];
+        self.launch("fill_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+    }
+
+    /// y [M, C] = x [copies · M, C] summed over copies, by way of `parts`.
+    fn sum_rows(&mut self, x: Matrix, y: Matrix, parts: Option<Matrix>) -> Result<(), String> {
+        if !y.is_contiguous() {
+            return Err("the result has gaps between rows".to_owned());
+        }
+        let copies = x.elements() / y.elements().max(1);
+        let blocks = y.elements().div_ceil(32);
+        let mut pass = |x: Matrix, to: Matrix, copies: usize, per: usize| {
+            let grid = [blocks, copies.div_ceil(per), 1];
+            let args = args![x, to, copies, y.rows, y.cols, x.ld, per];
+            self.launch("sum_to_forward_f32", grid, [32, 8, 1], args);
+        };
+        match parts {
+            None => pass(x, y, copies, copies.max(1)),
+            Some(parts) => {
+                pass(x, parts, copies, per_part(copies, ROWS_PER_PART));
+                pass(parts, y, parts.elements() / y.elements(), PARTS);
+            }
+        }
+        Ok(())
+    }
+
+    /// y [] = the sum of x, by way of `parts`.
+    fn sum_all(&mut self, x: Matrix, y: Matrix, parts: Option<Matrix>) {
+        let n = x.elements();
+        let mut pass = |x: Matrix, to: Matrix, n: usize, per: usize| {
+            let args = args![x, to, n, x.cols, x.ld, per];
+            self.launch("sum_forward_f32", [n.div_ceil(per), 1, 1], [256, 1, 1], args);
+        };
+        match parts {
+            None => pass(x, y, n, n),
+            Some(parts) => {
+                pass(x, parts, n, per_part(n, ELEMENTS_PER_PART));
+                pass(parts, y, parts.elements(), parts.elements());
+            }
+        }
+    }
+
+    fn step(&mut self) -> Result<(), String> {
+        let step = self.step;
+        match &step.op {
+            Op::Copy => self.copy(self.x(0), self.y(0)),
+            Op::Fill { value } => {
+                let integer = step.outputs[0].ty.dtype == DType::I32;
+                // The kernel writes 32 bits, whatever they mean.
+                let bits = if integer { f32::from_bits(*value as i32 as u32) } else { *value as f32 };
+                self.fill(self.y(0), bits);
+            }
+            Op::Gather => {
+                let (table, y) = (self.x(0), self.y(0));
+                let args = args![table, self.x(1), y, table.rows, y.rows, y.cols, table.ld, y.ld];
+                self.launch("gather_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+            }
+            Op::ScatterAdd { rows } => self.scatter_add(*rows),
+            Op::Unary(Unary::Scale(s)) => self.scale(*s, self.x(0)),
+            Op::UnaryGrad(Unary::Scale(s)) => self.scale(*s, self.x(1)),
+            Op::Unary(f) => {
+                let [x, y] = flat([self.x(0), self.y(0)]);
+                let args = args![x, y, y.rows, y.cols, x.ld, y.ld];
+                self.launch(format!("{}_forward_f32", stem(*f)?), groups(y.rows, y.cols), [256, 1, 1], args);
+            }
+            Op::UnaryGrad(f) => {
+                let [x, dy, dx] = flat([self.x(0), self.x(1), self.y(0)]);
+                let args = args![x, dy, dx, dx.rows, dx.cols, x.ld, dy.ld, dx.ld];
+                let name = format!("{}_backward_f32", stem(*f)?);
+                self.launch(name, groups(dx.rows, dx.cols), [256, 1, 1], args);
+            }
+            Op::Binary(f) => self.binary(*f, self.x(0), self.x(1), self.y(0)),
+            Op::SumTo => self.sum_to()?,
+            Op::Broadcast => self.repeat(self.x(0), self.y(0)),
+            Op::Dropout(spec) => {
+                let [x, y] = flat([self.x(0), self.y(0)]);
+                let mut args = args![x, self.x(1), y, y.rows, y.cols, x.ld, y.ld];
+                args.extend(keep(Some(spec)));
+                self.launch("dropout_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+            }
+            Op::MatMul { ta, tb, epilogue } => self.matmul(*ta, *tb, epilogue)?,
+            Op::LayerNorm { eps, center: true } => {
+                let (x, y) = (self.x(0), self.y(0));
+                let bias = (step.inputs.len() == 3).then(|| self.x(2));
+                let (mean, rstd) = (self.y(1), self.y(2));
+                let args = args![x, self.x(1), bias, y, mean, rstd, y.rows, y.cols, x.ld, y.ld, *eps];
+                self.launch("layer_norm_forward_f32", [y.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
+            }
+            Op::LayerNormGrad { center: true } => self.layer_norm_grad()?,
+            Op::Attention(spec) => self.attention(spec)?,
+            Op::AttentionGrad(spec) => self.attention_grad(spec)?,
+            Op::LinearCrossEntropy { bias } => self.cross_entropy(*bias, false)?,
+            Op::LinearCrossEntropyGrad { bias } => self.cross_entropy(*bias, true)?,
+            Op::CountLabels { .. } => {
+                let args = args![self.x(0), self.y(0), self.x(0).elements()];
+                self.launch("count_labels_forward_f32", [1; 3], [256, 1, 1], args);
+            }
+            Op::CacheWrite => self.cache_write(),
+            Op::CachedAttention(spec) => self.cached_attention(spec)?,
+            Op::GlobalNorm => self.global_norm()?,
+            Op::ClipFactor { max_norm } => {
+                let args = args![self.x(0), self.y(0), *max_norm];
+                self.launch("clip_factor_forward_f32", [1; 3], [1; 3], args);
+            }
+            Op::AdamW { beta1, beta2, eps, weight_decay } => {
+                let [p, g, m, v] = flat([self.x(0), self.x(1), self.x(2), self.x(3)]);
+                let mut args =
+                    args![p, g, m, v, self.x(4), self.x(5), self.x(6), self.y(0), self.y(1), self.y(2)];
+                args.extend(args![p.rows, p.cols, g.ld, *beta1, *beta2, 1.0 - beta1, 1.0 - beta2]);
+                args.extend(args![beta1.ln(), beta2.ln(), *eps, *weight_decay]);
+                self.launch("adamw_forward_f32", groups(p.rows, p.cols), [256, 1, 1], args);
+            }
+            _ => return Err("it has no kernel".to_owned()),
+        }
+        Ok(())
+    }
+
+    fn scale(&mut self, s: f64, x: Matrix) {
+        let [x, y] = flat([x, self.y(0)]);
+        let args = args![x, y, y.rows, y.cols, x.ld, y.ld, s];
+        self.launch("scale_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+    }
+
+    fn binary(&mut self, f: Binary, a: Matrix, b: Matrix, y: Matrix) {
+        let [a, b, y] = if b.elements() == a.elements() { flat([a, b, y]) } else { [a, b, y] };
+        let args = args![a, b, y, y.rows, y.cols, b.rows, b.cols, a.ld, b.ld, y.ld];
+        self.launch(format!("{}_forward_f32", f.name()), groups(y.rows, y.cols), [256, 1, 1], args);
+    }
+
+    fn scatter_add(&mut self, table_rows: usize) {
+        let (source, y) = (self.x(0), self.y(0));
+        if self.step.inputs.len() == 3 {
+            let base = self.x(2);
+            if base != y {
+                self.copy(base, y);
+            }
+        } else {
+            self.fill(y, 0.0);
+        }
+        let args = args![source, self.x(1), y, table_rows, source.rows, source.cols, source.ld, y.ld];
+        let grid = [source.rows.div_ceil(4), source.cols.div_ceil(128), 1];
+        self.launch("scatter_add_forward_f32", grid, [128, 1, 1], args);
+    }
+
+    fn sum_to(&mut self) -> Result<(), String> {
+        let (x, y) = (self.x(0), self.y(0));
+        if self.step.outputs[0].ty.shape.rank() == 0 {
+            let parts = element_parts(x.elements());
+            let parts = if parts > 0 { Some(self.scratch(0, 1, parts)?) } else { None };
+            self.sum_all(x, y, parts);
+            return Ok(());
+        }
+        let parts = row_parts(x.elements() / y.elements().max(1), y.elements());
+        let parts = if parts > 0 { Some(self.scratch(0, parts / y.cols, y.cols)?) } else { None };
+        self.sum_rows(x, y, parts)
+    }
+
+    /// The product with what cuBLASLt adds by itself; an activation or its derivative takes a launch of its own.
+    fn matmul(&mut self, ta: bool, tb: bool, e: &Epilogue) -> Result<(), String> {
+        let (a, b, y) = (self.x(0), self.x(1), self.y(0));
+        let mut next = 2;
+        let mut operand = |present: bool| {
+            next += usize::from(present);
+            present.then(|| self.x(next - 1))
+        };
+        let (bias, x, residual) = (operand(e.bias), operand(e.act_grad.is_some()), operand(e.residual));
+        // A transposed factor's rows are the inner dimension, all leading axes together.
+        let bias = bias.map(|b| b.place);
+        if e.act.is_none() && e.act_grad.is_none() {
+            self.records.push(Record::Product(Product { a, ta, b, tb, c: residual, bias, y }));
+            return Ok(());
+        }
+        let product = if e.keep_pre { self.y(1) } else { y };
+        self.records.push(Record::Product(Product { a, ta, b, tb, c: None, bias, y: product }));
+        let none = Arg::Pointer(None);
+        let ld = |m: Option<Matrix>| Arg::from(m.map_or(0, |m| m.ld));
+        let mut args = args![product, none, x, residual, y, none, y.rows, y.cols, product.ld];
+        args.extend([
+            ld(x),
+            ld(residual),
+            y.ld.into(),
+            0_usize.into(),
+            function(e.act)?,
+            function(e.act_grad)?,
+        ]);
+        self.launch("epilogue_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+        Ok(())
+    }
+
+    fn layer_norm_grad(&mut self) -> Result<(), String> {
+        let [dy, x, weight, mean, rstd] = [0, 1, 2, 3, 4].map(|i| self.x(i));
+        let residual = (self.step.inputs.len() == 6).then(|| self.x(5));
+        let dx = self.y(0);
+        let per = per_part(x.rows, ROWS_PER_PART);
+        let chunks = x.rows.div_ceil(per);
+        let parts = self.scratch(0, 2 * chunks, x.cols)?;
+        let args = args![dy, x, mean, rstd, parts, x.rows, x.cols, dy.ld, x.ld, per];
+        let grid = [x.cols.div_ceil(32), chunks, 1];
+        self.launch("layer_norm_weight_backward_f32", grid, [32, 8, 1], args);
+        for i in 0..2 {
+            self.sum_rows(parts.rows(i * chunks, chunks), self.y(1 + i).part(0, 1, x.cols), None)?;
+        }
+        let mut args = args![dy, x, weight, mean, rstd, residual, dx, x.rows, x.cols, dy.ld, x.ld];
+        args.extend(args![residual.map_or(0, |r| r.ld), dx.ld]);
+        self.launch("layer_norm_backward_f32", [x.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
+        Ok(())
+    }
+
+    /// Sizes [B, T, H, K, D] of attention whose q is operand `q`, and the arguments after the strides.
+    fn attention_sizes(&self, spec: &AttentionSpec, q: usize) -> Result<([usize; 5], Vec<Arg>), String> {
+        if spec.key_bias || spec.prefix {
+            return Err("its kernels know no key bias and no prefix".to_owned());
+        }
+        if spec.window.is_some() && !spec.causal {
+            return Err("its kernels know no window to both sides".to_owned());
+        }
+        let d = self.dims(q);
+        let sizes = [d[0], d[1], spec.heads, spec.kv_heads, d[2] / spec.heads];
+        let mut tail = args![spec.causal, spec.window.unwrap_or(NO_WINDOW), spec.scale];
+        tail.extend(keep(spec.dropout.as_ref()));
+        Ok((sizes, tail))
+    }
+
+    fn attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {
+        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 0)?;
+        let [q, k, v] = [0, 1, 2].map(|i| self.x(i));
+        let (out, lse) = (self.y(0), self.y(1));
+        let at = spec.extras(3);
+        let mut args = args![q, k, v, at.segments.map(|i| self.x(i)), at.rng.map(|i| self.x(i)), out, lse];
+        args.extend(args![b, t, h, kv, d, q.ld, k.ld, v.ld, out.ld]);
+        args.extend(tail);
+        let grid = [t.div_ceil(64), h, b * d.div_ceil(128)];
+        self.launch("attention_forward_f32", grid, [256, 1, 1], args);
+        Ok(())
+    }
+
+    fn attention_grad(&mut self, spec: &AttentionSpec) -> Result<(), String> {
+        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 1)?;
+        let [dout, q, k, v, out, lse] = [0, 1, 2, 3, 4, 5].map(|i| self.x(i));
+        let [dq, dk, dv] = [0, 1, 2].map(|i| self.y(i));
+        let delta = self.scratch(0, b * h, t)?;
+        let args = args![dout, out, delta, b, t, h, d, dout.ld, out.ld];
+        let warps = (b * t * h).div_ceil(4);
+        self.launch("attention_delta_backward_f32", [warps, 1, 1], [128, 1, 1], args);
+
+        let at = spec.extras(6);
+        let (segments, rng) = (at.segments.map(|i| self.x(i)), at.rng.map(|i| self.x(i)));
+        let operands = args![dout, q, k, v, lse, delta, segments, rng];
+        let sizes = args![b, t, h, kv, d, dout.ld, q.ld, k.ld, v.ld];
+        let slices = b * d.div_ceil(128);
+        let args = [&operands[..], &args![dq], &sizes, &args![dq.ld], &tail].concat();
+        self.launch("attention_dq_backward_f32", [t.div_ceil(64), h, slices], [256, 1, 1], args);
+        let args = [&operands[..], &args![dk, dv], &sizes, &args![dk.ld, dv.ld], &tail].concat();
+        self.launch("attention_dkv_backward_f32", [t.div_ceil(64), kv, slices], [256, 1, 1], args);
+        Ok(())
+    }
+
+    /// The linear layer and its loss over chunks of rows; with gradients, dx, dweight and dbias of each chunk while its
+    /// logits exist.
+    fn cross_entropy(&mut self, with_bias: bool, gradients: bool) -> Result<(), String> {
+        let (x, weight) = (self.x(0), self.x(1));
+        let bias = with_bias.then(|| self.x(2));
+        let labels = self.x(2 + usize::from(with_bias));
+        let (rows, classes) = (x.rows, weight.rows);
+        let labels = labels.part(0, rows, 1);
+        let chunk = chunk_rows(rows, classes);
+        let mut at = chunk * classes;
+        let losses = self.scratch(at, rows, 1)?;
+        at += rows;
+        let parts = element_parts(rows);
+        let loss_parts = if parts > 0 { Some(self.scratch(at, 1, parts)?) } else { None };
+        at += parts;
+        let bias_part = self.scratch(at, 1, classes)?;
+        for from in (0..rows).step_by(chunk) {
+            let n = chunk.min(rows - from);
+            let (xs, logits) = (x.rows(from, n), self.scratch(0, n, classes)?);
+            let (labels, losses) = (labels.rows(from, n), losses.rows(from, n));
+            let product = Product { a: xs, ta: false, b: weight, tb: true, c: None, bias: None, y: logits };
+            self.records.push(Record::Product(product));
+            if !gradients {
+                let args = args![logits, bias, labels, losses, classes, classes];
+                self.launch("cross_entropy_forward_f32", [n, 1, 1], [256, 1, 1], args);
+                continue;
+            }
+            let dloss = self.x(3 + usize::from(with_bias));
+            let args = args![logits, bias, labels, dloss, losses, classes, classes];
+            self.launch("cross_entropy_backward_f32", [n, 1, 1], [256, 1, 1], args);
+            let (dx, dw) = (self.y(1).rows(from, n), self.y(2));
+            let onto = (from > 0).then_some(dw);
+            let a = logits;
+            let products = [
+                Product { a, ta: false, b: weight, tb: false, c: None, bias: None, y: dx },
+                Product { a, ta: true, b: xs, tb: false, c: onto, bias: None, y: dw },
+            ];
+            self.records.extend(products.map(Record::Product));
+            if with_bias {
+                let dbias = self.y(3).part(0, 1, classes);
+                self.sum_rows(logits, if from > 0 { bias_part } else { dbias }, None)?;
+                if from > 0 {
+                    self.binary(Binary::Add, dbias, bias_part, dbias);
+                }
+            }
+        }
+        self.sum_all(losses.part(0, 1, rows), self.y(0), loss_parts);
+        Ok(())
+    }
+
+    fn cache_write(&mut self) {
+        let (old, new, cache) = (self.x(0), self.x(1), self.y(0));
+        // The state is updated in place; where it is not, the rest of it comes first.
+        if old != cache {
+            self.copy(old, cache);
+        }
+        let (c, n) = (self.dims(0), self.dims(1));
+        let mut args = args![new, self.x(2), self.x(3), self.x(4), cache];
+        args.extend(args![n[0], n[1], n[2], new.ld, c[0], c[1]]);
+        self.launch("cache_write_forward_f32", groups(n[0] * n[1], n[2]), [256, 1, 1], args);
+    }
+
+    fn cached_attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {
+        let (d, slots) = (self.dims(0), self.dims(1));
+        let width = d[2] / spec.heads;
+        if width > CACHED_WIDTH {
+            return Err(format!("heads of {width} columns, its kernel takes up to {CACHED_WIDTH}"));
+        }
+        if spec.key_bias {
+            return Err("its kernel knows no key bias".to_owned());
+        }
+        let (q, out) = (self.x(0), self.y(0));
+        let mut args = args![q, self.x(1), self.x(2), self.x(3), self.x(4), self.x(5), out];
+        args.extend(args![d[1], spec.heads, spec.kv_heads, width, q.ld, out.ld, slots[0], slots[1]]);
+        args.extend(args![spec.window.unwrap_or(NO_WINDOW), spec.scale]);
+        self.launch("cached_attention_forward_f32", [d[1], spec.heads, d[0]], [128, 1, 1], args);
+        Ok(())
+    }
+
+    fn global_norm(&mut self) -> Result<(), String> {
+        let count = |m: &Matrix| m.elements().div_ceil(NORM_CHUNK);
+        let gradients: Vec<Matrix> = (0..self.step.inputs.len()).map(|i| self.x(i)).collect();
+        let total = gradients.iter().map(count).sum();
+        let parts = self.scratch(0, 1, total)?;
+        let mut at = 0;
+        for g in gradients {
+            let part = parts.part(at, 1, count(&g));
+            let args = args![g, part, g.elements(), g.cols, g.ld, NORM_CHUNK];
+            self.launch("global_norm_parts_forward_f32", [count(&g), 1, 1], [256, 1, 1], args);
+            at += count(&g);
+        }
+        let args = args![parts, self.y(0), total];
+        self.launch("global_norm_forward_f32", [1; 3], [256, 1, 1], args);
+        Ok(())
+    }
+}

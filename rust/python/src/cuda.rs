@@ -1,0 +1,28 @@
+//! CUDA: launch records of a plan, and the sources of the kernels they name.
+
+use pyo3::prelude::*;
+use pyrformer_cuda::sources::SOURCES;
+
+use crate::enter::{Failure, enter};
+use crate::graph::Plan;
+
+impl From<pyrformer_cuda::Error> for Failure {
+    fn from(e: pyrformer_cuda::Error) -> Self {
+        Self::new("DeviceError", e)
+    }
+}
+
+/// The launch records of a plan that was lowered for "cuda", as JSON.
+#[pyfunction]
+pub(crate) fn cuda_program(py: Python<'_>, plan: &Plan) -> PyResult<String> {
+    let plan = plan.shared();
+    enter(py, move || {
+        pyrformer_cuda::launch::program(&plan)?.to_json().map_err(|e| Failure::new("InternalError", e))
+    })
+}
+
+/// Each file of kernels: its name, its text for NVRTC, the kernels in it.
+#[pyfunction]
+pub(crate) fn cuda_sources() -> Vec<(&'static str, String, Vec<&'static str>)> {
+    SOURCES.iter().map(|s| (s.name, s.unit(), s.kernels.to_vec())).collect()
+}

@@ -1,0 +1,438 @@
+"""Each kernel once more in NumPy: what it computes, not how. For runs too long for the interpreter.
+
+A twin takes the kernel's own arguments. `card.Card(how="both")` runs kernel and twin on the same memory and compares all
+of it, which is what entitles the twins to stand in for the kernels elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .machine import GLOBAL_BASE
+from .memory import WORD, Fault, Memory
+
+f32, i32 = np.float32, np.int32
+#: Between a kernel and its twin: |got - want| ≤ TOLERANCE · (1 + |want|). Sums of some hundred float32 terms in another
+#: order; the twins compute in float64.
+TOLERANCE = 2e-5
+NO_WINDOW = 2**31 - 1
+
+
+def matrix(
+    m: Memory, address: int, rows: int, cols: int, ld: int, dtype: Any = f32, *, write: bool = False
+) -> np.ndarray:
+    """Rows of device memory as an array; all allocated and, to be read, written before."""
+    at = (int(address) - GLOBAL_BASE) // WORD
+    if address % WORD or at < 0 or at + (rows - 1) * ld + cols > len(m.data):
+        raise Fault(f"no memory at {int(address):#x}")
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        size = x.itemsize
+        return np.lib.stride_tricks.as_strided(x[at:], (rows, cols), (ld * size, size))
+
+    if not cut(m.allocated).all():
+        raise Fault(f"access out of bounds of global memory in {rows} x {cols} at {int(address):#x}")
+    if write:
+        cut(m.written)[:] = True
+    elif not cut(m.written).all():
+        raise Fault(f"read of uninitialised global memory in {rows} x {cols} at {int(address):#x}")
+    return cut(m.data.view(dtype))
+
+
+def product(m: Memory, p: Any) -> None:
+    """y = op(a)·op(b) + c + bias."""
+    a, b = (matrix(m, x.address, x.rows, x.cols, x.ld).astype(float) for x in (p.a, p.b))
+    a, b = a.T if p.ta else a, b.T if p.tb else b
+    y = a @ b
+    if p.c:
+        y = y + matrix(m, p.c.address, p.c.rows, p.c.cols, p.c.ld)
+    if p.bias is not None:
+        y = y + matrix(m, p.bias, 1, p.y.cols, 0)
+    matrix(m, p.y.address, p.y.rows, p.y.cols, p.y.ld, write=True)[:] = y
+
+
+# ---- The kernels ----------------------------------------------------------------------------------------------------
+
+TWINS: dict[str, Callable[..., None]] = {}
+
+
+def twin(f: Callable[..., None]) -> Callable[..., None]:
+    """Enters a function under the kernel's name."""
+    TWINS[f"{f.__name__}_f32"] = f
+    return f
+
+
+def launch(m: Memory, kernel: str, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    """Runs a kernel's twin."""
+    values = [x.item() for x in args]
+    with np.errstate(all="ignore"):
+        if kernel in TWINS:
+            TWINS[kernel](m, grid, *values)
+        else:
+            elementwise(m, kernel.removesuffix("_f32"), *values)
+
+
+def erf(x: np.ndarray) -> np.ndarray:
+    """Of each element."""
+    return np.vectorize(math.erf, otypes=[float])(x)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + e⁻ˣ)."""
+    return 1 / (1 + np.exp(-x))
+
+
+def _tanh_gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    c, k = math.sqrt(2 / math.pi), 0.044715
+    t = np.tanh(c * (x + k * x**3))
+    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * k * x * x)
+
+
+def _gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    phi = 0.5 * (1 + erf(x / math.sqrt(2)))
+    return x * phi, phi + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+#: Function → (value, derivative).
+FUNCTIONS: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "none": lambda x: (x, np.ones_like(x)),
+    "exp": lambda x: (np.exp(x), np.exp(x)),
+    "tanh": lambda x: (np.tanh(x), 1 - np.tanh(x) ** 2),
+    "sigmoid": lambda x: (sigmoid(x), sigmoid(x) * (1 - sigmoid(x))),
+    "relu": lambda x: (np.maximum(x, 0), (x > 0).astype(float)),
+    "gelu": _gelu,
+    "gelu_tanh": _tanh_gelu,
+    "silu": lambda x: (x * sigmoid(x), sigmoid(x) * (1 + x * (1 - sigmoid(x)))),
+}
+BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+
+
+def elementwise(m: Memory, name: str, *args: Any) -> None:
+    """<f>_forward, <f>_backward for functions of one or two arguments."""
+    function, way = name.rsplit("_", 1)
+    if function in BINARY:
+        a, b, y, rows, cols, b_rows, b_cols, a_ld, b_ld, y_ld = args
+        left = matrix(m, a, rows, cols, a_ld).astype(float)
+        right = np.tile(matrix(m, b, b_rows, b_cols, b_ld), (rows // b_rows, cols // b_cols))
+        matrix(m, y, rows, cols, y_ld, write=True)[:] = BINARY[function](left, right)
+    elif way == "forward":
+        x, y, rows, cols, x_ld, y_ld = args
+        value = FUNCTIONS[function](matrix(m, x, rows, cols, x_ld).astype(float))[0]
+        matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+    else:
+        x, dy, dx, rows, cols, x_ld, dy_ld, dx_ld = args
+        slope = FUNCTIONS[function](matrix(m, x, rows, cols, x_ld).astype(float))[1]
+        slope = slope * matrix(m, dy, rows, cols, dy_ld)
+        matrix(m, dx, rows, cols, dx_ld, write=True)[:] = slope
+
+
+@twin
+def scale_forward(m, grid, x, y, rows, cols, x_ld, y_ld, s):
+    value = s * matrix(m, x, rows, cols, x_ld)
+    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+
+
+@twin
+def fill_forward(m, grid, y, rows, cols, y_ld, value):
+    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+
+
+@twin
+def broadcast_forward(m, grid, x, y, rows, cols, x_rows, x_cols, x_ld, y_ld):
+    value = np.tile(matrix(m, x, x_rows, x_cols, x_ld, np.uint32), (rows // x_rows, cols // x_cols))
+    matrix(m, y, rows, cols, y_ld, np.uint32, write=True)[:] = value
+
+
+def keep(m: Memory, rng: int, stream: int, p: float, factor: float, elements: int) -> np.ndarray:
+    """The factors of a dropout site's elements."""
+    from kernels import reference
+
+    kept = reference.keep(matrix(m, rng, 1, 4, 0, i32)[0], stream, p, elements)
+    return np.where(kept > 0, factor, 0)
+
+
+@twin
+def dropout_forward(m, grid, x, rng, y, rows, cols, x_ld, y_ld, stream, p, factor):
+    factors = keep(m, rng, stream, p, factor, rows * cols).reshape(rows, cols)
+    value = np.where(factors > 0, matrix(m, x, rows, cols, x_ld) * factors, 0)
+    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+
+
+@twin
+def epilogue_forward(
+    m, grid, made, bias, x, residual, y, pre, rows, cols, made_ld, x_ld, residual_ld, y_ld, pre_ld, act, act_grad
+):
+    names = list(FUNCTIONS)
+    value = matrix(m, made, rows, cols, made_ld).astype(float)
+    if bias:
+        value = value + matrix(m, bias, 1, cols, 0)
+    if pre:
+        matrix(m, pre, rows, cols, pre_ld, write=True)[:] = value
+    value = FUNCTIONS[names[act]](value)[0]
+    if x:
+        value = value * FUNCTIONS[names[act_grad]](matrix(m, x, rows, cols, x_ld).astype(float))[1]
+    if residual:
+        value = value + matrix(m, residual, rows, cols, residual_ld)
+    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+
+
+@twin
+def layer_norm_forward(m, grid, x, weight, bias, y, mean, rstd, rows, cols, x_ld, y_ld, eps):
+    xs = matrix(m, x, rows, cols, x_ld).astype(float)
+    average = xs.mean(1, keepdims=True)
+    inverse = 1 / np.sqrt(((xs - average) ** 2).mean(1, keepdims=True) + eps)
+    value = (xs - average) * inverse * matrix(m, weight, 1, cols, 0)
+    if bias:
+        value = value + matrix(m, bias, 1, cols, 0)
+    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+    matrix(m, mean, rows, 1, 1, write=True)[:] = average
+    matrix(m, rstd, rows, 1, 1, write=True)[:] = inverse
+
+
+@twin
+def layer_norm_backward(
+    m, grid, dy, x, weight, mean, rstd, residual, dx, rows, cols, dy_ld, x_ld, residual_ld, dx_ld
+):
+    inverse = matrix(m, rstd, rows, 1, 1).astype(float)
+    hat = (matrix(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)) * inverse
+    d = matrix(m, dy, rows, cols, dy_ld).astype(float) * matrix(m, weight, 1, cols, 0)
+    value = inverse * (d - d.mean(1, keepdims=True) - hat * (d * hat).mean(1, keepdims=True))
+    if residual:
+        value = value + matrix(m, residual, rows, cols, residual_ld)
+    matrix(m, dx, rows, cols, dx_ld, write=True)[:] = value
+
+
+@twin
+def layer_norm_weight_backward(m, grid, dy, x, mean, rstd, parts, rows, cols, dy_ld, x_ld, per):
+    hat = matrix(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)
+    hat = hat * matrix(m, rstd, rows, 1, 1)
+    d = matrix(m, dy, rows, cols, dy_ld).astype(float)
+    chunks = range(0, rows, per)
+    value = [[(z[r : r + per]).sum(0) for r in chunks] for z in (d * hat, d)]
+    matrix(m, parts, 2 * len(chunks), cols, cols, write=True)[:] = np.reshape(value, (-1, cols))
+
+
+@twin
+def gather_forward(m, grid, table, index, y, table_rows, rows, cols, table_ld, y_ld):
+    at = matrix(m, index, rows, 1, 1, i32)[:, 0]
+    inside = (at >= 0) & (at < table_rows)
+    to = matrix(m, y, rows, cols, y_ld, np.uint32, write=True)
+    for n in range(rows):
+        nan = np.uint32(0x7FFFFFFF)
+        to[n] = matrix(m, table + 4 * int(at[n]) * table_ld, 1, cols, 0, np.uint32)[0] if inside[n] else nan
+
+
+@twin
+def scatter_add_forward(m, grid, source, index, y, table_rows, rows, cols, source_ld, y_ld):
+    at = matrix(m, index, rows, 1, 1, i32)[:, 0]
+    x, to = matrix(m, source, rows, cols, source_ld), matrix(m, y, table_rows, cols, y_ld)
+    for n in range(rows):
+        if 0 <= at[n] < table_rows:
+            to[at[n]] += x[n]
+
+
+@twin
+def count_labels_forward(m, grid, labels, y, rows):
+    matrix(m, y, 1, 1, 0, write=True)[:] = (matrix(m, labels, 1, rows, 0, i32) >= 0).sum()
+
+
+def _cross_entropy(m, rows, logits, bias, labels, loss, classes, logits_ld):
+    z = matrix(m, logits, rows, classes, logits_ld).astype(float)
+    if bias:
+        z = z + matrix(m, bias, 1, classes, 0)
+    label = matrix(m, labels, rows, 1, 1, i32)[:, 0]
+    log_p = z - z.max(1, keepdims=True)
+    log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
+    seen = (label >= 0) & (label < classes)
+    value = np.where(label < 0, 0, np.where(seen, -log_p[np.arange(rows), np.where(seen, label, 0)], np.nan))
+    matrix(m, loss, rows, 1, 1, write=True)[:, 0] = value
+    return np.exp(log_p), label, seen
+
+
+@twin
+def cross_entropy_forward(m, grid, logits, bias, labels, loss, classes, logits_ld):
+    _cross_entropy(m, grid[0], logits, bias, labels, loss, classes, logits_ld)
+
+
+@twin
+def cross_entropy_backward(m, grid, logits, bias, labels, dloss, loss, classes, logits_ld):
+    p, label, seen = _cross_entropy(m, grid[0], logits, bias, labels, loss, classes, logits_ld)
+    p[np.flatnonzero(seen), label[seen]] -= 1
+    p = np.where(seen[:, None], p * float(matrix(m, dloss, 1, 1, 0)[0, 0]), 0)
+    matrix(m, logits, grid[0], classes, logits_ld, write=True)[:] = p
+
+
+@twin
+def sum_to_forward(m, grid, x, y, copies, result_rows, cols, x_ld, per):
+    value = matrix(m, x, copies * result_rows, cols, x_ld).astype(float).reshape(copies, result_rows, cols)
+    value = np.stack([value[i : i + per].sum(0) for i in range(0, copies, per)]).reshape(-1, cols)
+    matrix(m, y, len(value), cols, cols, write=True)[:] = value
+
+
+def _chunks(m, x, elements, cols, x_ld, per, f):
+    value = f(matrix(m, x, elements // cols, cols, x_ld).astype(float)).reshape(-1)
+    return [value[i : i + per].sum() for i in range(0, elements, per)]
+
+
+@twin
+def sum_forward(m, grid, x, y, elements, cols, x_ld, per):
+    value = _chunks(m, x, elements, cols, x_ld, per, lambda z: z)
+    matrix(m, y, 1, len(value), 0, write=True)[:] = value
+
+
+@twin
+def global_norm_parts_forward(m, grid, x, parts, elements, cols, x_ld, per):
+    value = _chunks(m, x, elements, cols, x_ld, per, np.square)
+    matrix(m, parts, 1, len(value), 0, write=True)[:] = value
+
+
+@twin
+def global_norm_forward(m, grid, parts, y, count):
+    matrix(m, y, 1, 1, 0, write=True)[:] = np.sqrt(matrix(m, parts, 1, count, 0).astype(float).sum())
+
+
+@twin
+def clip_factor_forward(m, grid, norm, y, max_norm):
+    matrix(m, y, 1, 1, 0, write=True)[:] = np.minimum(1, max_norm / (matrix(m, norm, 1, 1, 0) + 1e-6))
+
+
+@twin
+def adamw_forward(
+    m, grid, p, g, first, second, clip, lr, step, new_p, new_first, new_second, rows, cols, g_ld, beta1, beta2,
+    one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay,
+):  # fmt: skip
+    old = [matrix(m, z, rows, cols, cols).astype(float) for z in (p, first, second)]
+    factor, rate = (float(matrix(m, z, 1, 1, 0)[0, 0]) for z in (clip, lr))
+    t = int(matrix(m, step, 1, 1, 0, i32)[0, 0])
+    gs = factor * matrix(m, g, rows, cols, g_ld).astype(float)
+    one = beta1 * old[1] + one_minus_beta1 * gs
+    two = beta2 * old[2] + one_minus_beta2 * gs * gs
+    bias1, bias2 = -math.expm1(t * log_beta1), -math.expm1(t * log_beta2)
+    new = old[0] * (1 - rate * decay) - rate / bias1 * one / (np.sqrt(two / bias2) + eps)
+    for z, value in ((new_p, new), (new_first, one), (new_second, two)):
+        matrix(m, z, rows, cols, cols, write=True)[:] = value
+
+
+# ---- Attention ------------------------------------------------------------------------------------------------------
+
+
+class Scores:
+    """Scores and probabilities of attention as the kernels see them. q, k, v [B, T, ..]."""
+
+    def __init__(self, m, q, k, v, segments, rng, sizes, strides, causal, window, scale, stream, p, factor):
+        b, t, h, kv, d = self.sizes = sizes
+        self.m, self.scale, self.group = m, scale, h // kv
+        heads = (h, kv, kv)
+        loaded = [
+            matrix(m, x, b * t, n * d, ld).astype(float).reshape(b, t, n, d)
+            for x, n, ld in zip((q, k, v), heads, strides, strict=True)
+        ]
+        self.q, self.k, self.v = loaded[0], *(np.repeat(x, self.group, 2) for x in loaded[1:])
+        i, j = np.arange(t)[:, None], np.arange(t)
+        seen = np.broadcast_to(((j <= i) | (not causal)) & (i - j < window), (b, 1, t, t))
+        if segments:
+            s = matrix(m, segments, b, t, t, i32)
+            own, other = s[:, None, :, None], s[:, None, None, :]
+            seen = seen & (other != 0) & ((own == other) | (own == 0))
+        z = np.where(seen, scale * np.einsum("bihd,bjhd->bhij", self.q, self.k), -np.inf)
+        top = z.max(-1, keepdims=True)
+        top[np.isneginf(top)] = 0
+        self.lse = top[..., 0] + np.log(np.exp(z - top).sum(-1))
+        self.blind = np.isneginf(self.lse)
+        self.p = np.exp(z - np.where(self.blind, 0, self.lse)[..., None])
+        self.p[self.blind] = 1 / t
+        self.factors = keep(m, rng, stream, p, factor, b * h * t * t).reshape(b, h, t, t) if rng else 1.0
+
+    def load(self, x, ld):
+        """[B, T, H, D]."""
+        b, t, h, _, d = self.sizes
+        return matrix(self.m, x, b * t, h * d, ld).astype(float).reshape(b, t, h, d)
+
+    def store(self, x, ld, value):
+        """[B, T, .., D]."""
+        b, t, _, _, d = self.sizes
+        matrix(self.m, x, b * t, value.shape[2] * d, ld, write=True)[:] = value.reshape(b * t, -1)
+
+    def ds(self, dout, delta):
+        """The gradient of the scores."""
+        b, t, h, _, _ = self.sizes
+        delta = matrix(self.m, delta, b * h, t, t).reshape(b, h, t, 1)
+        dp = self.factors * np.einsum("bihd,bjhd->bhij", dout, self.v)
+        return self.p * (dp - delta) * self.scale * ~self.blind[..., None]
+
+
+@twin
+def attention_forward(
+    m, grid, q, k, v, segments, rng, out, lse, b, t, h, kv, d, q_ld, k_ld, v_ld, out_ld, *mask
+):
+    s = Scores(m, q, k, v, segments, rng, (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
+    s.store(out, out_ld, np.einsum("bhij,bjhd->bihd", s.p * s.factors, s.v))
+    matrix(m, lse, b * h, t, t, write=True)[:] = s.lse.reshape(b * h, t)
+
+
+@twin
+def attention_delta_backward(m, grid, dout, out, delta, b, t, h, d, dout_ld, out_ld):
+    x, y = (matrix(m, z, b * t, h * d, ld).astype(float) for z, ld in ((dout, dout_ld), (out, out_ld)))
+    value = (x * y).reshape(b, t, h, d).sum(-1).transpose(0, 2, 1)
+    matrix(m, delta, b * h, t, t, write=True)[:] = value.reshape(b * h, t)
+
+
+@twin
+def attention_dq_backward(
+    m, grid, dout, q, k, v, lse, delta, segments, rng, dq, b, t, h, kv, d, dout_ld, q_ld, k_ld, v_ld, dq_ld, *mask
+):
+    s = Scores(m, q, k, v, segments, rng, (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
+    s.store(dq, dq_ld, np.einsum("bhij,bjhd->bihd", s.ds(s.load(dout, dout_ld), delta), s.k))
+
+
+@twin
+def attention_dkv_backward(
+    m, grid, dout, q, k, v, lse, delta, segments, rng, dk, dv, b, t, h, kv, d, dout_ld, q_ld, k_ld, v_ld, dk_ld,
+    dv_ld, *mask,
+):  # fmt: skip
+    s = Scores(m, q, k, v, segments, rng, (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
+    d_out = s.load(dout, dout_ld)
+    for x, ld, value in (
+        (dk, dk_ld, np.einsum("bhij,bihd->bjhd", s.ds(d_out, delta), s.q)),
+        (dv, dv_ld, np.einsum("bhij,bihd->bjhd", s.p * s.factors, d_out)),
+    ):
+        s.store(x, ld, value.reshape(b, t, kv, -1, d).sum(3))
+
+
+@twin
+def cache_write_forward(
+    m, grid, source, row, start, count, cache, b, t, cols, source_ld, cache_rows, slots
+):
+    rows, starts, counts = (matrix(m, x, 1, b, 0, i32)[0].tolist() for x in (row, start, count))
+    for n in range(b):
+        if counts[n] > 0 and 0 <= rows[n] < cache_rows:
+            x = matrix(m, source + 4 * n * t * source_ld, counts[n], cols, source_ld)
+            to = cache + 4 * (rows[n] * slots + starts[n]) * cols
+            matrix(m, to, counts[n], cols, cols, write=True)[:] = x
+
+
+@twin
+def cached_attention_forward(
+    m, grid, q, k, v, rows, start, count, out, t, h, kv, d, q_ld, out_ld, cache_rows, slots, window, scale
+):
+    b, group = grid[2], h // kv
+    places = matrix(m, rows, b, slots, slots, i32)
+    starts, counts = (matrix(m, x, 1, b, 0, i32)[0].tolist() for x in (start, count))
+    qs = matrix(m, q, b * t, h * d, q_ld).astype(float).reshape(b, t, h, d)
+    result = np.zeros((b, t, h, d))
+    for n in range(b):
+        for i in range(min(t, counts[n])):
+            end = min(starts[n] + i + 1, slots)
+            p = np.arange(max(0, end - window), end)
+            keys, values = (
+                np.concatenate([matrix(m, x + 4 * (int(places[n, s]) * slots + int(s)) * kv * d, 1, kv * d, 0) for s in p])
+                .astype(float).reshape(-1, kv, d).repeat(group, 1) for x in (k, v)
+            )  # fmt: skip
+            z = scale * np.einsum("hd,phd->hp", qs[n, i], keys)
+            w = np.exp(z - z.max(1, keepdims=True))
+            result[n, i] = np.einsum("hp,phd->hd", w / w.sum(1, keepdims=True), values)
+    matrix(m, out, b * t, h * d, out_ld, write=True)[:] = result.reshape(b * t, -1)
