@@ -86,8 +86,8 @@ class Graph:
         """Names the part of the model that the next nodes belong to; gives the name before."""
     def optimise(self) -> Graph:
         """The graph after all passes."""
-    def lower(self) -> Plan:
-        """The plan of this graph, as it is."""
+    def lower(self, target: str = "cpu") -> Plan:
+        """The plan of this graph, as it is, for an executor: "cpu" or "cuda"."""
     def __len__(self) -> int: ...
 
 @final
@@ -134,6 +134,14 @@ class Executor:
     def run(self, inputs: dict[str, _Array]) -> dict[str, _Array]: ...
     def profile(self, inputs: dict[str, _Array]) -> list[float]:
         """Runs once; the seconds that each step of the plan took."""
+
+# ---- rust/python/src/cuda.rs ----------------------------------------------------------------------------------------
+
+def cuda_program(plan: Plan) -> str:
+    """The launch records of a plan that was lowered for "cuda", as JSON."""
+
+def cuda_sources() -> list[tuple[str, str, list[str]]]:
+    """Each file of kernels: its name, its text for NVRTC, the kernels in it."""
 
 # ---- rust/python/src/random.rs --------------------------------------------------------------------------------------
 

@@ -49,17 +49,16 @@ def load(
 
     Args:
         folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64.
-        device: "cpu".
+        device: "cpu", or "cuda" for an NVIDIA GPU (`pip install pyrformer[cuda13]`).
         dtype: "float32" (the default) or "float64", for computing.
         threads: how many to use; default: ``PYRFORMER_NUM_THREADS``, or all the machine has.
 
     Raises:
         FileError: a file is missing, truncated, or does not fit the configuration.
         ConfigError: the family is unknown or the configuration contradictory.
+        DeviceError: CUDA is asked for and cannot be used; the message says what is missing.
     """
     folder = Path(folder)
-    if device != "cpu":
-        raise InputError(f"[load] device must be 'cpu', got {device!r}")
     if dtype not in (None, "float32", "float64"):
         raise InputError(f"[load] dtype must be 'float32' or 'float64', got {dtype!r}")
     if threads is not None and threads < 1:
@@ -73,7 +72,8 @@ def load(
         from pyrformer.tokenizers import Tokenizer
 
         tokenizer = Tokenizer.load(folder / TOKENIZER)
-    model = Model(family, tokenizer, dtype or "float32", threads, generation, _pooling(folder))
+    loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder), "device": device}
+    model = Model(family, tokenizer, dtype or "float32", threads, **loaded)
     for name, tensor in _tensors(folder, family).items():
         model.store.set(name, tensor.astype(model.dtype, copy=False))
     return model

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
+from pyrformer.executors import AnyExecutor, AnyStore
 from pyrformer.nn import Trace
 
 Array = npt.NDArray[Any]
@@ -31,10 +32,10 @@ class Traced:
         """The graph before any pass; its text form is ``str(graph)``."""
         return self.trace.graph
 
-    def lower(self) -> Lowered:
-        """Runs the passes and plans memory."""
+    def lower(self, device: str = "cpu") -> Lowered:
+        """Runs the passes and plans memory for "cpu" or "cuda"."""
         graph = self.trace.graph.optimise()
-        return Lowered(self.name, graph, graph.lower())
+        return Lowered(self.name, graph, graph.lower(device))
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,16 @@ class Lowered:
     graph: _core.Graph
     plan: _core.Plan
 
-    def compile(self, store: _core.Store, threads: int | None = None) -> Compiled:
-        """Binds the plan to states, memory and threads (default: ``PYRFORMER_NUM_THREADS``, or all the machine has)."""
-        return Compiled(self.name, self.plan, _core.Executor(self.plan, store, threads))
+    def compile(self, store: AnyStore, threads: int | None = None) -> Compiled:
+        """Binds the plan to states, memory and threads (default: ``PYRFORMER_NUM_THREADS``, or all the machine has;
+        devices have none to choose).
+
+        Raises:
+            DeviceError: the store is on a device that cannot run the plan.
+        """
+        if isinstance(store, _core.Store):
+            return Compiled(self.name, self.plan, _core.Executor(self.plan, store, threads))
+        return Compiled(self.name, self.plan, store.executor(self.plan))
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Compiled:
 
     name: str
     plan: _core.Plan
-    executor: _core.Executor
+    executor: AnyExecutor
 
     def __call__(self, **inputs: Any) -> dict[str, Array]:
         """Runs once. Each input is converted to the type that the plan declares; outputs are new arrays by name.

@@ -85,7 +85,9 @@ def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mode
         fields.setdefault(family.SIZES["positions"], config.seq_len + before)
     if labels:
         fields |= _classes(family.ARCHITECTURES, labels)
-    return Model.from_config(fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None)
+    return Model.from_config(
+        fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None, device=config.device
+    )
 
 
 def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
@@ -99,7 +101,9 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
     fields = {**base.config, **config.model}
     if labels:
         fields |= _classes(type(base.family.config).ARCHITECTURES, labels)
-    model = Model.from_config(fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None)
+    model = Model.from_config(
+        fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None, device=config.device
+    )
     known = base.state_dict()
     for name, parameter in model.family.named_parameters():
         if name in known and known[name].shape == parameter.shape:

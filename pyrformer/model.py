@@ -19,6 +19,7 @@ from pyrformer import _core, programs
 from pyrformer.batch import Batch, make_batch
 from pyrformer.compile import Array, Compiled, Traced
 from pyrformer.errors import InputError, StateError
+from pyrformer.executors import AnyStore, open_store
 from pyrformer.models import build
 from pyrformer.models.base import Family
 
@@ -74,6 +75,7 @@ class Model:
         family: the model's Python, which programs are traced from.
         tokenizer: None where the folder has none.
         dtype: "float32" or "float64".
+        device: "cpu" or "cuda".
         threads: how many to use; None: ``PYRFORMER_NUM_THREADS``, or all the machine has.
     """
 
@@ -84,11 +86,17 @@ class Model:
     generation_config: dict[str, Any] = field(default_factory=dict)
     #: How :meth:`embed` makes a text's vector, where the model's folder says it: "pooling" and "normalize".
     pooling: dict[str, Any] = field(default_factory=dict)
-    store: _core.Store = field(default_factory=_core.Store)
+    device: str = "cpu"
+    #: States by name, on the device; made unless given.
+    store: AnyStore = field(default_factory=_core.Store)
     _programs: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
     _cache: tuple[int, int] | None = None
     #: One generation at a time writes to the cache.
     decoding: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu" and isinstance(self.store, _core.Store):
+            self.store = open_store(self.device)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, seed: int = 0, **options: Any) -> Model:
@@ -152,7 +160,7 @@ class Model:
     def program(self, key: tuple[Any, ...], trace: Callable[[], Traced]) -> Compiled:
         """The compiled program of this key, made on first use."""
         if key not in self._programs:
-            self._programs[key] = trace().lower().compile(self.store, self.threads)
+            self._programs[key] = trace().lower(self.device).compile(self.store, self.threads)
         return self._programs[key]
 
     def forget_programs(self) -> None:

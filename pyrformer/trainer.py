@@ -29,6 +29,7 @@ from pyrformer.batch import Batch
 from pyrformer.checkpoint import read_json, write_json
 from pyrformer.data import Batches, Masking, read_documents, tokenize
 from pyrformer.errors import ConfigError, FileError, InputError
+from pyrformer.executors import DEVICES
 from pyrformer.fields import check_types
 from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
@@ -80,6 +81,7 @@ class TrainConfig:
         column, errors, clean: see :func:`pyrformer.data.read_documents`.
         eval_every, log_every, save_every: in updates; 0: only at the end.
         seed: of weights, order, masks and dropout.
+        device: "cpu" or "cuda".
         threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
         overwrite: replace a run that is there.
         resume: go on with a run that is there.
@@ -121,6 +123,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     seed: int = 0
+    device: str = "cpu"
     threads: int = 0
     overwrite: bool = False
     resume: bool = False
@@ -154,11 +157,22 @@ class TrainConfig:
         require(
             0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}"
         )
+        require(self.device in DEVICES, f"device must be one of {DEVICES}, got {self.device!r}")
         require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
 
     def comparable(self) -> dict[str, Any]:
         """What must not change between a run and its continuation."""
-        free = ("out", "overwrite", "resume", "threads", "max_steps", "eval_every", "log_every", "save_every")
+        free = (
+            "out",
+            "overwrite",
+            "resume",
+            "device",
+            "threads",
+            "max_steps",
+            "eval_every",
+            "log_every",
+            "save_every",
+        )
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
 
@@ -331,7 +345,11 @@ class _Trainer:
         if self.done:
             fields = read_json(self.folder / "config.json")
             model = Model.from_config(
-                fields, seed=self.config.seed, tokenizer=self.tokenizer, threads=self.config.threads or None
+                fields,
+                seed=self.config.seed,
+                tokenizer=self.tokenizer,
+                threads=self.config.threads or None,
+                device=self.config.device,
             )
             apply_changes(model, self.config)
             return model

@@ -7,3 +7,35 @@
 
 Tests put a simulated device behind the same interface, so that everything but the last file runs without a GPU.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+from pyrformer import _core
+from pyrformer.errors import InputError
+
+if TYPE_CHECKING:
+    from pyrformer.executors.program import Executor, Store
+
+DEVICES = ("cpu", "cuda")
+#: Where a model's states are: in the core's memory, or on a device.
+AnyStore: TypeAlias = Union[_core.Store, "Store"]
+AnyExecutor: TypeAlias = Union[_core.Executor, "Executor"]
+
+
+def open_store(device: str) -> AnyStore:
+    """An empty store on a device.
+
+    Raises:
+        InputError: there is no such device.
+        DeviceError: CUDA cannot be used here; the message says what is missing.
+    """
+    if device == "cpu":
+        return _core.Store()
+    if device == "cuda":
+        from pyrformer.executors.cuda import CudaDevice
+        from pyrformer.executors.program import Store
+
+        return Store(CudaDevice())
+    raise InputError(f"[device] device must be one of {DEVICES}, got {device!r}")

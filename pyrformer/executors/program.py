@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +88,7 @@ class Store:
             host = self.device.pinned(memory.size)
             self.device.download(self.compute, host, memory.address)
             self.wait()
-        return host.view(dtype).reshape(shape).copy()
+        return np.array(host.view(dtype).reshape(shape))
 
     def remove(self, name: str) -> None:
         """Drops a state; programs that use it must be dropped too."""
@@ -150,7 +151,7 @@ class Port:
         rows, cols = int(np.prod(self.shape[:-1])), self.shape[-1] if self.shape else 1
         flat = host[self.at : self.at + self.span].view(self.dtype)
         steps = (self.row_stride * self.dtype.itemsize, self.dtype.itemsize)
-        return np.lib.stride_tricks.as_strided(flat, (rows, cols), steps).copy().reshape(self.shape)
+        return np.array(np.lib.stride_tricks.as_strided(flat, (rows, cols), steps)).reshape(self.shape)
 
 
 def _ports(raw: list[dict[str, Any]]) -> tuple[list[Port], int]:
@@ -211,7 +212,9 @@ class Executor:
             self.states = [store.state(name, dtype, tuple(shape)) for name, dtype, shape in plan.states]
             d = store.device
             self.slots = [
-                Slot(d.pinned(input_bytes), d.memory(input_bytes), d.pinned(output_bytes), d.event(), d.event())
+                Slot(
+                    d.pinned(input_bytes), d.memory(input_bytes), d.pinned(output_bytes), d.event(), d.event()
+                )
                 for _ in range(SLOTS)
             ]
         self.turn = 0
@@ -229,8 +232,16 @@ class Executor:
         """
         return self.start(inputs).result()
 
-    def start(self, inputs: dict[str, Array]) -> Pending:
-        """Runs the plan once without waiting for it. Raises as :meth:`run`."""
+    def profile(self, inputs: dict[str, Array]) -> list[float]:
+        """Runs the plan once and gives the seconds of each step, launch and waiting included. Raises as
+        :meth:`run`."""
+        seconds = [0.0] * (1 + max((step for step, _ in self.records), default=-1))
+        self.start(inputs, seconds).result()
+        return seconds
+
+    def start(self, inputs: dict[str, Array], seconds: list[float] | None = None) -> Pending:
+        """Runs the plan once without waiting for it; with ``seconds``, waits after each step to add its time. Raises as
+        :meth:`run`."""
         self._check(inputs)
         store, d = self.store, self.store.device
         with store.lock:
@@ -247,7 +258,9 @@ class Executor:
             first = self._resolve()
             for port in self.inputs:
                 d.copy(store.compute, self._address(port.place), slot.staging.address + port.at, port.span)
-            if first:
+            if seconds is not None:
+                self._timed(seconds)
+            elif first:
                 self._walk()
             else:
                 if self.graph is None:
@@ -312,7 +325,7 @@ class Executor:
     def _matrix(self, raw: dict[str, Any] | None) -> Any:
         return raw and Matrix(self._address(raw["place"]), raw["rows"], raw["cols"], raw["ld"])
 
-    def _arg(self, arg: dict[str, Any]) -> np.generic:
+    def _arg(self, arg: dict[str, Any]) -> Any:
         ((kind, value),) = arg.items()
         if kind == "pointer":
             return np.uint64(self._address(value) if value else 0)
@@ -321,9 +334,21 @@ class Executor:
         return np.int32(value) if kind == "i32" else np.uint32(value)
 
     def _walk(self) -> None:
-        d, stream = self.store.device, self.store.compute
         for call in self.calls:
-            if len(call) == 1:
-                d.product(stream, call[0])
-            else:
-                d.launch(stream, *call)
+            self._start(call)
+
+    def _start(self, call: tuple[Any, ...]) -> None:
+        d, stream = self.store.device, self.store.compute
+        if len(call) == 1:
+            d.product(stream, call[0])
+        else:
+            d.launch(stream, *call)
+
+    def _timed(self, seconds: list[float]) -> None:
+        """Walks, waiting after each call, and adds its time to that of its step."""
+        self.store.wait()
+        for (step, _), call in zip(self.records, self.calls, strict=True):
+            start = time.perf_counter()
+            self._start(call)
+            self.store.wait()
+            seconds[step] += time.perf_counter() - start

@@ -209,12 +209,7 @@ pub fn program(plan: &Plan) -> Result<Program> {
             Err(why) => return Err(Error::Unsupported { step: i, op: op(), why }),
         }
     }
-    Ok(Program {
-        records,
-        inputs: plan.inputs.clone(),
-        outputs: plan.outputs.clone(),
-        limits: limits(plan),
-    })
+    Ok(Program { records, inputs: plan.inputs.clone(), outputs: plan.outputs.clone(), limits: limits(plan) })
 }
 
 impl Program {

@@ -413,9 +413,10 @@ impl Recorder<'_> {
         let operands = args![dout, q, k, v, lse, delta, segments, rng];
         let sizes = args![b, t, h, kv, d, dout.ld, q.ld, k.ld, v.ld];
         let slices = b * d.div_ceil(128);
-        let args = [&operands[..], &args![dq], &sizes, &args![dq.ld], &tail].concat();
+        let args = [&operands[..], &[dq.into()], &sizes, &[dq.ld.into()], &tail].concat();
         self.launch("attention_dq_backward_f32", [t.div_ceil(64), h, slices], [256, 1, 1], args);
-        let args = [&operands[..], &args![dk, dv], &sizes, &args![dk.ld, dv.ld], &tail].concat();
+        let args =
+            [&operands[..], &[dk.into(), dv.into()], &sizes, &[dk.ld.into(), dv.ld.into()], &tail].concat();
         self.launch("attention_dkv_backward_f32", [t.div_ceil(64), kv, slices], [256, 1, 1], args);
         Ok(())
     }

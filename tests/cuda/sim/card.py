@@ -136,7 +136,9 @@ class Card:
 
     def view(self, address: int, size: int, *, write: bool = False) -> np.ndarray:
         """Bytes of device memory, all of them allocated and, to be read, written."""
-        return twins.matrix(self.device.memory, address, 1, size // WORD, 0, np.uint32, write=write)[0].view(np.uint8)
+        return twins.matrix(self.device.memory, address, 1, size // WORD, 0, np.uint32, write=write)[0].view(
+            np.uint8
+        )
 
     def upload(self, stream: Stream, to: int, host: np.ndarray) -> None:
         """Host to device."""

@@ -1,7 +1,7 @@
 """Each kernel once more in NumPy: what it computes, not how. For runs too long for the interpreter.
 
-A twin takes the kernel's own arguments. `card.Card(how="both")` runs kernel and twin on the same memory and compares all
-of it, which is what entitles the twins to stand in for the kernels elsewhere.
+A twin takes the kernel's own arguments. `card.Card(how="both")` runs kernel and twin on the same memory and compares
+all of it, which is what entitles the twins to stand in for the kernels elsewhere.
 """
 
 from __future__ import annotations
@@ -164,7 +164,23 @@ def dropout_forward(m, grid, x, rng, y, rows, cols, x_ld, y_ld, stream, p, facto
 
 @twin
 def epilogue_forward(
-    m, grid, made, bias, x, residual, y, pre, rows, cols, made_ld, x_ld, residual_ld, y_ld, pre_ld, act, act_grad
+    m,
+    grid,
+    made,
+    bias,
+    x,
+    residual,
+    y,
+    pre,
+    rows,
+    cols,
+    made_ld,
+    x_ld,
+    residual_ld,
+    y_ld,
+    pre_ld,
+    act,
+    act_grad,
 ):
     names = list(FUNCTIONS)
     value = matrix(m, made, rows, cols, made_ld).astype(float)
@@ -383,7 +399,28 @@ def attention_delta_backward(m, grid, dout, out, delta, b, t, h, d, dout_ld, out
 
 @twin
 def attention_dq_backward(
-    m, grid, dout, q, k, v, lse, delta, segments, rng, dq, b, t, h, kv, d, dout_ld, q_ld, k_ld, v_ld, dq_ld, *mask
+    m,
+    grid,
+    dout,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    segments,
+    rng,
+    dq,
+    b,
+    t,
+    h,
+    kv,
+    d,
+    dout_ld,
+    q_ld,
+    k_ld,
+    v_ld,
+    dq_ld,
+    *mask,
 ):
     s = Scores(m, q, k, v, segments, rng, (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
     s.store(dq, dq_ld, np.einsum("bhij,bjhd->bihd", s.ds(s.load(dout, dout_ld), delta), s.k))
@@ -404,9 +441,7 @@ def attention_dkv_backward(
 
 
 @twin
-def cache_write_forward(
-    m, grid, source, row, start, count, cache, b, t, cols, source_ld, cache_rows, slots
-):
+def cache_write_forward(m, grid, source, row, start, count, cache, b, t, cols, source_ld, cache_rows, slots):
     rows, starts, counts = (matrix(m, x, 1, b, 0, i32)[0].tolist() for x in (row, start, count))
     for n in range(b):
         if counts[n] > 0 and 0 <= rows[n] < cache_rows:
@@ -428,10 +463,13 @@ def cached_attention_forward(
         for i in range(min(t, counts[n])):
             end = min(starts[n] + i + 1, slots)
             p = np.arange(max(0, end - window), end)
+            tokens = [int(places[n, s]) * slots + int(s) for s in p]
             keys, values = (
-                np.concatenate([matrix(m, x + 4 * (int(places[n, s]) * slots + int(s)) * kv * d, 1, kv * d, 0) for s in p])
-                .astype(float).reshape(-1, kv, d).repeat(group, 1) for x in (k, v)
-            )  # fmt: skip
+                np.stack([matrix(m, x + 4 * token * kv * d, kv, d, d) for token in tokens])
+                .astype(float)
+                .repeat(group, 1)
+                for x in (k, v)
+            )
             z = scale * np.einsum("hd,phd->hp", qs[n, i], keys)
             w = np.exp(z - z.max(1, keepdims=True))
             result[n, i] = np.einsum("hp,phd->hd", w / w.sum(1, keepdims=True), values)

@@ -1,0 +1,205 @@
+"""A CUDA device, by CuPy. The only file that imports it.
+
+CuPy compiles the kernels with NVRTC when they are first launched and keeps the binaries in its cache
+(``CUPY_CACHE_DIR``, keyed by their whole text); it gives memory, streams, events and graphs. Matrix products are
+cuBLASLt's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from pyrformer import _core
+from pyrformer.errors import DeviceError
+from pyrformer.executors.cublaslt import WORKSPACE, CublasLt
+from pyrformer.executors.device import Bytes, Product
+
+#: The oldest architecture that the kernels are compiled and tested for: Turing, compute capability 7.5.
+OLDEST = (7, 5)
+INSTALL = "pip install pyrformer[cuda13] (CUDA 13 driver, 580 or newer) or pyrformer[cuda12]"
+
+
+def _import() -> Any:
+    """CuPy.
+
+    Raises:
+        DeviceError: it is not installed, or does not load.
+    """
+    try:
+        import cupy
+    except ImportError as e:
+        if getattr(e, "name", None) == "cupy":
+            raise DeviceError(f"[cuda] CuPy is not installed; {INSTALL}") from None
+        raise DeviceError(f"[cuda] CuPy does not load: {str(e).splitlines()[0]}; {INSTALL}") from None
+    return cupy
+
+
+def describe() -> dict[str, Any]:
+    """What is there: CuPy's version, the driver's and the runtime's CUDA version, the device, its architecture, and
+    memory in bytes (total and free).
+
+    Raises:
+        DeviceError: something is missing, or the device is too old.
+    """
+    cupy = _import()
+    runtime = cupy.cuda.runtime
+    try:
+        driver, version = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        count = runtime.getDeviceCount() if driver else 0
+    except runtime.CUDARuntimeError as e:
+        raise DeviceError(
+            f"[cuda] the NVIDIA driver does not answer ({_first(e)}); install or update it"
+        ) from None
+    if not driver or not count:
+        raise DeviceError("[cuda] no NVIDIA driver or no GPU was found")
+    if driver // 1000 < version // 1000:
+        raise DeviceError(
+            f"[cuda] the driver is for CUDA {driver // 1000}, CuPy for CUDA {version // 1000}; update the driver, or "
+            f"pip install pyrformer[cuda{driver // 1000}]"
+        )
+    properties = runtime.getDeviceProperties(runtime.getDevice())
+    arch = (properties["major"], properties["minor"])
+    name = properties["name"].decode()
+    if arch < OLDEST:
+        need = ".".join(map(str, OLDEST))
+        raise DeviceError(
+            f"[cuda] {name} has compute capability {arch[0]}.{arch[1]}; {need} or newer is needed"
+        )
+    free, total = runtime.memGetInfo()
+    return {
+        "cupy": cupy.__version__,
+        "driver_cuda": f"{driver // 1000}.{driver % 1000 // 10}",
+        "runtime_cuda": f"{version // 1000}.{version % 1000 // 10}",
+        "device": name,
+        "arch": f"sm_{arch[0]}{arch[1]}",
+        "multiprocessors": int(properties["multiProcessorCount"]),
+        "memory_bytes": int(total),
+        "free_bytes": int(free),
+    }
+
+
+def _first(e: Exception) -> str:
+    return str(e).splitlines()[0]
+
+
+class _Memory:
+    """Device memory from CuPy's pool."""
+
+    def __init__(self, pointer: Any, size: int):
+        self.pointer, self.address, self.size = pointer, int(pointer.ptr), size
+
+
+class CudaDevice:
+    """The current CUDA device behind :class:`pyrformer.executors.device.Device`."""
+
+    def __init__(self) -> None:
+        """Raises DeviceError: CUDA cannot be used here; the message says what is missing."""
+        describe()
+        self.cupy = _import()
+        self.runtime = self.cupy.cuda.runtime
+        self.pool = self.cupy.cuda.MemoryPool()
+        self.kernels: dict[str, Any] = {}
+        self.sources = {kernel: text for _, text, kernels in _core.cuda_sources() for kernel in kernels}
+        self.modules: dict[str, Any] = {}
+        self.workspace = self.memory(WORKSPACE)
+        self.products = CublasLt(self.workspace.address)
+
+    @contextmanager
+    def _calls(self) -> Iterator[None]:
+        """Turns CUDA's errors into ours. After one the device is lost to this process."""
+        try:
+            yield
+        except self.cupy.cuda.memory.OutOfMemoryError as e:
+            raise DeviceError(f"[cuda] the device is out of memory: {_first(e)}") from None
+        except (self.runtime.CUDARuntimeError, self.cupy.cuda.driver.CUDADriverError) as e:
+            raise DeviceError(
+                f"[cuda] the device failed: {_first(e)}; the last checkpoint is intact, start again from it"
+            ) from None
+        except self.cupy.cuda.compiler.CompileException as e:
+            raise DeviceError(f"[cuda] a kernel does not compile: {_first(e)}") from None
+
+    def memory(self, size: int, *, zero: bool = False) -> _Memory:
+        with self._calls():
+            memory = _Memory(self.pool.malloc(size), size)
+            if zero and size:
+                self.runtime.memset(memory.address, 0, size)
+                self.runtime.deviceSynchronize()
+        return memory
+
+    def free_bytes(self) -> int:
+        with self._calls():
+            self.pool.free_all_blocks()
+            return int(self.runtime.memGetInfo()[0])
+
+    def pinned(self, size: int) -> Bytes:
+        with self._calls():
+            # An empty allocation has no buffer.
+            memory = self.cupy.cuda.alloc_pinned_memory(max(size, 1))
+        return np.frombuffer(memory, np.uint8, size)
+
+    def stream(self) -> Any:
+        with self._calls():
+            return self.cupy.cuda.Stream(non_blocking=True)
+
+    def event(self) -> Any:
+        with self._calls():
+            return self.cupy.cuda.Event(disable_timing=True)
+
+    def upload(self, stream: Any, to: int, host: Bytes) -> None:
+        self._copy(stream, to, host.ctypes.data, host.size, self.runtime.memcpyHostToDevice)
+
+    def download(self, stream: Any, host: Bytes, start: int) -> None:
+        self._copy(stream, host.ctypes.data, start, host.size, self.runtime.memcpyDeviceToHost)
+
+    def copy(self, stream: Any, to: int, start: int, size: int) -> None:
+        self._copy(stream, to, start, size, self.runtime.memcpyDeviceToDevice)
+
+    def _copy(self, stream: Any, to: int, start: int, size: int, kind: int) -> None:
+        if size:
+            with self._calls():
+                self.runtime.memcpyAsync(to, start, size, kind, stream.ptr)
+
+    def launch(
+        self, stream: Any, kernel: str, grid: list[int], block: list[int], args: tuple[np.generic, ...]
+    ) -> None:
+        with self._calls(), stream:
+            self._kernel(kernel)(tuple(grid), tuple(block), args)
+
+    def _kernel(self, name: str) -> Any:
+        if name not in self.kernels:
+            text = self.sources[name]
+            if text not in self.modules:
+                self.modules[text] = self.cupy.RawModule(code=text, options=("--std=c++17",))
+            self.kernels[name] = self.modules[text].get_function(name)
+        return self.kernels[name]
+
+    def product(self, stream: Any, product: Product) -> None:
+        self.products(product, stream.ptr)
+
+    def record(self, event: Any, stream: Any) -> None:
+        with self._calls():
+            event.record(stream)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        with self._calls():
+            stream.wait_event(event)
+
+    def synchronize(self, event: Any) -> None:
+        with self._calls():
+            event.synchronize()
+
+    def begin_capture(self, stream: Any) -> None:
+        with self._calls():
+            stream.begin_capture()
+
+    def end_capture(self, stream: Any) -> Any:
+        with self._calls():
+            return stream.end_capture()
+
+    def replay(self, stream: Any, graph: Any) -> None:
+        with self._calls():
+            graph.launch(stream)

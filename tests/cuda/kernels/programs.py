@@ -1,0 +1,96 @@
+"""Tiny models and their programs, for what walks whole plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pyrformer.compile import Traced
+from pyrformer.model import Model
+from pyrformer.programs import (
+    AdamW,
+    Sizes,
+    accumulate_step,
+    apply_step,
+    decode_step,
+    evaluate,
+    forward,
+    gradients,
+    train_step,
+)
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 12, "n_head": 2, "vocab_size": 37, "n_positions": 24},
+    "bert": {
+        "model_type": "bert", "num_hidden_layers": 2, "hidden_size": 12, "num_attention_heads": 2,
+        "intermediate_size": 20, "vocab_size": 37, "max_position_embeddings": 24,
+    },
+    "opt": {
+        "model_type": "opt", "num_hidden_layers": 1, "hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 20,
+        "vocab_size": 37, "max_position_embeddings": 24, "word_embed_proj_dim": 12,
+    },
+}  # fmt: skip
+#: Families whose every program runs on a device.
+FAMILIES = list(CONFIGS)
+OPTIMIZER = AdamW(weight_decay=0.1, max_grad_norm=0.5)
+BATCH, TOKENS = 2, 7
+
+
+def model(name: str, **options: Any) -> Model:
+    """A freshly initialised tiny model."""
+    return Model.from_config(CONFIGS[name], seed=3, **options)
+
+
+def sizes(model: Model, segments: bool = False) -> Sizes:
+    """Two rows of seven tokens."""
+    return Sizes(BATCH, TOKENS, 0 if model.family.objective == "ar" else 8, segments)
+
+
+PROGRAMS: dict[str, Callable[[Model], Traced]] = {
+    "forward": lambda m: forward(m.family, sizes(m), loss=True),
+    "segments": lambda m: forward(m.family, sizes(m, segments=True)),
+    "evaluate": lambda m: evaluate(m.family, sizes(m)),
+    "gradients": lambda m: gradients(m.family, sizes(m)),
+    "train_step": lambda m: train_step(m.family, sizes(m), OPTIMIZER),
+    "accumulate_step": lambda m: accumulate_step(m.family, sizes(m)),
+    "apply_step": lambda m: apply_step(m.family, OPTIMIZER),
+    "decode_step": lambda m: decode_step(m.family, 2, 3, (3, 8), "cache"),
+}
+
+
+def cases() -> list[tuple[str, str]]:
+    """(family, program), without decoding of models that do not continue text."""
+    return [
+        (name, program)
+        for name in FAMILIES
+        for program in PROGRAMS
+        if program != "decode_step" or model(name).family.objective == "ar"
+    ]
+
+
+def inputs(model: Model, plan: Any, rng: np.random.Generator, step: int = 0) -> dict[str, np.ndarray]:
+    """Values for all inputs of a plan."""
+    vocab, m = model.family.config.vocab_size, 8
+    own = {
+        "input_ids": lambda shape: rng.integers(vocab, size=shape),
+        "position_ids": lambda shape: np.broadcast_to(np.arange(shape[1]), shape),
+        "token_type_ids": lambda shape: rng.integers(2, size=shape),
+        "segments": lambda shape: np.array([[1, 1, 1, 2, 2, 0, 0], [1] * 7]),
+        "positions": lambda shape: rng.integers(BATCH * TOKENS, size=shape),
+        "labels": lambda shape: np.where(rng.random(shape) < 0.2, -100, rng.integers(vocab, size=shape)),
+        "rng": lambda shape: np.array([5, -7, step, 0]),
+        "loss_scale": lambda shape: np.array(1 / m),
+        "lr": lambda shape: np.array(0.01),
+        "step": lambda shape: np.array(step + 1),
+        "rows": lambda shape: rng.integers(3, size=shape),
+        "row": lambda shape: np.array([2, 0]),
+        "start": lambda shape: np.array([0, 0]),
+        "count": lambda shape: np.array([3, 2]),
+        "last": lambda shape: np.array([2, 4]),
+    }
+    return {
+        name: np.ascontiguousarray(own[name](tuple(shape)), dtype).reshape(shape)
+        for name, dtype, shape in plan.inputs
+    }

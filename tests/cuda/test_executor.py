@@ -1,0 +1,237 @@
+"""The executor on a pretended GPU: whole programs against the CPU executor, graphs, streams and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import sim
+from kernels.programs import FAMILIES, OPTIMIZER, PROGRAMS, cases, inputs, model, sizes
+from sim.card import Card
+
+from pyrformer.errors import DeviceError, InputError, StateError
+from pyrformer.executors.program import Executor, Store
+from pyrformer.model import Model
+from pyrformer.programs import train_step
+
+# float32 sums of some hundred terms in another order, after a few layers.
+TOLERANCE = 2e-5
+
+
+def on_card(cpu: Model, card: Card) -> Model:
+    """The same model on a card."""
+    store = Store(card)
+    for name, _, _ in cpu.store.types():
+        store.set(name, cpu.store.get(name))
+    return Model(cpu.family, device="cuda", store=store)
+
+
+def assert_close(
+    got: dict[str, np.ndarray], want: dict[str, np.ndarray], tolerance: float = TOLERANCE
+) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def states(m: Model) -> dict[str, np.ndarray]:
+    return {name: m.store.get(name) for name, _, _ in m.store.types()}
+
+
+@pytest.mark.parametrize(("name", "which"), cases())
+def test_every_program_gives_what_the_cpu_gives(name: str, which: str, rng: np.random.Generator) -> None:
+    cpu = model(name)
+    card = Card(None)
+    device = on_card(cpu, card)
+    traced = PROGRAMS[which](cpu)
+    one, two = (traced.lower(m.device).compile(m.store) for m in (cpu, device))
+    for step in range(3):  # walked, captured, replayed
+        given = inputs(cpu, one.plan, rng, step)
+        assert_close(two(**given), one(**given))
+    assert_close(states(device), states(cpu))
+    assert card.replays == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_training_step_of_the_compiled_kernels(
+    name: str, programs_80: dict[str, sim.Program], rng: np.random.Generator
+) -> None:
+    """The interpreter runs every kernel of the step, and each launch is compared with its twin."""
+    cpu = model(name)
+    card = Card(programs_80, how="both")
+    device = on_card(cpu, card)
+    traced = train_step(cpu.family, sizes(cpu, segments=True), OPTIMIZER)
+    one, two = (traced.lower(m.device).compile(m.store) for m in (cpu, device))
+    for step in range(2):
+        given = inputs(cpu, one.plan, rng, step)
+        assert_close(two(**given), one(**given))
+    assert_close(states(device), states(cpu), 1e-4)
+    assert len(card.kernels) >= 20
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_twenty_steps_follow_the_cpu_and_allocate_nothing(
+    name: str, early: bool, rng: np.random.Generator
+) -> None:
+    cpu = model(name)
+    card = Card(None, early=early)
+    device = on_card(cpu, card)
+    traced = train_step(cpu.family, sizes(cpu), OPTIMIZER)
+    one, two = (traced.lower(m.device).compile(m.store) for m in (cpu, device))
+    assert isinstance(two.executor, Executor)
+    losses: list[tuple[Any, Any]] = []
+    pending = []
+    same = inputs(cpu, one.plan, rng)
+    allocations = card.allocations
+    for step in range(20):
+        given = {
+            **same,
+            **{k: v for k, v in inputs(cpu, one.plan, rng, step).items() if k in ("step", "rng")},
+        }
+        # Results are read one step later, as training does.
+        pending.append(two.executor.start(given))
+        if step:
+            losses[-1] = (losses[-1][0], pending[-2].result()["loss"])
+        losses.append((one(**given)["loss"], None))
+    losses[-1] = (losses[-1][0], pending[-1].result()["loss"])
+    want, got = np.array(losses, float).T
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    assert want[-1] < 0.9 * want[0]
+    assert card.allocations == allocations
+    assert card.replays == 19
+
+
+def test_beam_search_and_sampling_give_the_cpu_s_tokens() -> None:
+    cpu = model("gpt2")
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    for options in ({"num_beams": 3}, {"do_sample": True, "seed": 4, "temperature": 0.9, "top_k": 9}, {}):
+        device = on_card(cpu, Card(None))
+        options = {"max_new_tokens": 8, **options}
+        one, two = (m.generate(prompts, **options) for m in (cpu, device))
+        assert one.ids == two.ids
+        if one.scores[0] is not None:
+            np.testing.assert_allclose(two.scores, one.scores, rtol=1e-4)
+
+
+def test_a_call_and_gradients_of_a_model_on_a_device(rng: np.random.Generator) -> None:
+    cpu = model("bert")
+    device = on_card(cpu, Card(None))
+    ids = rng.integers(37, size=(2, 5))
+    labels = np.where(ids > 20, ids, -100)
+    mask = np.array([[1, 1, 1, 1, 0], [1] * 5])
+    one, two = (m(ids, mask, labels=labels) for m in (cpu, device))
+    np.testing.assert_allclose(two.logits, one.logits, rtol=TOLERANCE, atol=TOLERANCE)
+    assert two.loss == pytest.approx(one.loss, rel=TOLERANCE)
+    (_, want), (_, got) = (m.loss_and_grads(ids, labels, mask) for m in (cpu, device))
+    assert_close(got, want)
+
+
+def test_a_larger_program_moves_the_arena_and_smaller_ones_still_run(rng: np.random.Generator) -> None:
+    cpu = model("gpt2")
+    device = on_card(cpu, Card(None))
+    ids = rng.integers(37, size=(4, 20))
+    for rows in (1, 1, 1, 4, 1, 1, 1):
+        one, two = (m(ids[:rows]) for m in (cpu, device))
+        np.testing.assert_allclose(two.logits, one.logits, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_indices_are_checked_before_they_are_uploaded(rng: np.random.Generator) -> None:
+    device = on_card(model("gpt2"), Card(None))
+    compiled = PROGRAMS["evaluate"](device).lower("cuda").compile(device.store)
+    given = inputs(device, compiled.plan, rng)
+    for name, value, message in (
+        ("input_ids", 37, r"\[gather\] input_ids 37 at place 3 is outside 0..37"),
+        ("position_ids", -1, "position_ids -1"),
+        ("labels", 40, "labels 40"),
+    ):
+        bad = {**given, name: given[name].copy()}
+        bad[name].reshape(-1)[3] = value
+        with pytest.raises(InputError, match=message):
+            compiled(**bad)
+    with pytest.raises(InputError, match="input 'labels' is missing"):
+        compiled(**{k: v for k, v in given.items() if k != "labels"})
+    with pytest.raises(InputError, match="there is no input 'mask'"):
+        compiled(**given, mask=0)
+    with pytest.raises(InputError, match=r"must be int32\[2, 7\], got int32\[2, 3\]"):
+        compiled(**{**given, "labels": np.zeros((2, 3), np.int32)})
+
+
+def test_a_card_that_is_too_small_is_refused_before_the_run() -> None:
+    device = on_card(model("gpt2"), Card(None, words=1 << 13))
+    with pytest.raises(DeviceError, match=r"needs [\d.]+ MiB .* are free; use smaller batches"):
+        device(np.zeros((4, 24), int))
+
+
+def test_a_state_keeps_its_type() -> None:
+    store = Store(Card(None))
+    store.set("a", np.zeros((2, 3), np.float32))
+    with pytest.raises(StateError, match=r"'a' is float32\[2, 3\] on the device"):
+        store.set("a", np.zeros((3, 2), np.float32))
+    with pytest.raises(StateError, match="no state 'b'"):
+        store.get("b")
+    store.remove("a")
+    assert store.types() == []
+
+
+# ---- The pretended card finds what it is for ------------------------------------------------------------------------
+
+
+def test_work_waits_until_it_is_needed() -> None:
+    card = Card(None)
+    memory, host, stream, event = card.memory(8), card.pinned(8), card.stream(), card.event()
+    host[:] = 1
+    card.upload(stream, memory.address, host)
+    host[:] = 2  # too early: the copy has not happened
+    card.record(event, stream)
+    card.synchronize(event)
+    back = card.pinned(8)
+    card.download(stream, back, memory.address)
+    assert (back == 0xFF).all()
+    card.record(event, stream)
+    card.synchronize(event)
+    assert (back == 2).all()
+
+
+def test_a_stream_without_a_wait_reads_what_is_not_there() -> None:
+    card = Card(None)
+    a, b, host = card.memory(8), card.memory(8), card.pinned(8)
+    one, two, event = card.stream(), card.stream(), card.event()
+    card.upload(two, a.address, host)
+    card.copy(one, b.address, a.address, 8)
+    card.record(event, one)
+    with pytest.raises(sim.Fault, match="uninitialised"):
+        card.synchronize(event)
+
+
+@pytest.mark.parametrize("what", ["memory", "upload", "download", "synchronize", "capture"])
+def test_a_capture_forbids_what_cuda_forbids(what: str) -> None:
+    card = Card(None)
+    memory, host, stream, event = card.memory(8), card.pinned(8), card.stream(), card.event()
+    card.begin_capture(stream)
+    act = {
+        "memory": lambda: card.memory(4),
+        "upload": lambda: card.upload(stream, memory.address, host),
+        "download": lambda: card.download(stream, host, memory.address),
+        "synchronize": lambda: card.synchronize(event),
+        "capture": lambda: card.begin_capture(stream),
+    }[what]
+    with pytest.raises(sim.Fault, match="captured"):
+        act()
+
+
+def test_a_graph_whose_memory_is_gone_faults() -> None:
+    card = Card(None)
+    memory, stream, event = card.memory(8, zero=True), card.stream(), card.event()
+    card.begin_capture(stream)
+    card.copy(stream, memory.address, memory.address, 8)
+    graph = card.end_capture(stream)
+    del memory
+    card.replay(stream, graph)
+    card.record(event, stream)
+    with pytest.raises(sim.Fault, match="out of bounds"):
+        card.synchronize(event)

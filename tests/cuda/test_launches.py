@@ -1,0 +1,82 @@
+"""Plans as launch records: complete, well-formed, and refused with a reason where a kernel is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from kernels import nvrtc
+from kernels.programs import PROGRAMS, cases, model
+
+from pyrformer import _core
+from pyrformer.compile import Traced
+from pyrformer.errors import DeviceError, InputError
+from pyrformer.nn import Trace
+from pyrformer.nn import functional as F
+
+
+def program(traced: Traced) -> dict[str, Any]:
+    return json.loads(_core.cuda_program(traced.lower("cuda").plan))
+
+
+def signatures() -> dict[str, list[str]]:
+    """The parameters of each kernel: "pointer" or the C type, from the source."""
+    types = {"int": "i32", "unsigned": "u32", "float": "f32"}
+    found: dict[str, list[str]] = {}
+    for name in nvrtc.files():
+        source = re.sub(r"//.*", "", nvrtc.unit(name))
+        # Macros that define kernels are written out.
+        for macro in re.findall(r"(#define (UNARY|BINARY)\(name, \w+\)((?:.*\\\n)+.*))", source):
+            source = source.replace(macro[0], "")
+            for use in re.findall(rf"^{macro[1]}\((\w+),", source, re.MULTILINE):
+                source += macro[2].replace("\\\n", "\n").replace("name##", use)
+        for kernel in re.finditer(r'extern "C" __global__.*?\n?\s*(\w+_f32)\(([^)]*)\)', source, re.DOTALL):
+            params = [p.strip().rsplit(" ", 1)[0] for p in kernel[2].split(",")]
+            found[kernel[1]] = ["pointer" if "*" in p else types[p] for p in params]
+    return found
+
+
+@pytest.mark.parametrize(("name", "which"), cases())
+def test_every_step_has_records_that_fit_the_kernels(name: str, which: str) -> None:
+    traced = PROGRAMS[which](model(name))
+    plan = traced.lower("cuda").plan
+    made = program(traced)
+    known = signatures()
+    assert {step for step, _ in made["records"]} == set(range(len(plan)))
+    for _, record in made["records"]:
+        if "product" in record:
+            p = record["product"]
+            inner = p["a"]["rows" if p["ta"] else "cols"]
+            assert inner == p["b"]["cols" if p["tb"] else "rows"]
+            assert p["y"]["rows"] == p["a"]["cols" if p["ta"] else "rows"]
+            assert p["y"]["cols"] == p["b"]["rows" if p["tb"] else "cols"]
+            continue
+        launch = record["launch"]
+        assert [next(iter(arg)) for arg in launch["args"]] == known[launch["kernel"]], launch["kernel"]
+        assert all(1 <= n < 65536 for n in launch["grid"][1:])
+        assert launch["grid"][0] >= 1
+        assert np.prod(launch["block"]) <= 1024
+
+
+def test_indices_are_limited_by_what_they_index() -> None:
+    limits = program(PROGRAMS["train_step"](model("gpt2")))["limits"]
+    found = {limit["input"]: (limit["least"], limit["below"]) for limit in limits}
+    assert found == {"input_ids": (0, 37), "position_ids": (0, 24), "labels": (None, 37)}
+
+
+def test_a_missing_kernel_is_named_with_its_step() -> None:
+    trace = Trace("float64")
+    trace.output("y", F.activation("relu", trace.input("x", "float64", (2, 3))))
+    with pytest.raises(DeviceError, match=r"step 0: relu cannot run .*float32"):
+        program(Traced("test", trace))
+
+
+def test_a_plan_for_the_other_executor_is_refused() -> None:
+    plan = PROGRAMS["gradients"](model("gpt2")).lower("cpu").plan
+    with pytest.raises(DeviceError, match="lowered for another target"):
+        _core.cuda_program(plan)
+    with pytest.raises(InputError, match='no device "tpu"'):
+        PROGRAMS["forward"](model("gpt2")).lower("tpu")
