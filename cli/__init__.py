@@ -16,6 +16,7 @@ import click
 COMMANDS = {
     "bench": ("bench", "Measure this machine."),
     "compare": ("compare", "Compare two models on a text."),
+    "doctor": ("doctor", "Say what works on this machine, and what is missing."),
     "embed": ("embed", "Print vectors of texts."),
     "eval": ("eval", "Measure a model on a text."),
     "fill-mask": ("fill_mask", "Propose tokens for the masks in a text."),

@@ -34,6 +34,9 @@ import pyrformer as pf
     help="How many continuations.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same text.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a continuation.")
 def command(
@@ -43,6 +46,7 @@ def command(
     beams: int | None,
     num_return_sequences: int,
     seed: int,
+    device: str,
     threads: int | None,
     as_json: bool,
     **options: Any,
@@ -60,7 +64,7 @@ def command(
         settings["num_beams"] = beams
     if asked or not (greedy or beams):
         settings |= {"do_sample": True, "seed": seed, "temperature": 0.8, **asked}
-    model = pf.load(run, threads=threads)
+    model = pf.load(run, device=device, threads=threads)
     if as_json or beams is not None or num_return_sequences != 1:
         out = model.generate(prompt, **settings, num_return_sequences=num_return_sequences)
         for i, text in enumerate(out.texts):

@@ -123,6 +123,7 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--save-every", type=int, help="Updates between checkpoints.")
 @click.option("--log-every", type=int, help="Updates between lines of metrics.jsonl.")
 @click.option("--seed", type=int, help="Seed of weights, order, masks and dropout.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute.  [default: cpu]")
 @click.option("--threads", type=int, help="Threads to use.")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the run in --out.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace the run in --out.")

@@ -135,6 +135,9 @@ class Executor:
     def profile(self, inputs: dict[str, _Array]) -> list[float]:
         """Runs once; the seconds that each step of the plan took."""
 
+def simd_levels() -> tuple[str, str]:
+    """The vector instructions that the CPU has, and those that kernels use."""
+
 # ---- rust/python/src/cuda.rs ----------------------------------------------------------------------------------------
 
 def cuda_program(plan: Plan) -> str:

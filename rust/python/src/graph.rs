@@ -259,6 +259,13 @@ pub(crate) struct Executor {
     inner: CpuExecutor,
 }
 
+/// The vector instructions that the CPU has, and those that kernels use (`PYRFORMER_SIMD` may lower them).
+#[pyfunction]
+pub(crate) fn simd_levels() -> PyResult<(&'static str, &'static str)> {
+    let used = simd::check().map_err(|e| Failure::new("InputError", e))?;
+    Ok((simd::detect().name(), used.name()))
+}
+
 /// The pool that all executors of one thread count share.
 fn pool(threads: usize) -> Arc<threads::Pool> {
     static POOLS: Mutex<Vec<Arc<threads::Pool>>> = Mutex::new(Vec::new());

@@ -25,7 +25,7 @@ mod _core {
     #[pymodule_export]
     use super::files::{AtomicDir, SafeTensors, write_file, write_safetensors};
     #[pymodule_export]
-    use super::graph::{Executor, Graph, Plan, Store};
+    use super::graph::{Executor, Graph, Plan, Store, simd_levels};
     #[pymodule_export]
     use super::random::normal;
     #[pymodule_export]

@@ -1,0 +1,69 @@
+"""What works on this machine: versions, vector instructions, threads, CUDA."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pyrformer import _core
+from pyrformer.errors import Error
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        ok: whether it works; a machine without CUDA works, slower.
+        text: what was found, or what is missing and how to get it.
+    """
+
+    name: str
+    ok: bool
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Looks at everything that computing depends on. Raises nothing: what fails is a finding."""
+    return [
+        Finding("pyrformer", True, _core.__version__),
+        Finding("python", True, f"{platform.python_version()}, NumPy {np.__version__}"),
+        _found("cpu", _cpu),
+        _found("cuda", _cuda),
+    ]
+
+
+def _found(name: str, look: Any) -> Finding:
+    try:
+        return Finding(name, True, look())
+    except Error as e:
+        return Finding(name, False, str(e).removeprefix(f"[{name}] "))
+
+
+def _cpu() -> str:
+    has, used = _core.simd_levels()
+    lowered = "" if has == used else f", lowered to {used}"
+    threads = os.environ.get("PYRFORMER_NUM_THREADS", "")
+    limited = f", PYRFORMER_NUM_THREADS={threads}" if threads else ""
+    return f"{platform.machine()} with {has}{lowered}, {os.cpu_count()} threads{limited}"
+
+
+def _cuda() -> str:
+    from pyrformer.executors.cublaslt import find_library
+    from pyrformer.executors.cuda import describe
+
+    d = describe()
+    return (
+        f"{d['device']} ({d['arch']}, {d['multiprocessors']} multiprocessors), {d['free_bytes'] / 2**30:.1f} of "
+        f"{d['memory_bytes'] / 2**30:.1f} GiB free, driver for CUDA {d['driver_cuda']}, CuPy {d['cupy']}, "
+        f"{find_library().rsplit('/', 1)[-1]}"
+    )

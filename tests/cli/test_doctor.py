@@ -1,0 +1,104 @@
+"""``pyrformer doctor`` and ``--device cuda`` where there is no GPU, and where parts of CUDA are there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import pyrformer as pf
+from pyrformer.cli import main
+from pyrformer.errors import DeviceError
+from pyrformer.executors import cuda
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    code = "from pyrformer.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+
+
+def fake_cupy(monkeypatch: pytest.MonkeyPatch, **facts: int) -> None:
+    """A CuPy of CUDA 13 that knows one device."""
+    given = {"driver": 13000, "count": 1, "major": 9, "minor": 0, **facts}
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def count() -> int:
+        if given["count"] < 0:
+            raise CUDARuntimeError("cudaErrorInsufficientDriver: too old\nmore")
+        return given["count"]
+
+    runtime = SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError,
+        driverGetVersion=lambda: given["driver"],
+        runtimeGetVersion=lambda: 13000,
+        getDeviceCount=count,
+        getDevice=lambda: 0,
+        getDeviceProperties=lambda _: {
+            "name": b"Card", "major": given["major"], "minor": given["minor"], "multiProcessorCount": 10,
+        },
+        memGetInfo=lambda: (2**30, 2**31),
+    )  # fmt: skip
+    module = ModuleType("cupy")
+    module.__dict__.update(cuda=SimpleNamespace(runtime=runtime), __version__="14.2.0")
+    monkeypatch.setitem(sys.modules, "cupy", module)
+
+
+def test_the_report_has_one_line_each() -> None:
+    lines = run("doctor").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["pyrformer", "python", "cpu", "cuda"]
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["cpu"]["ok"]
+    assert found["pyrformer"]["text"] == pf.__version__
+
+
+def test_without_cupy_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(DeviceError, match=r"pip install pyrformer\[cuda13\]"):
+        cuda.describe()
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"driver": 0}, "no NVIDIA driver or no GPU"),
+        ({"count": 0}, "no NVIDIA driver or no GPU"),
+        ({"count": -1}, r"driver does not answer \(cudaErrorInsufficientDriver: too old\)"),
+        ({"driver": 12040}, r"driver is for CUDA 12, CuPy for CUDA 13; .*pyrformer\[cuda12\]"),
+        ({"major": 6, "minor": 1}, "Card has compute capability 6.1; 7.5 or newer"),
+    ],
+)
+def test_what_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, facts: dict[str, int], message: str
+) -> None:
+    fake_cupy(monkeypatch, **facts)
+    with pytest.raises(DeviceError, match=message):
+        cuda.describe()
+
+
+def test_a_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cupy(monkeypatch)
+    line = CliRunner().invoke(main, ["doctor"]).output.splitlines()[-1]
+    assert "Card (sm_90, 10 multiprocessors), 1.0 of 2.0 GiB free, driver for CUDA 13.0" in line
+
+
+def test_asking_for_a_missing_device_is_one_line(tmp_path: Path) -> None:
+    if json.loads(run("doctor", "--json").stdout)["cuda"]["ok"]:
+        pytest.skip("there is a CUDA device")
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 9}
+    model = pf.Model.from_config(config)
+    model.save(tmp_path / "m")
+    done = run("sample", str(tmp_path / "m"), "a", "--device", "cuda")
+    assert done.returncode == 2
+    assert done.stderr.startswith("pyrformer: error: [cuda] ")
+    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(ValueError, match="device must be one of"):
+        pf.load(tmp_path / "m", device="tpu")
+    assert np.isfinite(pf.load(tmp_path / "m")(np.array([[1]])).logits).all()
