@@ -12,6 +12,8 @@ import numpy as np
 from pyrformer import _core
 from pyrformer.errors import FileError, InputError
 from pyrformer.finetune import merged
+from pyrformer.gguf import Gguf
+from pyrformer.gguf_model import config_of, tensor_names, tensor_of, tokenizer_of
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.models.base import Family
@@ -45,10 +47,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def load(
     folder: str | Path, *, device: str = "cpu", dtype: str | None = None, threads: int | None = None
 ) -> Model:
-    """Opens a model folder.
+    """Opens a model folder or a ``.gguf`` file.
 
     Args:
-        folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64.
+        folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64; or a GGUF file, see
+            :mod:`pyrformer.gguf_model`.
         device: "cpu", or "cuda" for an NVIDIA GPU (`pip install pyrformer[cuda13]`).
         dtype: "float32" (the default) or "float64", for computing.
         threads: how many to use; default: ``PYRFORMER_NUM_THREADS``, or all the machine has.
@@ -63,6 +66,8 @@ def load(
         raise InputError(f"[load] dtype must be 'float32' or 'float64', got {dtype!r}")
     if threads is not None and threads < 1:
         raise InputError(f"[load] threads must be 1 or more, got {threads}")
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _load_gguf(folder, dtype or "float32", threads, device)
     if not folder.is_dir():
         raise FileError(f"[load] there is no folder {folder}")
     family = build(read_json(folder / CONFIG))
@@ -74,8 +79,28 @@ def load(
         tokenizer = Tokenizer.load(folder / TOKENIZER)
     loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder), "device": device}
     model = Model(family, tokenizer, dtype or "float32", threads, **loaded)
-    for name, tensor in _tensors(folder, family).items():
-        model.store.set(name, tensor.astype(model.dtype, copy=False))
+    stored, names = _tensors(folder, family)
+    for name, there in names.items():
+        model.store.set(name, stored.get(there).astype(model.dtype, copy=False))
+    return model
+
+
+def _load_gguf(path: Path, dtype: str, threads: int | None, device: str) -> Model:
+    file = Gguf(path)
+    config = config_of(file)
+    family = build(config)
+    names = tensor_names(file)
+    model = Model(family, tokenizer_of(file), dtype, threads, device=device)
+    for name, parameter in family.named_parameters():
+        if name not in names:
+            raise FileError(f"[load] {path} has no tensor for {name!r}")
+        value = tensor_of(file, name, names[name], config)
+        if value.shape != parameter.shape:
+            raise FileError(
+                f"[load] {path}: tensor {names[name]!r} is {list(value.shape)}, its metadata say "
+                f"{list(parameter.shape)}"
+            )
+        model.store.set(name, value.astype(dtype, copy=False))
     return model
 
 
@@ -99,8 +124,14 @@ def _pooling(folder: Path) -> dict[str, Any]:
     return {"pooling": chosen[0], "normalize": normalize}
 
 
-def _tensors(folder: Path, family: Family) -> dict[str, Any]:
-    """The parameters of a family from a folder's files, after checking all names and shapes."""
+def _tensors(folder: Path, family: Family) -> tuple[_core.SafeTensors, dict[str, str]]:
+    """A folder's files and where each parameter of a family is in them, after checking all names and shapes."""
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise FileError(
+            f"[load] {folder}: {pickled[0]} is a pickle, which can run code, so it is not opened; convert it where you "
+            "trust it: transformers' AutoModel.from_pretrained(folder).save_pretrained(folder)"
+        )
     stored = _core.SafeTensors(folder)
     parameters = dict(family.named_parameters())
     tied = family.tied_names()
@@ -123,7 +154,7 @@ def _tensors(folder: Path, family: Family) -> dict[str, Any]:
     missing = [name for name in parameters if name not in found]
     if missing:
         raise FileError(f"[load] {folder}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    return {ours: stored.get(name) for ours, name in found.items()}
+    return stored, found
 
 
 def _absent_bias(family: Family, name: str) -> bool:

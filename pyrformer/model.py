@@ -146,13 +146,25 @@ class Model:
         for name in parameters:
             self.store.set(name, np.ascontiguousarray(tensors[name], dtype=self.dtype))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, dtype: str | None = None) -> None:
         """Writes Hugging Face's layout: ``config.json``, ``model.safetensors``, ``tokenizer.json``,
-        ``generation_config.json``. Each file appears whole or not at all.
+        ``generation_config.json``; or, where the name ends in ``.gguf``, one file for llama.cpp. Each file appears
+        whole or not at all.
+
+        Args:
+            dtype: of a GGUF file: "f32", "f16" (the default) or "q8_0". A folder holds float32.
 
         Raises:
             FileError: the folder cannot be written.
+            InputError: the dtype or, for GGUF, the family is not one that can be written.
         """
+        if str(folder).endswith(".gguf"):
+            from pyrformer.gguf_model import save_gguf
+
+            save_gguf(self, folder, dtype or "f16")
+            return
+        if dtype not in (None, "float32"):
+            raise InputError(f"[save] a folder holds float32, got dtype {dtype!r}")
         from pyrformer.checkpoint import save
 
         save(self, folder)

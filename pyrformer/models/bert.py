@@ -270,11 +270,12 @@ class Bert(Family):
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if not name.startswith(("bert.", "cls.", "classifier.")):
             name = f"bert.{name}"
-        surplus = ["cls.predictions.decoder.bias", "bert.embeddings.position_ids"]
-        surplus += ["cls."] if self.cls is None else []
+        # Further heads are not part of the model, as in transformers.
+        known = {n for n, _ in self.named_parameters()} | set(self.tied_names())
+        if name.startswith("cls.") and name not in known:
+            return None
+        surplus = ["bert.embeddings.position_ids"]
         surplus += ["bert.pooler."] if self.bert.pooler is None else []
-        if self.cls is None or self.cls.seq_relationship is None:
-            surplus.append("cls.seq_relationship.")
         return None if name.startswith(tuple(surplus)) else name
 
     def stored_name(self, name: str) -> str:

@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use pyrformer_files::{DType as Stored, TensorView};
-use pyrformer_graph::{DType, Shape, TensorType};
+use pyrformer_graph::{DType, TensorType};
 
-use crate::array::{Given, to_numpy};
+use crate::array::Given;
 use crate::enter::{Failure, enter};
 
 impl From<pyrformer_files::Error> for Failure {
@@ -53,8 +54,7 @@ impl SafeTensors {
         let tensor = self.inner.get(name).ok_or_else(|| missing("is not in the file"))?;
         let shape = tensor.shape.to_vec();
         let values = enter(py, || tensor.to_f32().ok_or_else(|| missing("does not hold real numbers")))?;
-        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_ne_bytes()).collect();
-        to_numpy(py, &TensorType::new(DType::F32, Shape(shape)), &bytes)
+        Ok(PyArray1::from_vec(py, values).reshape(shape)?.into_any())
     }
 }
 

@@ -1,0 +1,306 @@
+"""GGUF, llama.cpp's file of a model: metadata, tensors in blocks of few bits, and the tokenizer, in one.
+
+Source: the format's description in ggml's ``docs/gguf.md``, and the block layouts of ``ggml-common.h``. Reading checks
+every size against the file before anything is allocated, so a broken file gives one error.
+
+Letters: H heads, D head width, C width, N elements.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyrformer import _core
+from pyrformer.errors import FileError
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+#: Numbers of metadata types → their struct codes.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, LIST = 8, 9
+#: The longest name, and the deepest list of lists.
+LONGEST, DEEPEST = 1 << 16, 4
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file.
+
+    Attributes:
+        shape: outermost axis first, as NumPy has it.
+        kind: ggml's number of the element type.
+        offset: first byte in the file.
+        nbytes: size in the file.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    nbytes: int
+
+
+class Gguf:
+    """An open file: ``metadata`` by key, ``tensors`` by name, :meth:`tensor` to read one as float32."""
+
+    def __init__(self, path: str | Path):
+        """
+        Raises:
+            FileError: the file cannot be read, is cut short, or breaks the format; the message names the place.
+        """
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as e:
+            raise FileError(f"[gguf] cannot read {self.path}: {e}") from None
+        cursor = _Cursor(self._data, self.path)
+        if cursor.take(4) != b"GGUF":
+            raise FileError(f"[gguf] {self.path} does not begin with GGUF")
+        version = cursor.scalar("I")
+        if version not in (2, 3):
+            raise FileError(f"[gguf] {self.path} has version {version}; 2 and 3 can be read")
+        tensors, pairs = cursor.count("tensors", 24), cursor.count("metadata", 12)
+        self.metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            key = cursor.string()
+            self.metadata[key] = cursor.value(cursor.scalar("I"))
+        infos = [self._info(cursor) for _ in range(tensors)]
+        align = self.metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1 or align & (align - 1):
+            raise FileError(f"[gguf] {self.path}: general.alignment must be a power of two, got {align!r}")
+        start = -(-cursor.at // align) * align
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, shape, kind, offset in infos:
+            if name in self.tensors:
+                raise FileError(f"[gguf] {self.path}: tensor {name!r} occurs twice")
+            self.tensors[name] = self._placed(name, shape, kind, start + offset)
+
+    def _info(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+        name, axes = cursor.string(), cursor.scalar("I")
+        if not 1 <= axes <= 4:
+            raise FileError(f"[gguf] {self.path}: tensor {name!r} has {axes} axes")
+        shape = tuple(reversed([cursor.scalar("Q") for _ in range(axes)]))
+        return name, shape, cursor.scalar("I"), cursor.scalar("Q")
+
+    def _placed(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
+        if kind not in BLOCKS:
+            known = ", ".join(block.name for block in BLOCKS.values())
+            raise FileError(
+                f"[gguf] {self.path}: tensor {name!r} has element type {kind}; known ones: {known}"
+            )
+        block = BLOCKS[kind]
+        count = 1
+        for extent in shape:
+            count *= extent
+        if count == 0 or shape[-1] % block.elements:
+            raise FileError(
+                f"[gguf] {self.path}: rows of {name!r} {list(shape)} are not made of blocks of {block.elements}"
+            )
+        nbytes = count // block.elements * block.nbytes
+        if offset + nbytes > len(self._data):
+            raise FileError(
+                f"[gguf] {self.path} is cut short: tensor {name!r} ends at byte {offset + nbytes}"
+            )
+        return TensorInfo(shape, kind, offset, nbytes)
+
+    def tensor(self, name: str) -> Floats:
+        """A tensor as float32, dequantised as llama.cpp does.
+
+        Raises:
+            FileError: there is none of this name.
+        """
+        if name not in self.tensors:
+            raise FileError(f"[gguf] {self.path} has no tensor {name!r}")
+        info = self.tensors[name]
+        raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+        block = BLOCKS[info.kind]
+        return block.read(raw.reshape(-1, block.nbytes)).reshape(info.shape)
+
+
+class _Cursor:
+    """Reads values one after the other, never past the end."""
+
+    def __init__(self, data: mmap.mmap, path: Path):
+        self._data, self._path, self.at = data, path, 0
+
+    def take(self, n: int) -> bytes:
+        if n > len(self._data) - self.at:
+            raise FileError(f"[gguf] {self._path} is cut short at byte {len(self._data)}")
+        self.at += n
+        return self._data[self.at - n : self.at]
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def count(self, what: str, least: int) -> int:
+        """A number of things that take at least ``least`` bytes each."""
+        n: int = self.scalar("Q")
+        if n * least > len(self._data) - self.at:
+            raise FileError(f"[gguf] {self._path} claims {n} {what}, more than it has room for")
+        return n
+
+    def string(self) -> str:
+        try:
+            return self.take(self.count("characters", 1)).decode("utf-8")
+        except UnicodeDecodeError:
+            raise FileError(
+                f"[gguf] {self._path} has a text that is not UTF-8 before byte {self.at}"
+            ) from None
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != LIST or depth >= DEEPEST:
+            raise FileError(f"[gguf] {self._path} has metadata of unknown type {kind} at byte {self.at}")
+        item = self.scalar("I")
+        if item in SCALARS:
+            size = struct.calcsize(f"<{SCALARS[item]}")
+            n = self.count("items", size)
+            return list(struct.unpack(f"<{n}{SCALARS[item]}", self.take(n * size)))
+        return [self.value(item, depth + 1) for _ in range(self.count("items", 8 if item == STRING else 12))]
+
+
+def _half(raw: Array) -> Floats:
+    """Two bytes of each block as float16, ``[blocks, 1]``."""
+    return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
+
+
+def _nibbles(raw: Array) -> Floats:
+    """Low halves of all bytes, then high halves."""
+    return np.concatenate([raw & 15, raw >> 4], axis=1).astype(np.float32)
+
+
+def _q4_0(raw: Array) -> Floats:
+    """d·(q − 8)."""
+    return _half(raw[:, :2]) * (_nibbles(raw[:, 2:]) - 8)
+
+
+def _q4_1(raw: Array) -> Floats:
+    """d·q + m."""
+    return _half(raw[:, :2]) * _nibbles(raw[:, 4:]) + _half(raw[:, 2:4])
+
+
+def _q8_0(raw: Array) -> Floats:
+    """d·q."""
+    return _half(raw[:, :2]) * raw[:, 2:].view(np.int8).astype(np.float32)
+
+
+def _q4_k(raw: Array) -> Floats:
+    """256 elements in eight groups of 32, each d·s·q − dmin·m with scales s and m of six bits."""
+    d, dmin, packed = _half(raw[:, :2]), _half(raw[:, 2:4]), raw[:, 4:16]
+    low, high, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
+    mins = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], axis=1)
+    pairs = raw[:, 16:].reshape(-1, 4, 32)
+    q = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(-1, 8, 32).astype(np.float32)
+    y = (d * scales)[:, :, None] * q - (dmin * mins)[:, :, None]
+    return np.asarray(y.reshape(-1, 256), np.float32)
+
+
+def _q6_k(raw: Array) -> Floats:
+    """256 elements in sixteen groups of 16, each d·s·(q − 32); four bits of q in one place, two in another."""
+    low, high = raw[:, :128].reshape(-1, 2, 64), raw[:, 128:192].reshape(-1, 2, 32)
+    parts = [low[:, :, :32] & 15, low[:, :, 32:] & 15, low[:, :, :32] >> 4, low[:, :, 32:] >> 4]
+    q = np.stack([part | ((high >> 2 * i & 3) << 4) for i, part in enumerate(parts)], axis=2)
+    scales = raw[:, 192:208].view(np.int8).astype(np.float32)
+    groups = (q.reshape(-1, 16, 16).astype(np.float32) - 32) * scales[:, :, None]
+    return np.asarray(_half(raw[:, 208:210]) * groups.reshape(-1, 256), np.float32)
+
+
+def _bf16(raw: Array) -> Floats:
+    return (np.ascontiguousarray(raw).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+@dataclass(frozen=True)
+class Block:
+    """How elements of a type are stored: so many in so many bytes, and how ``uint8[blocks, nbytes]`` is read."""
+
+    name: str
+    elements: int
+    nbytes: int
+    read: Callable[[Array], Floats]
+
+
+BLOCKS = {
+    0: Block("F32", 1, 4, lambda raw: np.ascontiguousarray(raw).view(np.float32)),
+    1: Block("F16", 1, 2, _half),
+    2: Block("Q4_0", 32, 18, _q4_0),
+    3: Block("Q4_1", 32, 20, _q4_1),
+    8: Block("Q8_0", 32, 34, _q8_0),
+    12: Block("Q4_K", 256, 144, _q4_k),
+    14: Block("Q6_K", 256, 210, _q6_k),
+    30: Block("BF16", 1, 2, _bf16),
+}
+
+
+#: Element types that can be written.
+KINDS = {"f32": 0, "f16": 1, "q8_0": 8}
+
+
+def _stored(value: Floats, kind: int) -> bytes:
+    """A tensor's bytes in an element type."""
+    if kind == 0:
+        return value.tobytes()
+    if kind == 1:
+        return value.astype(np.float16).tobytes()
+    # Q8_0: d is the largest magnitude / 127, rounded to float16 after the division by it.
+    blocks = value.reshape(-1, 32)
+    d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, d, out=np.zeros_like(d), where=d > 0)
+    q = np.trunc(blocks * inverse + np.copysign(np.float32(0.5), blocks)).astype(np.int8)
+    return np.concatenate([d.astype(np.float16).view(np.uint8), q.view(np.uint8)], axis=1).tobytes()
+
+
+def write_gguf(path: str | Path, metadata: dict[str, Any], tensors: dict[str, tuple[Floats, int]]) -> None:
+    """Writes a file of version 3 that appears whole or not at all.
+
+    Args:
+        metadata: texts, whole numbers (uint32), numbers (float32), truth values, and lists of texts or whole numbers.
+        tensors: float32 arrays and the numbers of their element types (``KINDS``).
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        out += _text(key) + _tagged(value)
+    offset, bodies = 0, []
+    for name, (value, kind) in tensors.items():
+        body = _stored(value, kind)
+        out += _text(name) + struct.pack("<I", value.ndim)
+        out += struct.pack(f"<{value.ndim}Q", *reversed(value.shape)) + struct.pack("<IQ", kind, offset)
+        bodies.append(body + bytes(-len(body) % 32))
+        offset += len(bodies[-1])
+    out += bytes(-len(out) % 32)
+    _core.write_file(Path(path), bytes(out) + b"".join(bodies))
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _tagged(value: Any) -> bytes:
+    """A metadata value after the number of its type."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _text(value)
+    texts = bool(value) and isinstance(value[0], str)
+    head = struct.pack("<IIQ", LIST, STRING if texts else 5, len(value))
+    return head + (b"".join(map(_text, value)) if texts else struct.pack(f"<{len(value)}i", *value))
