@@ -69,15 +69,20 @@ class Tokenizer:
         self._special: dict[str, int] = core.special_ids()
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Tokenizer:
-        """Reads a ``tokenizer.json``, or the one in a folder.
+    def load(cls, path: str | PathLike[str], *, split: str | None = None) -> Tokenizer:
+        """Reads a tokenizer.
+
+        Args:
+            path: a ``tokenizer.json``, ``vocab.txt`` (BERT), ``vocab.json`` with ``merges.txt`` beside it (GPT-2), a
+                ``.tiktoken`` or a ``.gguf`` file; or a folder with one of them.
+            split: how text falls into words, for a ``.tiktoken`` file: "gpt2", "cl100k", "o200k" or "qwen2". Default: as
+                the published file with as many ranks.
 
         Raises:
             FileError: the file cannot be read.
             TokenizerError: it holds something that is not known here; the message names it.
         """
-        path = Path(path)
-        return cls(_core.Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path))
+        return cls(_core.Tokenizer.load(Path(path), split))
 
     @classmethod
     def train(
@@ -99,15 +104,16 @@ class Tokenizer:
 
         Args:
             texts: a list of ``.txt`` or ``.jsonl`` files, or any other iterable of texts.
-            kind: "bpe" (byte-level, as preset "gpt2"), "wordpiece" (as preset "bert-uncased") or "char".
+            kind: "bpe" (byte-level, as preset "gpt2"), "wordpiece" (as preset "bert-uncased"), "unigram" (as preset
+                "xlnet") or "char".
             vocab_size: how many tokens at most, special ones included; "char" takes every character and ignores it.
-            preset: instead of a kind: "bert-uncased", "bert-cased", "multilingual", "gpt2" or "char"; normalization,
-                splitting, template and special tokens.
+            preset: instead of a kind: "bert-uncased", "bert-cased", "multilingual", "gpt2", "llama", "xlnet" or "char";
+                normalization, splitting, template and special tokens.
             min_frequency: pairs seen less often are not merged.
             special_tokens: instead of the preset's.
             threads: default: all cores.
             column, errors, clean: for files, as in :func:`pyrformer.data.read_documents`.
-            progress: called with the stage ("count", "merge"), what is done, and how much there is.
+            progress: called with the stage ("count", "merge", "prune"), what is done, and how much there is.
 
         Raises:
             TokenizerError: no text, an unknown kind or preset, or a vocabulary smaller than its alphabet.

@@ -37,6 +37,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "wordpiece": {"kind": "wordpiece", "vocab_size": 400},
     "bert-cased": {"preset": "bert-cased", "vocab_size": 400},
     "multilingual": {"preset": "multilingual", "vocab_size": 400},
+    "unigram": {"kind": "unigram", "vocab_size": 400},
+    "llama": {"preset": "llama", "vocab_size": 600},
     "char": {"kind": "char"},
 }
 #: Any text, and text out of the corpus' words, which meets merges more often.
@@ -213,6 +215,9 @@ def test_progress_is_told() -> None:
     trained("bpe", progress=lambda *what: seen.append(what))
     assert {stage for stage, _, _ in seen} == {"count", "merge"}
     assert all(0 <= done <= total for _, done, total in seen)
+    seen.clear()
+    trained("unigram", progress=lambda *what: seen.append(what))
+    assert seen[-1] == ("prune", 1000, 1000)
 
 
 def test_special_tokens() -> None:

@@ -15,7 +15,7 @@ impl From<pyrformer_text::Error> for Failure {
     fn from(e: pyrformer_text::Error) -> Self {
         use pyrformer_text::Error as E;
         let class = match e {
-            E::Io { .. } => "FileError",
+            E::Io { .. } | E::File(_) => "FileError",
             _ => "TokenizerError",
         };
         Self::new(class, e)
@@ -67,8 +67,8 @@ impl Tokenizer {
     }
 
     #[staticmethod]
-    fn load(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Ok(Self { inner: Arc::new(enter(py, || pyrformer_text::Tokenizer::load(&path))?) })
+    fn load(py: Python<'_>, path: PathBuf, split: Option<&str>) -> PyResult<Self> {
+        Ok(Self { inner: Arc::new(enter(py, || pyrformer_text::Tokenizer::load_split(&path, split))?) })
     }
 
     #[staticmethod]

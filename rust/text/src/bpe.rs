@@ -126,14 +126,31 @@ impl Bpe {
         let id = |token: &str| {
             vocab.id(token).ok_or_else(|| refuse(format!("{token:?} of a merge is not in the vocabulary")))
         };
+        let mut joined = String::new();
+        let mut triples = Vec::with_capacity(merges.len());
+        for (left, right) in merges {
+            joined.clear();
+            joined.push_str(left);
+            joined.push_str(right);
+            triples.push((id(left)?, id(right)?, id(&joined)?));
+        }
+        Self::with_ids(vocab, triples, options, byte_level)
+    }
+
+    /// The same of merges as ids: left, right, and what they make.
+    pub(crate) fn with_ids(
+        vocab: Vocab,
+        merges: Vec<(u32, u32, u32)>,
+        options: BpeOptions,
+        byte_level: bool,
+    ) -> Result<Self> {
+        let refuse = |problem: String| Error::format("model", problem);
         let mut pairs = Vec::with_capacity(merges.len());
         let mut ranks = FxHashMap::default();
         ranks.reserve(merges.len());
-        for (rank, (left, right)) in merges.iter().enumerate() {
-            let merged = id(&format!("{left}{right}"))?;
-            let ids = (id(left)?, id(right)?);
-            pairs.push(ids);
-            ranks.insert(pair(ids.0, ids.1), (rank as u32, merged));
+        for ((left, right, merged), rank) in merges.into_iter().zip(0..) {
+            pairs.push((left, right));
+            ranks.insert(pair(left, right), (rank, merged));
         }
         let unk = match &options.unk_token {
             Some(unk) => Some(

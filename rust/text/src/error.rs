@@ -26,6 +26,17 @@ pub enum Error {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// Another file that holds a tokenizer cannot be understood.
+    #[error("[load tokenizer] {}: {problem}", path.display())]
+    Source {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// A GGUF file cannot be read.
+    #[error(transparent)]
+    File(#[from] pyrformer_files::Error),
     /// An option is out of range, unknown, or contradicts another.
     #[error("[{op}] {option} {problem}")]
     Option {
@@ -56,6 +67,10 @@ impl Error {
     pub(crate) fn io(op: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { op, path, source }
+    }
+
+    pub(crate) fn source(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Source { path: path.to_owned(), problem: problem.into() }
     }
 
     pub(crate) fn format(component: &'static str, problem: impl Into<String>) -> Self {

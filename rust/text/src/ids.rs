@@ -257,7 +257,7 @@ impl Tokenizer {
                     self.part_ids(texts[*i].as_ref(), part.clone(), &sides, scratch, &mut ids)?;
                     lengths.push((*i, (ids.len() - start) as i64));
                 }
-                Ok((ids, lengths))
+                Ok::<_, crate::Error>((ids, lengths))
             },
         );
         let mut ragged = Ragged { ids: vec![], offsets: vec![0; texts.len() + 1] };

@@ -1,6 +1,6 @@
 //! Vocabulary files without a tokenizer.json: `vocab.txt` (BERT), `vocab.json` with `merges.txt` (GPT-2, RoBERTa).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -14,20 +14,23 @@ use crate::vocab::Vocab;
 use crate::wordpiece::WordPiece;
 use crate::{Error, Result, Tokenizer};
 
-/// Loads the vocabulary files of `folder`; `config` is its tokenizer_config.json, empty if there is none.
-pub(crate) fn load(folder: &Path, config: &Map<String, Value>) -> Result<Tokenizer> {
-    let read = |name: &str| {
-        let file = folder.join(name);
-        std::fs::read_to_string(&file).map_err(Error::io("load tokenizer", &file))
-    };
-    if folder.join("vocab.txt").is_file() {
-        bert(&read("vocab.txt")?, config)
-    } else if folder.join("vocab.json").is_file() {
-        gpt2(&read("vocab.json")?, &read("merges.txt")?)
-    } else {
-        // The error names the file that is wanted first.
-        read("tokenizer.json").and_then(|text| Tokenizer::from_json(&text))
+/// The file of `folder` that holds its tokenizer.
+pub(crate) fn find(folder: &Path) -> Result<PathBuf> {
+    let wanted = ["tokenizer.json", "vocab.txt", "vocab.json"].map(|name| folder.join(name));
+    if let Some(file) = wanted.iter().find(|file| file.is_file()) {
+        return Ok(file.clone());
     }
+    let entries = std::fs::read_dir(folder).map_err(Error::io("load tokenizer", folder))?;
+    let mut ranks: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|file| file.extension().is_some_and(|e| e == "tiktoken"))
+        .collect();
+    ranks.sort_unstable();
+    let model = folder.join("tokenizer.model");
+    // The error of reading names the file that is wanted first.
+    let [json, ..] = wanted;
+    Ok(ranks.into_iter().next().unwrap_or(if model.is_file() { model } else { json }))
 }
 
 fn added(vocab: &Vocab, tokens: &[&str]) -> Vec<AddedToken> {
@@ -36,7 +39,7 @@ fn added(vocab: &Vocab, tokens: &[&str]) -> Vec<AddedToken> {
 }
 
 /// One token a line, ids in order. Source: google-research/bert `tokenization.py` (`load_vocab`).
-fn bert(text: &str, config: &Map<String, Value>) -> Result<Tokenizer> {
+pub(crate) fn bert(text: &str, config: &Map<String, Value>) -> Result<Tokenizer> {
     let tokens = text.lines().map(|line| line.trim_end_matches('\r').to_owned());
     let vocab = Vocab::new(tokens.zip(0..).collect())?;
     let flag = |name: &str| config.get(name).and_then(Value::as_bool);
@@ -53,7 +56,7 @@ fn bert(text: &str, config: &Map<String, Value>) -> Result<Tokenizer> {
 }
 
 /// Tokens with ids, and merges in order after a version line. Source: openai/gpt-2 `encoder.py` (`get_encoder`).
-fn gpt2(vocab: &str, merges: &str) -> Result<Tokenizer> {
+pub(crate) fn gpt2(vocab: &str, merges: &str) -> Result<Tokenizer> {
     let refuse = |problem: String| Error::format("model", problem);
     let entries: Map<String, Value> =
         serde_json::from_str(vocab).map_err(|e| refuse(format!("vocab.json: {e}")))?;

@@ -4,7 +4,7 @@
 //! characters and origins of `text`), split into words (`pretokenize`, `split`), each word becomes tokens (`bpe`,
 //! `wordpiece` or `unigram`), and a template goes around them (`template`, `encoding` for truncation and padding).
 //! `ids` is the same without offsets and with a cache; `decode` and `stream` lead back. `format` reads and writes
-//! tokenizer.json, `legacy` reads what came before it, `train` learns vocabularies.
+//! tokenizer.json, `legacy`, `ranked` and `gguf` read other files, `train` learns vocabularies.
 //!
 //! ```
 //! use pyrformer_text::{Preset, Tokenizer, TrainOptions};
@@ -31,6 +31,7 @@ mod decode;
 mod encoding;
 mod error;
 mod format;
+mod gguf;
 mod ids;
 mod legacy;
 mod model;
@@ -38,6 +39,7 @@ mod normalize;
 mod parallel;
 mod presets;
 mod pretokenize;
+mod ranked;
 mod roles;
 mod split;
 mod stream;

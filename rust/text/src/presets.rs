@@ -6,8 +6,8 @@ use crate::added::AddedToken;
 use crate::decode::Decoder;
 use crate::format::Parts;
 use crate::model::Model;
-use crate::normalize::Normalizer;
-use crate::pretokenize::PreTokenizer;
+use crate::normalize::{Normalizer, Pattern};
+use crate::pretokenize::{Metaspace, PreTokenizer, Prepend};
 use crate::template::PostProcessor;
 use crate::{Error, Result};
 
@@ -22,21 +22,28 @@ pub enum Preset {
     BertCased,
     /// As `BertCased`, with every character of the documents in the alphabet instead of the 1000 most frequent.
     Multilingual,
+    /// BPE on characters with bytes for those unknown, spaces written `▁`, one put in front; `<unk>`, `<s>` and `</s>`, the
+    /// second of which begins a text.
+    Llama,
+    /// Unigram on words that start with `▁`, NFKC, the template `… <sep> <cls>`; XLNet's special tokens.
+    Xlnet,
     /// One token for each character; no special tokens.
     Char,
 }
 
 impl Preset {
     /// The presets by name.
-    pub const ALL: [(&str, Self); 5] = [
+    pub const ALL: [(&str, Self); 7] = [
         ("gpt2", Self::Gpt2),
         ("bert-uncased", Self::BertUncased),
         ("bert-cased", Self::BertCased),
         ("multilingual", Self::Multilingual),
+        ("llama", Self::Llama),
+        ("xlnet", Self::Xlnet),
         ("char", Self::Char),
     ];
 
-    /// The preset that a kind of model (`"bpe"`, `"wordpiece"`, `"char"`) is trained with if none is named.
+    /// The preset that a kind of model (`"bpe"`, `"wordpiece"`, `"unigram"`, `"char"`) is trained with if none is named.
     ///
     /// # Errors
     /// [`Error::Option`] for another kind.
@@ -44,10 +51,13 @@ impl Preset {
         match kind {
             "bpe" => Ok(Self::Gpt2),
             "wordpiece" => Ok(Self::BertUncased),
+            "unigram" => Ok(Self::Xlnet),
             "char" => Ok(Self::Char),
-            _ => {
-                Err(Error::option("train", "kind", format!("is {kind:?} but must be bpe, wordpiece or char")))
-            }
+            _ => Err(Error::option(
+                "train",
+                "kind",
+                format!("is {kind:?} but must be bpe, wordpiece, unigram or char"),
+            )),
         }
     }
 
@@ -55,15 +65,12 @@ impl Preset {
         match self {
             Self::Gpt2 => &["<|endoftext|>"],
             Self::Char => &[],
+            Self::Llama => &["<unk>", "<s>", "</s>"],
+            Self::Xlnet => &["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>"],
             Self::BertUncased | Self::BertCased | Self::Multilingual => {
                 &["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
             }
         }
-    }
-
-    /// Whether the model is WordPiece.
-    pub(crate) fn is_wordpiece(self) -> bool {
-        matches!(self, Self::BertUncased | Self::BertCased | Self::Multilingual)
     }
 
     /// The parts of a tokenizer of this preset. WordPiece has a template if `[CLS]` and `[SEP]` are among the added tokens.
@@ -72,9 +79,19 @@ impl Preset {
             let found = added_tokens.iter().find(|t| t.content == content);
             found.map(|t| (t.content.clone(), t.id))
         };
-        let template = match (token("[CLS]"), token("[SEP]")) {
-            (Some(cls), Some(sep)) => Some(PostProcessor::bert_template(&cls, &sep)),
-            _ => None,
+        let post_processor = match self {
+            Self::Llama => token("<s>").map(|bos| PostProcessor::bos_eos_template(Some(&bos), None)),
+            Self::Xlnet => match (token("<sep>"), token("<cls>")) {
+                (Some(sep), Some(cls)) => Some(PostProcessor::xlnet_template(&sep, &cls)),
+                _ => None,
+            },
+            Self::BertUncased | Self::BertCased | Self::Multilingual => {
+                match (token("[CLS]"), token("[SEP]")) {
+                    (Some(cls), Some(sep)) => Some(PostProcessor::bert_template(&cls, &sep)),
+                    _ => None,
+                }
+            }
+            Self::Gpt2 | Self::Char => None,
         };
         let plain = Parts {
             truncation: None,
@@ -82,12 +99,35 @@ impl Preset {
             added_tokens,
             normalizer: None,
             pre_tokenizer: None,
-            post_processor: None,
+            post_processor,
             decoder: Some(Decoder::Fuse),
             model,
         };
         match self {
             Self::Char => plain,
+            Self::Llama => Parts {
+                pre_tokenizer: Some(PreTokenizer::Metaspace(Metaspace::new(Prepend::First))),
+                decoder: Some(Decoder::Sequence {
+                    decoders: vec![
+                        Decoder::Replace { pattern: Pattern::String("▁".into()), content: " ".into() },
+                        Decoder::ByteFallback,
+                        Decoder::Fuse,
+                        Decoder::Strip { content: ' ', start: 1, stop: 0 },
+                    ],
+                }),
+                ..plain
+            },
+            Self::Xlnet => Parts {
+                normalizer: Some(Normalizer::Sequence {
+                    normalizers: vec![
+                        Normalizer::Nfkc,
+                        Normalizer::Replace { pattern: Pattern::Regex(" {2,}".into()), content: " ".into() },
+                    ],
+                }),
+                pre_tokenizer: Some(PreTokenizer::Metaspace(Metaspace::new(Prepend::Always))),
+                decoder: Some(Decoder::Metaspace(Metaspace::new(Prepend::Always))),
+                ..plain
+            },
             Self::Gpt2 => Parts {
                 pre_tokenizer: Some(PreTokenizer::ByteLevel {
                     add_prefix_space: false,
@@ -114,7 +154,6 @@ impl Preset {
                     lowercase: self == Self::BertUncased,
                 }),
                 pre_tokenizer: Some(PreTokenizer::Bert),
-                post_processor: template,
                 decoder: Some(Decoder::WordPiece { prefix: "##".into(), cleanup: true }),
                 ..plain
             },

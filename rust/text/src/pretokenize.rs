@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::normalize::Pattern;
-use crate::split::{GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Splitter};
+use crate::split::{GPT2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN, Splitter};
 use crate::text::{Origin, Text};
 use crate::{Error, Result};
 
@@ -70,6 +70,11 @@ fn yes() -> bool {
 }
 
 impl Metaspace {
+    /// `▁` for spaces, words split before it.
+    pub(crate) fn new(prepend_scheme: Prepend) -> Self {
+        Self { replacement: '▁', prepend_scheme, split: true, add_prefix_space: None }
+    }
+
     /// The scheme, with the older setting taken into account.
     pub(crate) fn scheme(&self) -> Prepend {
         if self.add_prefix_space == Some(false) { Prepend::Never } else { self.prepend_scheme }
@@ -133,9 +138,10 @@ impl Words {
                     Pattern::Regex(p) if p == GPT2_PATTERN => Splitter::Gpt2,
                     Pattern::Regex(p) if p == LLAMA3_PATTERN => Splitter::Llama3 { digits: 3 },
                     Pattern::Regex(p) if p == QWEN2_PATTERN => Splitter::Llama3 { digits: 1 },
+                    Pattern::Regex(p) if p == O200K_PATTERN => Splitter::O200k,
                     other => {
                         return refuse(format!(
-                            "Split with the pattern {other:?} is not supported, only those of GPT-2, Llama 3 and Qwen 2"
+                            "Split with the pattern {other:?} is not supported, only those of GPT-2, cl100k, o200k and Qwen 2"
                         ));
                     }
                 };
@@ -172,7 +178,13 @@ impl Words {
     pub(crate) fn starts_word_at_space(&self) -> bool {
         matches!(
             self.splitters.first(),
-            Some(Splitter::Bert | Splitter::Gpt2 | Splitter::Llama3 { .. } | Splitter::Whitespace)
+            Some(
+                Splitter::Bert
+                    | Splitter::Gpt2
+                    | Splitter::Llama3 { .. }
+                    | Splitter::O200k
+                    | Splitter::Whitespace
+            )
         )
     }
 

@@ -40,6 +40,14 @@ impl SpecialIds {
         [unk, pad, cls, sep, mask, bos, eos]
     }
 
+    /// These roles, those that are not filled as in `other`.
+    pub(crate) fn or(mut self, other: &Self) -> Self {
+        for (slot, other) in self.slots().into_iter().zip(other.clone().slots()) {
+            *slot = slot.or(*other);
+        }
+        self
+    }
+
     /// The roles that model, padding settings and usual names suggest.
     pub(crate) fn guess(tokenizer: &Tokenizer) -> Self {
         let mut ids = Self::default();

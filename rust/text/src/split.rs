@@ -2,7 +2,7 @@
 //!
 //! A scanner calls `emit(start, end)` with the byte range of every word, in order, none empty.
 
-use crate::unicode::{Flags, LETTER, NUMBER, PUNCTUATION, SPACE};
+use crate::unicode::{Flags, LETTER, MARK, NUMBER, PUNCTUATION, SPACE};
 
 /// The pattern of GPT-2 tokenizers. Source: openai/gpt-2 `encoder.py`.
 pub(crate) const GPT2_PATTERN: &str =
@@ -11,6 +11,9 @@ pub(crate) const GPT2_PATTERN: &str =
 pub(crate) const LLAMA3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// The pattern of Qwen 2: as Llama 3, each digit alone.
 pub(crate) const QWEN2_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The pattern of o200k (GPT-4o): a word is capitals then small letters, with its contraction.
+pub(crate) const O200K_PATTERN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// One way of splitting.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,6 +24,8 @@ pub(crate) enum Splitter {
     Gpt2,
     /// [`LLAMA3_PATTERN`] with at most so many digits together.
     Llama3 { digits: usize },
+    /// [`O200K_PATTERN`].
+    O200k,
     /// Before each occurrence of the character.
     Before(char),
     /// Words between white space.
@@ -36,6 +41,7 @@ impl Splitter {
             Self::Bert => bert(text, emit),
             Self::Gpt2 => gpt2(text, emit),
             Self::Llama3 { digits } => llama3(text, digits, emit),
+            Self::O200k => o200k(text, emit),
             Self::Before(mark) => {
                 let mut start = 0;
                 for (i, _) in text.match_indices(mark) {
@@ -137,6 +143,59 @@ impl<'a> Cursor<'a> {
         i
     }
 
+    /// The end of what is no word of letters at `i`: up to `digits` numbers, signs with those of `tail` after them, or
+    /// white space, all of it up to its last line end.
+    #[inline(always)]
+    fn no_word(self, i: usize, digits: usize, tail: &[u8]) -> usize {
+        let bytes = self.text.as_bytes();
+        if self.flags(i) & NUMBER != 0 {
+            let mut end = i;
+            for _ in 0..digits {
+                if self.flags(end) & NUMBER != 0 {
+                    end += self.width(end);
+                }
+            }
+            return end;
+        }
+        let start = i + usize::from(bytes[i] == b' ');
+        let signs = self.skip_without(start, WORD | SPACE, usize::MAX);
+        if signs > start {
+            return signs + bytes[signs..].iter().take_while(|b| tail.contains(b)).count();
+        }
+        let end = self.skip(i, SPACE);
+        match bytes[i..end].iter().rposition(|&b| b == b'\r' || b == b'\n') {
+            Some(last) => i + last + 1,
+            None => self.space_word(i, end),
+        }
+    }
+
+    /// The end of letters and marks from `i` on that are not `forbidden`.
+    fn letters(self, mut i: usize, forbidden: fn(char) -> bool) -> usize {
+        while let Some(c) = self.char(i).filter(|&c| self.flags.of(c) & (LETTER | MARK) != 0 && !forbidden(c))
+        {
+            i += c.len_utf8();
+        }
+        i
+    }
+
+    /// The end of `[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+` at `i`, if it is there.
+    fn cased_word(self, i: usize) -> Option<usize> {
+        let capitals = self.letters(i, is_small);
+        let end = self.letters(capitals, is_capital);
+        if end > capitals {
+            return Some(end);
+        }
+        // No small letter follows: what is allowed among both and stands last takes their part.
+        let last = self.text[i..capitals].char_indices().rev().find(|&(_, c)| !is_capital(c));
+        last.map(|(at, c)| i + at + c.len_utf8())
+    }
+
+    /// The end of `[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*` at `i`, if it is there.
+    fn capital_word(self, i: usize) -> Option<usize> {
+        let capitals = self.letters(i, is_small);
+        (capitals > i).then(|| self.letters(capitals, is_capital))
+    }
+
     /// The end of the white space at `i` that is a word of its own: all of it before the end of the text, else all
     /// but the last character, which the next word may take; that one alone if it is alone.
     #[inline(always)]
@@ -209,30 +268,54 @@ fn llama3(text: &str, digits: usize, emit: &mut dyn FnMut(usize, usize)) {
             || (!line_end && flags & NUMBER == 0 && cursor.flags(after) & LETTER != 0)
         {
             cursor.skip(after, LETTER)
-        } else if flags & NUMBER != 0 {
-            let mut end = after;
-            for _ in 1..digits {
-                if cursor.flags(end) & NUMBER != 0 {
-                    end += cursor.width(end);
-                }
-            }
-            end
         } else {
-            let start = i + usize::from(c == ' ');
-            let symbols = cursor.skip_without(start, WORD | SPACE, usize::MAX);
-            if symbols > start {
-                symbols + bytes[symbols..].iter().take_while(|&&b| b == b'\r' || b == b'\n').count()
-            } else {
-                let end = cursor.skip(i, SPACE);
-                match bytes[i..end].iter().rposition(|&b| b == b'\r' || b == b'\n') {
-                    Some(last) => i + last + 1,
-                    None => cursor.space_word(i, end),
-                }
-            }
+            cursor.no_word(i, digits, b"\r\n")
         };
         emit(i, end);
         i = end;
     }
+}
+
+fn o200k(text: &str, emit: &mut dyn FnMut(usize, usize)) {
+    let cursor = Cursor::new(text);
+    let bytes = text.as_bytes();
+    let mut i = 0;
+    while let Some(c) = cursor.char(i) {
+        let after = i + c.len_utf8();
+        let prefix = !matches!(c, '\r' | '\n') && cursor.flags.of(c) & WORD == 0;
+        // A sign before the word belongs to it, where that makes one.
+        let cased = prefix.then(|| cursor.cased_word(after)).flatten().or_else(|| cursor.cased_word(i));
+        let capital =
+            || prefix.then(|| cursor.capital_word(after)).flatten().or_else(|| cursor.capital_word(i));
+        let end = match cased.or_else(capital) {
+            Some(end) if bytes.get(end) == Some(&b'\'') => match contraction(&bytes[end + 1..], true) {
+                0 => end,
+                n => end + 1 + n,
+            },
+            Some(end) => end,
+            None => cursor.no_word(i, 3, b"\r\n/"),
+        };
+        emit(i, end);
+        i = end;
+    }
+}
+
+/// Whether a letter or mark is lowercase (Ll): what may not stand among the capitals of a word.
+fn is_small(c: char) -> bool {
+    // Letters with the property Lowercase that are modifiers (Lm) or have no case of their own (Lo), and a mark.
+    c.is_lowercase()
+        && !matches!(c as u32, 0xaa | 0xba | 0x2b0..=0x2b8 | 0x2c0..=0x2c1 | 0x2e0..=0x2e4 | 0x345 | 0x37a
+            | 0x10fc | 0x1d2c..=0x1d6a | 0x1d78 | 0x1d9b..=0x1dbf | 0x2071 | 0x207f | 0x2090..=0x209c
+            | 0x2c7c..=0x2c7d | 0xa69c..=0xa69d | 0xa770 | 0xa7f1..=0xa7f4 | 0xa7f8..=0xa7f9
+            | 0xab5c..=0xab5f | 0xab69 | 0x10780 | 0x10783..=0x10785 | 0x10787..=0x107b0
+            | 0x107b2..=0x107ba | 0x1e030..=0x1e06d)
+}
+
+/// Whether a letter is a capital (Lu) or a titlecase digraph (Lt).
+fn is_capital(c: char) -> bool {
+    c.is_uppercase()
+        || matches!(c as u32, 0x1c5 | 0x1c8 | 0x1cb | 0x1f2 | 0x1f88..=0x1f8f | 0x1f98..=0x1f9f
+            | 0x1fa8..=0x1faf | 0x1fbc | 0x1fcc | 0x1ffc)
 }
 
 /// The length of the English ending that `rest`, what follows an apostrophe, starts with: s, t, re, ve, m, ll, d.
@@ -278,6 +361,13 @@ mod tests {
         assert_eq!(w("I'M 12345 a.\n\n b"), ["I", "'M", " ", "123", "45", " a", ".\n\n", " b"]);
         assert_eq!(w("x \n \n  y\t-z"), ["x", " \n \n", " ", " y", "\t", "-z"]);
         assert_eq!(words(Splitter::Llama3 { digits: 1 }, "12"), ["1", "2"]);
+    }
+
+    #[test]
+    fn o200k_words() {
+        let w = |t| words(Splitter::O200k, t);
+        assert_eq!(w("helloWorld HTTPServer's x"), ["hello", "World", " HTTPServer's", " x"]);
+        assert_eq!(w("ABC中 中AB -Ab/\n/ 1234"), ["ABC中", " 中", "AB", " -", "Ab", "/\n/", " ", "123", "4"]);
     }
 
     #[test]

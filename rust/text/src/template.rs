@@ -43,20 +43,49 @@ fn yes() -> bool {
 }
 
 impl PostProcessor {
+    /// XLNet's template: `A <sep> <cls>`, with a second text `A <sep> B <sep> <cls>`; `<cls>` is of type 2.
+    pub(crate) fn xlnet_template(sep: &(String, u32), cls: &(String, u32)) -> Self {
+        let special = |token: &(String, u32), type_id| Piece::SpecialToken { id: token.0.clone(), type_id };
+        let part = |text, type_id| [Piece::Sequence { id: text, type_id }, special(sep, type_id)];
+        Self::TemplateProcessing {
+            single: part(Text::A, 0).into_iter().chain([special(cls, 2)]).collect(),
+            pair: part(Text::A, 0).into_iter().chain(part(Text::B, 1)).chain([special(cls, 2)]).collect(),
+            special_tokens: [define(sep), define(cls)].into(),
+        }
+    }
+
+    /// Llama's template: `<s> A </s>`, and the same around `B`, of type 1; either token may be missing.
+    pub(crate) fn bos_eos_template(bos: Option<&(String, u32)>, eos: Option<&(String, u32)>) -> Self {
+        let special = |token: Option<&(String, u32)>, type_id| {
+            token.map(|(token, _)| Piece::SpecialToken { id: token.clone(), type_id })
+        };
+        let around = |text, type_id| {
+            let sequence = Piece::Sequence { id: text, type_id };
+            special(bos, type_id).into_iter().chain([sequence]).chain(special(eos, type_id))
+        };
+        Self::TemplateProcessing {
+            single: around(Text::A, 0).collect(),
+            pair: around(Text::A, 0).chain(around(Text::B, 1)).collect(),
+            special_tokens: bos.into_iter().chain(eos).map(define).collect(),
+        }
+    }
+
     /// BERT's template: `[CLS] A [SEP]`, and `B [SEP]` of type 1 after it.
     pub(crate) fn bert_template(cls: &(String, u32), sep: &(String, u32)) -> Self {
         let special = |token: &(String, u32), type_id| Piece::SpecialToken { id: token.0.clone(), type_id };
         let single = vec![special(cls, 0), Piece::Sequence { id: Text::A, type_id: 0 }, special(sep, 0)];
         let second = [Piece::Sequence { id: Text::B, type_id: 1 }, special(sep, 1)];
-        let define = |(token, id): &(String, u32)| {
-            (token.clone(), SpecialToken { id: token.clone(), ids: vec![*id], tokens: vec![token.clone()] })
-        };
         Self::TemplateProcessing {
             pair: single.iter().cloned().chain(second).collect(),
             single,
             special_tokens: [define(cls), define(sep)].into(),
         }
     }
+}
+
+/// A special token of a template, by its name.
+fn define((token, id): &(String, u32)) -> (String, SpecialToken) {
+    (token.clone(), SpecialToken { id: token.clone(), ids: vec![*id], tokens: vec![token.clone()] })
 }
 
 /// One place of a template.

@@ -120,16 +120,26 @@ impl Tokenizer {
         self.parts.to_json()
     }
 
-    /// Loads a tokenizer.json, or that of a directory; a directory without one may have `vocab.txt` (BERT), or
-    /// `vocab.json` and `merges.txt` (GPT-2, RoBERTa). A tokenizer_config.json beside it says which special token has
-    /// which role; else the usual names do.
+    /// Loads a tokenizer: a tokenizer.json, a `.tiktoken` file, a `.gguf` file, or `vocab.txt` (BERT), or `vocab.json` with
+    /// `merges.txt` beside it (GPT-2, RoBERTa); of a directory, the first of these that it holds, GGUF excepted. A
+    /// tokenizer_config.json beside it says which special token has which role; else the usual names do.
     ///
     /// # Errors
-    /// [`Error::Io`] if a file cannot be read, [`Error::Format`] if it cannot be understood.
+    /// [`Error::Io`] if a file cannot be read, [`Error::Format`], [`Error::Source`] or [`Error::File`] if it cannot be
+    /// understood.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        Self::load_split(path, None)
+    }
+
+    /// The same, with the way a `.tiktoken` file's text falls into words: `"gpt2"`, `"cl100k"`, `"o200k"` or `"qwen2"`. If
+    /// none is named, the number of ranks tells the published files.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::load`]; [`Error::Option`] for an unknown name, or one given with another file.
+    pub fn load_split(path: impl AsRef<Path>, split: Option<&str>) -> Result<Self> {
         let path = path.as_ref();
         let read = |file: &Path| std::fs::read_to_string(file).map_err(Error::io("load tokenizer", file));
-        let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
+        let file = if path.is_dir() { crate::legacy::find(path)? } else { path.to_owned() };
         let config_file = file.with_file_name("tokenizer_config.json");
         let config: Map<String, Value> = if config_file.is_file() {
             serde_json::from_str(&read(&config_file)?)
@@ -137,13 +147,34 @@ impl Tokenizer {
         } else {
             Map::new()
         };
-        let mut tokenizer = if path.is_dir() && !file.is_file() {
-            crate::legacy::load(path, &config)?
-        } else {
-            Self::from_json(&read(&file)?)?
+        let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let extension = file.extension().and_then(|name| name.to_str()).unwrap_or_default();
+        if split.is_some() && extension != "tiktoken" {
+            let problem = "is for .tiktoken files; other files say it themselves";
+            return Err(Error::option("load tokenizer", "split", problem));
+        }
+        let mut tokenizer = match (name, extension) {
+            (_, "gguf") => return crate::gguf::load(&file),
+            (_, "tiktoken") => crate::ranked::load(&file, split)?,
+            (_, "model") => {
+                let problem = "models of SentencePiece are not read; convert it to tokenizer.json";
+                return Err(Error::source(&file, problem));
+            }
+            ("vocab.txt", _) => crate::legacy::bert(&read(&file)?, &config)?,
+            ("vocab.json" | "merges.txt", _) => {
+                let beside = |name| read(&file.with_file_name(name));
+                crate::legacy::gpt2(&beside("vocab.json")?, &beside("merges.txt")?)?
+            }
+            _ => Self::from_json(&read(&file)?)?,
         };
         tokenizer.roles = tokenizer.roles.with_config(&tokenizer, &config);
         Ok(tokenizer)
+    }
+
+    /// The same tokenizer with the roles that are filled in `roles`; the others stay.
+    pub(crate) fn with_roles(mut self, roles: SpecialIds) -> Self {
+        self.roles = roles.or(&self.roles);
+        self
     }
 
     /// Saves as tokenizer.json; into an existing directory, with the tokenizer_config.json that goes with it.

@@ -166,7 +166,9 @@ fn long_runs_take_no_time() {
             }
             let mut ids = vec![];
             tokenizer.encode_ids(&text, false, &mut ids).unwrap();
-            if matches!(tokenizer.kind(), "bpe" | "char") {
+            // Llama's way takes the first of several spaces for the one that is put in front.
+            let marked = run == " " && tokenizer.token_to_id("<0x20>").is_some();
+            if matches!(tokenizer.kind(), "bpe" | "char") && !marked {
                 assert!(tokenizer.decode(&ids, false).unwrap() == text);
             }
         }

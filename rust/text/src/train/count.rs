@@ -45,14 +45,14 @@ pub(super) fn words<S: AsRef<str> + Sync>(
         .flat_map(|d| cut(d).into_iter().map(move |part| &d[part]))
         .collect();
     let sums: FxHashMap<String, u64> = match &tokenizer.parts.normalizer {
-        None => {
+        None if split.keeps_text() => {
             let counts = count(&parts, threads, |part, counts| {
                 split.split(part, &mut |a, b| *counts.entry(&part[a..b]).or_insert(0) += 1);
             });
             counts.into_iter().map(|(word, n)| (word.to_owned(), n)).collect()
         }
         // What stands between white space is counted first, and normalized once however often it comes.
-        Some(normalizer) => {
+        normalizer => {
             let chunks = count(&parts, threads, |part, counts| {
                 for chunk in part.split([' ', '\t', '\n', '\r']).filter(|c| !c.is_empty()) {
                     *counts.entry(chunk).or_insert(0) += 1;
@@ -61,7 +61,10 @@ pub(super) fn words<S: AsRef<str> + Sync>(
             let mut sums: FxHashMap<String, u64> = FxHashMap::default();
             for (chunk, n) in chunks {
                 let mut text = Text::<()>::new(chunk, 0);
-                normalizer.apply(&mut text);
+                if let Some(normalizer) = normalizer {
+                    normalizer.apply(&mut text);
+                }
+                split.prepare(&mut text, true);
                 let text = text.to_text();
                 split.split(&text, &mut |a, b| match sums.get_mut(&text[a..b]) {
                     Some(sum) => *sum += n,

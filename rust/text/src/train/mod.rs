@@ -6,6 +6,7 @@
 
 mod count;
 mod merges;
+mod unigram;
 
 use crate::added::AddedToken;
 use crate::bpe::{Bpe, BpeOptions};
@@ -13,6 +14,7 @@ use crate::bytes::byte_to_char;
 use crate::format::Parts;
 use crate::model::Model;
 use crate::presets::Preset;
+use crate::unigram::Unigram;
 use crate::vocab::Vocab;
 use crate::wordpiece::WordPiece;
 use crate::{Error, Result, Tokenizer};
@@ -58,7 +60,7 @@ impl TrainOptions {
 /// How far training is: `done` of `total` steps of `stage`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// `"count"` (documents' bytes) or `"merge"` (tokens of the vocabulary).
+    /// `"count"` (documents' bytes), `"merge"` (tokens of the vocabulary) or `"prune"` (Unigram, in thousandths).
     pub stage: &'static str,
     /// Steps done.
     pub done: usize,
@@ -91,6 +93,14 @@ impl Tokenizer {
                 let words = count::words(documents, &blank, options.threads);
                 bytes(&words, &special, options, progress)?
             }
+            Preset::Llama => {
+                let words = count::words(documents, &blank, options.threads);
+                byte_fallback(&words, &special, options, progress)?
+            }
+            Preset::Xlnet => {
+                let words = count::words(documents, &blank, options.threads);
+                pieces(&words, &special, options, progress)?
+            }
             Preset::BertUncased | Preset::BertCased | Preset::Multilingual => {
                 let words = count::words(documents, &blank, options.threads);
                 wordpiece(&words, &special, options, progress)?
@@ -114,12 +124,16 @@ fn empty(preset: Preset, special: &[String]) -> Result<Tokenizer> {
     let vocab = Vocab::new(special.iter().cloned().zip(0..).collect())?;
     let added = special.iter().zip(0..).map(|(token, id)| AddedToken::special(token, id)).collect();
     let model = Model::Bpe(Bpe::new(vocab, &[], BpeOptions::default(), false)?);
-    let needed: &[&str] = if preset.is_wordpiece() { &["[UNK]", "[CLS]", "[SEP]"] } else { &[] };
+    let needed: &[&str] = match preset {
+        Preset::BertUncased | Preset::BertCased | Preset::Multilingual => &["[UNK]", "[CLS]", "[SEP]"],
+        Preset::Xlnet | Preset::Llama => &["<unk>"],
+        Preset::Gpt2 | Preset::Char => &[],
+    };
     if let Some(token) = needed.iter().find(|token| !special.iter().any(|s| s == *token)) {
         return Err(Error::option(
             "train",
             "special_tokens",
-            format!("lacks {token}, which WordPiece needs"),
+            format!("lacks {token}, which this kind of tokenizer needs"),
         ));
     }
     Tokenizer::new(preset.parts(added, model))
@@ -141,6 +155,27 @@ fn alphabet(counts: impl Iterator<Item = (char, u64)>, limit: Option<usize>) -> 
     let mut chars: Vec<char> = chars.into_iter().map(|(c, _)| c).collect();
     chars.sort_unstable();
     chars
+}
+
+/// The alphabet of `words`; without a limit, the characters that make up 99.95 % of them, SentencePiece's
+/// `character_coverage`.
+fn covering_alphabet(words: &[(String, u64)], limit: Option<usize>) -> Vec<char> {
+    let counts = || words.iter().flat_map(|(word, n)| word.chars().map(|c| (c, *n)));
+    let limit = limit.unwrap_or_else(|| {
+        let mut sums = rustc_hash::FxHashMap::default();
+        counts().for_each(|(c, n)| *sums.entry(c).or_insert(0u64) += n);
+        let mut sums: Vec<u64> = sums.into_values().collect();
+        sums.sort_unstable_by_key(|&n| std::cmp::Reverse(n));
+        let mut uncovered = sums.iter().sum::<u64>();
+        let spare = uncovered / 2000;
+        let covering = sums.iter().take_while(|&&n| {
+            let wanted = uncovered > spare;
+            uncovered -= n;
+            wanted
+        });
+        covering.count()
+    });
+    alphabet(counts(), Some(limit.min(usize::from(u16::MAX) - 1)))
 }
 
 /// The vocabulary before the first merge must fit.
@@ -179,6 +214,68 @@ fn bytes(
     let merges = merges::learn(split, &mut symbols, options.vocab_size, options.min_frequency, progress);
     let model = Bpe::new(symbols.into_vocab()?, &merges, BpeOptions::default(), true)?;
     Ok(Model::Bpe(model))
+}
+
+/// BPE on characters, with bytes for those outside the alphabet. Ids: special tokens, `<0x00>` … `<0xFF>`, merges,
+/// characters; the order of SentencePiece.
+fn byte_fallback(
+    words: &[(String, u64)],
+    special: &[String],
+    options: &TrainOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Model> {
+    let alphabet = covering_alphabet(words, options.limit_alphabet);
+    if alphabet.is_empty() {
+        return Err(no_text());
+    }
+    let mut symbols = Symbols::new(special, "");
+    for byte in 0..=255u8 {
+        symbols.add(&format!("<0x{byte:02X}>"));
+    }
+    let ids: Vec<u32> = alphabet.iter().map(|c| symbols.add(&c.to_string())).collect();
+    check_size(&symbols, special.len(), options)?;
+    // A character outside the alphabet ends a run of symbols: nothing is merged across the bytes it becomes.
+    let mut split: Vec<(Vec<u32>, u64)> = vec![];
+    for (word, n) in words {
+        let known = |c: char| alphabet.binary_search(&c).ok().map(|i| ids[i]);
+        let mut run = vec![];
+        for id in word.chars().map(known).chain([None]) {
+            match id {
+                Some(id) => run.push(id),
+                None if run.is_empty() => {}
+                None => split.push((std::mem::take(&mut run), *n)),
+            }
+        }
+    }
+    let merges =
+        merges::learn(split.into_iter(), &mut symbols, options.vocab_size, options.min_frequency, progress);
+    let unk_token = special.iter().find(|t| *t == "<unk>").cloned();
+    let options = BpeOptions { unk_token, fuse_unk: true, byte_fallback: true, ..BpeOptions::default() };
+    Ok(Model::Bpe(Bpe::new(symbols.into_vocab()?, &merges, options, false)?))
+}
+
+/// Unigram. Ids: special tokens, then pieces, the likeliest first.
+fn pieces(
+    words: &[(String, u64)],
+    special: &[String],
+    options: &TrainOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Model> {
+    let alphabet = covering_alphabet(words, options.limit_alphabet);
+    if alphabet.is_empty() {
+        return Err(no_text());
+    }
+    let mut symbols = Symbols::new(special, "");
+    for c in &alphabet {
+        symbols.add(&c.to_string());
+    }
+    check_size(&symbols, special.len(), options)?;
+    let room = options.vocab_size - special.len();
+    let learned = unigram::learn(words, &alphabet, room, options.threads, progress);
+    let learned = learned.into_iter().filter(|(piece, _)| !special.contains(piece));
+    let entries = special.iter().map(|token| (token.clone(), 0.0)).chain(learned).collect();
+    let unk_id = special.iter().position(|token| token == "<unk>").map(|id| id as u32);
+    Ok(Model::Unigram(Unigram::new(entries, unk_id, false)?))
 }
 
 /// WordPiece, learned as BPE over pieces of which those inside a word carry `##`. Ids: special tokens, characters,

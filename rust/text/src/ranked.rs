@@ -1,0 +1,213 @@
+//! Vocabularies whose merges are implied by an order of their tokens: `.tiktoken` files, and SentencePiece's BPE.
+//!
+//! Such a model merges whatever neighbours make the best token, so that each token stands for as many merges as there are
+//! ways to cut it into two tokens. Source: openai/tiktoken `src/lib.rs` (`byte_pair_merge`); the order of the merges of
+//! one token is that of transformers' `convert_slow_tokenizer.py` (`TikTokenConverter`, `generate_merges`).
+
+use std::path::Path;
+
+use rustc_hash::FxHashMap;
+
+use crate::added::AddedToken;
+use crate::bpe::{Bpe, BpeOptions};
+use crate::bytes::byte_to_char;
+use crate::model::Model;
+use crate::normalize::Pattern;
+use crate::presets::Preset;
+use crate::pretokenize::PreTokenizer;
+use crate::split::{LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN};
+use crate::vocab::Vocab;
+use crate::{Error, Result, Tokenizer};
+
+/// Two tokens and what they make.
+pub(crate) type Merge = (u32, u32, u32);
+
+/// All ways to cut each token into two, those of one token by the ids of its halves, tokens in the order given.
+pub(crate) fn merges<'a>(tokens: impl Iterator<Item = (&'a [u8], u32)> + Clone) -> Vec<Merge> {
+    let ids: FxHashMap<&[u8], u32> = tokens.clone().collect();
+    let mut all = vec![];
+    for (token, id) in tokens {
+        let first = all.len();
+        for at in 1..token.len() {
+            if let (Some(&left), Some(&right)) = (ids.get(&token[..at]), ids.get(&token[at..])) {
+                all.push((left, right, id));
+            }
+        }
+        all[first..].sort_unstable();
+    }
+    all
+}
+
+/// How a byte-level vocabulary splits text into words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Split {
+    Gpt2,
+    Cl100k,
+    O200k,
+    Qwen2,
+}
+
+impl Split {
+    const ALL: [(&'static str, Self); 4] =
+        [("gpt2", Self::Gpt2), ("cl100k", Self::Cl100k), ("o200k", Self::O200k), ("qwen2", Self::Qwen2)];
+
+    fn parse(name: &str) -> Result<Self> {
+        let known = Self::ALL.iter().find(|(known, _)| *known == name).map(|&(_, split)| split);
+        known.ok_or_else(|| {
+            let names = Self::ALL.map(|(name, _)| name).join(", ");
+            Error::option("load tokenizer", "split", format!("is {name:?} but must be one of {names}"))
+        })
+    }
+
+    /// The pre-tokenizer of tokenizer.json.
+    pub(crate) fn pre_tokenizer(self) -> PreTokenizer {
+        let byte_level =
+            |use_regex| PreTokenizer::ByteLevel { add_prefix_space: false, trim_offsets: true, use_regex };
+        let pattern = match self {
+            Self::Gpt2 => return byte_level(true),
+            Self::Cl100k => LLAMA3_PATTERN,
+            Self::O200k => O200K_PATTERN,
+            Self::Qwen2 => QWEN2_PATTERN,
+        };
+        let split = PreTokenizer::Split {
+            pattern: Pattern::Regex(pattern.into()),
+            behavior: "Isolated".into(),
+            invert: false,
+        };
+        PreTokenizer::Sequence { pretokenizers: vec![split, byte_level(false)] }
+    }
+}
+
+/// Number of ranks, split, and special tokens with their ids.
+type Published = (usize, Split, &'static [(&'static str, u32)]);
+
+/// The published rank files: number of ranks, split, and special tokens, which the files do not hold.
+/// Source: openai/tiktoken `tiktoken_ext/openai_public.py`; the tokenizers of Llama 3 and Qwen.
+const PUBLISHED: [Published; 6] = [
+    (50_256, Split::Gpt2, &[("<|endoftext|>", 50_256)]),
+    (50_280, Split::Gpt2, &[("<|endoftext|>", 50_256)]),
+    (
+        100_256,
+        Split::Cl100k,
+        &[
+            ("<|endoftext|>", 100_257),
+            ("<|fim_prefix|>", 100_258),
+            ("<|fim_middle|>", 100_259),
+            ("<|fim_suffix|>", 100_260),
+            ("<|endofprompt|>", 100_276),
+        ],
+    ),
+    (
+        128_000,
+        Split::Cl100k,
+        &[
+            ("<|begin_of_text|>", 128_000),
+            ("<|end_of_text|>", 128_001),
+            ("<|start_header_id|>", 128_006),
+            ("<|end_header_id|>", 128_007),
+            ("<|eot_id|>", 128_009),
+        ],
+    ),
+    (
+        151_643,
+        Split::Qwen2,
+        &[("<|endoftext|>", 151_643), ("<|im_start|>", 151_644), ("<|im_end|>", 151_645)],
+    ),
+    (199_998, Split::O200k, &[("<|endoftext|>", 199_999), ("<|endofprompt|>", 200_018)]),
+];
+
+/// Reads a file of lines `base64-of-the-token rank`; `split` says how text falls into words where the number of ranks is
+/// not that of a published file.
+pub(crate) fn load(path: &Path, split: Option<&str>) -> Result<Tokenizer> {
+    let text = std::fs::read(path).map_err(Error::io("load tokenizer", path))?;
+    let mut ranks: Vec<(u32, Vec<u8>)> = vec![];
+    for (line, i) in text.split(|&b| b == b'\n').zip(1..) {
+        let line = line.trim_ascii();
+        if line.is_empty() {
+            continue;
+        }
+        let entry = line.iter().position(|&b| b == b' ').and_then(|space| {
+            let rank = std::str::from_utf8(&line[space + 1..]).ok()?.parse().ok()?;
+            Some((rank, base64(&line[..space]).filter(|token| !token.is_empty())?))
+        });
+        ranks.push(entry.ok_or_else(|| {
+            Error::source(path, format!("line {i} is not a token in base64, a space and its rank"))
+        })?);
+    }
+    ranks.sort_unstable();
+    let published = PUBLISHED.iter().find(|&&(n, ..)| n == ranks.len());
+    let split = match (split, published) {
+        (Some(name), _) => Split::parse(name)?,
+        (None, Some(&(_, split, _))) => split,
+        (None, None) => {
+            let names = Split::ALL.map(|(name, _)| name).join(", ");
+            let problem = format!(
+                "{} ranks are those of no known file; say with split ({names}) how text is split",
+                ranks.len()
+            );
+            return Err(Error::source(path, problem));
+        }
+    };
+    let special = published.map_or(&[][..], |&(_, _, special)| special);
+    let string = |token: &[u8]| token.iter().map(|&b| byte_to_char(b)).collect::<String>();
+    let mut entries: Vec<(String, u32)> = ranks.iter().map(|(id, token)| (string(token), *id)).collect();
+    entries.extend(special.iter().map(|&(token, id)| (token.to_owned(), id)));
+    let vocab = Vocab::new(entries).map_err(|e| Error::source(path, e.to_string()))?;
+    let merges = merges(ranks.iter().map(|(id, token)| (token.as_slice(), *id)));
+    let options = BpeOptions { ignore_merges: true, ..BpeOptions::default() };
+    let model = Bpe::with_ids(vocab, merges, options, true)?;
+    let added = special.iter().map(|&(token, id)| AddedToken::special(token, id)).collect();
+    let mut parts = Preset::Gpt2.parts(added, Model::Bpe(model));
+    parts.pre_tokenizer = Some(split.pre_tokenizer());
+    Tokenizer::new(parts)
+}
+
+/// Decodes base64 with `=` at the end (RFC 4648, section 4).
+fn base64(text: &[u8]) -> Option<Vec<u8>> {
+    let digit = |b: u8| match b {
+        b'A'..=b'Z' => Some(b - b'A'),
+        b'a'..=b'z' => Some(b - b'a' + 26),
+        b'0'..=b'9' => Some(b - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    if !text.len().is_multiple_of(4) {
+        return None;
+    }
+    let n_pad = text.iter().rev().take_while(|&&b| b == b'=').count().min(2);
+    let mut out = Vec::with_capacity(text.len() / 4 * 3);
+    let (mut bits, mut n_bits) = (0u32, 0);
+    for &b in &text[..text.len() - n_pad] {
+        bits = bits << 6 | u32::from(digit(b)?);
+        n_bits += 6;
+        if n_bits >= 8 {
+            n_bits -= 8;
+            out.push((bits >> n_bits) as u8);
+        }
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_of_all_lengths() {
+        for (text, bytes) in
+            [("", &b""[..]), ("YQ==", b"a"), ("YWI=", b"ab"), ("YWJj", b"abc"), ("//79", b"\xff\xfe\xfd")]
+        {
+            assert_eq!(base64(text.as_bytes()).as_deref(), Some(bytes));
+        }
+        assert_eq!(base64(b"YQ="), None);
+        assert_eq!(base64(b"Y*=="), None);
+    }
+
+    #[test]
+    fn a_token_is_all_its_merges() {
+        let tokens = ["a", "b", "ab", "bb", "abb"];
+        let found = merges(tokens.iter().zip(0..).map(|(t, id)| (t.as_bytes(), id)));
+        assert_eq!(found, [(0, 1, 2), (1, 1, 3), (0, 3, 4), (2, 1, 4)]);
+    }
+}

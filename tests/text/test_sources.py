@@ -1,0 +1,177 @@
+"""Tokenizers read from the other files that hold one: the same ids from each."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyrformer as pf
+
+TEXT = "The cat's 12345 mats:  naïve 中文\n\nÜber HelloWorld, isn't it? 🙂"
+CORPUS = [TEXT, "the cat sat on the mat and the cat sat", "Hello World hello World 中文中文"] * 8
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> pf.Tokenizer:
+    return pf.Tokenizer.train(iter(CORPUS), preset="gpt2", vocab_size=320)
+
+
+def tokens_of(tokenizer: pf.Tokenizer) -> list[str]:
+    return [tokenizer.id_to_token(i) or "" for i in range(tokenizer.vocab_size)]
+
+
+def alphabet() -> dict[str, int]:
+    """The character that stands for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def string(s: str) -> bytes:
+    raw = s.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def gguf(path: Path, metadata: dict[str, Any]) -> Path:
+    """Writes a GGUF file of metadata alone."""
+
+    def value(v: Any) -> bytes:
+        if isinstance(v, bool):
+            return struct.pack("<I?", 7, v)
+        if isinstance(v, int):
+            return struct.pack("<II", 4, v)
+        if isinstance(v, str):
+            return struct.pack("<I", 8) + string(v)
+        head = {
+            str: (8, string),
+            float: (6, lambda x: struct.pack("<f", x)),
+            int: (5, lambda x: struct.pack("<i", x)),
+        }
+        kind, write = head[type(v[0])]
+        return struct.pack("<IIQ", 9, kind, len(v)) + b"".join(map(write, v))
+
+    entries = b"".join(string(f"tokenizer.ggml.{k}") + value(v) for k, v in metadata.items())
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(metadata)) + entries)
+    return path
+
+
+def test_vocab_and_merges(gpt2: pf.Tokenizer, tmp_path: Path) -> None:
+    model = json.loads(gpt2.to_json())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, model["merges"])]
+    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for path in (tmp_path, tmp_path / "vocab.json", tmp_path / "merges.txt"):
+        assert pf.Tokenizer.load(path).encode(TEXT) == gpt2.encode(TEXT)
+
+
+def test_vocab_txt(tmp_path: Path) -> None:
+    tokenizer = pf.Tokenizer.train(iter(CORPUS), preset="bert-cased", vocab_size=150)
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens_of(tokenizer)) + "\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    for path in (tmp_path, tmp_path / "vocab.txt"):
+        assert pf.Tokenizer.load(path).encode(TEXT, "the cat") == tokenizer.encode(TEXT, "the cat")
+
+
+def test_tiktoken(gpt2: pf.Tokenizer, tmp_path: Path) -> None:
+    byte = alphabet()
+    ranks = [bytes(byte[c] for c in t) for t in tokens_of(gpt2)[1:]]
+    file = tmp_path / "x.tiktoken"
+    file.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(ranks)))
+    for path in (tmp_path, file):
+        ids = pf.Tokenizer.load(path, split="gpt2").encode(TEXT).ids
+        assert [i + 1 for i in ids] == gpt2.encode(TEXT).ids
+    with pytest.raises(pf.Error, match="318 ranks"):
+        pf.Tokenizer.load(file)
+    with pytest.raises(pf.Error, match="gpt9"):
+        pf.Tokenizer.load(file, split="gpt9")
+    peer = pytest.importorskip("tiktoken")
+    patterns = {
+        "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    }
+    for split, pattern in patterns.items():
+        theirs = peer.Encoding(
+            "x", pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(ranks)}, special_tokens={}
+        )
+        assert pf.Tokenizer.load(file, split=split).encode(TEXT).ids == theirs.encode(TEXT)
+
+
+@pytest.mark.parametrize("damage", ["YQ== x\n", "Y 1\n", "YQ==\n", "YQ== 0\nYg== 0\n", "\xff 1\n"])
+def test_damaged_tiktoken(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "x.tiktoken"
+    file.write_text(damage, encoding="latin-1")
+    with pytest.raises(pf.Error, match=r"x\.tiktoken"):
+        pf.Tokenizer.load(file, split="gpt2")
+
+
+def test_gguf_bytes(gpt2: pf.Tokenizer, tmp_path: Path) -> None:
+    model = json.loads(gpt2.to_json())["model"]
+    metadata = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens_of(gpt2),
+        "token_type": [3] + [1] * (gpt2.vocab_size - 1),
+        "merges": [" ".join(m) for m in model["merges"]],
+        "eos_token_id": 0,
+    }
+    loaded = pf.Tokenizer.load(gguf(tmp_path / "m.gguf", metadata))
+    assert loaded.encode(TEXT + "<|endoftext|>") == gpt2.encode(TEXT + "<|endoftext|>")
+    assert loaded.eos_token_id == 0
+    with_bos = pf.Tokenizer.load(
+        gguf(tmp_path / "b.gguf", {**metadata, "add_bos_token": True, "bos_token_id": 0})
+    )
+    assert with_bos.encode("the").ids == [0, *gpt2.encode("the").ids]
+    for wrong, said in [({"pre": "gpt-9"}, "gpt-9"), ({"model": "rwkv"}, "rwkv"), ({"merges": ["ab"]}, "ab")]:
+        with pytest.raises(pf.Error, match=said):
+            pf.Tokenizer.load(gguf(tmp_path / "w.gguf", {**metadata, **wrong}))
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:900])
+    with pytest.raises(pf.Error, match=r"cut\.gguf.*ends"):
+        pf.Tokenizer.load(tmp_path / "cut.gguf")
+
+
+def test_gguf_sentencepiece(tmp_path: Path) -> None:
+    """Scores fall with the id, as SentencePiece writes them: the ids are those of the merges."""
+    llama = pf.Tokenizer.train(iter(CORPUS), preset="llama", vocab_size=400)
+    tokens = tokens_of(llama)
+    chars = [t for t in tokens[259:] if len(t) == 1]
+    metadata = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 259 + [-1e9 if t in chars else -float(i) for i, t in enumerate(tokens[259:])],
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259),
+        "bos_token_id": 1,
+        "unknown_token_id": 0,
+    }
+    loaded = pf.Tokenizer.load(gguf(tmp_path / "m.gguf", metadata))
+    for text in (TEXT, "the cat", "☃ the\tcat", "a  b"):
+        assert loaded.encode(text).ids == llama.encode(text).ids
+        assert loaded.decode(loaded.encode(text).ids) == text
+
+
+def test_gguf_wordpiece(tmp_path: Path) -> None:
+    bert = pf.Tokenizer.train(iter(CORPUS), preset="bert-uncased", vocab_size=150)
+    tokens = [
+        t if t[0] == "[" and t[-1] == "]" and len(t) > 1 else t[2:] if t.startswith("##") else "▁" + t
+        for t in tokens_of(bert)
+    ]
+    metadata = {
+        "model": "bert",
+        "tokens": tokens,
+        "token_type": [3] * 5 + [1] * (len(tokens) - 5),
+        "unknown_token_id": 1,
+    }
+    loaded = pf.Tokenizer.load(gguf(tmp_path / "m.gguf", metadata))
+    assert loaded.encode(TEXT, "the cat") == bert.encode(TEXT, "the cat")
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(pf.Error, match=r"tokenizer\.json"):
+        pf.Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0d")
+    with pytest.raises(pf.Error, match="SentencePiece"):
+        pf.Tokenizer.load(tmp_path)
