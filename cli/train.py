@@ -109,6 +109,8 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--lr-scheduler-type", help="cosine, linear or constant.")
 @click.option("--weight-decay", type=float, help="On matrices only.")
 @click.option("--max-grad-norm", type=float, help="Bound on the gradient norm; 0: none.")
+@click.option("--label-smoothing-factor", type=float, help="Share of the target spread over all tokens.")
+@click.option("--z-loss", type=float, help="Factor of log² of the softmax's denominator, added to the loss.")
 @click.option("--mlm-probability", type=float, help="Share of tokens that are masked.")
 @click.option("--whole-word-mask/--no-whole-word-mask", default=None, help="Mask words, not tokens.")
 @click.option("--column", help="Field of .jsonl lines that holds the text.")

@@ -286,6 +286,12 @@ class Model:
 
         return embed(self, texts, **options)
 
+    def attention(self, text: str | Sequence[int]) -> list[npt.NDArray[np.float32]]:
+        """The attention weights of each layer for a text, ``[H, T, T]``; see :func:`pyrformer.look.attention`."""
+        from pyrformer.look import attention
+
+        return attention(self, text)
+
     def fill_mask(self, text: str, top_k: int = 5) -> list[list[FillMask]]:
         """The ``top_k`` most probable tokens for each mask token of ``text``, most probable first.
 

@@ -11,7 +11,7 @@ ignored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pyrformer.compile import Traced
 from pyrformer.errors import InputError
@@ -55,12 +55,25 @@ class AdamW:
     max_grad_norm: float = 1.0
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """What training adds to the cross-entropy; measurements have neither.
+
+    ``smoothing`` ε of label smoothing (Szegedy et al. 2016, section 7); ``z_loss``, a factor of log² of the softmax's
+    denominator (Chowdhery et al. 2022, section 5).
+    """
+
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
 def trainable(model: Family) -> list[Parameter]:
     """The parameters that training changes."""
     return [p for _, p in model.named_parameters() if p.trainable]
 
 
-def _inputs(trace: Trace, model: Family, s: Sizes) -> Inputs:
+def batch_inputs(trace: Trace, model: Family, s: Sizes) -> Inputs:
+    """The symbolic inputs of a batch of these sizes."""
     shape = (s.batch, s.tokens)
     types = trace.input("token_type_ids", "int32", shape) if model.uses_token_types else None
     segments = trace.input("segments", "int32", shape) if s.segments else None
@@ -79,19 +92,24 @@ def _inputs(trace: Trace, model: Family, s: Sizes) -> Inputs:
     return Inputs(ids, positions, types, targets=targets, hidden=hidden, mems=mems, key_types=key_types)
 
 
-def _losses(trace: Trace, model: Family, hidden: Tensor, s: Sizes) -> dict[str, Tensor]:
+def _losses(
+    trace: Trace, model: Family, hidden: Tensor, s: Sizes, options: LossOptions | None = None
+) -> dict[str, Tensor]:
     """The summed losses that the batch has labels for: "loss" over tokens, "sentence_loss" over sequences."""
+    extras = asdict(options or LossOptions())
     losses = {}
     if model.objective == "ar":
-        losses["loss"] = model.loss(hidden, trace.input("labels", "int32", (s.batch, s.tokens)))
+        losses["loss"] = model.loss(hidden, trace.input("labels", "int32", (s.batch, s.tokens)), **extras)
     elif s.labelled:
-        losses["loss"] = model.loss(*_labelled_rows(trace, hidden, s))
+        losses["loss"] = model.loss(*_labelled_rows(trace, hidden, s), **extras)
     head = model.sentence_output(hidden) if s.sentences else None
     if head is not None:
         pooled, weight, bias = head
         labels = trace.input("sentence_labels", "int32", (s.batch,))
         with trace.scope("sentence"):
-            losses["sentence_loss"] = F.linear_cross_entropy(pooled, trace.parameter(weight), bias, labels)
+            losses["sentence_loss"] = F.linear_cross_entropy(
+                pooled, trace.parameter(weight), bias, labels, **extras
+            )
     return losses
 
 
@@ -110,7 +128,7 @@ def forward(
     with ``all_hidden`` each ``hidden.i``; with ``loss`` the summed ``loss []`` and ``sentence_loss []`` that the batch
     has labels for."""
     trace = Trace(dtype)
-    states = model.hidden_states(_inputs(trace, model, s))
+    states = model.hidden_states(batch_inputs(trace, model, s))
     trace.output("hidden", states[-1])
     if all_hidden:
         for i, state in enumerate(states):
@@ -131,7 +149,7 @@ def forward(
 def evaluate(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     """Outputs the summed ``loss []`` and ``sentence_loss []`` that the batch has labels for, without logits."""
     trace = Trace(dtype)
-    hidden = model.hidden_states(_inputs(trace, model, s))[-1]
+    hidden = model.hidden_states(batch_inputs(trace, model, s))[-1]
     for name, value in _losses(trace, model, hidden, s).items():
         trace.output(name, value)
     return Traced("evaluate", trace)
@@ -140,7 +158,7 @@ def evaluate(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
 def token_losses(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     """Outputs ``losses``, −log p of each label: ``[B, T]`` for "ar" families, ``[M]`` otherwise; 0 without a label."""
     trace = Trace(dtype)
-    hidden = model.hidden_states(_inputs(trace, model, s))[-1]
+    hidden = model.hidden_states(batch_inputs(trace, model, s))[-1]
     if model.objective == "ar":
         rows, labels = hidden, trace.input("labels", "int32", (s.batch, s.tokens))
     else:
@@ -152,16 +170,18 @@ def token_losses(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
 def encode(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     """Outputs the last hidden state ``hidden [B, T, C]``, without the head."""
     trace = Trace(dtype)
-    trace.output("hidden", model.hidden_states(_inputs(trace, model, s))[-1])
+    trace.output("hidden", model.hidden_states(batch_inputs(trace, model, s))[-1])
     return Traced("encode", trace)
 
 
-def _backward(trace: Trace, model: Family, s: Sizes) -> tuple[list[Parameter], list[Tensor]]:
+def _backward(
+    trace: Trace, model: Family, s: Sizes, options: LossOptions | None = None
+) -> tuple[list[Parameter], list[Tensor]]:
     """Traces the losses as outputs, and the gradients of their sum, each scaled by its own input: ``loss_scale`` and
     ``sentence_scale`` are 1 / number of labels in the whole (accumulated) batch: means are taken over labels."""
-    hidden = model.hidden_states(_inputs(trace, model, s))[-1]
+    hidden = model.hidden_states(batch_inputs(trace, model, s))[-1]
     total = None
-    for name, loss in _losses(trace, model, hidden, s).items():
+    for name, loss in _losses(trace, model, hidden, s, options).items():
         trace.output(name, loss)
         scaled = loss * trace.input(SCALES[name], trace.dtype, ())
         total = scaled if total is None else total + scaled
@@ -180,22 +200,26 @@ def gradients(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     return Traced("gradients", trace)
 
 
-def train_step(model: Family, s: Sizes, optimizer: AdamW, dtype: str = "float32") -> Traced:
+def train_step(
+    model: Family, s: Sizes, optimizer: AdamW, dtype: str = "float32", options: LossOptions | None = None
+) -> Traced:
     """One whole step: forward, loss, backward, global-norm clipping, AdamW.
 
     Inputs besides the batch: ``loss_scale []``, ``lr []``, ``step int32[]`` (from 1), with dropout ``rng int32[4]``.
     Outputs the summed ``loss []`` and ``grad_norm []``. States: parameters, moments ``adamw.m.<p>``, ``adamw.v.<p>``.
     """
     trace = Trace(dtype, training=True)
-    parameters, grads = _backward(trace, model, s)
+    parameters, grads = _backward(trace, model, s, options)
     _update(trace, parameters, grads, optimizer)
     return Traced("train_step", trace)
 
 
-def accumulate_step(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
+def accumulate_step(
+    model: Family, s: Sizes, dtype: str = "float32", options: LossOptions | None = None
+) -> Traced:
     """A part of a step: adds its gradients to the states ``grad_sum.<parameter>``. Outputs the summed ``loss []``."""
     trace = Trace(dtype, training=True)
-    parameters, grads = _backward(trace, model, s)
+    parameters, grads = _backward(trace, model, s, options)
     for parameter, grad in zip(parameters, grads, strict=True):
         total = trace.state(f"grad_sum.{parameter.name}", parameter.shape)
         trace.update(total, total + grad)

@@ -75,6 +75,7 @@ class TrainConfig:
             :func:`pyrformer.schedules.learning_rate`.
         adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; decay applies to matrices only.
         max_grad_norm: bound on the global gradient norm; 0: none.
+        label_smoothing_factor, z_loss: see :class:`pyrformer.programs.LossOptions`; the logged loss includes them.
         mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
         plm_probability, max_span_length: see :class:`pyrformer.supervised.PermutationBatches`.
         cross_documents: for "ar", let tokens see the document before their own.
@@ -110,6 +111,8 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
+    label_smoothing_factor: float = 0.0
+    z_loss: float = 0.0
     mlm_probability: float = 0.15
     whole_word_mask: bool = False
     plm_probability: float = 1 / 6
@@ -149,10 +152,10 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seq_len", "warmup_steps", "eval_every", "log_every", "save_every", "seed", "threads"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "min_learning_rate", "weight_decay", "max_grad_norm"):
+        for name in ("learning_rate", "min_learning_rate", "weight_decay", "max_grad_norm", "z_loss"):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"{name} must be a number of 0 or more, got {value}")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
         require(
             0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}"
@@ -249,6 +252,7 @@ class _Trainer:
             config.weight_decay,
             config.max_grad_norm,
         )
+        self.loss_options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
         self.loss = "sentence_loss" if config.objective == "sentence" else "loss"
         self.seconds = 0.0
         self.recent: list[float] = []
@@ -497,11 +501,15 @@ class _Trainer:
         """One forward and backward pass, with the update where it is the step's only one."""
         inputs: dict[str, Any] = {**self._arrays(batch), programs.SCALES[self.loss]: 1.0 / labels}
         if self.config.gradient_accumulation_steps == 1:
-            make = partial(programs.train_step, self.model.family, batch.sizes, self.optimizer)
+            make = partial(
+                programs.train_step, self.model.family, batch.sizes, self.optimizer, options=self.loss_options
+            )
             program = self.model.program(("train_step", batch.sizes), make)
             inputs |= {"lr": lr, "step": step + 1}
         else:
-            make = partial(programs.accumulate_step, self.model.family, batch.sizes)
+            make = partial(
+                programs.accumulate_step, self.model.family, batch.sizes, options=self.loss_options
+            )
             program = self.model.program(("accumulate_step", batch.sizes), make)
         if any(name == "rng" for name, _, _ in program.plan.inputs):
             inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)

@@ -18,6 +18,7 @@ from pyrformer.nn import Module, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
 Ints = npt.NDArray[np.int32]
+Attended = tuple[Tensor, Tensor, Tensor, "Tensor | None", dict[str, object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +184,8 @@ class Inputs:
     hidden: Tensor | None = None
     mems: tuple[Tensor, ...] = ()
     key_types: Tensor | None = None
+    #: What each layer's attention was given: q, k, v, key_bias, spec; filled while tracing.
+    seen: dict[int, Attended] = field(default_factory=dict, compare=False)
 
     @property
     def trace(self) -> Trace:
@@ -210,6 +213,7 @@ class Inputs:
         key_bias: Tensor | None = None,
     ) -> Tensor:
         """Self-attention: over the cache while decoding, over the batch itself otherwise."""
+        self.seen[layer] = (q, k, v, key_bias, spec)
         if self.cache is not None:
             return self.cache.attend(layer, q, k, v, spec, key_bias)
         optional = {"segments": self.segments, "key_bias": key_bias, "prefix": self.prefix}
@@ -246,12 +250,13 @@ class Family(Module):
         with hidden.trace.scope("lm_head"):
             return F.linear(self.transform(hidden), hidden.trace.parameter(weight), bias)
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The summed cross-entropy of ``hidden [.., C]`` against ``labels int32[..]``; negative labels are ignored."""
+    def loss(self, hidden: Tensor, labels: Tensor, **extras: float) -> Tensor:
+        """The summed cross-entropy of ``hidden [.., C]`` against ``labels int32[..]``; negative labels are ignored.
+        ``extras``: smoothing and z_loss of :func:`pyrformer.nn.functional.linear_cross_entropy`."""
         weight, bias = self.output(hidden.trace)
         with hidden.trace.scope("lm_head"):
             weight_value = hidden.trace.parameter(weight)
-            return F.linear_cross_entropy(self.transform(hidden), weight_value, bias, labels)
+            return F.linear_cross_entropy(self.transform(hidden), weight_value, bias, labels, **extras)
 
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The cross-entropy of each row of ``hidden [.., C]`` against ``labels int32[..]``, ``[..]``."""

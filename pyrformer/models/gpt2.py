@@ -1,6 +1,6 @@
 """GPT-2: a decoder that predicts the next token. Source: Radford et al. 2019; transformers' ``modeling_gpt2.py``.
 
-Pre-norm blocks, learned positions (or the sinusoids of Vaswani et al. 2017, section 3.5), GELU, output tied to input::
+Pre-norm blocks, learned positions (or another kind, ``POSITIONS``), GELU, output tied to input::
 
     x ← wte[ids] + wpe[positions]
     x ← x + attention(ln_1(x));  x ← x + mlp(ln_2(x))        for each block
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyrformer.models.base import Family, Inputs, ModelConfig
-from pyrformer.models.positions import sinusoids
+from pyrformer.models.positions import alibi_slopes, rope, sinusoids
 from pyrformer.nn import (
     Conv1D,
     Embedding,
@@ -33,11 +33,14 @@ from pyrformer.nn import (
 )
 from pyrformer.nn import functional as F
 
+#: What a model may know of positions: a learned table (GPT-2's own), sinusoids, rotations, ALiBi, or nothing.
+POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "none")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config(ModelConfig):
     """Hugging Face's ``GPT2Config``, and two of our own: ``bias`` (nanoGPT's: biases in linear layers and norms) and
-    ``position_embedding_type`` ("learned" or "sinusoidal")."""
+    ``position_embedding_type`` (one of ``POSITIONS``)."""
 
     model_type: ClassVar[str] = "gpt2"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("GPT2LMHeadModel",)
@@ -73,15 +76,26 @@ class GPT2Config(ModelConfig):
         self.check_probabilities(
             resid_pdrop=self.resid_pdrop, embd_pdrop=self.embd_pdrop, attn_pdrop=self.attn_pdrop
         )
-        kinds = ("learned", "sinusoidal")
         self.require(
-            self.position_embedding_type in kinds,
-            f"position_embedding_type must be one of {kinds}, got {self.position_embedding_type!r}",
+            self.position_embedding_type in POSITIONS,
+            f"position_embedding_type must be one of {POSITIONS}, got {self.position_embedding_type!r}",
+        )
+        self.require(
+            self.position_embedding_type != "rope" or self.n_embd // self.n_head % 2 == 0,
+            f"rotary positions need an even width of heads, got {self.n_embd // self.n_head}",
         )
         self.require(
             self.position_embedding_type == "learned" or self.n_embd % 2 == 0,
             f"sinusoidal positions need an even n_embd, got {self.n_embd}",
         )
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention is told of positions, beside what the embeddings hold: rotations or a bias on keys."""
+
+    table: Tensor | None = None
+    key_bias: Tensor | None = None
 
 
 class Attention(Module):
@@ -96,9 +110,11 @@ class Attention(Module):
             scale /= layer + 1
         self._spec = F.attention_spec(c.n_head, c.n_head, c.n_embd // c.n_head, causal=True, scale=scale)
 
-    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         q, k, v = F.split(self.c_attn(h), 3)
-        y = x.attend(self._layer, q, k, v, self._spec, self._c.attn_pdrop)
+        if at.table is not None:
+            q, k = (F.rope(y, at.table, self._c.n_head) for y in (q, k))
+        y = x.attend(self._layer, q, k, v, self._spec, self._c.attn_pdrop, at.key_bias)
         return F.dropout(self.c_proj(y), self._c.resid_pdrop)
 
 
@@ -127,9 +143,9 @@ class Block(Module):
         self.ln_2 = LayerNorm(c.n_embd, c.layer_norm_epsilon, bias=c.bias)
         self.mlp = MLP(c, out)
 
-    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         with h.trace.scope("attn"):
-            h = h + self.attn(self.ln_1(h), x)
+            h = h + self.attn(self.ln_1(h), x, at)
         with h.trace.scope("mlp"):
             return h + self.mlp(self.ln_2(h))
 
@@ -140,9 +156,11 @@ class Transformer(Module):
     def __init__(self, c: GPT2Config):
         std = Normal(c.initializer_range)
         learned = c.position_embedding_type == "learned"
-        positions = std if learned else Table(sinusoids(c.n_positions, c.n_embd))
+        sines = c.position_embedding_type == "sinusoidal"
+        positions = Table(sinusoids(c.n_positions, c.n_embd)) if sines else std
         self.wte = Embedding(c.vocab_size, c.n_embd, std)
-        self.wpe = Embedding(c.n_positions, c.n_embd, positions, trainable=learned)
+        table = c.position_embedding_type in ("learned", "sinusoidal")
+        self.wpe = Embedding(c.n_positions, c.n_embd, positions, trainable=learned) if table else None
         self.h = [Block(c, i) for i in range(c.n_layer)]
         self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon, bias=c.bias)
 
@@ -164,14 +182,25 @@ class GPT2(Family):
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         trace, t = x.input_ids.trace, self.transformer
         with trace.scope("embed"):
-            h = t.wte(x.input_ids) + t.wpe(x.position_ids)
+            h = t.wte(x.input_ids)
+            h = h if t.wpe is None else h + t.wpe(x.position_ids)
             states = [F.dropout(h, self.config.embd_pdrop)]
+            at = self._positions(x)
         for i, block in enumerate(t.h):
             with trace.scope(f"h.{i}"):
-                states.append(block(states[-1], x))
+                states.append(block(states[-1], x, at))
         with trace.scope("ln_f"):
             states[-1] = t.ln_f(states[-1])
         return states
+
+    def _positions(self, x: Inputs) -> Positions:
+        c = self.config
+        if c.position_embedding_type == "rope":
+            angles = rope({}, c.n_embd // c.n_head, c.n_positions, x.length, c.model_type)
+            return Positions(table=F.rope_table(x.position_ids, angles.inv_freq))
+        if c.position_embedding_type == "alibi":
+            return Positions(key_bias=F.alibi_bias(x.key_positions, alibi_slopes(c.n_head)))
+        return Positions()
 
     def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
         return self.lm_head.weight, None

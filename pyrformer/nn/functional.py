@@ -242,10 +242,22 @@ def relative_attention(
     return k.trace.apply({"relative_attention": spec}, *operands)[0]
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """The sum over ``labels int32[..] ≥ 0`` of −log softmax(x·Wᵀ + b), a scalar; the logits are never held in full."""
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The sum over ``labels int32[..] ≥ 0`` of −log softmax(x·Wᵀ + b), a scalar; the logits are never held in full.
+
+    ``smoothing`` ε: the target is (1 − ε)·onehot + ε/V; ``z_loss`` times log² of the softmax's denominator is added.
+    """
     operands = [x, weight, *([] if bias is None else [bias]), labels]
-    return x.trace.apply({"linear_cross_entropy": {"bias": bias is not None}}, *operands)[0]
+    spec = {"bias": bias is not None, "smoothing": smoothing, "z_loss": z_loss}
+    return x.trace.apply({"linear_cross_entropy": spec}, *operands)[0]
 
 
 def linear_token_losses(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

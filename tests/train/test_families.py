@@ -168,3 +168,33 @@ def test_refusals(text: Path, tmp_path: Path, more: dict[str, Any], named: str) 
     with pytest.raises(Error, match=named):
         pf.train(pf.TrainConfig(**options(text, tmp_path / "run", "gpt2", **more)))
     assert not (tmp_path / "run").exists()
+
+
+def test_smoothing_and_z_loss_are_learnt_from(text: Path, tmp_path: Path) -> None:
+    """They raise the loss that is trained on, and the held-out loss is measured without them."""
+    plain = pf.train(pf.TrainConfig(**options(text, tmp_path / "a", "gpt2", max_steps=3)))
+    extras = {"label_smoothing_factor": 0.2, "z_loss": 0.01}
+    other = pf.train(pf.TrainConfig(**options(text, tmp_path / "b", "gpt2", max_steps=3, **extras)))
+    assert losses(other)[0] > losses(plain)[0]
+    ids = np.arange(12).reshape(2, 6) % 10
+    assert not np.array_equal(other.model(ids).logits, plain.model(ids).logits)
+    first = pf.train(pf.TrainConfig(**options(text, tmp_path / "c", "gpt2", max_steps=1, learning_rate=0.0)))
+    same = {**extras, "max_steps": 1, "learning_rate": 0.0}
+    again = pf.train(pf.TrainConfig(**options(text, tmp_path / "d", "gpt2", **same)))
+    assert again.valid_loss == first.valid_loss
+
+
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal", "rope", "alibi", "none"])
+def test_kinds_of_positions(text: Path, tmp_path: Path, kind: str) -> None:
+    """A GPT-2 with any of them learns, and decoding with a cache gives what whole passes give."""
+    given = options(text, tmp_path / "run", "gpt2")
+    given["model"]["position_embedding_type"] = kind
+    run = pf.train(pf.TrainConfig(**given))
+    assert np.mean(losses(run)[-5:]) < 0.9 * np.mean(losses(run)[:5])
+    model = pf.load(tmp_path / "run")
+    new = model.generate([[3, 4, 5]], max_new_tokens=8).ids[0]
+    ids = [3, 4, 5]
+    for token in new:
+        logits = model([ids]).logits[0, -1]
+        assert logits[token] == pytest.approx(logits.max(), abs=1e-4)
+        ids.append(token)

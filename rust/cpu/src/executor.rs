@@ -6,7 +6,7 @@ use std::time::Instant;
 use pyrformer_graph::op::DropoutSpec;
 use pyrformer_graph::plan::Port;
 use pyrformer_graph::{
-    AttentionSpec, DType, Op, Operand, Plan, RelativeSpec, Space, Step, Target, TensorType,
+    AttentionSpec, DType, LossSpec, Op, Operand, Plan, RelativeSpec, Space, Step, Target, TensorType,
 };
 
 use crate::error::{Error, Result};
@@ -39,9 +39,7 @@ impl Target for Cpu {
                 let x = &inputs[1].shape;
                 norm::layer_norm_grad_scratch(x.rows(), x.cols()) * size(inputs[1])
             }
-            Op::LinearCrossEntropy { .. }
-            | Op::LinearCrossEntropyGrad { .. }
-            | Op::LinearTokenLosses { .. } => {
+            Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) | Op::LinearTokenLosses { .. } => {
                 loss::scratch_elements(inputs[0].shape.rows(), inputs[1].shape.0[0]) * size(inputs[0])
             }
             Op::GlobalNorm => {
@@ -511,13 +509,14 @@ impl<'a> Run<'a> {
                 let d = [0, 1, 2, 3, 4, 5, 6].map(|i| self.y(i));
                 relative::relative_attention_grad(pool, &self.work.workers, &x, self.x(0), d)?;
             }
-            Op::LinearCrossEntropy { bias } | Op::LinearTokenLosses { bias } => {
-                self.loss::<T>(*bias, None)?
+            Op::LinearCrossEntropy(spec) => self.loss::<T>(spec, None)?,
+            Op::LinearTokenLosses { bias } => {
+                self.loss::<T>(&LossSpec { bias: *bias, ..LossSpec::default() }, None)?;
             }
-            Op::LinearCrossEntropyGrad { bias } => {
-                let dloss = self.x::<T>(3 + usize::from(*bias)).row(0)[0];
-                let dbias = bias.then(|| self.flat_mut(3));
-                self.loss(*bias, Some(Gradients { dloss, dx: self.y(1), dweight: self.y(2), dbias }))?;
+            Op::LinearCrossEntropyGrad(spec) => {
+                let dloss = self.x::<T>(3 + usize::from(spec.bias)).row(0)[0];
+                let dbias = spec.bias.then(|| self.flat_mut(3));
+                self.loss(spec, Some(Gradients { dloss, dx: self.y(1), dweight: self.y(2), dbias }))?;
             }
             Op::CountLabels { .. } => rows::count_labels::<T>(self.ints(0), self.y(0)),
             Op::CacheWrite => {
@@ -585,9 +584,10 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn loss<T: Element>(&self, bias: bool, gradients: Option<Gradients<'_, T>>) -> Result<()> {
-        let labels = self.ints(2 + usize::from(bias));
-        let head = Head { x: self.x(0), weight: self.x(1), bias: bias.then(|| self.x(2)), labels };
+    fn loss<T: Element>(&self, spec: &LossSpec, gradients: Option<Gradients<'_, T>>) -> Result<()> {
+        let labels = self.ints(2 + usize::from(spec.bias));
+        let bias = spec.bias.then(|| self.x(2));
+        let head = Head { spec: *spec, x: self.x(0), weight: self.x(1), bias, labels };
         let loss = self.flat_mut(0);
         linear_cross_entropy(self.pool, T::packs(self.work), head, loss, gradients, self.scratch())
     }

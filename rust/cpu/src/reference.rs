@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use pyrformer_graph::op::{AttentionSpec, DropoutSpec, Epilogue, RelativeSpec};
+use pyrformer_graph::op::{AttentionSpec, DropoutSpec, Epilogue, LossSpec, RelativeSpec};
 use pyrformer_graph::{Binary, Graph, Op, Shape, Unary};
 
 use crate::kernels::dropout::Keep;
@@ -261,9 +261,14 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
         Op::AttentionGrad(spec) => attention_grad(spec, ins),
         Op::RelativeAttention(spec) => vec![relative_attention(spec, ins, 0).0],
         Op::RelativeAttentionGrad(spec) => relative_attention(spec, ins, 1).1,
-        Op::LinearCrossEntropy { bias } => one(vec![cross_entropy(ins, *bias).iter().map(|r| r.0).sum()]),
-        Op::LinearTokenLosses { bias } => one(cross_entropy(ins, *bias).iter().map(|r| r.0).collect()),
-        Op::LinearCrossEntropyGrad { bias } => cross_entropy_grad(ins, *bias),
+        Op::LinearCrossEntropy(spec) => one(vec![cross_entropy(ins, spec).iter().map(|r| r.0).sum()]),
+        Op::LinearTokenLosses { bias } => {
+            one(cross_entropy(ins, &LossSpec { bias: *bias, ..LossSpec::default() })
+                .iter()
+                .map(|r| r.0)
+                .collect())
+        }
+        Op::LinearCrossEntropyGrad(spec) => cross_entropy_grad(ins, spec),
         Op::CountLabels { .. } => one(vec![n(0).iter().filter(|&&l| l >= 0).count() as f64]),
         Op::CacheWrite => {
             let (slots, c, t) = (dims(0)[1], dims(0)[2], dims(1)[1]);
@@ -554,14 +559,15 @@ fn relative_attention(spec: &RelativeSpec, ins: &[(&Shape, &Tensor)], q: usize) 
     (Tensor::Float(out), grads.into_iter().map(Tensor::Float).collect())
 }
 
-/// Loss and probabilities of each row; rows without a label have loss 0 and no probabilities.
-fn cross_entropy(ins: &[(&Shape, &Tensor)], bias: bool) -> Vec<(f64, Vec<f64>)> {
+/// Loss, probabilities and log of the denominator of each row; rows without a label have loss 0 and no probabilities.
+fn cross_entropy(ins: &[(&Shape, &Tensor)], spec: &LossSpec) -> Vec<(f64, Vec<f64>, f64)> {
+    let bias = spec.bias;
     let (x, w) = (ins[0].1.floats(), ins[1].1.floats());
     let labels = ins[2 + usize::from(bias)].1.ints();
     let (c, v) = (ins[0].0.cols(), ins[1].0.0[0]);
     let row = |(r, &label): (usize, &i32)| {
         if label < 0 {
-            return (0.0, vec![]);
+            return (0.0, vec![], 0.0);
         }
         let logit = |j: usize| {
             let dot: f64 = (0..c).map(|i| x[r * c + i] * w[j * c + i]).sum();
@@ -570,21 +576,26 @@ fn cross_entropy(ins: &[(&Shape, &Tensor)], bias: bool) -> Vec<(f64, Vec<f64>)> 
         let logits: Vec<f64> = (0..v).map(logit).collect();
         let max = logits.iter().fold(f64::NEG_INFINITY, |m, &l| m.max(l));
         let lse = max + logits.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
-        (lse - logits[label as usize], logits.iter().map(|l| (l - lse).exp()).collect())
+        let (e, mean) = (spec.smoothing, logits.iter().sum::<f64>() / v as f64);
+        let target = (1.0 - e) * logits[label as usize] + e * mean;
+        (lse - target + spec.z_loss * lse * lse, logits.iter().map(|l| (l - lse).exp()).collect(), lse)
     };
     labels.iter().enumerate().map(row).collect()
 }
 
-fn cross_entropy_grad(ins: &[(&Shape, &Tensor)], bias: bool) -> Vec<Tensor> {
+fn cross_entropy_grad(ins: &[(&Shape, &Tensor)], spec: &LossSpec) -> Vec<Tensor> {
+    let bias = spec.bias;
     let (x, w) = (ins[0].1.floats(), ins[1].1.floats());
     let labels = ins[2 + usize::from(bias)].1.ints();
     let scale = ins[3 + usize::from(bias)].1.floats()[0];
     let (c, v) = (ins[0].0.cols(), ins[1].0.0[0]);
-    let rows = cross_entropy(ins, bias);
+    let rows = cross_entropy(ins, spec);
     let (mut dx, mut dw, mut db) = (vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; v]);
-    for (r, (_, p)) in rows.iter().enumerate() {
+    for (r, (_, p, lse)) in rows.iter().enumerate() {
         for (j, &p) in p.iter().enumerate() {
-            let dl = scale * (p - f64::from(u8::from(labels[r] as usize == j)));
+            let onehot = f64::from(u8::from(labels[r] as usize == j));
+            let target = (1.0 - spec.smoothing) * onehot + spec.smoothing / v as f64;
+            let dl = scale * (p * (1.0 + 2.0 * spec.z_loss * lse) - target);
             db[j] += dl;
             for i in 0..c {
                 dx[r * c + i] += dl * w[j * c + i];

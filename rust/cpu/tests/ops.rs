@@ -8,7 +8,7 @@ use common::{Case, assert_close};
 use pyrformer_cpu::reference::Tensor;
 use pyrformer_graph::autodiff::gradients;
 use pyrformer_graph::op::{AttentionSpec, DropoutSpec, RelativeSpec};
-use pyrformer_graph::{Binary, DType, Epilogue, Op, TensorType, Unary, ValueId};
+use pyrformer_graph::{Binary, DType, Epilogue, LossSpec, Op, TensorType, Unary, ValueId};
 
 /// Adds one operation to a case and gives its differentiable result.
 type Build = Box<dyn Fn(&mut Case) -> ValueId>;
@@ -311,9 +311,11 @@ fn differentiable() -> Vec<(String, Build)> {
     ] {
         add(name, relative(spec, remembered, all));
     }
-    for bias in [false, true] {
+    for (bias, smoothing, z_loss) in
+        [(false, 0.0, 0.0), (true, 0.0, 0.0), (false, 0.1, 0.0), (true, 0.0, 0.01), (true, 0.2, 0.02)]
+    {
         add(
-            &format!("linear_cross_entropy bias={bias}"),
+            &format!("linear_cross_entropy bias={bias} smoothing={smoothing} z_loss={z_loss}"),
             case(move |c| {
                 let (x, w) = (c.float("x", &[2, 5, 6]), c.float("w", &[9, 6]));
                 let mut operands = vec![x, w];
@@ -321,7 +323,7 @@ fn differentiable() -> Vec<(String, Build)> {
                     operands.push(c.float("b", &[9]));
                 }
                 operands.push(c.ints("labels", &[2, 5], vec![0, -100, 8, 3, 3, -100, 1, 2, 8, 0]));
-                c.op1(Op::LinearCrossEntropy { bias }, &operands)
+                c.op1(Op::LinearCrossEntropy(LossSpec { bias, smoothing, z_loss }), &operands)
             }),
         );
     }
@@ -515,7 +517,7 @@ fn extreme_values_stay_finite() {
     let x = c.float("x", &[4, 8]);
     let w = c.float("w", &[5, 8]);
     let labels = c.ints("labels", &[4], vec![0, 4, 2, -100]);
-    let loss = c.op1(Op::LinearCrossEntropy { bias: false }, &[x, w, labels]);
+    let loss = c.op1(Op::LinearCrossEntropy(LossSpec::default()), &[x, w, labels]);
     c.g.output("loss", loss).unwrap();
     let grads = gradients(&mut c.g, loss, &[x, w]).unwrap();
     c.g.output("dx", grads[0]).unwrap();

@@ -25,8 +25,8 @@ fn indices(op: &Op, inputs: &[Operand]) -> Vec<(usize, Option<usize>, usize)> {
     match op {
         Op::Gather => vec![(1, Some(0), dim(0, 0))],
         Op::ScatterAdd { rows } => vec![(1, Some(0), *rows)],
-        Op::LinearCrossEntropy { bias } | Op::LinearCrossEntropyGrad { bias } => {
-            vec![(2 + usize::from(*bias), None, dim(1, 0))]
+        Op::LinearCrossEntropy(spec) | Op::LinearCrossEntropyGrad(spec) => {
+            vec![(2 + usize::from(spec.bias), None, dim(1, 0))]
         }
         Op::CacheWrite => vec![(2, Some(0), dim(0, 0)), (3, Some(0), dim(0, 1) + 1)],
         Op::CachedAttention(_) => vec![(3, Some(0), dim(1, 0)), (4, Some(0), dim(1, 1) + 1)],

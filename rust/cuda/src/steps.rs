@@ -4,7 +4,9 @@
 //! shapes alone. A contiguous tensor is given to elementwise kernels as one row.
 
 use pyrformer_graph::op::DropoutSpec;
-use pyrformer_graph::{AttentionSpec, Binary, DType, Epilogue, Op, Step, Target, TensorType, Unary};
+use pyrformer_graph::{
+    AttentionSpec, Binary, DType, Epilogue, LossSpec, Op, Step, Target, TensorType, Unary,
+};
 
 use crate::launch::{Arg, Launch, Matrix, Product, Record};
 
@@ -57,7 +59,7 @@ impl Target for Cuda {
                 2 * x.rows().div_ceil(per_part(x.rows(), ROWS_PER_PART)) * x.cols()
             }
             Op::AttentionGrad(_) => inputs[5].shape.elements(),
-            Op::LinearCrossEntropy { .. } | Op::LinearCrossEntropyGrad { .. } => {
+            Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) => {
                 let (rows, classes) = (inputs[0].shape.rows(), inputs[1].shape.0[0]);
                 chunk_rows(rows, classes) * classes + rows + element_parts(rows) + classes
             }
@@ -254,8 +256,12 @@ impl Recorder<'_> {
             Op::LayerNormGrad { center: true } => self.layer_norm_grad()?,
             Op::Attention(spec) => self.attention(spec)?,
             Op::AttentionGrad(spec) => self.attention_grad(spec)?,
-            Op::LinearCrossEntropy { bias } => self.cross_entropy(*bias, false)?,
-            Op::LinearCrossEntropyGrad { bias } => self.cross_entropy(*bias, true)?,
+            Op::LinearCrossEntropy(spec) if *spec == plain(spec.bias) => {
+                self.cross_entropy(spec.bias, false)?;
+            }
+            Op::LinearCrossEntropyGrad(spec) if *spec == plain(spec.bias) => {
+                self.cross_entropy(spec.bias, true)?;
+            }
             Op::CountLabels { .. } => {
                 let args = args![self.x(0), self.y(0), self.x(0).elements()];
                 self.launch("count_labels_forward_f32", [1; 3], [256, 1, 1], args);
@@ -516,4 +522,9 @@ impl Recorder<'_> {
         self.launch("global_norm_forward_f32", [1; 3], [256, 1, 1], args);
         Ok(())
     }
+}
+
+/// The loss that the kernels compute: without label smoothing and z-loss.
+fn plain(bias: bool) -> LossSpec {
+    LossSpec { bias, ..LossSpec::default() }
 }

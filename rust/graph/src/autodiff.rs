@@ -176,10 +176,10 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
             dx.resize(x.len(), None);
             dx
         }
-        Op::LinearCrossEntropy { bias } => {
+        Op::LinearCrossEntropy(spec) => {
             let mut operands = x.clone();
             operands.push(dy);
-            let d = g.add(Op::LinearCrossEntropyGrad { bias: *bias }, &operands)?;
+            let d = g.add(Op::LinearCrossEntropyGrad(*spec), &operands)?;
             let mut dx: Vec<_> = d.into_iter().skip(1).map(Some).collect();
             dx.push(None);
             dx
@@ -188,7 +188,7 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         | Op::LayerNormGrad { .. }
         | Op::AttentionGrad(_)
         | Op::RelativeAttentionGrad(_)
-        | Op::LinearCrossEntropyGrad { .. }
+        | Op::LinearCrossEntropyGrad(_)
         | Op::LinearTokenLosses { .. }
         | Op::CacheWrite
         | Op::CachedAttention(_)

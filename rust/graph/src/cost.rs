@@ -25,11 +25,11 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
             let inner = if *ta { inputs[0].shape.rows() } else { inputs[0].shape.cols() };
             2 * elements(outputs[0]) * inner as u64
         }
-        Op::LinearCrossEntropy { .. } | Op::LinearTokenLosses { .. } => {
+        Op::LinearCrossEntropy(_) | Op::LinearTokenLosses { .. } => {
             2 * elements(inputs[1]) * inputs[0].shape.rows() as u64
         }
         // Logits, their gradient times W, and times x.
-        Op::LinearCrossEntropyGrad { .. } => 6 * elements(inputs[1]) * inputs[0].shape.rows() as u64,
+        Op::LinearCrossEntropyGrad(_) => 6 * elements(inputs[1]) * inputs[0].shape.rows() as u64,
         Op::Attention(spec) => 4 * pairs(spec, inputs[0]) * (inputs[0].shape.cols() as u64),
         // Scores again, then dv, dp, dq, dk.
         Op::AttentionGrad(spec) => 10 * pairs(spec, inputs[1]) * (inputs[1].shape.cols() as u64),

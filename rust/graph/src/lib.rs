@@ -30,5 +30,5 @@ pub use dtype::{DType, Shape, TensorType};
 pub use error::{Error, Result};
 pub use graph::{Graph, NodeId, ValueId};
 pub use lower::{Target, lower};
-pub use op::{AttentionSpec, Binary, Epilogue, Op, RelativeSpec, Unary};
+pub use op::{AttentionSpec, Binary, Epilogue, LossSpec, Op, RelativeSpec, Unary};
 pub use plan::{Operand, Plan, Space, Step};

@@ -144,6 +144,19 @@ pub struct AttentionSpec {
     pub dropout: Option<DropoutSpec>,
 }
 
+/// A cross-entropy and what is added to it. Both extras are 0 in measurements.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LossSpec {
+    /// Whether the bias operand (and its gradient) is present.
+    pub bias: bool,
+    /// ε of label smoothing.
+    #[serde(default)]
+    pub smoothing: f64,
+    /// Factor of log² of the softmax's denominator.
+    #[serde(default)]
+    pub z_loss: f64,
+}
+
 /// Attention with relative positions and kinds of tokens: XLNet's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RelativeSpec {
@@ -329,16 +342,12 @@ pub enum Op {
     /// dkinds`.
     RelativeAttentionGrad(RelativeSpec),
     /// `x [.., C], weight [V, C], (bias [V]), labels i32[..] → loss []`: the sum over labels ≥ 0 of −log softmax(x·Wᵀ + b),
-    /// in chunks of rows; the logits are never held in full. Other labels (−100) are ignored.
-    LinearCrossEntropy {
-        /// Whether the bias operand is present.
-        bias: bool,
-    },
+    /// in chunks of rows; the logits are never held in full. Other labels (−100) are ignored. With smoothing ε the target
+    /// is (1 − ε)·onehot + ε/V (Szegedy et al. 2016, section 7); z_loss · log² of the softmax's denominator is added
+    /// (Chowdhery et al. 2022, section 5).
+    LinearCrossEntropy(LossSpec),
     /// `x, weight, (bias), labels, dloss [] → loss [], dx, dweight, (dbias)`.
-    LinearCrossEntropyGrad {
-        /// Whether the bias operand and its gradient are present.
-        bias: bool,
-    },
+    LinearCrossEntropyGrad(LossSpec),
     /// `x [.., C], weight [V, C], (bias [V]), labels i32[..] → losses [..]`: −log softmax(x·Wᵀ + b) of each row at its
     /// label, 0 without one, in chunks of rows as above.
     LinearTokenLosses {
@@ -417,8 +426,8 @@ impl Op {
             Self::AttentionGrad(_) => "attention_grad",
             Self::RelativeAttention(_) => "relative_attention",
             Self::RelativeAttentionGrad(_) => "relative_attention_grad",
-            Self::LinearCrossEntropy { .. } => "linear_cross_entropy",
-            Self::LinearCrossEntropyGrad { .. } => "linear_cross_entropy_grad",
+            Self::LinearCrossEntropy(_) => "linear_cross_entropy",
+            Self::LinearCrossEntropyGrad(_) => "linear_cross_entropy_grad",
             Self::LinearTokenLosses { .. } => "linear_token_losses",
             Self::CountLabels { .. } => "count_labels",
             Self::CacheWrite => "cache_write",
@@ -723,8 +732,9 @@ impl Check<'_> {
                 self.require(self.shape(0) == self.shape(1), "dout [B, T, H·D]")?;
                 Ok((1..8).map(like).collect())
             }
-            Op::LinearCrossEntropy { bias } => {
-                self.cross_entropy(*bias, 0)?;
+            Op::LinearCrossEntropy(spec) => {
+                self.loss_spec(spec)?;
+                self.cross_entropy(spec.bias, 0)?;
                 Ok(vec![TensorType::new(self.operands[0].dtype, Shape::scalar())])
             }
             Op::LinearTokenLosses { bias } => {
@@ -732,14 +742,15 @@ impl Check<'_> {
                 let rows = self.shape(2 + usize::from(*bias)).clone();
                 Ok(vec![TensorType::new(self.operands[0].dtype, rows)])
             }
-            Op::LinearCrossEntropyGrad { bias } => {
-                self.cross_entropy(*bias, 1)?;
+            Op::LinearCrossEntropyGrad(spec) => {
+                self.loss_spec(spec)?;
+                self.cross_entropy(spec.bias, 1)?;
                 let dtype = self.operands[0].dtype;
                 let last = self.operands.len() - 1;
                 self.dtype(last, dtype)?;
                 self.require(is(last, &[]), "dloss []")?;
                 let mut types = vec![TensorType::new(dtype, Shape::scalar()), like(0), like(1)];
-                if *bias {
+                if spec.bias {
                     types.push(like(2));
                 }
                 Ok(types)
@@ -925,6 +936,19 @@ impl Check<'_> {
             self.probability(dropout)?;
         }
         Ok(())
+    }
+
+    fn loss_spec(&self, spec: &LossSpec) -> Result<()> {
+        if (0.0..1.0).contains(&spec.smoothing) && spec.z_loss >= 0.0 && spec.z_loss.is_finite() {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op: self.op.name().to_owned(),
+            message: format!(
+                "label smoothing must be in [0, 1) and the z-loss 0 or more, got {} and {}",
+                spec.smoothing, spec.z_loss
+            ),
+        })
     }
 
     fn cross_entropy(&self, bias: bool, extra: usize) -> Result<()> {

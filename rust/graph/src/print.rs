@@ -66,10 +66,11 @@ fn attributes(op: &Op) -> Vec<String> {
         }
         Op::LayerNorm { eps, .. } => out.push(format!("eps={eps:e}")),
         Op::Attention(s) | Op::AttentionGrad(s) | Op::CachedAttention(s) => attention(&mut out, s),
-        Op::LinearCrossEntropy { bias }
-        | Op::LinearCrossEntropyGrad { bias }
-        | Op::LinearTokenLosses { bias } => {
-            out.extend(bias.then(|| "bias".to_owned()));
+        Op::LinearTokenLosses { bias } => out.extend(bias.then(|| "bias".to_owned())),
+        Op::LinearCrossEntropy(s) | Op::LinearCrossEntropyGrad(s) => {
+            out.extend(s.bias.then(|| "bias".to_owned()));
+            out.extend((s.smoothing > 0.0).then(|| format!("smoothing={}", s.smoothing)));
+            out.extend((s.z_loss > 0.0).then(|| format!("z_loss={}", s.z_loss)));
         }
         Op::RopeTable { inv_freq, scale, .. } => {
             out.push(format!("{} frequencies", inv_freq.len()));

@@ -4,8 +4,8 @@
 use pyrformer_graph::autodiff::gradients;
 use pyrformer_graph::op::{AttentionSpec, DropoutSpec};
 use pyrformer_graph::{
-    Binary, DType, Epilogue, Error, Graph, Op, Plan, Space, Target, TensorType, Unary, ValueId, lower,
-    passes, verify::verify,
+    Binary, DType, Epilogue, Error, Graph, LossSpec, Op, Plan, Space, Target, TensorType, Unary, ValueId,
+    lower, passes, verify::verify,
 };
 
 struct NoScratch;
@@ -39,7 +39,7 @@ fn training_graph() -> Graph {
     let y = g.add1(matmul(true), &[a, v]).unwrap();
     let y = g.add1(Op::Binary(Binary::Add), &[x, y]).unwrap();
     g.set_scope("head");
-    let loss = g.add1(Op::LinearCrossEntropy { bias: false }, &[y, w, labels]).unwrap();
+    let loss = g.add1(Op::LinearCrossEntropy(LossSpec::default()), &[y, w, labels]).unwrap();
     let mean = g.add1(Op::Unary(Unary::Scale(0.25)), &[loss]).unwrap();
     let grads = gradients(&mut g, mean, &[w, b, v]).unwrap();
     g.output("loss", mean).unwrap();

@@ -1,5 +1,7 @@
 //! Linear layer and cross-entropy in one, over chunks of rows: the logits of one chunk are all that is ever held.
 
+use pyrformer_graph::LossSpec;
+
 use crate::error::{Error, Result};
 use crate::gemm::{Gemm, PackBuffers, gemm, no_epilogue};
 use crate::kernels::elementwise::add_row;
@@ -26,6 +28,7 @@ pub(crate) fn scratch_elements(rows: usize, vocab: usize) -> usize {
 /// The layer and its labels. Shapes: x [N, C], weight [V, C], bias [V], labels [N].
 #[derive(Clone, Copy)]
 pub(crate) struct Head<'a, T> {
+    pub(crate) spec: LossSpec,
     pub(crate) x: Mat<'a, T>,
     pub(crate) weight: Mat<'a, T>,
     pub(crate) bias: Option<Mat<'a, T>>,
@@ -43,20 +46,27 @@ pub(crate) struct Gradients<'a, T> {
 }
 
 simd_fn! {
-    /// −log softmax(row)[label]; leaves `(softmax(row) − onehot(label)) · scale` in `row`.
-    fn loss_row<T: Real>(row: &mut [T], label: usize, scale: T) -> T {
+    /// The loss of one row of logits at its label; leaves its gradient times `scale` in `row`. Without smoothing and z-loss
+    /// they are −log softmax(row)[label] and softmax(row) − onehot(label).
+    fn loss_row<T: Real>(row: &mut [T], label: usize, scale: T, smoothing: T, z_loss: T) -> T {
         let largest = max(row);
-        let target = row[label];
+        let even = smoothing / T::from_f64(row.len() as f64);
+        let mut target = (T::ONE - smoothing) * row[label];
+        if even > T::ZERO {
+            target += even * reduce(row, T::ZERO, |x| x, |a, b| a + b);
+        }
         for x in row.iter_mut() {
             *x = (*x - largest).exp();
         }
         let sum = reduce(row, T::ZERO, |x| x, |a, b| a + b);
-        let factor = scale / sum;
+        let lse = sum.ln() + largest;
+        let factor = scale * (T::ONE + (z_loss + z_loss) * lse) / sum;
+        let even = scale * even;
         for x in row.iter_mut() {
-            *x *= factor;
+            *x = *x * factor - even;
         }
-        row[label] -= scale;
-        sum.ln() + largest - target
+        row[label] -= scale * (T::ONE - smoothing);
+        lse - target + z_loss * lse * lse
     }
 }
 
@@ -72,7 +82,8 @@ pub(crate) fn linear_cross_entropy<T: Real>(
     gradients: Option<Gradients<'_, T>>,
     scratch: MatMut<'_, T>,
 ) -> Result<()> {
-    let Head { x, weight, bias, labels } = head;
+    let Head { spec, x, weight, bias, labels } = head;
+    let (smoothing, z_loss) = (T::from_f64(spec.smoothing), T::from_f64(spec.z_loss));
     let (rows, vocab) = (x.rows, weight.rows);
     if let Some(at) = labels.iter().position(|&l| l >= 0 && l as usize >= vocab) {
         let message = format!("label {} at place {at} is outside 0..{vocab}", labels[at]);
@@ -102,7 +113,7 @@ pub(crate) fn linear_cross_entropy<T: Real>(
                 row.fill(T::ZERO);
                 T::ZERO
             } else {
-                loss_row(row, label as usize, scale)
+                loss_row(row, label as usize, scale, smoothing, z_loss)
             };
             // SAFETY: as above.
             unsafe { losses.set(0, from + r, value) };

@@ -29,11 +29,10 @@ struct Pair {
 fn find(graph: &Graph) -> Option<Pair> {
     let nodes = graph.nodes();
     (0..nodes.len()).find_map(|i| {
-        let Op::LinearCrossEntropy { bias } = nodes[i].op else { return None };
+        let Op::LinearCrossEntropy(spec) = nodes[i].op else { return None };
         let j = (i + 1..nodes.len()).find(|&j| {
             let n = &nodes[j];
-            n.op == Op::LinearCrossEntropyGrad { bias }
-                && n.inputs[..n.inputs.len() - 1] == nodes[i].inputs[..]
+            n.op == Op::LinearCrossEntropyGrad(spec) && n.inputs[..n.inputs.len() - 1] == nodes[i].inputs[..]
         })?;
         let mut tainted: HashSet<ValueId> = nodes[i].outputs.iter().copied().collect();
         let mut waiting = Vec::new();
