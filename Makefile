@@ -57,6 +57,10 @@ test-python: $(READY) ## Python tests only, against what is installed
 	$(ELSEWHERE); $(BIN)/python -m mypy.stubtest pyrformer._core
 	$(ELSEWHERE); $(PYTEST) $(CURDIR)/tests
 
+.PHONY: fuzz
+fuzz: $(READY) ## Tokenizers against the `tokenizers` library on 120,000 generated strings, against what is installed
+	$(ELSEWHERE); PYRFORMER_FUZZ=15000 $(PYTEST) $(CURDIR)/tests/text/test_fuzz.py
+
 .PHONY: lint
 lint: $(READY) ## Formatting, lints and types of both languages
 	cargo fmt --all --check

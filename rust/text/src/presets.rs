@@ -93,6 +93,7 @@ impl Preset {
             }
             Self::Gpt2 | Self::Char => None,
         };
+        let space = |c: &str| Normalizer::Replace { pattern: Pattern::String(c.into()), content: " ".into() };
         let plain = Parts {
             truncation: None,
             padding: None,
@@ -118,9 +119,13 @@ impl Preset {
                 ..plain
             },
             Self::Xlnet => Parts {
+                // Line ends and tabs are white space like any other, as in SentencePiece's own normalization.
                 normalizer: Some(Normalizer::Sequence {
                     normalizers: vec![
                         Normalizer::Nfkc,
+                        space("\n"),
+                        space("\r"),
+                        space("\t"),
                         Normalizer::Replace { pattern: Pattern::Regex(" {2,}".into()), content: " ".into() },
                     ],
                 }),
