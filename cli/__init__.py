@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": ("plan", "Print the compiled plan of a model."),
     "sample": ("sample", "Continue a text."),
     "score": ("score", "Print how probable texts are."),
+    "tokenizer": ("tokenizer", "Train a tokenizer, use one, compare them."),
     "train": ("train", "Train a model on text files."),
 }
 

@@ -189,6 +189,11 @@ class Tokenizer:
         return self._core.is_special(token_id)
 
     @property
+    def unk_token_id(self) -> int | None:
+        """Id of [UNK]."""
+        return self._special.get("unk")
+
+    @property
     def mask_token_id(self) -> int | None:
         """Id of [MASK]."""
         return self._special.get("mask")
