@@ -61,6 +61,10 @@ test-python: $(READY) ## Python tests only, against what is installed
 fuzz: $(READY) ## Tokenizers against the `tokenizers` library on 120,000 generated strings, against what is installed
 	$(ELSEWHERE); PYRFORMER_FUZZ=15000 $(PYTEST) $(CURDIR)/tests/text/test_fuzz.py
 
+.PHONY: torture
+torture: build ## Kill training and break its files a thousand times (minutes); see docs/reliability.md
+	$(ELSEWHERE); PYRFORMER_TORTURE=25 $(PYTEST) $(CURDIR)/tests/train/test_torture.py
+
 .PHONY: lint
 lint: $(READY) ## Formatting, lints and types of both languages
 	cargo fmt --all --check

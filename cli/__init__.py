@@ -46,16 +46,16 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Turns errors of the package into one line on standard error: exit code 2 for input, 1 for our own faults."""
-        from pyrformer.errors import Error, InternalError
+        from pyrformer.errors import Error, InternalError, NonFiniteError, Stopped
 
         try:
             return super().invoke(ctx)
         except Error as e:
             click.echo(f"pyrformer: error: {e}", err=True)
-            sys.exit(1 if isinstance(e, InternalError) else 2)
-        except KeyboardInterrupt:
-            click.echo("pyrformer: interrupted", err=True)
-            sys.exit(130)
+            sys.exit(1 if isinstance(e, (InternalError, NonFiniteError)) else 2)
+        except KeyboardInterrupt as e:
+            click.echo(f"pyrformer: {e}" if isinstance(e, Stopped) else "pyrformer: interrupted", err=True)
+            sys.exit(128 + e.signal if isinstance(e, Stopped) else 130)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

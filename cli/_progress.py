@@ -41,6 +41,8 @@ class Display:
         """Takes one event of :func:`pyrformer.train`."""
         if kind == "stage":
             self._line(f"{n['what']} …")
+        elif kind == "note":
+            self._line(n["what"])
         elif kind == "start":
             self._line(
                 f"{n['parameters']:,} parameters, vocabulary {n['vocab_size']:,}; "

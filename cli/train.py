@@ -122,7 +122,19 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
     "--clean", multiple=True, help="A cleaning step: nfc, nfkc, control, whitespace; may be given again."
 )
 @click.option("--eval-every", type=int, help="Updates between evaluations.")
-@click.option("--save-every", type=int, help="Updates between checkpoints.")
+@click.option("--save-every", help='Updates ("500") or time ("10m") between checkpoints.')
+@click.option("--save-total-limit", type=int, help="Checkpoints to keep; 0: all.")
+@click.option(
+    "--load-best-model-at-end/--no-load-best-model-at-end",
+    default=None,
+    help="Keep the checkpoint of the lowest held-out loss and end with its weights.",
+)
+@click.option("--max-time", help="Stop after this time (90s, 30m, 8h), saved and resumable.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["stop", "rollback"]),
+    help="When loss or gradient are no finite numbers.",
+)
 @click.option("--log-every", type=int, help="Updates between lines of metrics.jsonl.")
 @click.option("--seed", type=int, help="Seed of weights, order, masks and dropout.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute.  [default: cpu]")

@@ -168,17 +168,34 @@ def _require_zero(folder: Path, name: str, tensor: Any) -> None:
         )
 
 
-def save(model: Model, folder: str | Path) -> None:
-    """Writes a model folder; each file appears whole or not at all. See :meth:`pyrformer.model.Model.save`."""
+def stored_tensors(model: Model, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What ``model.safetensors`` holds: float32 under the names of the reference.
+
+    Args:
+        state: the parameters; default: the model's own.
+    """
+    tensors = {name: array.astype(np.float32, copy=False) for name, array in merged(model, state).items()}
+    tensors = {model.family.stored_name(name): array for name, array in tensors.items()}
+    return tensors | {name: np.zeros(shape, np.float32) for name, shape in model.family.absent_tensors()}
+
+
+def save(model: Model, folder: str | Path, tensors: dict[str, Any] | None = None) -> None:
+    """Writes a model folder; each file appears whole or not at all. See :meth:`pyrformer.model.Model.save`.
+
+    Args:
+        tensors: of :func:`stored_tensors`, taken earlier; default: taken here.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise FileError(f"[save] {folder}: {e.strerror}") from None
-    tensors = {name: array.astype(np.float32, copy=False) for name, array in merged(model).items()}
-    tensors = {model.family.stored_name(name): array for name, array in tensors.items()}
-    tensors |= {name: np.zeros(shape, np.float32) for name, shape in model.family.absent_tensors()}
-    _core.write_safetensors(folder / WEIGHTS, tensors)
+    _core.write_safetensors(folder / WEIGHTS, stored_tensors(model) if tensors is None else tensors)
+    save_config(model, folder)
+
+
+def save_config(model: Model, folder: Path) -> None:
+    """Writes what a model folder holds beside the weights."""
     if model.tokenizer is not None:
         model.tokenizer.save(folder / TOKENIZER)
     config = model.family.config

@@ -37,6 +37,22 @@ class TokenizerError(InputError):
     """A tokenizer that cannot be trained, read or used."""
 
 
+class NonFiniteError(Error, ArithmeticError):
+    """A loss or a gradient that is no finite number."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that was ended by a signal, after its state was saved.
+
+    Attributes:
+        signal: the signal's number.
+    """
+
+    def __init__(self, signal: int, step: int, folder: object):
+        super().__init__(f"interrupted after step {step}; {folder} is saved, go on with --resume")
+        self.signal = signal
+
+
 class FileError(Error, OSError):
     """A file that cannot be read or written, or does not hold what it should."""
 

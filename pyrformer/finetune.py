@@ -108,12 +108,17 @@ def add_lora(model: Model, config: LoraConfig, seed: int = 0) -> None:
     model.forget_programs()
 
 
-def merged(model: Model) -> dict[str, Array]:
-    """All parameters with low-rank changes added to the weights that they stand beside."""
-    tensors = {n: t for n, t in model.state_dict().items() if ".lora.lora_" not in n}
+def merged(model: Model, state: dict[str, Array] | None = None) -> dict[str, Array]:
+    """All parameters with low-rank changes added to the weights that they stand beside.
+
+    Args:
+        state: the parameters; default: the model's own.
+    """
+    state = model.state_dict() if state is None else state
+    tensors = {n: t for n, t in state.items() if ".lora.lora_" not in n}
     for name, layer in model.family.named_modules():
         if isinstance(layer, (Linear, Conv1D)) and layer.lora is not None:
-            a, b = (model.store.get(f"{name}.lora.lora_{x}.weight") for x in "AB")
+            a, b = (state[f"{name}.lora.lora_{x}.weight"] for x in "AB")
             change = layer.lora.scale * (b @ a)
             weight = layer.weight.name
             tensors[weight] = tensors[weight] + (change.T if isinstance(layer, Conv1D) else change)

@@ -1,9 +1,9 @@
 """Training: from text files to a run folder in Hugging Face's layout.
 
-A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json``, ``generation_config.json`` (the model as
-it stands), ``training.json`` (all options), ``metrics.jsonl`` (a line per log step) and ``checkpoint/`` (weights,
-moments and step, to go on from). The batch of a step is a pure function of (seed, step), so going on gives the
-bits that a straight run gives.
+A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json``, ``generation_config.json`` (the model of
+the last checkpoint), ``training.json`` (all options), ``metrics.jsonl`` (a line per log step) and ``checkpoint-500`` …
+(all that is needed to go on; see :mod:`pyrformer.training.checkpoints`). The batch of a step is a pure function of
+(seed, step), so going on gives the bits that a straight run gives.
 """
 
 from __future__ import annotations
@@ -11,172 +11,48 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
-import signal
-import threading
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
-from pyrformer.checkpoint import read_json, write_json
-from pyrformer.data import Batches, Masking, read_documents, tokenize
-from pyrformer.errors import ConfigError, FileError, InputError
-from pyrformer.executors import DEVICES
-from pyrformer.fields import check_types
+from pyrformer.checkpoint import CONFIG, read_json, save_config, write_json
+from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
 from pyrformer.programs import AdamW
-from pyrformer.schedules import SCHEDULES, learning_rate
-from pyrformer.supervised import Labelled, LabelledBatches, PermutationBatches, labelled, read_labelled
-from pyrformer.tokenizers import Ragged, Tokenizer
+from pyrformer.schedules import learning_rate
+from pyrformer.tokenizers import Tokenizer
+from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_rows, read_state
+from pyrformer.training.config import OBJECTIVES, TrainConfig, seconds, steps_or_seconds
+from pyrformer.training.signals import Signals
+from pyrformer.training.source import Source
+from pyrformer.training.watch import Clock, Spikes, UpdateRatio, resident_bytes
 
-OBJECTIVES = ("ar", "mlm", "plm", "sentence")
+__all__ = ["OBJECTIVES", "Callback", "Event", "Run", "TrainConfig", "train"]
 
-#: What happens, as ``on_event`` sees it: "stage", "start", "step", "eval", "save" or "end", and its numbers.
+#: What happens, as ``on_event`` sees it: "stage", "note", "start", "step", "eval", "save" or "end", and its numbers.
 Event = Callable[[str, dict[str, Any]], None]
 
-#: The tokenizer of an objective where none is configured.
-DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "ar": {"preset": "gpt2", "vocab_size": 4096},
-    "mlm": {"preset": "bert-uncased", "vocab_size": 4096},
-    "plm": {"preset": "gpt2", "vocab_size": 4096},
-    "sentence": {"preset": "bert-uncased", "vocab_size": 4096},
-}
+#: Rollbacks to one and the same checkpoint after which a run stops.
+MOST_ROLLBACKS = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """All options of a run.
+class Callback(Protocol):
+    """What takes the numbers of a run as they come; a ``wandb`` run does."""
 
-    Attributes:
-        files: ``.txt`` or ``.jsonl`` files to learn from.
-        out: the run folder.
-        valid: files to measure on; without any, ``valid_fraction`` of the text is held out.
-        objective: "ar" (next token), "mlm" (masked tokens), "plm" (tokens in a random order) or "sentence" (a class
-            of each text, from field ``label_column`` of ``.jsonl`` files).
-        model: fields of ``config.json``; sizes of the vocabulary and special ids come from the tokenizer.
-        init_from: a model folder to begin with; its tokenizer is used unless another is given.
-        freeze: names of parameters that stay as they are; see :func:`pyrformer.finetune.freeze`.
-        lora: fields of :class:`pyrformer.finetune.LoraConfig`, to train low-rank changes in place of the weights.
-        tokenizer: {"path": …} of one to use, or {"kind", "vocab_size", "preset", "min_frequency"} of one to train.
-        seq_len: tokens in a row, at most; 0: as many as the model has positions.
-        batch_size: rows in a batch.
-        gradient_accumulation_steps: batches per update; gradients are averaged over all their labels.
-        max_steps: updates.
-        learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type: see
-            :func:`pyrformer.schedules.learning_rate`.
-        adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; decay applies to matrices only.
-        max_grad_norm: bound on the global gradient norm; 0: none.
-        label_smoothing_factor, z_loss: see :class:`pyrformer.programs.LossOptions`; the logged loss includes them.
-        mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
-        plm_probability, max_span_length: see :class:`pyrformer.supervised.PermutationBatches`.
-        cross_documents: for "ar", let tokens see the document before their own.
-        column, errors, clean: see :func:`pyrformer.data.read_documents`.
-        eval_every, log_every, save_every: in updates; 0: only at the end.
-        seed: of weights, order, masks and dropout.
-        device: "cpu" or "cuda".
-        threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
-        overwrite: replace a run that is there.
-        resume: go on with a run that is there.
-    """
-
-    files: list[str]
-    out: str
-    valid: list[str] = field(default_factory=list)
-    valid_fraction: float = 0.05
-    objective: str = "ar"
-    model: dict[str, Any] = field(default_factory=dict)
-    init_from: str = ""
-    freeze: list[str] = field(default_factory=list)
-    lora: dict[str, Any] = field(default_factory=dict)
-    tokenizer: dict[str, Any] = field(default_factory=dict)
-    seq_len: int = 0
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    max_steps: int = 1000
-    learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    lr_scheduler_type: str = "cosine"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    label_smoothing_factor: float = 0.0
-    z_loss: float = 0.0
-    mlm_probability: float = 0.15
-    whole_word_mask: bool = False
-    plm_probability: float = 1 / 6
-    max_span_length: int = 5
-    cross_documents: bool = False
-    column: str = "text"
-    label_column: str = "label"
-    errors: str = "strict"
-    clean: list[str] = field(default_factory=list)
-    eval_every: int = 250
-    log_every: int = 10
-    save_every: int = 500
-    seed: int = 0
-    device: str = "cpu"
-    threads: int = 0
-    overwrite: bool = False
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, message: str) -> None:
-            if not ok:
-                raise ConfigError(f"[train] {message}")
-
-        check_types(self, "train")
-        require(bool(self.files), "give at least one file to learn from")
-        require(
-            self.objective in OBJECTIVES, f"objective must be one of {OBJECTIVES}, got {self.objective!r}"
-        )
-        require(
-            self.lr_scheduler_type in SCHEDULES,
-            f"lr_scheduler_type must be one of {SCHEDULES}, got {self.lr_scheduler_type!r}",
-        )
-        require(
-            0 < self.plm_probability <= 1, f"plm_probability must be in (0, 1], got {self.plm_probability}"
-        )
-        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "max_span_length"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seq_len", "warmup_steps", "eval_every", "log_every", "save_every", "seed", "threads"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "min_learning_rate", "weight_decay", "max_grad_norm", "z_loss"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"{name} must be a number of 0 or more, got {value}")
-        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
-            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
-        require(
-            0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}"
-        )
-        require(self.device in DEVICES, f"device must be one of {DEVICES}, got {self.device!r}")
-        require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
-
-    def comparable(self) -> dict[str, Any]:
-        """What must not change between a run and its continuation."""
-        free = (
-            "out",
-            "overwrite",
-            "resume",
-            "device",
-            "threads",
-            "max_steps",
-            "eval_every",
-            "log_every",
-            "save_every",
-        )
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+    def log(self, data: dict[str, Any], step: int) -> Any:
+        """Takes a row of ``metrics.jsonl``."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +63,7 @@ class Run:
         folder: where it is; ``pyrformer.load(folder)`` opens it.
         model: the trained model.
         steps: updates made.
-        train_loss: mean of the last logged losses, nats per label.
+        train_loss: mean of the last 100 losses, nats per label.
         valid_loss: loss over the whole held-out text, nats per label.
         seconds: time spent in updates and their data, evaluation and saving aside.
     """
@@ -200,51 +76,40 @@ class Run:
     seconds: float
 
 
-def train(config: TrainConfig, on_event: Event | None = None) -> Run:
+def train(config: TrainConfig, on_event: Event | None = None, callbacks: Sequence[Callback] = ()) -> Run:
     """Trains a model and writes its run folder.
 
     Args:
         config: all options.
         on_event: called with what happens, for progress displays.
+        callbacks: each gets every row of ``metrics.jsonl``, by ``log(row, step=…)``.
 
     Raises:
         ConfigError, DataError, FileError, TokenizerError: something given is wrong; nothing is left behind then.
-        KeyboardInterrupt: passed on after the state was saved.
+        FileError: the disk is full, or a file cannot be written; the checkpoints before are whole.
+        NonFiniteError: the loss or the gradient is no finite number; ``RUN/nonfinite.json`` says where.
+        Stopped: SIGINT or SIGTERM; the state was saved.
+        KeyboardInterrupt: one raised by ``on_event`` is passed on after the state was saved.
     """
-    return _Trainer(config, on_event or (lambda _kind, _numbers: None)).run()
-
-
-@dataclass(frozen=True)
-class _Documents:
-    """Texts and, for "sentence", their labels."""
-
-    texts: list[str]
-    labels: list[str]
-
-    def where(self, keep: Callable[[int], bool]) -> _Documents:
-        """Those whose number is kept."""
-        texts = [t for i, t in enumerate(self.texts) if keep(i)]
-        return _Documents(texts, [x for i, x in enumerate(self.labels) if keep(i)])
+    return _Trainer(config, on_event or (lambda _kind, _numbers: None), callbacks).run()
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, on_event: Event):
-        self.config, self.on_event = config, on_event
+    def __init__(self, config: TrainConfig, on_event: Event, callbacks: Sequence[Callback] = ()):
+        self.config, self.on_event, self.callbacks = config, on_event, callbacks
         self.folder = Path(config.out)
-        self.done = self._prepare_folder()
-        self.on_event("stage", {"what": "reading"})
-        train_docs, valid_docs = self._documents()
-        self.labels = sorted(set(train_docs.labels))
-        self.tokenizer = self._tokenizer(train_docs.texts, valid_docs.texts)
-        self.model = self._model()
-        self.seq_len = config.seq_len or self.model.family.max_positions
-        if self.seq_len > self.model.family.max_positions:
+        self.checkpoints = Checkpoints(self.folder, config.save_total_limit)
+        self.start = self._prepare_folder()
+        before = self.checkpoints.path(self.start) if self.start else None
+        stage: Callable[[str], None] = lambda what: self.on_event("stage", {"what": what})  # noqa: E731
+        self.source = Source(config, Tokenizer.load(before) if before else None, stage)
+        self.model = self._model(before)
+        seq_len = config.seq_len or self.model.family.max_positions
+        if seq_len > self.model.family.max_positions:
             most = self.model.family.max_positions
-            raise ConfigError(f"[train] seq_len ({self.seq_len}) is more than the model's {most} positions")
-        self.on_event("stage", {"what": "tokenizing"})
-        self.corpus, self.held_out = self._tokenized(train_docs), self._tokenized(valid_docs)
-        self.batches = self._batches(self.corpus, shuffle=True)
-        self.evaluation = self._batches(self.held_out, shuffle=False)
+            raise ConfigError(f"[train] seq_len ({seq_len}) is more than the model's {most} positions")
+        self.seq_len = seq_len
+        self.batches, self.evaluation, self.data = self.source.batches(seq_len)
         self.optimizer = AdamW(
             config.adam_beta1,
             config.adam_beta2,
@@ -254,214 +119,290 @@ class _Trainer:
         )
         self.loss_options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
         self.loss = "sentence_loss" if config.objective == "sentence" else "loss"
-        self.seconds = 0.0
-        self.recent: list[float] = []
+        self.ratio = UpdateRatio(self.model)
+        #: Updates in the newest checkpoint, when it was begun, and the seconds that training waited for checkpoints.
+        self.saved, self.saved_at, self.stall = self.start, 0.0, 0.0
+        self.rollbacks = 0
+        self._set_state({})
+        if before:
+            self._restore(self.start)
 
-    # -- Preparation ------------------------------------------------------------------------------------------------
+    # -- The run folder ---------------------------------------------------------------------------------------------
 
     def _prepare_folder(self) -> int:
-        """Checks the run folder; gives the updates that it already holds."""
-        if not self.folder.exists() or not any(self.folder.iterdir() if self.folder.is_dir() else [1]):
-            if self.config.resume:
-                raise FileError(f"[train] there is no run at {self.folder} to resume")
+        """Checks the run folder; gives the step of the checkpoint to go on from, or 0."""
+        c, folder = self.config, self.folder
+        if not folder.exists() or not any(folder.iterdir() if folder.is_dir() else [1]):
+            if c.resume:
+                raise FileError(f"[train] there is no run at {folder} to resume")
             return 0
-        if not self.folder.is_dir():
-            raise FileError(f"[train] {self.folder} is a file; choose another --out")
-        if self.config.overwrite:
-            if not (self.folder / "training.json").is_file():
-                raise FileError(
-                    f"[train] {self.folder} is not a run folder, so it is not overwritten; choose another one"
-                )
-            return 0
-        if not self.config.resume:
+        if not folder.is_dir():
+            raise FileError(f"[train] {folder} is a file; choose another --out")
+        if (c.overwrite or c.resume) and not (folder / "training.json").is_file():
             raise FileError(
-                f"[train] {self.folder} exists; give --resume to go on with it or --overwrite to replace it"
+                f"[train] {folder} is not a run folder, so it is neither overwritten nor resumed; choose another one"
             )
-        state = read_json(self.folder / "checkpoint" / "trainer_state.json")
-        before, now = state["config"], json.loads(json.dumps(self.config.comparable()))
+        if c.overwrite:
+            return 0
+        if not c.resume:
+            raise FileError(
+                f"[train] {folder} exists; give --resume to go on with it or --overwrite to replace it"
+            )
+        step, skipped = self.checkpoints.newest()
+        for what in skipped:
+            self.on_event("note", {"what": f"{what}; skipped"})
+        if step is None:
+            self.on_event("note", {"what": f"{folder} has no checkpoint yet; starting from step 0"})
+            state = {"config": read_json(folder / "training.json")}
+        else:
+            state = read_state(self.checkpoints.path(step))
+            self.on_event("note", {"what": f"going on from {self.checkpoints.path(step)}"})
+        before, now = state["config"], json.loads(json.dumps(c.comparable()))
         changed = sorted(k for k in now if before.get(k) != now[k])
         if changed:
             raise ConfigError(
-                f"[train] {self.folder} was trained with another {', '.join(changed)}; use the same to resume"
+                f"[train] {folder} was trained with another {', '.join(changed)}; use the same to resume"
             )
-        return int(state["step"])
+        return step or 0
 
-    def _documents(self) -> tuple[_Documents, _Documents]:
-        """What to learn from and what to measure on."""
-        c = self.config
-        documents = self._read(c.files)
-        if c.valid:
-            return documents, self._read(c.valid)
-        if len(documents.texts) > 1:
-            # Every k-th document, so that ordered files are represented.
-            every = max(2, round(1 / c.valid_fraction))
-            return documents.where(lambda i: i % every > 0), documents.where(lambda i: i % every == 0)
-        text = documents.texts[0]
-        cut = int(len(text) * (1 - c.valid_fraction))
-        return _Documents([text[:cut]], []), _Documents([text[cut:]], [])
-
-    def _read(self, files: list[str]) -> _Documents:
-        c = self.config
-        if c.objective == "sentence":
-            return _Documents(*read_labelled(files, column=c.column, label_column=c.label_column))
-        return _Documents(read_documents(files, column=c.column, errors=c.errors, clean=c.clean), [])
-
-    def _tokenized(self, documents: _Documents) -> Ragged | Labelled:
-        c, texts = self.config, documents.texts
-        if c.objective == "sentence":
-            return labelled(self.tokenizer, texts, documents.labels, self.labels, self.seq_len)
-        kind = "mlm" if c.objective == "mlm" else "ar"
-        return tokenize(self.tokenizer, texts, objective=kind, threads=c.threads or None)
-
-    def _tokenizer(self, documents: list[str], held_out: list[str]) -> Tokenizer:
-        if self.done:
-            return Tokenizer.load(self.folder)
-        options = dict(self.config.tokenizer)
-        if self.config.init_from and not options:
-            return Tokenizer.load(self.config.init_from)
-        if not {"path", "kind", "preset"} & options.keys():
-            options = {**DEFAULT_TOKENIZERS[self.config.objective], **options}
-        known = {"path", "kind", "vocab_size", "preset", "min_frequency", "special_tokens"}
-        unknown = sorted(options.keys() - known)
-        if unknown:
-            raise ConfigError(
-                f"[train] unknown tokenizer option {unknown[0]!r}; known: {', '.join(sorted(known))}"
-            )
-        for name in ("vocab_size", "min_frequency"):
-            value = options.get(name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(
-                    f"[train] the tokenizer's {name} must be a whole number of 1 or more, got {value!r}"
-                )
-        for name in ("path", "kind", "preset"):
-            if not isinstance(options.get(name, ""), str):
-                raise ConfigError(f"[train] the tokenizer's {name} must be a string, got {options[name]!r}")
-        if "path" in options:
-            return Tokenizer.load(options["path"])
-        self.on_event("stage", {"what": "training the tokenizer"})
-        defaults = {"kind": "bpe", "vocab_size": 4096, "threads": self.config.threads or None}
-        if "char" in (options.get("kind"), options.get("preset")):
-            # An alphabet is not learned: characters of the held-out text alone would be unknown.
-            documents = documents + held_out
-        return Tokenizer.train(iter(documents), **{**defaults, **options})
-
-    def _model(self) -> Model:
-        if self.done:
-            fields = read_json(self.folder / "config.json")
-            model = Model.from_config(
-                fields,
-                seed=self.config.seed,
-                tokenizer=self.tokenizer,
-                threads=self.config.threads or None,
-                device=self.config.device,
-            )
-            apply_changes(model, self.config)
-            return model
-        return initial_model(self.config, self.tokenizer, self.labels)
-
-    def _batches(
-        self, corpus: Ragged | Labelled, *, shuffle: bool
-    ) -> Batches | PermutationBatches | LabelledBatches:
-        c = self.config
-        shared: dict[str, Any] = {
-            "seq_len": self.seq_len,
-            "batch_size": c.batch_size,
-            "seed": c.seed,
-            "shuffle": shuffle,
-        }
-        if isinstance(corpus, Labelled):
-            return LabelledBatches(corpus, pad_token_id=self.tokenizer.pad_token_id, **shared)
-        if c.objective == "plm":
-            return PermutationBatches(
-                corpus, **shared, plm_probability=c.plm_probability, max_span_length=c.max_span_length
-            )
-        return Batches(
-            corpus,
-            c.objective,
-            **shared,
-            tokenizer=self.tokenizer,
-            cross_documents=c.cross_documents,
-            masking=Masking(c.mlm_probability, whole_word=c.whole_word_mask),
+    def _model(self, before: Path | None) -> Model:
+        c, tokenizer = self.config, self.source.tokenizer
+        if before is None:
+            return initial_model(c, tokenizer, self.source.labels)
+        model = Model.from_config(
+            read_json(before / CONFIG),
+            seed=c.seed,
+            tokenizer=tokenizer,
+            threads=c.threads or None,
+            device=c.device,
         )
+        apply_changes(model, c)
+        return model
 
-    # -- The loop ---------------------------------------------------------------------------------------------------
+    def _create_folder(self) -> None:
+        """Makes the folder of a new run appear at once, with all but weights and numbers."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.is_dir() and any(
+            self.folder.iterdir()
+        ):  # to be overwritten, or killed before any checkpoint
+            aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
+            self.folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        directory = _core.AtomicDir(self.folder)
+        path = Path(directory.path or "")
+        try:
+            save_config(self.model, path)
+            write_json(path / "training.json", {**dataclasses.asdict(self.config), "data": self.data})
+            (path / "metrics.jsonl").touch()
+            directory.commit(replace=True)
+        finally:
+            directory.discard()
 
     def run(self) -> Run:
-        c = self.config
-        if self.config.overwrite and self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        if self.done:
-            self._load_checkpoint()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.tokenizer.save(self.folder / "tokenizer.json")
-            write_json(self.folder / "training.json", dataclasses.asdict(c))
-            with self._open_metrics() as metrics:
-                return self._loop(metrics)
+            if self.start:
+                self.checkpoints.clean()
+                write_json(
+                    self.folder / "training.json", {**dataclasses.asdict(self.config), "data": self.data}
+                )
+            else:
+                self._create_folder()
+            with _Metrics(self.folder / "metrics.jsonl", self.start, self.callbacks) as self.metrics:
+                try:
+                    return self._loop()
+                finally:
+                    self.checkpoints.join()
         except OSError as e:
             self._discard()
             raise (
                 e if isinstance(e, FileError) else FileError(f"[train] {self.folder}: {e.strerror or e}")
             ) from None
-        except Exception:
+        except Error:
             self._discard()
             raise
 
     def _discard(self) -> None:
-        """Removes a run folder that holds no checkpoint to go on from."""
-        if not (self.folder / "checkpoint").exists():
+        """Removes a run folder in which no update was made."""
+        if self.step == 0 and not self.checkpoints.steps():
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _open_metrics(self) -> TextIO:
-        """``metrics.jsonl`` for appending; what an interrupted run logged after its checkpoint is cut off."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if self.done and path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.done]
-        _core.write_file(path, "".join(f"{line}\n" for line in kept).encode())
-        return path.open("a", encoding="utf-8")
+    # -- State ------------------------------------------------------------------------------------------------------
 
-    def _loop(self, metrics: TextIO) -> Run:
-        c, step = self.config, self.done
-        tokens = c.batch_size * self.seq_len * c.gradient_accumulation_steps
+    def _set_state(self, state: dict[str, Any]) -> None:
+        """Sets what changes from step to step beside weights and moments, from a checkpoint's or for a new run."""
+        self.step, self.seconds = int(state.get("step", 0)), float(state.get("seconds", 0.0))
+        self.recent: deque[float] = deque(state.get("recent", []), maxlen=100)
+        self.best = math.inf if state.get("best") is None else float(state["best"])
+        self.best_step = int(state.get("best_step", 0))
+        self.left_out = set(state.get("left_out", []))
+        watched = state.get("spikes", {})
+        self.spikes = {name: Spikes(*watched.get(name, ())) for name in ("loss", "grad_norm")}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "config": self.config.comparable(),
+            "data": self.data,
+            "recent": list(self.recent),
+            "best": self.best if self.best_step else None,
+            "best_step": self.best_step,
+            "left_out": sorted(self.left_out),
+            "spikes": {name: [list(s.values), s.count] for name, s in self.spikes.items()},
+        }
+
+    def _restore(self, step: int) -> None:
+        state = read_state(self.checkpoints.path(step))
+        if state["data"] != self.data:
+            raise ConfigError(
+                f"[train] {self.folder} was trained on another text than {', '.join(self.config.files)} holds; "
+                "use the same to resume"
+            )
+        self.checkpoints.load(step, self.model)
+        self._set_state(state)
+
+    def _save(self) -> None:
+        """Begins to write a checkpoint of this step, unless it is there."""
+        if self.saved == self.step:
+            return
+        began = time.perf_counter()
+        self.checkpoints.wait()
+        moments = [n for n, _, _ in self.model.store.types() if n.startswith("adamw.")]
+        snapshot = Snapshot(
+            self.step,
+            self.model.state_dict(),
+            {name: self.model.store.get(name) for name in moments},
+            self._state(),
+        )
+        keep = self.best_step if self.config.load_best_model_at_end else 0
+        self.checkpoints.save(snapshot, self.model, keep, self.metrics.sync)
+        self.saved, self.saved_at = self.step, time.monotonic()
+        self.stall += time.perf_counter() - began
+        self.on_event("save", {"step": self.step, "folder": str(self.checkpoints.path(self.step))})
+
+    # -- The loop ---------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> Run:
+        c = self.config
         self.on_event(
             "start",
             {
                 "steps": c.max_steps,
-                "done": step,
+                "done": self.step,
                 "parameters": self.model.parameter_count,
-                "train_tokens": len(self.corpus.ids),
-                "valid_tokens": len(self.held_out.ids),
-                "vocab_size": self.tokenizer.vocab_size,
-                "tokens_per_step": tokens,
+                "vocab_size": self.source.tokenizer.vocab_size,
+                "tokens_per_step": c.batch_size * self.seq_len * c.gradient_accumulation_steps,
+                **self.data,
             },
         )
-        try:
-            while step < c.max_steps:
-                # An interrupt waits for the end of the update, so that what is saved is the state after a whole step.
-                with _interrupt_deferred():
-                    numbers = {"step": step + 1, **self._step(step)}
-                    step += 1
-                    if c.log_every and step % c.log_every == 0:
-                        _write(metrics, numbers)
-                self.on_event("step", numbers)
-                if c.eval_every and step % c.eval_every == 0 and step < c.max_steps:
-                    self._evaluate(step, metrics)
-                if c.save_every and step % c.save_every == 0 and step < c.max_steps:
-                    self._save(step)
-        except KeyboardInterrupt:
-            self._save(step)
-            raise
-        valid_loss = self._evaluate(step, metrics)
-        self._save(step)
-        last = float(np.mean(self.recent[-100:])) if self.recent else math.nan
-        run = Run(self.folder, self.model, step, last, valid_loss, self.seconds)
+        began = self.saved_at = time.monotonic()
+        self.clock = Clock()
+        every, pause = steps_or_seconds(c.save_every)
+        end = began + seconds(c.max_time) if c.max_time else math.inf
+        interrupt: KeyboardInterrupt | None = None
+        with Signals() as signals:
+            while self.step < c.max_steps and time.monotonic() < end:
+                numbers = self._update()
+                if numbers is None:
+                    continue
+                try:
+                    self.on_event("step", numbers)
+                except KeyboardInterrupt as e:
+                    interrupt = e
+                step, last = self.step, self.step == c.max_steps
+                if c.eval_every and step % c.eval_every == 0 and not last:
+                    self._evaluate()
+                due = (
+                    step % every == 0 if every else bool(pause) and time.monotonic() - self.saved_at >= pause
+                )
+                if due and not last:
+                    self._save()
+                if signals.first and interrupt is None:
+                    interrupt = Stopped(signals.first, step, self.folder)
+                if interrupt is not None:
+                    self._save()
+                    self.checkpoints.wait()
+                    raise interrupt
+                self.checkpoints.raise_failure()
+            valid_loss = self._evaluate()
+            self._save()
+            self.checkpoints.wait()
+            if c.load_best_model_at_end and self.best_step not in (0, self.step):
+                self.checkpoints.load(self.best_step, self.model)
+                self.model.save(self.folder)
+                valid_loss = self.best
+        train_loss = statistics.fmean(self.recent) if self.recent else math.nan
+        run = Run(self.folder, self.model, self.step, train_loss, valid_loss, self.seconds)
         self.on_event(
-            "end", {"train_loss": last, "valid_loss": valid_loss, "seconds": self.seconds, "steps": step}
+            "end",
+            {
+                "train_loss": train_loss,
+                "valid_loss": valid_loss,
+                "seconds": self.seconds,
+                "steps": self.step,
+                "save_stall_seconds": self.stall,
+            },
         )
         return run
 
-    def _step(self, step: int) -> dict[str, float]:
-        c, start = self.config, time.perf_counter()
+    def _update(self) -> dict[str, Any] | None:
+        """One update and its row; None where it was left out."""
+        c = self.config
+        if self.step in self.left_out:
+            self.step += 1
+            return None
+        logged = bool(c.log_every) and (self.step + 1) % c.log_every == 0
+        before = self.ratio.weights() if logged else {}
+        numbers = self._compute(self.step)
+        loss, norm = numbers["loss"], numbers["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._nonfinite(loss, norm)
+            return None
+        self.step += 1
+        self.recent.append(loss)
+        for name, spikes in self.spikes.items():
+            if spikes.add(numbers[name]):
+                self.on_event("note", {"what": f"step {self.step}: {name} {numbers[name]:.4g} is a spike"})
+        if logged:
+            numbers |= {
+                "update_ratio": self.ratio.since(before),
+                "loss_spikes": self.spikes["loss"].count,
+                "grad_norm_spikes": self.spikes["grad_norm"].count,
+                "rss_bytes": resident_bytes(),
+                "utilisation": self.clock.utilisation(),
+                "save_stall_seconds": self.stall,
+            }
+        numbers = {"step": self.step, **numbers}
+        if logged:
+            self.metrics.write(numbers)
+        return numbers
+
+    def _nonfinite(self, loss: float, norm: float) -> None:
+        """Stops, or goes back to the last checkpoint and leaves this update out."""
+        bad = self.step
+        numbers = {
+            "step": bad + 1,
+            "loss": repr(loss),
+            "grad_norm": repr(norm),
+            "left_out": sorted(self.left_out),
+        }
+        write_json(self.folder / "nonfinite.json", numbers)
+        self.checkpoints.wait()
+        step, _ = self.checkpoints.newest()
+        what = f"step {bad + 1}: the loss is {loss} and the gradient norm {norm}"
+        if self.config.on_nonfinite == "stop" or step is None or self.rollbacks == MOST_ROLLBACKS:
+            raise NonFiniteError(
+                f"[train] {what}; lower learning_rate or raise warmup_steps; "
+                f"{self.folder}/nonfinite.json names the update"
+            )
+        left_out = self.left_out | {bad}
+        self._restore(step)
+        self.left_out, self.rollbacks, self.saved = left_out, self.rollbacks + 1, -1
+        self.metrics.cut(step)
+        self.on_event("note", {"what": f"{what}; back to step {step}, without update {bad + 1}"})
+
+    def _compute(self, step: int) -> dict[str, Any]:
+        """Runs the update of a step; its numbers."""
+        c, began = self.config, time.perf_counter()
         lr = learning_rate(
             step,
             kind=c.lr_scheduler_type,
@@ -472,29 +413,23 @@ class _Trainer:
         )
         parts = c.gradient_accumulation_steps
         batches = [self.batches.ready(step * parts + i) for i in range(parts)]
+        loaded = time.perf_counter()
         labels = max(1, sum(b.labels + b.sentence_labels for b in batches))
         losses = [self._run(batch, step * parts + i, labels, step, lr) for i, batch in enumerate(batches)]
         out = losses[-1]
         if parts > 1:
             make = partial(programs.apply_step, self.model.family, self.optimizer)
             out = self.model.program(("apply_step",), make)(lr=lr, step=step + 1)
-        loss = sum(float(o[self.loss]) for o in losses)
-        loss, norm = loss / labels, float(out["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise InputError(
-                f"[train] step {step + 1}: the loss is {loss} and the gradient norm {norm}; "
-                "lower learning_rate, or raise warmup_steps"
-            )
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        self.recent = [*self.recent[-99:], loss]
+        ended = time.perf_counter()
+        self.seconds += ended - began
         tokens = sum(b.sizes.batch * b.sizes.tokens for b in batches)
         return {
-            "loss": loss,
+            "loss": sum(float(o[self.loss]) for o in losses) / labels,
             "learning_rate": lr,
-            "grad_norm": norm,
-            "tokens_per_s": tokens / seconds,
+            "grad_norm": float(out["grad_norm"]),
+            "tokens_per_s": tokens / (ended - began),
             "seconds": self.seconds,
+            "loader_wait_seconds": loaded - began,
         }
 
     def _run(self, batch: Batch, draw: int, labels: int, step: int, lr: float) -> dict[str, Any]:
@@ -525,7 +460,8 @@ class _Trainer:
             arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
         return arrays
 
-    def _evaluate(self, step: int, metrics: TextIO) -> float:
+    def _evaluate(self) -> float:
+        """Measures the loss over the whole held-out text, always the same batches."""
         total, labels = 0.0, 0
         for i in range(self.evaluation.batches_per_pass):
             batch = self.evaluation.ready(i)
@@ -534,58 +470,48 @@ class _Trainer:
             total += float(run(**self._arrays(batch))[self.loss])
             labels += batch.labels + batch.sentence_labels
         loss = total / max(1, labels)
-        numbers = {"step": step, "valid_loss": loss, "valid_labels": labels}
-        _write(metrics, numbers)
+        numbers = {"step": self.step, "valid_loss": loss, "valid_labels": labels}
+        self.metrics.write(numbers)
         self.on_event("eval", numbers)
+        if loss < self.best:
+            self.best, self.best_step = loss, self.step
+            if self.config.load_best_model_at_end:
+                self._save()
         return loss
 
-    # -- Checkpoints ------------------------------------------------------------------------------------------------
 
-    def _save(self, step: int) -> None:
-        self.model.save(self.folder)
-        directory = _core.AtomicDir(self.folder / "checkpoint")
-        path = Path(directory.path or "")
-        names = [name for name, _, _ in self.model.store.types() if name.startswith("adamw.")]
-        _core.write_safetensors(path / "model.safetensors", self.model.state_dict())
-        _core.write_safetensors(path / "optimizer.safetensors", {n: self.model.store.get(n) for n in names})
-        state = {"step": step, "seconds": self.seconds, "config": self.config.comparable()}
-        write_json(path / "trainer_state.json", state)
-        directory.commit(replace=True)
-        self.on_event("save", {"step": step, "folder": str(self.folder)})
+class _Metrics:
+    """``metrics.jsonl``, open for appending; what was logged after ``step``, by a process that is gone, is cut off."""
 
-    def _load_checkpoint(self) -> None:
-        path = self.folder / "checkpoint"
-        weights = _core.SafeTensors(path / "model.safetensors")
-        self.model.load_state_dict({name: weights.get(name) for name, _, _ in weights.tensors()})
-        moments = _core.SafeTensors(path / "optimizer.safetensors")
-        for name, _, _ in moments.tensors():
-            self.model.store.set(name, moments.get(name))
-        self.seconds = float(read_json(path / "trainer_state.json")["seconds"])
+    def __init__(self, path: Path, step: int, callbacks: Iterable[Callback]):
+        self.path, self.callbacks = path, list(callbacks)
+        self.cut(step)
 
+    def cut(self, step: int) -> None:
+        """Removes the rows after a step."""
+        rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        self.measured = {row["step"] for row in rows if "valid_loss" in row}
+        _core.write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if hasattr(self, "file"):
+            self.file.close()
+        self.file: BinaryIO = self.path.open("ab", buffering=0)
 
-@contextmanager
-def _interrupt_deferred() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block; a second one is not held back. Only the main thread gets signals,
-    so elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row; one that a resumed run measures once more is there already."""
+        if "valid_loss" in row:
+            if row["step"] in self.measured:
+                return
+            self.measured.add(row["step"])
+        self.file.write((json.dumps(row) + "\n").encode())
+        for callback in self.callbacks:
+            callback.log(row, step=row["step"])
 
-    def note(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
+    def sync(self) -> None:
+        """Flushes all rows to disk."""
+        os.fsync(self.file.fileno())
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if seen:
-        raise KeyboardInterrupt
+    def __enter__(self) -> _Metrics:
+        return self
 
-
-def _write(metrics: TextIO, numbers: dict[str, Any]) -> None:
-    metrics.write(json.dumps(numbers) + "\n")
-    metrics.flush()
+    def __exit__(self, *_: object) -> None:
+        self.file.close()

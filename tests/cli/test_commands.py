@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_writes_a_run(folder: Path) -> None:
     names = {p.name for p in (folder / "gpt").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "checkpoint"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "checkpoint-40"} <= names
     config = json.loads((folder / "gpt" / "config.json").read_text("utf-8"))
     assert (config["model_type"], config["n_layer"], config["n_embd"], config["n_head"]) == ("gpt2", 1, 16, 2)
     config = json.loads((folder / "bert" / "config.json").read_text("utf-8"))
@@ -97,8 +97,9 @@ def test_resume_goes_on(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_interrupt_and_resume(folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a step saves, and going on gives the bits of a run that nobody disturbed."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_and_resume(folder: Path, tmp_path: Path, number: int, code: int) -> None:
+    """A signal in the middle of a step saves, and going on gives the bits of a run that nobody disturbed."""
     assert COMMAND is not None
     args = ["train", folder / "text.txt", "--tokenizer", "char", *SMALL, *STEPS]
     args += ["--width", "48", "--layers", "2", "--batch-size", "32"]
@@ -117,15 +118,15 @@ def test_interrupt_and_resume(folder: Path, tmp_path: Path) -> None:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "pyrformer: interrupted"
+    assert process.returncode == code
+    assert errors.splitlines()[-1].startswith("pyrformer: interrupted after step ")
     assert "Traceback" not in errors
-    state = json.loads((parts / "checkpoint" / "trainer_state.json").read_text("utf-8"))
+    state = json.loads(next(parts.glob("checkpoint-*/trainer_state.json")).read_text("utf-8"))
     assert 4 <= state["step"] < 40
     pyrformer(*args, "--out", parts, "--resume")
     assert (parts / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()

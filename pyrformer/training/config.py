@@ -1,0 +1,193 @@
+"""All options of a run, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyrformer.errors import ConfigError
+from pyrformer.executors import DEVICES
+from pyrformer.fields import check_types
+from pyrformer.schedules import SCHEDULES
+
+OBJECTIVES = ("ar", "mlm", "plm", "sentence")
+ON_NONFINITE = ("stop", "rollback")
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All options of a run.
+
+    Attributes:
+        files: ``.txt`` or ``.jsonl`` files to learn from.
+        out: the run folder.
+        valid: files to measure on; without any, ``valid_fraction`` of the text is held out.
+        objective: "ar" (next token), "mlm" (masked tokens), "plm" (tokens in a random order) or "sentence" (a class
+            of each text, from field ``label_column`` of ``.jsonl`` files).
+        model: fields of ``config.json``; sizes of the vocabulary and special ids come from the tokenizer.
+        init_from: a model folder to begin with; its tokenizer is used unless another is given.
+        freeze: names of parameters that stay as they are; see :func:`pyrformer.finetune.freeze`.
+        lora: fields of :class:`pyrformer.finetune.LoraConfig`, to train low-rank changes in place of the weights.
+        tokenizer: {"path": …} of one to use, or {"kind", "vocab_size", "preset", "min_frequency"} of one to train.
+        seq_len: tokens in a row, at most; 0: as many as the model has positions.
+        batch_size: rows in a batch.
+        gradient_accumulation_steps: batches per update; gradients are averaged over all their labels.
+        max_steps: updates.
+        learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type: see
+            :func:`pyrformer.schedules.learning_rate`.
+        adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; decay applies to matrices only.
+        max_grad_norm: bound on the global gradient norm; 0: none.
+        label_smoothing_factor, z_loss: see :class:`pyrformer.programs.LossOptions`; the logged loss includes them.
+        mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
+        plm_probability, max_span_length: see :class:`pyrformer.supervised.PermutationBatches`.
+        cross_documents: for "ar", let tokens see the document before their own.
+        column, errors, clean: see :func:`pyrformer.data.read_documents`.
+        eval_every, log_every: in updates; 0: only at the end.
+        save_every: updates (500, "500") or time ("30s", "10m", "2h") between checkpoints; 0: only at the end.
+        save_total_limit: how many checkpoints are kept, the newest ones; 0: all.
+        load_best_model_at_end: save whenever the held-out loss is the lowest so far, keep that checkpoint, and leave
+            its weights in the run folder at the end.
+        max_time: stop after this time ("8h"), saved and resumable; "": none.
+        on_nonfinite: at the first loss or gradient that is no finite number, "stop", or go back ("rollback") to the
+            last checkpoint and leave out the update that led there.
+        seed: of weights, order, masks and dropout.
+        device: "cpu" or "cuda".
+        threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
+        overwrite: replace a run that is there.
+        resume: go on with a run that is there.
+    """
+
+    files: list[str]
+    out: str
+    valid: list[str] = field(default_factory=list)
+    valid_fraction: float = 0.05
+    objective: str = "ar"
+    model: dict[str, Any] = field(default_factory=dict)
+    init_from: str = ""
+    freeze: list[str] = field(default_factory=list)
+    lora: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    seq_len: int = 0
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    max_steps: int = 1000
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    lr_scheduler_type: str = "cosine"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    label_smoothing_factor: float = 0.0
+    z_loss: float = 0.0
+    mlm_probability: float = 0.15
+    whole_word_mask: bool = False
+    plm_probability: float = 1 / 6
+    max_span_length: int = 5
+    cross_documents: bool = False
+    column: str = "text"
+    label_column: str = "label"
+    errors: str = "strict"
+    clean: list[str] = field(default_factory=list)
+    eval_every: int = 250
+    log_every: int = 10
+    save_every: int | str = 500
+    save_total_limit: int = 2
+    load_best_model_at_end: bool = False
+    max_time: str = ""
+    on_nonfinite: str = "stop"
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 0
+    overwrite: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise ConfigError(f"[train] {message}")
+
+        check_types(self, "train")
+        require(bool(self.files), "give at least one file to learn from")
+        require(
+            self.objective in OBJECTIVES, f"objective must be one of {OBJECTIVES}, got {self.objective!r}"
+        )
+        require(
+            self.lr_scheduler_type in SCHEDULES,
+            f"lr_scheduler_type must be one of {SCHEDULES}, got {self.lr_scheduler_type!r}",
+        )
+        require(
+            0 < self.plm_probability <= 1, f"plm_probability must be in (0, 1], got {self.plm_probability}"
+        )
+        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "max_span_length"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "seq_len",
+            "warmup_steps",
+            "eval_every",
+            "log_every",
+            "save_total_limit",
+            "seed",
+            "threads",
+        ):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "min_learning_rate", "weight_decay", "max_grad_norm", "z_loss"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"{name} must be a number of 0 or more, got {value}")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        require(
+            0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}"
+        )
+        require(self.device in DEVICES, f"device must be one of {DEVICES}, got {self.device!r}")
+        require(
+            self.on_nonfinite in ON_NONFINITE,
+            f"on_nonfinite must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}",
+        )
+        steps_or_seconds(self.save_every)
+        if self.max_time:
+            seconds(self.max_time)
+        require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
+
+    def comparable(self) -> dict[str, Any]:
+        """What must not change between a run and its continuation."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _FREE}
+
+
+#: Options that change neither the numbers of a step nor the data.
+_FREE = (
+    *("out", "overwrite", "resume", "device", "threads", "max_steps", "max_time", "eval_every", "log_every"),
+    *("save_every", "save_total_limit", "load_best_model_at_end", "on_nonfinite"),
+)
+
+
+def seconds(text: str) -> float:
+    """A time such as "90s", "10m", "2h" or "1d" in seconds.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"[train] a time is a number and s, m, h or d, as in 90s or 10m, got {text!r}")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def steps_or_seconds(value: int | str) -> tuple[int, float]:
+    """An interval in updates (500, "500") or in time ("10m"): (updates, 0.0) or (0, seconds).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(value, int) or re.fullmatch(r"\d{1,18}", value.strip()):
+        steps = int(value)
+        if steps < 0:
+            raise ConfigError(f"[train] save_every must not be negative, got {value}")
+        return steps, 0.0
+    return 0, seconds(value)

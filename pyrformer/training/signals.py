@@ -1,0 +1,60 @@
+"""Signals during a run: the first asks for an end after the step, the second ends the process at once.
+
+The interpreter runs Python's handlers between its own instructions, hence not while a step computes, and two of a kind
+become one there. So a thread reads the wake-up pipe, into which the operating system's handler writes immediately.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from types import TracebackType
+from typing import Any
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """A context in which SIGINT and SIGTERM are noted. Only the main thread gets signals, so elsewhere nothing changes.
+
+    Attributes:
+        first: the number of the first signal; 0: none came.
+    """
+
+    def __init__(self) -> None:
+        self.first = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in NUMBERS}
+        self._thread = threading.Thread(target=self._watch, name="pyrformer-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while numbers := self._read.recv(16):
+            for number in numbers:
+                if number not in NUMBERS:
+                    continue
+                if self.first:
+                    os._exit(128 + number)
+                self.first = number
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._write.close()
+        self._thread.join()
+        self._read.close()
