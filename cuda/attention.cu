@@ -13,9 +13,10 @@
 // The gradient takes three launches: delta, then dq and dkv in any order.
 // Shared memory: static, 34.8 KB.
 //
-// Which keys a query sees: key j of query i if j <= i (causal only), i - j < window (pass 2^31 - 1 for none), and, with
-// segments, if segments[j] is not 0 (padding) and is segments[i], or segments[i] is 0. A query that sees nothing, which
-// only padding can be, averages all T values: its probabilities are 1 / T, its lse is -inf.
+// Which keys a query sees: key j of query i if j <= i (causal only) or j < prefix[b], |i - j| < window (pass 2^31 - 1 for
+// none), and, with segments, if segments[j] is not 0 (padding) and is segments[i], or segments[i] is 0. A query that sees
+// nothing, which only padding can be, averages all T values: its probabilities are 1 / T, its lse is -inf.
+// The optional key_bias [B, H, T] is added to the scaled scores of each key; segments, prefix [B] are optional too.
 // Probability (b, h, i, j) draws number ((b * H + h) * T + i) * T + j of the dropout site; rng is null without dropout.
 //
 // A block computes 64 rows of the result, `slice` telling which 128 columns of the head. A thread (ty, tx) of 16 x 16 has
@@ -165,9 +166,10 @@ struct Mask {
     int tokens;
     int causal;
     int window;
+    int prefix;  // keys that all queries may see
 
     __device__ __forceinline__ bool sees(int i, int j) const {
-        if (i >= tokens || j >= tokens || (causal && j > i) || i - j >= window) return false;
+        if (i >= tokens || j >= tokens || (causal && j > i && j >= prefix) || i - j >= window || j - i >= window) return false;
         if (!segments) return true;
         int own = segments[i], other = segments[j];
         return other != 0 && (own == other || own == 0);
@@ -175,13 +177,18 @@ struct Mask {
 
     // The first tile of keys that some query from `i` on sees, and the end of those that queries before `end` see.
     __device__ __forceinline__ int first_key(int i) const { return max(0, i - window + 1) / TILE * TILE; }
-    __device__ __forceinline__ int end_key(int end) const { return causal ? min(end, tokens) : tokens; }
+    __device__ __forceinline__ int end_key(int end) const {
+        int last = causal ? min(max(end, prefix), tokens) : tokens;
+        return window >= tokens ? last : min(last, end - 1 + window);
+    }
 
     // The probability of key j for a query that sees nothing, or 0 for one that sees something.
     __device__ __forceinline__ float blind_weight(bool blind, int j) const { return blind && j < tokens ? 1.f / tokens : 0.f; }
 
     // The same for the queries that see some key from `j` on, and before `end`.
-    __device__ __forceinline__ int first_query(int j) const { return causal ? j / TILE * TILE : 0; }
+    __device__ __forceinline__ int first_query(int j) const {
+        return (causal && j >= prefix ? j : max(0, j - window + 1)) / TILE * TILE;
+    }
     __device__ __forceinline__ int end_query(int end) const { return window >= tokens ? tokens : min(tokens, end - 1 + window); }
 };
 
@@ -203,7 +210,8 @@ __device__ __forceinline__ float row_max(float x) {
 // out = softmax(scale * q . k) * v, lse = log of the softmax's denominator.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
-                      const int* __restrict__ segments, const int* __restrict__ rng, float* __restrict__ out,
+                      const int* __restrict__ segments, const float* __restrict__ key_bias,
+                      const int* __restrict__ prefix, const int* __restrict__ rng, float* __restrict__ out,
                       float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld,
                       int v_ld, int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
                       float dropout_scale) {
@@ -216,7 +224,7 @@ attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, 
     Rows qs = head_rows(q, q_ld, b, head, tokens, width);
     Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
     Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
-    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window};
+    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
     long long row0 = ((long long)b * heads + head) * tokens + query0 + 4 * ty;
     Keep keep;
     if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
@@ -235,7 +243,10 @@ attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, 
             float above = largest[i];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                p[i][j] = mask.sees(query0 + 4 * ty + i, key0 + 4 * tx + j) ? p[i][j] * scale : -INFINITY;
+                int key = key0 + 4 * tx + j;
+                bool seen = mask.sees(query0 + 4 * ty + i, key);
+                float bias = seen && key_bias ? key_bias[((long long)b * heads + head) * tokens + key] : 0.f;
+                p[i][j] = seen ? p[i][j] * scale + bias : -INFINITY;
                 above = fmaxf(above, p[i][j]);
             }
             above = row_max(above);
@@ -318,8 +329,9 @@ attention_delta_backward_f32(const float* __restrict__ dout, const float* __rest
 
 // p and dp of a tile -> (p * keep) and the score gradient p * (dp * keep - delta) * scale, in place; zeros for a query that
 // sees nothing, whose probabilities depend on no score.
-__device__ __forceinline__ void score_gradient(float& p, float& dp, bool seen, float lse, float delta, float factor, float scale) {
-    p = seen && lse != -INFINITY ? expf(p * scale - lse) : 0.f;
+__device__ __forceinline__ void score_gradient(float& p, float& dp, bool seen, float bias, float lse, float delta,
+                                               float factor, float scale) {
+    p = seen && lse != -INFINITY ? expf(p * scale + bias - lse) : 0.f;
     dp = p * (dp * factor - delta) * scale;
     p *= factor;
 }
@@ -328,7 +340,8 @@ __device__ __forceinline__ void score_gradient(float& p, float& dp, bool seen, f
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_dq_backward_f32(const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
                           const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
-                          const int* __restrict__ segments, const int* __restrict__ rng, float* __restrict__ dq, int batch,
+                          const int* __restrict__ segments, const float* __restrict__ key_bias,
+                      const int* __restrict__ prefix, const int* __restrict__ rng, float* __restrict__ dq, int batch,
                           int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld,
                           int dq_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
                           float dropout_scale) {
@@ -341,7 +354,7 @@ attention_dq_backward_f32(const float* __restrict__ dout, const float* __restric
     Rows douts = head_rows(dout, dout_ld, b, head, tokens, width);
     Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
     Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
-    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window};
+    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
     long long row0 = ((long long)b * heads + head) * tokens + query0 + 4 * ty;
     Keep keep;
     if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
@@ -364,8 +377,10 @@ attention_dq_backward_f32(const float* __restrict__ dout, const float* __restric
             float factors[4] = {factor.x, factor.y, factor.z, factor.w};
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                bool seen = mask.sees(query0 + 4 * ty + i, key0 + 4 * tx + j);
-                score_gradient(p[i][j], ds[i][j], seen, row_lse, row_delta, factors[j], scale);
+                int key = key0 + 4 * tx + j;
+                bool seen = mask.sees(query0 + 4 * ty + i, key);
+                float bias = seen && key_bias ? key_bias[((long long)b * heads + head) * tokens + key] : 0.f;
+                score_gradient(p[i][j], ds[i][j], seen, bias, row_lse, row_delta, factors[j], scale);
             }
         }
         store_weights(shared, ds, ty, tx);
@@ -381,7 +396,8 @@ attention_dq_backward_f32(const float* __restrict__ dout, const float* __restric
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_dkv_backward_f32(const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
                            const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
-                           const int* __restrict__ segments, const int* __restrict__ rng, float* __restrict__ dk,
+                           const int* __restrict__ segments, const float* __restrict__ key_bias,
+                      const int* __restrict__ prefix, const int* __restrict__ rng, float* __restrict__ dk,
                            float* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld,
                            int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale,
                            unsigned stream, float dropout_p, float dropout_scale) {
@@ -392,7 +408,7 @@ attention_dkv_backward_f32(const float* __restrict__ dout, const float* __restri
     int b = blockIdx.z % batch, column = blockIdx.z / batch * SLICE;
     Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
     Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
-    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window};
+    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
     Keep keep;
     if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
 
@@ -418,8 +434,10 @@ attention_dkv_backward_f32(const float* __restrict__ dout, const float* __restri
                 float factors[4] = {factor.x, factor.y, factor.z, factor.w};
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    bool seen = mask.sees(query, key0 + 4 * ty + i);
-                    score_gradient(p[i][j], ds[i][j], seen, row_lse, row_delta, factors[i], scale);
+                    int key = key0 + 4 * ty + i;
+                    bool seen = mask.sees(query, key);
+                    float bias = seen && key_bias ? key_bias[head0 + key] : 0.f;
+                    score_gradient(p[i][j], ds[i][j], seen, bias, row_lse, row_delta, factors[i], scale);
                 }
             }
             store_weights(shared, p, ty, tx);

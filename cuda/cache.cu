@@ -46,13 +46,14 @@ __device__ __forceinline__ Rescale join(float largest, float score) {
 
 // out[b, t, h] = softmax(scale * q . k) * v over positions up to start[b] + t, of which the last `window` count (pass
 // 2^31 - 1 for all); position p is slot p of cache row rows[b, p]. q, out [B, T, H * D], caches [R, S, K * D] contiguous,
-// rows [B, S], start, count [B]; queries from count[b] on give zeros.
+// rows [B, S], start, count [B]; queries from count[b] on give zeros. The optional key_bias [H, S] is added to the scaled
+// scores.
 //
 // Each warp takes every fourth position and keeps a running softmax; the four are joined in order.
 extern "C" __global__ void __launch_bounds__(WARPS * WARP)
 cached_attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
                              const int* __restrict__ rows, const int* __restrict__ start, const int* __restrict__ count,
-                             float* __restrict__ out, int tokens, int heads, int kv_heads, int width, int q_ld, int out_ld,
+                             const float* __restrict__ key_bias, float* __restrict__ out, int tokens, int heads, int kv_heads, int width, int q_ld, int out_ld,
                              int cache_rows, int slots, int window, float scale) {
     __shared__ __align__(16) float sums[WARPS][MAX_WIDTH];
     __shared__ float largests[WARPS], denominators[WARPS];
@@ -83,7 +84,8 @@ cached_attention_forward_f32(const float* __restrict__ q, const float* __restric
             float4 key = load4(k + at + c, width - c), x = query[part];
             score += (x.x * key.x + x.y * key.y) + (x.z * key.z + x.w * key.w);
         }
-        Rescale next = join(largest, warp_sum(score) * scale);
+        float bias = key_bias ? key_bias[(long long)head * slots + p] : 0.f;
+        Rescale next = join(largest, warp_sum(score) * scale + bias);
         largest = next.largest;
         denominator = denominator * next.keep + next.add;
 #pragma unroll

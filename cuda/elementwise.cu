@@ -82,6 +82,31 @@ struct Silu {
     }
 };
 
+#define QUICK 1.702f
+struct QuickGelu {
+    static __device__ __forceinline__ float f(float x) { return x * sigmoid(QUICK * x); }
+    static __device__ __forceinline__ float df(float x) {
+        float s = sigmoid(QUICK * x);
+        return s * (1.f + QUICK * x * (1.f - s));
+    }
+};
+struct Relu2 {
+    static __device__ __forceinline__ float f(float x) { return Relu::f(x) * Relu::f(x); }
+    static __device__ __forceinline__ float df(float x) { return 2.f * Relu::f(x); }
+};
+struct Mish {
+    // tanh(ln(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2); beyond 20 it is 1 to the last digit.
+    static __device__ __forceinline__ float gate(float x) {
+        float e = expf(fminf(x, 20.f)), n = e * (e + 2.f);
+        return n / (n + 2.f);
+    }
+    static __device__ __forceinline__ float f(float x) { return x * gate(x); }
+    static __device__ __forceinline__ float df(float x) {
+        float g = gate(x);
+        return g + x * (1.f - g * g) * sigmoid(x);
+    }
+};
+
 template <class F>
 __device__ __forceinline__ float4 map(float4 x) {
     return make_float4(F::f(x.x), F::f(x.y), F::f(x.z), F::f(x.w));
@@ -129,6 +154,9 @@ UNARY(relu, Relu)
 UNARY(gelu, Gelu)
 UNARY(gelu_tanh, GeluTanh)
 UNARY(silu, Silu)
+UNARY(quick_gelu, QuickGelu)
+UNARY(relu2, Relu2)
+UNARY(mish, Mish)
 
 // y = s * x, which is its own gradient. x, y [N, C]; y may be x.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -202,7 +230,7 @@ dropout_forward_f32(const float* x, const int* rng, float* y, int rows, int cols
 // ---- The epilogue of a matrix product ------------------------------------------------------------------------------
 
 // Numbers of the functions in epilogue_forward_f32; 0 is none.
-enum Function { NONE, EXP, TANH, SIGMOID, RELU, GELU, GELU_TANH, SILU };
+enum Function { NONE, EXP, TANH, SIGMOID, RELU, GELU, GELU_TANH, SILU, QUICK_GELU, RELU2, MISH };
 
 __device__ __forceinline__ float4 apply(int function, float4 x) {
     switch (function) {
@@ -213,6 +241,9 @@ __device__ __forceinline__ float4 apply(int function, float4 x) {
         case GELU: return map<Gelu>(x);
         case GELU_TANH: return map<GeluTanh>(x);
         case SILU: return map<Silu>(x);
+        case QUICK_GELU: return map<QuickGelu>(x);
+        case RELU2: return map<Relu2>(x);
+        case MISH: return map<Mish>(x);
         default: return x;
     }
 }
@@ -226,6 +257,9 @@ __device__ __forceinline__ float4 apply_slope(int function, float4 x) {
         case GELU: return slopes<Gelu>(x);
         case GELU_TANH: return slopes<GeluTanh>(x);
         case SILU: return slopes<Silu>(x);
+        case QUICK_GELU: return slopes<QuickGelu>(x);
+        case RELU2: return slopes<Relu2>(x);
+        case MISH: return slopes<Mish>(x);
         default: return make_float4(1.f, 1.f, 1.f, 1.f);
     }
 }

@@ -1,4 +1,5 @@
-// Layer normalisation. Source: Ba et al. 2016, equation 4; its gradient by hand from the same.
+// Layer normalisation, with or without centring. Source: Ba et al. 2016, equation 4; RMSNorm: Zhang and Sennrich 2019,
+// equation 4; their gradients by hand from the same. `center` 0: the mean is taken to be 0.
 //
 // Dimensions: N rows, C columns.
 // Launch:
@@ -22,7 +23,7 @@ __device__ __forceinline__ float4 centred(float4 x, float shift, int n) {
 extern "C" __global__ void __launch_bounds__(WARP * ROWS_PER_BLOCK)
 layer_norm_forward_f32(const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
                        float* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, int rows, int cols,
-                       int x_ld, int y_ld, float eps) {
+                       int x_ld, int y_ld, float eps, int center) {
     int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
     if (row >= rows) return;
@@ -31,7 +32,7 @@ layer_norm_forward_f32(const float* __restrict__ x, const float* __restrict__ we
 
     float sum = 0.f;
     for (int c = 4 * lane; c < cols; c += 4 * WARP) sum += sum_of(load4(x + c, cols - c));
-    float average = warp_sum(sum) / cols;
+    float average = center ? warp_sum(sum) / cols : 0.f;
     // Two passes: the variance of centred values keeps its digits where the mean is large.
     float squares = 0.f;
     for (int c = 4 * lane; c < cols; c += 4 * WARP) {
@@ -59,7 +60,7 @@ layer_norm_forward_f32(const float* __restrict__ x, const float* __restrict__ we
 extern "C" __global__ void __launch_bounds__(WARP * ROWS_PER_BLOCK)
 layer_norm_backward_f32(const float* dy, const float* __restrict__ x, const float* __restrict__ weight,
                         const float* __restrict__ mean, const float* __restrict__ rstd, const float* residual, float* dx,
-                        int rows, int cols, int dy_ld, int x_ld, int residual_ld, int dx_ld) {
+                        int rows, int cols, int dy_ld, int x_ld, int residual_ld, int dx_ld, int center) {
     int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
     if (row >= rows) return;
@@ -77,7 +78,7 @@ layer_norm_backward_f32(const float* dy, const float* __restrict__ x, const floa
         sum += sum_of(dh);
         product += sum_of(make_float4(dh.x * h.x, dh.y * h.y, dh.z * h.z, dh.w * h.w));
     }
-    float average = warp_sum(sum) / cols;
+    float average = center ? warp_sum(sum) / cols : 0.f;
     float along = warp_sum(product) * inverse / cols;
 
     for (int c = 4 * lane; c < cols; c += 4 * WARP) {

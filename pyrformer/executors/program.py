@@ -73,11 +73,14 @@ class Store:
         """Copies an array to the device."""
         value = np.ascontiguousarray(value)
         with self.lock:
-            memory = self.state(name, value.dtype.name, value.shape)
-            host = self.device.pinned(memory.size)
-            host[:] = value.reshape(-1).view(np.uint8)
-            self.device.upload(self.compute, memory.address, host)
-            self.wait()
+            self.write(self.state(name, value.dtype.name, value.shape), value)
+
+    def write(self, memory: Memory, value: Array) -> None:
+        """Fills device memory with an array's bytes, and waits."""
+        host = self.device.pinned(memory.size)
+        host[:] = value.reshape(-1).view(np.uint8)
+        self.device.upload(self.compute, memory.address, host)
+        self.wait()
 
     def get(self, name: str) -> Array:
         """A copy of a state, once all runs so far have ended."""
@@ -211,6 +214,9 @@ class Executor:
             store.reserve(plan)
             self.states = [store.state(name, dtype, tuple(shape)) for name, dtype, shape in plan.states]
             d = store.device
+            constants = np.array(program["constants"], np.uint32)
+            self.constants = d.memory(constants.nbytes)
+            store.write(self.constants, constants)
             self.slots = [
                 Slot(
                     d.pinned(input_bytes), d.memory(input_bytes), d.pinned(output_bytes), d.event(), d.event()
@@ -309,7 +315,8 @@ class Executor:
 
     def _address(self, place: dict[str, Any]) -> int:
         space = place["space"]
-        memory = self.store.arena if space == "arena" else self.states[space["state"]]
+        named = {"arena": self.store.arena, "constants": self.constants}
+        memory = named[space] if isinstance(space, str) else self.states[space["state"]]
         return memory.address + int(place["offset"])
 
     def _call(self, record: dict[str, Any]) -> tuple[Any, ...]:

@@ -92,3 +92,13 @@ def test_gradient_is_the_derivative(device, rng, close):
 
     for name, x in (("q", q), ("k", k), ("v", v)):
         close(got[f"d{name}"], reference.numeric_gradient(lambda z, name=name: loss(**{name: z}), x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "causal", "window"), [(9, True, None), (70, True, 5), (135, False, 3), (130, True, 70)]
+)
+def test_key_bias_and_prefix(device, rng, close, tokens, causal, window):
+    q, k, v, dout = operands(rng, 2, tokens, 4, 2, 4)
+    key_bias = rng.normal(size=(2, 4, tokens)).astype(np.float32)
+    prefix = np.array([tokens * 2 // 3, 0])
+    check(device, close, q, k, v, dout, causal=causal, window=window, key_bias=key_bias, prefix=prefix)

@@ -12,10 +12,12 @@ NARROW = {
     "attention_delta_backward_f32",
     "count_labels_forward_f32",
     "layer_norm_weight_backward_f32",
-}
+}  # positions.cu is narrow throughout: the halves of a head need not be aligned
 
 
-@pytest.mark.parametrize("arch", bars.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize(
+    "arch", bars.ARCHITECTURES if nvrtc.LONG else (75, 80, 90, 120), ids=lambda arch: f"sm_{arch}"
+)
 @pytest.mark.parametrize("file", nvrtc.files())
 def test_registers_shared_and_local_memory(file, arch):
     expected = {name: bar for name, bar in bars.read().items() if bar["file"] == file}

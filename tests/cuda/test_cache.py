@@ -44,3 +44,12 @@ def test_cached_attention(device, rng, close, heads, kv_heads, width, window, la
     scale = width**-0.5
     got = run.cached_attention(device, q, k, v, rows, start, count, scale, window, layout)
     close(got, reference.cached_attention(q, k, v, rows, start, count, scale, window))
+
+
+def test_cached_attention_with_a_bias_on_keys(device, rng, close):
+    q = rng.normal(size=(2, 3, 4, 8)).astype(np.float32)
+    k, v = (rng.normal(size=(3, 9, 2, 8)).astype(np.float32) for _ in range(2))
+    bias = rng.normal(size=(4, 9)).astype(np.float32)
+    place = rng.integers(3, size=(2, 9)), np.array([0, 5]), np.array([3, 2])
+    got = run.cached_attention(device, q, k, v, *place, 0.3, 4, key_bias=bias)
+    close(got, reference.cached_attention(q, k, v, *place, 0.3, 4, bias))

@@ -156,9 +156,73 @@ def cached(device, rng, close):
     close(run.cached_attention(device, *operands), reference.cached_attention(*operands))
 
 
+def cached_bias(device, rng, close):
+    q, k, v = normal(rng, 1, 2, 2, 8), normal(rng, 2, 9, 1, 8), normal(rng, 2, 9, 1, 8)
+    operands = q, k, v, rng.integers(2, size=(1, 9)), np.array([5]), np.array([2]), 0.3, None
+    bias = normal(rng, 2, 9)
+    close(run.cached_attention(device, *operands, key_bias=bias), reference.cached_attention(*operands, bias))
+
+
+def rms_norm(device, rng, close):
+    x, dy, w = normal(rng, 5, 69) + 2, normal(rng, 5, 69), normal(rng, 69)
+    want = reference.layer_norm(x, w, None, 1e-5, center=False)
+    for got, z in zip(run.layer_norm(device, x, w, None, 1e-5, center=False), want, strict=True):
+        close(got, z)
+    _, mean, rstd = (z.astype(np.float32) for z in want)
+    dx, dw, _ = reference.layer_norm_grad(dy, x, w, mean, rstd, center=False)
+    got = run.layer_norm_grad(device, dy, x, w, mean, rstd, center=False)
+    close(got[0], dx)
+    close(got[1], dw)
+
+
+def rope(device, rng, close):
+    positions, frequencies = np.array([0, 3, 131071]), [1.0, 0.1, 3e-4]
+    angle = positions[:, None] * np.array(frequencies)
+    want = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    table = run.rope_table(device, positions, frequencies, 1.0)
+    close(table, want, 2e-6)
+    x = normal(rng, 3, 2 * 7)
+    heads = x.reshape(3, 2, 7).astype(float)
+    c, s = want[:, None, :3], want[:, None, 3:]
+    a, b = heads[..., :3], heads[..., 3:6]
+    turned = np.concatenate([a * c - b * s, b * c + a * s, heads[..., 6:]], axis=-1).reshape(3, 14)
+    close(run.rope(device, x, table, 2, False, CROOKED), turned)
+    close(run.rope(device, turned.astype(np.float32), table, 2, True, in_place=True), x)
+
+
+def alibi(device, rng, close):
+    positions, slopes = np.array([[0, 300, 514], [9, 1000, 3]]), np.array([0.5, 0.0883883], np.float32)
+    want = 0.25 * (slopes[None, :, None] * positions[:, None].astype(float)).reshape(4, 3)
+    close(run.alibi_bias(device, positions, slopes, 0.25, False, CROOKED), want)
+    assert run.alibi_bias(device, positions, slopes, 0.25, True)[0, 2] == 0.25 * 0.5 * 512
+
+
+def iota(device, rng, close):
+    np.testing.assert_array_equal(run.iota(device, 300, -3, 2), -3 + 2 * np.arange(300))
+
+
+def key_bias(device, rng, close):
+    x = attention_operands(rng, 1, 69, 2, 1, 4)
+    bias, prefix = normal(rng, 1, 2, 69), np.array([66])
+    check_attention(device, close, *x, causal=True, window=66, key_bias=bias, prefix=prefix)
+
+
+def both_ways(device, rng, close):
+    check_attention(device, close, *attention_operands(rng, 1, 130, 1, 1, 4), window=3)
+
+
+def activations(device, rng, close):
+    x, dy = normal(rng, 3, 9), normal(rng, 3, 9)
+    for name in ("quick_gelu", "relu2", "mish"):
+        close(run.unary(device, name, x), reference.UNARY[name](x.astype(float)))
+        want = reference.slope(reference.UNARY[name], x.astype(float)) * dy
+        close(run.unary_grad(device, name, x, dy), want)
+
+
 CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
     global_norm, adamw, attention, attention_grad, blind, attention_of_wide_heads, cache_write, cached,
+    cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations,
 )}  # fmt: skip
 
 # ---- The bugs: case, file, kernels to compile, text, replacement ----------------------------------------------------
@@ -180,6 +244,9 @@ MUTANTS = [
     ("elementwise", "elementwise", "scale_forward_f32", "if (i >= per_row * rows) return {0, 0, 0};", ""),
     ("elementwise", "elementwise", "scale_forward_f32", "return x + (long long)row * ld + col;", "return x + (long long)row * (ld - 3) + col;"),
     ("elementwise", "elementwise", "BINARY(", "at(b, g.row % b_rows, b_ld, 0)", "at(b, g.row, b_ld, 0)"),
+    ("activations", "elementwise", "UNARY(", "s * (1.f + QUICK * x", "s * (1.f + x"),
+    ("activations", "elementwise", "UNARY(", "2.f * Relu::f(x)", "Relu::f(x)"),
+    ("activations", "elementwise", "UNARY(", "n / (n + 2.f)", "n / (n + 1.f)"),
     ("gelu_tanh", "elementwise", "UNARY(", "1.f + 3.f * GELU_CUBIC", "1.f + GELU_CUBIC"),
     # Normalisation.
     ("layer_norm", "norm", "layer_norm_forward_f32", "n > 1 ? x.y - shift : 0.f", "x.y - shift"),
@@ -188,6 +255,17 @@ MUTANTS = [
     ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "    __syncthreads();\n    if (threadIdx.y < 2", "    if (threadIdx.y < 2"),
     ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "threadIdx.y * gridDim.y + blockIdx.y", "threadIdx.y * gridDim.y"),
     ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "if (threadIdx.y < 2 && c < cols)", "if (threadIdx.y < 2)"),
+    ("rms_norm", "norm", "layer_norm_forward_f32", "float average = center ? warp_sum(sum) / cols : 0.f;\n    // Two", "float average = warp_sum(sum) / cols;\n    // Two"),
+    ("rms_norm", "norm", "layer_norm_backward_f32", "float average = center ? warp_sum(sum) / cols : 0.f;\n    float along", "float average = warp_sum(sum) / cols;\n    float along"),
+    # Positions.
+    ("rope", "positions", "rope_", "__umulhi(position, turn.x) + ", ""),
+    ("rope", "positions", "rope_", "row[half + c] = scale * sinpif", "row[half + c] = scale * cospif"),
+    ("rope", "positions", "rope_forward_f32", "sine = sign * ", "sine = "),
+    ("rope", "positions", "rope_forward_f32", "y[half + c] = x[half + c];\n        return;", "return;"),
+    ("rope", "positions", "rope_forward_f32", "y[half + c] = b * cosine + a * sine", "y[half + c] = b * cosine + y[c] * sine"),
+    ("alibi", "positions", "alibi_bias_forward_f32", "((bits >> 16) & 1u)", "1u"),
+    ("alibi", "positions", "alibi_bias_forward_f32", "slopes[r % heads]", "slopes[r / heads]"),
+    ("iota", "positions", "iota_forward_f32", "if (n < rows) ", ""),
     # Rows.
     ("gather", "rows", "gather_forward_f32", "from >= 0 && from < table_rows", "from < table_rows"),
     ("scatter_add", "rows", "scatter_add_forward_f32", "if (__ballot_sync(ALL_LANES, earlier)) return;", "__ballot_sync(ALL_LANES, earlier);"),
@@ -206,7 +284,7 @@ MUTANTS = [
     ("adamw", "optimizer", "adamw_forward_f32", "-expm1f(t * log_beta2)", "-expm1f(t * log_beta1)"),
     ("adamw", "optimizer", "adamw_forward_f32", "(long long)row * g_ld + c", "at"),
     # Attention: masks and numbers.
-    ("attention", "attention", FORWARD, "causal && j > i", "causal && j >= i"),
+    ("attention", "attention", FORWARD, "causal && j > i &&", "causal && j >= i &&"),
     ("attention", "attention", FORWARD, "i - j >= window", "i - j > window"),
     ("attention", "attention", FORWARD, "other != 0 && (own", "(own"),
     ("attention", "attention", FORWARD, "step = 8; step > 0; step /= 2) x = fmaxf", "step = 4; step > 0; step /= 2) x = fmaxf"),
@@ -227,6 +305,13 @@ MUTANTS = [
     ("blind", "attention", DKV, "blind[j] = query < tokens && ", "blind[j] = "),
     ("blind", "attention", DKV, "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
     ("blind", "attention", DKV, "segments && head < (kv_head + 1) * group", "segments && head < kv_head * group + 1"),
+    ("key_bias", "attention", FORWARD, "causal && j > i && j >= prefix", "causal && j > i && j > prefix"),
+    ("key_bias", "attention", FORWARD, "min(max(end, prefix), tokens)", "min(end, tokens)"),
+    ("key_bias", "attention", DQ, "expf(p * scale + bias - lse)", "expf(p * scale - lse)"),
+    ("key_bias", "attention", DKV, "key_bias[head0 + key]", "key_bias[key]"),
+    ("key_bias", "attention", DKV, "causal && j >= prefix ? j", "causal ? j"),
+    ("both_ways", "attention", FORWARD, " || j - i >= window", ""),
+    ("both_ways", "attention", FORWARD, "min(last, end - 1 + window)", "min(last, end - TILE + window)"),
     # Attention: barriers.
     ("attention", "attention", FORWARD, "__syncthreads();  // the last users of a and b are done", ""),
     ("attention", "attention", FORWARD, "        __syncthreads();\n        multiply(product", "        multiply(product"),
@@ -239,6 +324,7 @@ MUTANTS = [
     ("cached", "cache", "cached_attention_forward_f32", "    __syncthreads();\n\n    float above", "    float above"),
     ("cached", "cache", "cached_attention_forward_f32", "denominators[w] * factors[w]", "denominators[w]"),
     ("cached", "cache", "cached_attention_forward_f32", "s.z * next.keep", "s.z"),
+    ("cached_bias", "cache", "cached_attention_forward_f32", "(long long)head * slots + p", "(long long)head * slots"),
 ]  # fmt: skip
 
 
@@ -271,13 +357,16 @@ def against(programs_80, close):
     return go
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES if nvrtc.LONG else list(CASES)[::3])
 def test_correct_kernels_pass(against, case):
     file, kernels = next(m[1:3] for m in MUTANTS if m[0] == case)
     against(case, file, kernels, "", "")
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m[1]}-{m[3].strip()[:40]}")
+# Every third one where time is short, each family of kernels among them.
+@pytest.mark.parametrize(
+    "mutant", MUTANTS if nvrtc.LONG else MUTANTS[::3], ids=lambda m: f"{m[1]}-{m[3].strip()[:40]}"
+)
 def test_planted_bugs_are_found(against, mutant):
     with pytest.raises((sim.Fault, AssertionError)) as caught:
         against(*mutant)

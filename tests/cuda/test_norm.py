@@ -63,3 +63,23 @@ def test_backward_is_the_derivative(device, rng, close):
     close(got[0], reference.numeric_gradient(lambda z: loss(z, weight, bias), x), 1e-5)
     close(got[1], reference.numeric_gradient(lambda z: loss(x, z, bias), weight), 1e-5)
     close(got[2], reference.numeric_gradient(lambda z: loss(x, weight, z), bias), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 130)])
+def test_without_centring(device, rng, close, shape):
+    x, dy, residual, weight, _ = operands(rng, shape)
+    x += 3
+    y, mean, rstd = reference.layer_norm(x, weight, None, EPS, center=False)
+    for got, want in zip(
+        run.layer_norm(device, x, weight, None, EPS, center=False), (y, mean, rstd), strict=True
+    ):
+        close(got, want)
+    mean, rstd = mean.astype(np.float32), rstd.astype(np.float32)
+    dx, dweight, _ = reference.layer_norm_grad(dy, x, weight, mean, rstd, center=False)
+    got = run.layer_norm_grad(device, dy, x, weight, mean, rstd, residual, center=False)
+    close(got[0], dx + residual)
+    close(got[1], dweight)
+    numeric = reference.numeric_gradient(
+        lambda z: float((reference.layer_norm(z, weight, None, EPS, center=False)[0] * dy).sum()), x
+    )
+    close(dx, numeric, 1e-6)

@@ -11,11 +11,32 @@ use crate::error::{Error, Result};
 use crate::limits::{Limit, limits};
 use crate::steps::record;
 
+/// A memory on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Memory {
+    /// The plan's own memory.
+    Arena,
+    /// The state with this index in `Plan::states`.
+    State(usize),
+    /// [`Program::constants`].
+    Constants,
+}
+
+impl From<Space> for Memory {
+    fn from(space: Space) -> Self {
+        match space {
+            Space::Arena => Self::Arena,
+            Space::State(i) => Self::State(i),
+        }
+    }
+}
+
 /// A place in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Place {
     /// Which memory.
-    pub space: Space,
+    pub space: Memory,
     /// Bytes from its start.
     pub offset: usize,
 }
@@ -113,7 +134,7 @@ impl Matrix {
     #[must_use]
     pub fn of(o: &Operand) -> Self {
         let (rows, cols) = (o.ty.shape.rows(), o.ty.shape.cols());
-        Self { place: Place { space: o.space, offset: o.offset }, rows, cols, ld: o.row_stride }
+        Self { place: Place { space: o.space.into(), offset: o.offset }, rows, cols, ld: o.row_stride }
     }
 
     /// Whether rows follow one another without gaps.
@@ -178,6 +199,8 @@ pub enum Record {
 pub struct Program {
     /// In order; each with the number of its step.
     pub records: Vec<(usize, Record)>,
+    /// 32-bit words that kernels read, uploaded once.
+    pub constants: Vec<u32>,
     /// Where inputs are put.
     pub inputs: Vec<Port>,
     /// Where outputs are found.
@@ -191,7 +214,7 @@ pub struct Program {
 /// # Errors
 /// When a step has no kernel, or a tensor is too large to be counted.
 pub fn program(plan: &Plan) -> Result<Program> {
-    let mut records = Vec::new();
+    let (mut records, mut constants) = (Vec::new(), Vec::new());
     for (i, step) in plan.steps.iter().enumerate() {
         let op = || step.op.name().to_owned();
         for o in step.inputs.iter().chain(&step.outputs).chain(&step.scratch) {
@@ -204,12 +227,18 @@ pub fn program(plan: &Plan) -> Result<Program> {
                 return Err(Error::Unsupported { step: i, op: op(), why });
             }
         }
-        match record(step) {
+        match record(step, &mut constants) {
             Ok(made) => records.extend(made.into_iter().map(|r| (i, r))),
             Err(why) => return Err(Error::Unsupported { step: i, op: op(), why }),
         }
     }
-    Ok(Program { records, inputs: plan.inputs.clone(), outputs: plan.outputs.clone(), limits: limits(plan) })
+    Ok(Program {
+        records,
+        constants,
+        inputs: plan.inputs.clone(),
+        outputs: plan.outputs.clone(),
+        limits: limits(plan),
+    })
 }
 
 impl Program {

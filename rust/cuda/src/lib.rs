@@ -12,6 +12,6 @@ pub mod sources;
 pub mod steps;
 
 pub use error::{Error, Result};
-pub use launch::{Arg, Launch, Matrix, Place, Product, Program, Record};
+pub use launch::{Arg, Launch, Matrix, Memory, Place, Product, Program, Record};
 pub use sources::{Source, of_kernel};
 pub use steps::Cuda;

@@ -30,6 +30,8 @@ fn indices(op: &Op, inputs: &[Operand]) -> Vec<(usize, Option<usize>, usize)> {
         }
         Op::CacheWrite => vec![(2, Some(0), dim(0, 0)), (3, Some(0), dim(0, 1) + 1)],
         Op::CachedAttention(_) => vec![(3, Some(0), dim(1, 0)), (4, Some(0), dim(1, 1) + 1)],
+        // The kernel takes positions as unsigned.
+        Op::RopeTable { .. } => vec![(0, Some(0), i32::MAX as usize)],
         _ => vec![],
     }
 }

@@ -3,12 +3,12 @@
 //! Geometry and arguments are those that the heads of `cuda/*.cu` state. Sums go through chunks whose number depends on
 //! shapes alone. A contiguous tensor is given to elementwise kernels as one row.
 
-use pyrformer_graph::op::DropoutSpec;
+use pyrformer_graph::op::{AttentionExtras, DropoutSpec};
 use pyrformer_graph::{
     AttentionSpec, Binary, DType, Epilogue, LossSpec, Op, Step, Target, TensorType, Unary,
 };
 
-use crate::launch::{Arg, Launch, Matrix, Product, Record};
+use crate::launch::{Arg, Launch, Matrix, Memory, Place, Product, Record};
 
 /// A CUDA device as a target of lowering: how much work space the launches of a step need.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,8 +71,8 @@ impl Target for Cuda {
 }
 
 /// The records of a step, or what is missing for it.
-pub(crate) fn record(step: &Step) -> Result<Vec<Record>, String> {
-    let mut r = Recorder { step, records: Vec::new() };
+pub(crate) fn record(step: &Step, constants: &mut Vec<u32>) -> Result<Vec<Record>, String> {
+    let mut r = Recorder { step, constants, records: Vec::new() };
     r.step()?;
     Ok(r.records)
 }
@@ -84,6 +84,7 @@ macro_rules! args {
 
 struct Recorder<'a> {
     step: &'a Step,
+    constants: &'a mut Vec<u32>,
     records: Vec<Record>,
 }
 
@@ -94,6 +95,19 @@ fn flat<const N: usize>(x: [Matrix; N]) -> [Matrix; N] {
 
 fn groups(rows: usize, cols: usize) -> [usize; 3] {
     [(rows * cols.div_ceil(4)).div_ceil(256), 1, 1]
+}
+
+/// The grid of a kernel with a thread for each of `n` things.
+fn threads(n: usize) -> [usize; 3] {
+    [n.div_ceil(256), 1, 1]
+}
+
+/// The part of a turn that is left of an angle in radians, times 2⁶⁴, as (low, high) words.
+fn turn(angle: f64) -> [u32; 2] {
+    let part = (angle / std::f64::consts::TAU).rem_euclid(1.0);
+    // 2⁶⁴ times a float64 below 1 is an integer or rounds down to one.
+    let fixed = (part * 18_446_744_073_709_551_616.0) as u64;
+    [fixed as u32, (fixed >> 32) as u32]
 }
 
 fn keep(spec: Option<&DropoutSpec>) -> [Arg; 3] {
@@ -112,17 +126,12 @@ fn function(f: Option<Unary>) -> Result<Arg, String> {
         Some(Unary::Gelu) => 5,
         Some(Unary::GeluTanh) => 6,
         Some(Unary::Silu) => 7,
-        Some(f) => return Err(format!("the product's epilogue lacks {}", f.name())),
+        Some(Unary::QuickGelu) => 8,
+        Some(Unary::Relu2) => 9,
+        Some(Unary::Mish) => 10,
+        Some(Unary::Scale(_)) => return Err("the product's epilogue does not scale".to_owned()),
     };
     Ok(number.into())
-}
-
-/// The stem of an activation's kernels.
-fn stem(f: Unary) -> Result<&'static str, String> {
-    match f {
-        Unary::QuickGelu | Unary::Relu2 | Unary::Mish => Err("it has no kernel".to_owned()),
-        f => Ok(f.name()),
-    }
 }
 
 impl Recorder<'_> {
@@ -228,12 +237,12 @@ impl Recorder<'_> {
             Op::Unary(f) => {
                 let [x, y] = flat([self.x(0), self.y(0)]);
                 let args = args![x, y, y.rows, y.cols, x.ld, y.ld];
-                self.launch(format!("{}_forward_f32", stem(*f)?), groups(y.rows, y.cols), [256, 1, 1], args);
+                self.launch(format!("{}_forward_f32", f.name()), groups(y.rows, y.cols), [256, 1, 1], args);
             }
             Op::UnaryGrad(f) => {
                 let [x, dy, dx] = flat([self.x(0), self.x(1), self.y(0)]);
                 let args = args![x, dy, dx, dx.rows, dx.cols, x.ld, dy.ld, dx.ld];
-                let name = format!("{}_backward_f32", stem(*f)?);
+                let name = format!("{}_backward_f32", f.name());
                 self.launch(name, groups(dx.rows, dx.cols), [256, 1, 1], args);
             }
             Op::Binary(f) => self.binary(*f, self.x(0), self.x(1), self.y(0)),
@@ -246,15 +255,37 @@ impl Recorder<'_> {
                 self.launch("dropout_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
             }
             Op::MatMul { ta, tb, epilogue } => self.matmul(*ta, *tb, epilogue)?,
-            Op::LayerNorm { eps, center: true } => {
+            Op::LayerNorm { eps, center } => {
                 let (x, y) = (self.x(0), self.y(0));
                 let bias = (step.inputs.len() == 3).then(|| self.x(2));
                 let (mean, rstd) = (self.y(1), self.y(2));
-                let args = args![x, self.x(1), bias, y, mean, rstd, y.rows, y.cols, x.ld, y.ld, *eps];
+                let args =
+                    args![x, self.x(1), bias, y, mean, rstd, y.rows, y.cols, x.ld, y.ld, *eps, *center];
                 self.launch("layer_norm_forward_f32", [y.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
             }
-            Op::LayerNormGrad { center: true } => self.layer_norm_grad()?,
-            Op::Attention(spec) => self.attention(spec)?,
+            Op::LayerNormGrad { center } => self.layer_norm_grad(*center)?,
+            Op::Iota { start, step } => {
+                let y = self.y(0).part(0, 1, self.y(0).elements());
+                let args = vec![y.into(), y.cols.into(), Arg::I32(*start), Arg::I32(*step)];
+                self.launch("iota_forward_f32", threads(y.cols), [256, 1, 1], args);
+            }
+            Op::RopeTable { inv_freq, scale, .. } => self.rope_table(inv_freq, *scale),
+            Op::Rope { heads, inverse } => {
+                let (x, table, y) = (self.x(0), self.x(1), self.y(0));
+                let (width, half) = (x.cols / heads, table.cols / 2);
+                let sign = if *inverse { -1.0 } else { 1.0 };
+                let args = args![x, table, y, x.rows, *heads, width, half, x.ld, table.ld, y.ld, sign];
+                self.launch("rope_forward_f32", threads(x.rows * heads * (width - half)), [256, 1, 1], args);
+            }
+            Op::AlibiBias { slopes, scale, round, .. } => {
+                let (positions, bias) = (self.x(0), self.y(0));
+                let (heads, tokens) = (slopes.len(), bias.cols);
+                let at = self.constant(slopes.iter().map(|s| (*s as f32).to_bits()));
+                let rows = bias.rows / heads;
+                let args = args![positions, at, bias, rows, heads, tokens, bias.ld, *scale, *round];
+                self.launch("alibi_bias_forward_f32", threads(bias.elements()), [256, 1, 1], args);
+            }
+            Op::Attention(spec) => self.attention(spec),
             Op::AttentionGrad(spec) => self.attention_grad(spec)?,
             Op::LinearCrossEntropy(spec) if *spec == plain(spec.bias) => {
                 self.cross_entropy(spec.bias, false)?;
@@ -284,6 +315,23 @@ impl Recorder<'_> {
             _ => return Err("it has no kernel".to_owned()),
         }
         Ok(())
+    }
+
+    /// Words that kernels read.
+    fn constant(&mut self, words: impl IntoIterator<Item = u32>) -> Place {
+        // Pairs of words are read at once.
+        self.constants.resize(self.constants.len().next_multiple_of(2), 0);
+        let place = Place { space: Memory::Constants, offset: 4 * self.constants.len() };
+        self.constants.extend(words);
+        place
+    }
+
+    fn rope_table(&mut self, inv_freq: &[f64], scale: f64) {
+        let (positions, table) = (self.x(0), self.y(0));
+        let turns = self.constant(inv_freq.iter().flat_map(|&f| turn(f)));
+        let half = inv_freq.len();
+        let args = args![positions, turns, table, table.rows, half, table.ld, scale];
+        self.launch("rope_table_forward_f32", threads(table.rows * half), [256, 1, 1], args);
     }
 
     fn scale(&mut self, s: f64, x: Matrix) {
@@ -358,7 +406,7 @@ impl Recorder<'_> {
         Ok(())
     }
 
-    fn layer_norm_grad(&mut self) -> Result<(), String> {
+    fn layer_norm_grad(&mut self, center: bool) -> Result<(), String> {
         let [dy, x, weight, mean, rstd] = [0, 1, 2, 3, 4].map(|i| self.x(i));
         let residual = (self.step.inputs.len() == 6).then(|| self.x(5));
         let dx = self.y(0);
@@ -372,41 +420,40 @@ impl Recorder<'_> {
             self.sum_rows(parts.rows(i * chunks, chunks), self.y(1 + i).part(0, 1, x.cols), None)?;
         }
         let mut args = args![dy, x, weight, mean, rstd, residual, dx, x.rows, x.cols, dy.ld, x.ld];
-        args.extend(args![residual.map_or(0, |r| r.ld), dx.ld]);
+        args.extend(args![residual.map_or(0, |r| r.ld), dx.ld, center]);
         self.launch("layer_norm_backward_f32", [x.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
         Ok(())
     }
 
     /// Sizes [B, T, H, K, D] of attention whose q is operand `q`, and the arguments after the strides.
-    fn attention_sizes(&self, spec: &AttentionSpec, q: usize) -> Result<([usize; 5], Vec<Arg>), String> {
-        if spec.key_bias || spec.prefix {
-            return Err("its kernels know no key bias and no prefix".to_owned());
-        }
-        if spec.window.is_some() && !spec.causal {
-            return Err("its kernels know no window to both sides".to_owned());
-        }
+    fn attention_sizes(&self, spec: &AttentionSpec, q: usize) -> ([usize; 5], Vec<Arg>) {
         let d = self.dims(q);
         let sizes = [d[0], d[1], spec.heads, spec.kv_heads, d[2] / spec.heads];
         let mut tail = args![spec.causal, spec.window.unwrap_or(NO_WINDOW), spec.scale];
         tail.extend(keep(spec.dropout.as_ref()));
-        Ok((sizes, tail))
+        (sizes, tail)
     }
 
-    fn attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {
-        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 0)?;
+    /// Segments, key bias, prefix, random state: null where absent.
+    fn attention_extras(&self, at: AttentionExtras) -> [Arg; 4] {
+        [at.segments, at.key_bias, at.prefix, at.rng].map(|i| Arg::from(i.map(|i| self.x(i))))
+    }
+
+    fn attention(&mut self, spec: &AttentionSpec) {
+        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 0);
         let [q, k, v] = [0, 1, 2].map(|i| self.x(i));
         let (out, lse) = (self.y(0), self.y(1));
-        let at = spec.extras(3);
-        let mut args = args![q, k, v, at.segments.map(|i| self.x(i)), at.rng.map(|i| self.x(i)), out, lse];
+        let mut args = args![q, k, v];
+        args.extend(self.attention_extras(spec.extras(3)));
+        args.extend(args![out, lse]);
         args.extend(args![b, t, h, kv, d, q.ld, k.ld, v.ld, out.ld]);
         args.extend(tail);
         let grid = [t.div_ceil(64), h, b * d.div_ceil(128)];
         self.launch("attention_forward_f32", grid, [256, 1, 1], args);
-        Ok(())
     }
 
     fn attention_grad(&mut self, spec: &AttentionSpec) -> Result<(), String> {
-        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 1)?;
+        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 1);
         let [dout, q, k, v, out, lse] = [0, 1, 2, 3, 4, 5].map(|i| self.x(i));
         let [dq, dk, dv] = [0, 1, 2].map(|i| self.y(i));
         let delta = self.scratch(0, b * h, t)?;
@@ -414,9 +461,8 @@ impl Recorder<'_> {
         let warps = (b * t * h).div_ceil(4);
         self.launch("attention_delta_backward_f32", [warps, 1, 1], [128, 1, 1], args);
 
-        let at = spec.extras(6);
-        let (segments, rng) = (at.segments.map(|i| self.x(i)), at.rng.map(|i| self.x(i)));
-        let operands = args![dout, q, k, v, lse, delta, segments, rng];
+        let mut operands = args![dout, q, k, v, lse, delta];
+        operands.extend(self.attention_extras(spec.extras(6)));
         let sizes = args![b, t, h, kv, d, dout.ld, q.ld, k.ld, v.ld];
         let slices = b * d.div_ceil(128);
         let args = [&operands[..], &[dq.into()], &sizes, &[dq.ld.into()], &tail].concat();
@@ -495,11 +541,9 @@ impl Recorder<'_> {
         if width > CACHED_WIDTH {
             return Err(format!("heads of {width} columns, its kernel takes up to {CACHED_WIDTH}"));
         }
-        if spec.key_bias {
-            return Err("its kernel knows no key bias".to_owned());
-        }
         let (q, out) = (self.x(0), self.y(0));
-        let mut args = args![q, self.x(1), self.x(2), self.x(3), self.x(4), self.x(5), out];
+        let bias = spec.key_bias.then(|| self.x(6));
+        let mut args = args![q, self.x(1), self.x(2), self.x(3), self.x(4), self.x(5), bias, out];
         args.extend(args![d[1], spec.heads, spec.kv_heads, width, q.ld, out.ld, slots[0], slots[1]]);
         args.extend(args![spec.window.unwrap_or(NO_WINDOW), spec.scale]);
         self.launch("cached_attention_forward_f32", [d[1], spec.heads, d[0]], [128, 1, 1], args);

@@ -14,7 +14,19 @@ from sim import Buffer, Device
 
 Array = np.ndarray
 NO_WINDOW = 2**31 - 1
-FUNCTIONS = ("none", "exp", "tanh", "sigmoid", "relu", "gelu", "gelu_tanh", "silu")
+FUNCTIONS = (
+    "none",
+    "exp",
+    "tanh",
+    "sigmoid",
+    "relu",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "quick_gelu",
+    "relu2",
+    "mish",
+)
 i32, u32, f32 = np.int32, np.uint32, np.float32
 
 
@@ -187,21 +199,27 @@ def epilogue(
 
 
 def layer_norm(
-    device: Device, x: Array, weight: Array, bias: Array | None, eps: float, layout: Layout = PLAIN
+    device: Device,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    eps: float,
+    layout: Layout = PLAIN,
+    center: bool = True,
 ) -> tuple[Array, Array, Array]:
     """y, mean, rstd."""
     rows, cols = x.shape
     xs, y = upload(device, x, layout), blank(device, x.shape, layout)
     w, b = device.array(weight), None if bias is None else device.array(bias)
     mean, rstd = device.empty((rows,)), device.empty((rows,))
-    sizes = (i32(rows), i32(cols), ld(xs), ld(y), f32(eps))
+    sizes = (i32(rows), i32(cols), ld(xs), ld(y), f32(eps), i32(center))
     device.launch("layer_norm_forward_f32", ceil_div(rows, 4), 128, xs.at, w, b, y.at, mean, rstd, *sizes)
     return download(device, y), device.read(mean), device.read(rstd)
 
 
 def layer_norm_grad(
     device: Device, dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, residual: Array | None = None,
-    layout: Layout = PLAIN, over: str = "", chunk: int = 64,
+    layout: Layout = PLAIN, over: str = "", chunk: int = 64, center: bool = True,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """dx (+ residual), dweight, dbias: four launches. `chunk` rows are summed at a time."""
     rows, cols = x.shape
@@ -221,7 +239,7 @@ def layer_norm_grad(
         sizes2 = tuple(map(i32, (chunks, 1, cols, cols, chunks)))
         device.launch("sum_to_forward_f32", (ceil_div(cols, 32), 1), (32, 8), half, sums[-1], *sizes2)
     dx = {"dy": dys, "residual": residuals}.get(over) or blank(device, x.shape, layout)
-    sizes += (ld(residuals), ld(dx))
+    sizes += (ld(residuals), ld(dx), i32(center))
     device.launch(
         "layer_norm_backward_f32",
         ceil_div(rows, 4),
@@ -359,6 +377,56 @@ def adamw(
     return tuple(device.read(z) for z in new)
 
 
+# ---- positions.cu ---------------------------------------------------------------------------------------------------
+
+
+def iota(device: Device, rows: int, start: int, step: int) -> Array:
+    """start, start + step, …"""
+    y = device.empty((rows,), i32)
+    device.launch("iota_forward_f32", ceil_div(rows, 256), 256, y, i32(rows), i32(start), i32(step))
+    return device.read(y)
+
+
+def rope_table(
+    device: Device, positions: Array, inv_freq: list[float], scale: float, layout: Layout = PLAIN
+) -> Array:
+    """[cos, sin] of position · frequency, times scale: [N, R]."""
+    fixed = [int((f / (2 * np.pi)) % 1 * 2.0**64) for f in inv_freq]
+    turns = device.array([word for x in fixed for word in (x & 0xFFFFFFFF, x >> 32)], u32)
+    n, half = len(positions), len(inv_freq)
+    p, table = device.array(positions, i32), blank(device, (n, 2 * half), layout)
+    sizes = (i32(n), i32(half), ld(table), f32(scale))
+    device.launch("rope_table_forward_f32", ceil_div(n * half, 256), 256, p, turns, table.at, *sizes)
+    return download(device, table)
+
+
+def rope(
+    device: Device, x: Array, table: Array, heads: int, inverse: bool, layout: Layout = PLAIN,
+    in_place: bool = False,
+) -> Array:  # fmt: skip
+    """x [N, H · D] with the pairs of each head turned."""
+    xs, t = upload(device, x, layout), upload(device, table, layout)
+    y = xs if in_place else blank(device, x.shape, layout)
+    width, half = x.shape[1] // heads, table.shape[1] // 2
+    sizes = (*map(i32, (x.shape[0], heads, width, half)), ld(xs), ld(t), ld(y), f32(-1 if inverse else 1))
+    grid = ceil_div(x.shape[0] * heads * (width - half), 256)
+    device.launch("rope_forward_f32", grid, 256, xs.at, t.at, y.at, *sizes)
+    return download(device, y)
+
+
+def alibi_bias(
+    device: Device, positions: Array, slopes: Array, scale: float, rounded: bool, layout: Layout = PLAIN
+) -> Array:
+    """[N · H, T] of positions [N, T]."""
+    n, tokens = positions.shape
+    p, s = device.array(positions, i32), device.array(slopes)
+    y = blank(device, (n * len(slopes), tokens), layout)
+    sizes = (*map(i32, (n, len(slopes), tokens)), ld(y), f32(scale), i32(rounded))
+    grid = ceil_div(n * len(slopes) * tokens, 256)
+    device.launch("alibi_bias_forward_f32", grid, 256, p, s, y.at, *sizes)
+    return download(device, y)
+
+
 # ---- attention.cu, cache.cu -----------------------------------------------------------------------------------------
 
 
@@ -373,7 +441,8 @@ class Site:
 
 def attention(
     device: Device, q: Array, k: Array, v: Array, scale: float, *, dout: Array | None = None, causal: bool = False,
-    window: int | None = None, segments: Array | None = None, site: Site | None = None, layout: Layout = PLAIN,
+    window: int | None = None, segments: Array | None = None, key_bias: Array | None = None,
+    prefix: Array | None = None, site: Site | None = None, layout: Layout = PLAIN,
 ) -> dict[str, Array]:  # fmt: skip
     """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]."""
     batch, tokens, heads, width = q.shape
@@ -382,6 +451,8 @@ def attention(
     out, lse = blank(device, flat[0].shape, layout), device.empty((batch, heads, tokens))
     s = None if segments is None else device.array(segments, i32)
     r = None if site is None else device.array(site.rng, i32)
+    kb = None if key_bias is None else device.array(key_bias)
+    pre = None if prefix is None else device.array(prefix, i32)
     sizes = tuple(map(i32, (batch, tokens, heads, kv_heads, width)))
     rule = dropout_args(site.p, site.stream) if site else dropout_args(0, 0)
     tail = (i32(causal), i32(window or NO_WINDOW), f32(scale), *rule)
@@ -389,7 +460,20 @@ def attention(
     pointers, strides = [x.at for x in flat], [ld(x) for x in flat]
     grid = (tiles, heads, batch * slices)
     device.launch(
-        "attention_forward_f32", grid, 256, *pointers, s, r, out.at, lse, *sizes, *strides, ld(out), *tail
+        "attention_forward_f32",
+        grid,
+        256,
+        *pointers,
+        s,
+        kb,
+        pre,
+        r,
+        out.at,
+        lse,
+        *sizes,
+        *strides,
+        ld(out),
+        *tail,
     )
     results = {"out": download(device, out).reshape(q.shape), "lse": device.read(lse)}
     if dout is None:
@@ -407,7 +491,7 @@ def attention(
         *delta_sizes,
     )
     dq, dk, dv = (blank(device, x.shape, layout) for x in flat)
-    inputs = (d.at, *pointers, lse, delta, s, r)
+    inputs = (d.at, *pointers, lse, delta, s, kb, pre, r)
     device.launch(
         "attention_dq_backward_f32", grid, 256, *inputs, dq.at, *sizes, ld(d), *strides, ld(dq), *tail
     )
@@ -438,9 +522,9 @@ def cache_write(
 
 def cached_attention(
     device: Device, q: Array, k: Array, v: Array, rows: Array, start: Array, count: Array, scale: float,
-    window: int | None = None, layout: Layout = PLAIN,
+    window: int | None = None, layout: Layout = PLAIN, key_bias: Array | None = None,
 ) -> Array:  # fmt: skip
-    """out [B, T, H, D]; q likewise, caches [R, S, K, D], rows [B, S]."""
+    """out [B, T, H, D]; q likewise, caches [R, S, K, D], rows [B, S], key_bias [H, S]."""
     batch, tokens, heads, width = q.shape
     qs, out = (
         f(device, x, layout)
@@ -456,6 +540,7 @@ def cached_attention(
         qs.at,
         *caches,
         *numbers,
+        None if key_bias is None else device.array(key_bias),
         out.at,
         *sizes,
         i32(window or NO_WINDOW),

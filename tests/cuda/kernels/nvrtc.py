@@ -8,8 +8,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import os
 import re
 from pathlib import Path
+
+#: Whether to test all: both of NVRTC's compilers, every planted bug, every architecture.
+LONG = bool(os.environ.get("PYRFORMER_TEST_LONG"))
 
 HERE = Path(__file__).resolve().parents[1]
 KERNELS = HERE.parents[1] / "cuda"

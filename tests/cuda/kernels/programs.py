@@ -27,6 +27,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "bert", "num_hidden_layers": 2, "hidden_size": 12, "num_attention_heads": 2,
         "intermediate_size": 20, "vocab_size": 37, "max_position_embeddings": 24,
     },
+    "llama": {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 20, "vocab_size": 37, "max_position_embeddings": 24,
+    },
+    "falcon": {
+        "model_type": "falcon", "num_hidden_layers": 1, "hidden_size": 12, "num_attention_heads": 3, "vocab_size": 37,
+        "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True, "bias": False, "alibi": False,
+    },
+    "falcon_alibi": {
+        "model_type": "falcon", "num_hidden_layers": 1, "hidden_size": 12, "num_attention_heads": 3, "vocab_size": 37,
+        "multi_query": False, "new_decoder_architecture": False, "parallel_attn": False, "bias": True, "alibi": True,
+    },
+    "modernbert": {
+        "model_type": "modernbert", "num_hidden_layers": 2, "hidden_size": 12, "num_attention_heads": 2,
+        "intermediate_size": 20, "vocab_size": 37, "max_position_embeddings": 24, "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+    },
     "opt": {
         "model_type": "opt", "num_hidden_layers": 1, "hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 20,
         "vocab_size": 37, "max_position_embeddings": 24, "word_embed_proj_dim": 12,

@@ -56,6 +56,9 @@ UNARY: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x * sigmoid(x),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
 }
 
 
@@ -79,22 +82,26 @@ def numeric_gradient(f: Callable[[Array], float], x: Array, h: float = 1e-5) -> 
 # ---- Normalisation, loss, optimiser ---------------------------------------------------------------------------------
 
 
-def layer_norm(x: Array, weight: Array, bias: Array | None, eps: float) -> tuple[Array, Array, Array]:
+def layer_norm(
+    x: Array, weight: Array, bias: Array | None, eps: float, center: bool = True
+) -> tuple[Array, Array, Array]:
     """y, mean, rstd. Source: Ba et al. 2016, equation 4."""
     x = x.astype(float)
-    mean = x.mean(axis=1)
+    mean = x.mean(axis=1) * center
     rstd = 1 / np.sqrt(((x - mean[:, None]) ** 2).mean(axis=1) + eps)
     y = (x - mean[:, None]) * rstd[:, None] * weight
     return y if bias is None else y + bias, mean, rstd
 
 
 def layer_norm_grad(
-    dy: Array, x: Array, weight: Array, mean: Array, rstd: Array
+    dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, center: bool = True
 ) -> tuple[Array, Array, Array]:
     """dx, dweight, dbias."""
     hat = (x.astype(float) - mean[:, None]) * rstd[:, None]
     dhat = dy.astype(float) * weight
-    dx = rstd[:, None] * (dhat - dhat.mean(1, keepdims=True) - hat * (dhat * hat).mean(1, keepdims=True))
+    dx = rstd[:, None] * (
+        dhat - center * dhat.mean(1, keepdims=True) - hat * (dhat * hat).mean(1, keepdims=True)
+    )
     return dx, (dy * hat).sum(0), dy.astype(float).sum(0)
 
 
@@ -137,18 +144,23 @@ class Attention:
 
     def __init__(
         self, q: Array, k: Array, v: Array, scale: float, *, causal: bool = False, window: int | None = None,
-        segments: Array | None = None, factors: Array | None = None,
+        segments: Array | None = None, key_bias: Array | None = None, prefix: Array | None = None,
+        factors: Array | None = None,
     ) -> None:  # fmt: skip
         self.q, group = q.astype(float), q.shape[2] // k.shape[2]
         self.k, self.v = (np.repeat(x.astype(float), group, axis=2) for x in (k, v))
         self.kv_shape, self.scale = k.shape, scale
         t = q.shape[1]
         i, j = np.arange(t)[:, None], np.arange(t)
-        seen = np.broadcast_to(((j <= i) | (not causal)) & (i - j < (window or t)), (q.shape[0], 1, t, t))
+        open_keys = np.zeros((q.shape[0], 1, 1, 1)) if prefix is None else np.reshape(prefix, (-1, 1, 1, 1))
+        seen = ((j <= i) | (not causal) | (j < open_keys)) & (abs(i - j) < (window or t))
         if segments is not None:
             own, other = segments[:, None, :, None], segments[:, None, None, :]
             seen = seen & (other != 0) & ((own == other) | (own == 0))
-        scores = np.where(seen, scale * np.einsum("bihd,bjhd->bhij", self.q, self.k), -np.inf)
+        scores = scale * np.einsum("bihd,bjhd->bhij", self.q, self.k)
+        if key_bias is not None:
+            scores = scores + key_bias[:, :, None, :]
+        scores = np.where(seen, scores, -np.inf)
         largest = scores.max(-1, keepdims=True)
         largest[np.isneginf(largest)] = 0
         with np.errstate(divide="ignore"):
@@ -172,7 +184,15 @@ class Attention:
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, rows: Array, start: Array, count: Array, scale: float, window: int | None
+    q: Array,
+    k: Array,
+    v: Array,
+    rows: Array,
+    start: Array,
+    count: Array,
+    scale: float,
+    window: int | None,
+    key_bias: Array | None = None,
 ) -> Array:
     """out [B, T, H, D] of q likewise over caches [R, S, K, D], position p of sequence b in cache row rows[b, p]."""
     out = np.zeros(q.shape)
@@ -184,7 +204,7 @@ def cached_attention(
             continue
         for h in range(q.shape[2]):
             keys, values = (x[rows[b, p], p, h // group].astype(float) for x in (k, v))
-            s = scale * keys @ q[b, t, h]
+            s = scale * keys @ q[b, t, h] + (0 if key_bias is None else key_bias[h, p])
             w = np.exp(s - s.max())
             out[b, t, h] = w @ values / w.sum()
     return out

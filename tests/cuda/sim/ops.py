@@ -84,6 +84,12 @@ def shift(x: np.ndarray, by: np.ndarray, left: bool) -> np.ndarray:
     return (x << first) << one if left else (x >> first) >> one
 
 
+def to_integer(x: np.ndarray) -> np.ndarray:
+    """Whole floats as int32, clamped to its range; NaN is 0."""
+    wide = np.where(np.isnan(x), 0, x).astype(np.float64)
+    return np.clip(wide, -(2.0**31), 2.0**31 - 1).astype(np.int32)
+
+
 # ---- Floats ---------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +151,13 @@ def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
 @rule(r"cvt\.rn\.f32\.([su]32)")
 def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
     w.set(d, "f32", f"{w.get(a, m[1])}.astype(float32)")
+
+
+@rule(r"cvt\.r([nz])i\.(f32|s32)\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    # To an integer, ties to even or towards zero; NaN becomes the integer 0.
+    whole = f"np.{'rint' if m[1] == 'n' else 'trunc'}({w.get(a, 'f32')})"
+    w.set(d, m[2], whole if m[2] == "f32" else f"to_integer({whole})")
 
 
 # ---- Integers -------------------------------------------------------------------------------------------------------

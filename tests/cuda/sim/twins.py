@@ -97,6 +97,15 @@ def _gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x * phi, phi + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
+def _sloped_silu(x: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
+    s = sigmoid(c * x)
+    return x * s, s * (1 + c * x * (1 - s))
+
+
+def _mish(x: np.ndarray, gate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x * gate, gate + x * (1 - gate * gate) * sigmoid(x)
+
+
 #: Function → (value, derivative).
 FUNCTIONS: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "none": lambda x: (x, np.ones_like(x)),
@@ -107,6 +116,9 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "gelu": _gelu,
     "gelu_tanh": _tanh_gelu,
     "silu": lambda x: (x * sigmoid(x), sigmoid(x) * (1 + x * (1 - sigmoid(x)))),
+    "quick_gelu": lambda x: _sloped_silu(x, 1.702),
+    "relu2": lambda x: (np.maximum(x, 0) ** 2, 2 * np.maximum(x, 0)),
+    "mish": lambda x: _mish(x, np.tanh(np.logaddexp(0, x))),
 }
 BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 
@@ -197,9 +209,9 @@ def epilogue_forward(
 
 
 @twin
-def layer_norm_forward(m, grid, x, weight, bias, y, mean, rstd, rows, cols, x_ld, y_ld, eps):
+def layer_norm_forward(m, grid, x, weight, bias, y, mean, rstd, rows, cols, x_ld, y_ld, eps, center):
     xs = matrix(m, x, rows, cols, x_ld).astype(float)
-    average = xs.mean(1, keepdims=True)
+    average = center * xs.mean(1, keepdims=True)
     inverse = 1 / np.sqrt(((xs - average) ** 2).mean(1, keepdims=True) + eps)
     value = (xs - average) * inverse * matrix(m, weight, 1, cols, 0)
     if bias:
@@ -211,12 +223,12 @@ def layer_norm_forward(m, grid, x, weight, bias, y, mean, rstd, rows, cols, x_ld
 
 @twin
 def layer_norm_backward(
-    m, grid, dy, x, weight, mean, rstd, residual, dx, rows, cols, dy_ld, x_ld, residual_ld, dx_ld
+    m, grid, dy, x, weight, mean, rstd, residual, dx, rows, cols, dy_ld, x_ld, residual_ld, dx_ld, center
 ):
     inverse = matrix(m, rstd, rows, 1, 1).astype(float)
     hat = (matrix(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)) * inverse
     d = matrix(m, dy, rows, cols, dy_ld).astype(float) * matrix(m, weight, 1, cols, 0)
-    value = inverse * (d - d.mean(1, keepdims=True) - hat * (d * hat).mean(1, keepdims=True))
+    value = inverse * (d - center * d.mean(1, keepdims=True) - hat * (d * hat).mean(1, keepdims=True))
     if residual:
         value = value + matrix(m, residual, rows, cols, residual_ld)
     matrix(m, dx, rows, cols, dx_ld, write=True)[:] = value
@@ -333,14 +345,61 @@ def adamw_forward(
         matrix(m, z, rows, cols, cols, write=True)[:] = value
 
 
+# ---- Positions ------------------------------------------------------------------------------------------------------
+
+
+@twin
+def iota_forward(m, grid, y, rows, start, step):
+    matrix(m, y, 1, rows, 0, i32, write=True)[:] = start + step * np.arange(rows)
+
+
+@twin
+def rope_table_forward(m, grid, positions, turns, table, rows, half, table_ld, scale):
+    words = matrix(m, turns, half, 2, 2, np.uint32).tolist()
+    at = matrix(m, positions, 1, rows, 0, i32)[0].tolist()
+    # Python's integers keep what is left of whole turns.
+    parts = [[(p * (high << 32 | low) % 2**64) / 2.0**63 for low, high in words] for p in at]
+    angle = np.pi * np.array(parts).reshape(rows, half)
+    value = scale * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    matrix(m, table, rows, 2 * half, table_ld, write=True)[:] = value
+
+
+@twin
+def rope_forward(m, grid, x, table, y, rows, heads, width, half, x_ld, table_ld, y_ld, sign):
+    value = matrix(m, x, rows, heads * width, x_ld).astype(float).reshape(rows, heads, width)
+    angles = matrix(m, table, rows, 2 * half, table_ld).astype(float)[:, None]
+    cosine, sine = angles[..., :half], sign * angles[..., half:]
+    a, b = value[..., :half].copy(), value[..., half : 2 * half].copy()
+    value[..., :half], value[..., half : 2 * half] = a * cosine - b * sine, b * cosine + a * sine
+    matrix(m, y, rows, heads * width, y_ld, write=True)[:] = value.reshape(rows, -1)
+
+
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """To the nearest bfloat16, ties to even."""
+    bits = x.astype(f32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(f32)
+
+
+@twin
+def alibi_bias_forward(m, grid, positions, slopes, bias, rows, heads, tokens, bias_ld, scale, rounded):
+    slope = matrix(m, slopes, 1, heads, 0)[0]
+    at = matrix(m, positions, rows, tokens, tokens, i32).astype(f32)
+    if rounded:
+        slope, at = round_bf16(slope), round_bf16(at)
+    value = slope[None, :, None] * at[:, None]
+    value = scale * (round_bf16(value) if rounded else value)
+    matrix(m, bias, rows * heads, tokens, bias_ld, write=True)[:] = value.reshape(rows * heads, tokens)
+
+
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
 class Scores:
     """Scores and probabilities of attention as the kernels see them. q, k, v [B, T, ..]."""
 
-    def __init__(self, m, q, k, v, segments, rng, sizes, strides, causal, window, scale, stream, p, factor):
+    def __init__(self, m, q, k, v, extras, sizes, strides, causal, window, scale, stream, p, factor):
         b, t, h, kv, d = self.sizes = sizes
+        segments, key_bias, prefix, rng = extras
         self.m, self.scale, self.group = m, scale, h // kv
         heads = (h, kv, kv)
         loaded = [
@@ -349,12 +408,16 @@ class Scores:
         ]
         self.q, self.k, self.v = loaded[0], *(np.repeat(x, self.group, 2) for x in loaded[1:])
         i, j = np.arange(t)[:, None], np.arange(t)
-        seen = np.broadcast_to(((j <= i) | (not causal)) & (i - j < window), (b, 1, t, t))
+        first = matrix(m, prefix, b, 1, 1, i32).reshape(b, 1, 1, 1) if prefix else np.zeros((b, 1, 1, 1))
+        seen = ((j <= i) | (not causal) | (j < first)) & (abs(i - j) < window)
         if segments:
             s = matrix(m, segments, b, t, t, i32)
             own, other = s[:, None, :, None], s[:, None, None, :]
             seen = seen & (other != 0) & ((own == other) | (own == 0))
-        z = np.where(seen, scale * np.einsum("bihd,bjhd->bhij", self.q, self.k), -np.inf)
+        z = scale * np.einsum("bihd,bjhd->bhij", self.q, self.k)
+        if key_bias:
+            z = z + matrix(m, key_bias, b * h, t, t).reshape(b, h, 1, t)
+        z = np.where(seen, z, -np.inf)
         top = z.max(-1, keepdims=True)
         top[np.isneginf(top)] = 0
         self.lse = top[..., 0] + np.log(np.exp(z - top).sum(-1))
@@ -383,9 +446,29 @@ class Scores:
 
 @twin
 def attention_forward(
-    m, grid, q, k, v, segments, rng, out, lse, b, t, h, kv, d, q_ld, k_ld, v_ld, out_ld, *mask
+    m,
+    grid,
+    q,
+    k,
+    v,
+    segments,
+    key_bias,
+    prefix,
+    rng,
+    out,
+    lse,
+    b,
+    t,
+    h,
+    kv,
+    d,
+    q_ld,
+    k_ld,
+    v_ld,
+    out_ld,
+    *mask,
 ):
-    s = Scores(m, q, k, v, segments, rng, (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
+    s = Scores(m, q, k, v, (segments, key_bias, prefix, rng), (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
     s.store(out, out_ld, np.einsum("bhij,bjhd->bihd", s.p * s.factors, s.v))
     matrix(m, lse, b * h, t, t, write=True)[:] = s.lse.reshape(b * h, t)
 
@@ -408,6 +491,8 @@ def attention_dq_backward(
     lse,
     delta,
     segments,
+    key_bias,
+    prefix,
     rng,
     dq,
     b,
@@ -422,16 +507,16 @@ def attention_dq_backward(
     dq_ld,
     *mask,
 ):
-    s = Scores(m, q, k, v, segments, rng, (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
+    s = Scores(m, q, k, v, (segments, key_bias, prefix, rng), (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
     s.store(dq, dq_ld, np.einsum("bhij,bjhd->bihd", s.ds(s.load(dout, dout_ld), delta), s.k))
 
 
 @twin
 def attention_dkv_backward(
-    m, grid, dout, q, k, v, lse, delta, segments, rng, dk, dv, b, t, h, kv, d, dout_ld, q_ld, k_ld, v_ld, dk_ld,
-    dv_ld, *mask,
+    m, grid, dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, b, t, h, kv, d, dout_ld, q_ld, k_ld,
+    v_ld, dk_ld, dv_ld, *mask,
 ):  # fmt: skip
-    s = Scores(m, q, k, v, segments, rng, (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
+    s = Scores(m, q, k, v, (segments, key_bias, prefix, rng), (b, t, h, kv, d), (q_ld, k_ld, v_ld), *mask)
     d_out = s.load(dout, dout_ld)
     for x, ld, value in (
         (dk, dk_ld, np.einsum("bhij,bihd->bjhd", s.ds(d_out, delta), s.q)),
@@ -452,7 +537,26 @@ def cache_write_forward(m, grid, source, row, start, count, cache, b, t, cols, s
 
 @twin
 def cached_attention_forward(
-    m, grid, q, k, v, rows, start, count, out, t, h, kv, d, q_ld, out_ld, cache_rows, slots, window, scale
+    m,
+    grid,
+    q,
+    k,
+    v,
+    rows,
+    start,
+    count,
+    key_bias,
+    out,
+    t,
+    h,
+    kv,
+    d,
+    q_ld,
+    out_ld,
+    cache_rows,
+    slots,
+    window,
+    scale,
 ):
     b, group = grid[2], h // kv
     places = matrix(m, rows, b, slots, slots, i32)
@@ -471,6 +575,8 @@ def cached_attention_forward(
                 for x in (k, v)
             )
             z = scale * np.einsum("hd,phd->hp", qs[n, i], keys)
+            if key_bias:
+                z = z + matrix(m, key_bias, h, slots, slots)[:, p]
             w = np.exp(z - z.max(1, keepdims=True))
             result[n, i] = np.einsum("hp,phd->hd", w / w.sum(1, keepdims=True), values)
     matrix(m, out, b * t, h * d, out_ld, write=True)[:] = result.reshape(b * t, -1)
