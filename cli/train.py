@@ -106,7 +106,7 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--learning-rate", type=float, help="Peak learning rate.")
 @click.option("--min-learning-rate", type=float, help="Learning rate at the end.")
 @click.option("--warmup-steps", type=int, help="Updates until the peak.")
-@click.option("--lr-scheduler-type", help="cosine, linear or constant.")
+@click.option("--lr-scheduler-type", help="cosine, linear, warmup_stable_decay, …")
 @click.option("--weight-decay", type=float, help="On matrices only.")
 @click.option("--max-grad-norm", type=float, help="Bound on the gradient norm; 0: none.")
 @click.option("--label-smoothing-factor", type=float, help="Share of the target spread over all tokens.")

@@ -410,6 +410,7 @@ class _Trainer:
             floor=min(c.min_learning_rate, c.learning_rate),
             warmup_steps=c.warmup_steps,
             total_steps=c.max_steps,
+            settings=c.lr_scheduler_kwargs,
         )
         parts = c.gradient_accumulation_steps
         batches = [self.batches.ready(step * parts + i) for i in range(parts)]

@@ -11,7 +11,7 @@ from typing import Any
 from pyrformer.errors import ConfigError
 from pyrformer.executors import DEVICES
 from pyrformer.fields import check_types
-from pyrformer.schedules import SCHEDULES
+from pyrformer.schedules import SCHEDULES, check_settings
 
 OBJECTIVES = ("ar", "mlm", "plm", "sentence")
 ON_NONFINITE = ("stop", "rollback")
@@ -37,7 +37,7 @@ class TrainConfig:
         batch_size: rows in a batch.
         gradient_accumulation_steps: batches per update; gradients are averaged over all their labels.
         max_steps: updates.
-        learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type: see
+        learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: see
             :func:`pyrformer.schedules.learning_rate`.
         adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; decay applies to matrices only.
         max_grad_norm: bound on the global gradient norm; 0: none.
@@ -79,6 +79,7 @@ class TrainConfig:
     min_learning_rate: float = 1e-4
     warmup_steps: int = 100
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
@@ -120,7 +121,7 @@ class TrainConfig:
         )
         require(
             self.lr_scheduler_type in SCHEDULES,
-            f"lr_scheduler_type must be one of {SCHEDULES}, got {self.lr_scheduler_type!r}",
+            f"lr_scheduler_type must be one of {tuple(SCHEDULES)}, got {self.lr_scheduler_type!r}",
         )
         require(
             0 < self.plm_probability <= 1, f"plm_probability must be in (0, 1], got {self.plm_probability}"
@@ -150,6 +151,7 @@ class TrainConfig:
             self.on_nonfinite in ON_NONFINITE,
             f"on_nonfinite must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}",
         )
+        check_settings(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         steps_or_seconds(self.save_every)
         if self.max_time:
             seconds(self.max_time)

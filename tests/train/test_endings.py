@@ -136,7 +136,8 @@ def test_what_is_watched(text: Path) -> None:
     logged = [row for row in rows(run) if "loss" in row]
     assert [data for _, data in seen] == rows(run)
     for row in logged:
-        assert 0 < row["update_ratio"] < 1
+        assert 0 <= row["update_ratio"] < 1
+        assert (row["update_ratio"] > 0) == (row["learning_rate"] > 0)
         assert row["grad_norm"] > 0
         assert 0 <= row["loader_wait_seconds"] < row["seconds"]
         assert row["rss_bytes"] > 1e6 or sys.platform != "linux"
