@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,19 @@ def test_saved_and_pickled_are_the_same(tokenizer: pf.Tokenizer, tmp_path: Path)
         assert copy.kind == tokenizer.kind
         assert len(copy) == len(tokenizer)
         assert copy.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
+
+
+def _ids_of_a_child(texts: list[str]) -> list[int]:
+    return _BYTES.encode_batch(texts, threads=2).ids.tolist()
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forked_children_encode() -> None:
+    """After the parent has encoded on threads, with no environment variable set."""
+    expected = _ids_of_a_child(CORPUS)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map_async(_ids_of_a_child, [CORPUS] * 4).get(timeout=60) == [expected] * 4
 
 
 @pytest.mark.parametrize(
