@@ -15,6 +15,7 @@ __all__ = [
     "AtomicDir",
     "CausalBatches",
     "Executor",
+    "Gguf",
     "Graph",
     "MaskedBatches",
     "Plan",
@@ -174,6 +175,16 @@ def filter_logits(logits: _Floats, options_: dict[str, Any]) -> _Floats:
     """Filtered and renormalised probabilities [N, V] of logits [N, V]."""
 
 # ---- rust/python/src/files.rs ---------------------------------------------------------------------------------------
+
+@final
+class Gguf:
+    """A GGUF file: metadata, and tensors as the bytes of their blocks."""
+
+    def __new__(cls, path: _Path) -> Gguf: ...
+    def metadata(self) -> dict[str, Any]: ...
+    def tensors(self) -> dict[str, tuple[list[int], int]]:
+        """Name → (shape, outermost axis first; ggml's number of the element type)."""
+    def data(self, name: str) -> npt.NDArray[np.uint8]: ...
 
 @final
 class SafeTensors:

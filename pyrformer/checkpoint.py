@@ -13,12 +13,14 @@ from pyrformer import _core
 from pyrformer.errors import FileError, InputError
 from pyrformer.finetune import merged
 from pyrformer.gguf import Gguf
-from pyrformer.gguf_model import config_of, tensor_names, tensor_of, tokenizer_of
+from pyrformer.gguf_model import config_of, tensor_names, tensor_of
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.models.base import Family
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+#: What holds a tokenizer, in a folder without a ``tokenizer.json`` of ours.
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "merges.txt")
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
 
@@ -73,10 +75,10 @@ def load(
     family = build(read_json(folder / CONFIG))
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     tokenizer = None
-    if (folder / TOKENIZER).is_file():
+    if any((folder / name).is_file() for name in TOKENIZERS):
         from pyrformer.tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.load(folder / TOKENIZER)
+        tokenizer = Tokenizer.load(folder)
     loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder), "device": device}
     model = Model(family, tokenizer, dtype or "float32", threads, **loaded)
     stored, names = _tensors(folder, family)
@@ -90,7 +92,12 @@ def _load_gguf(path: Path, dtype: str, threads: int | None, device: str) -> Mode
     config = config_of(file)
     family = build(config)
     names = tensor_names(file)
-    model = Model(family, tokenizer_of(file), dtype, threads, device=device)
+    tokenizer = None
+    if "tokenizer.ggml.model" in file.metadata:
+        from pyrformer.tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.load(path)
+    model = Model(family, tokenizer, dtype, threads, device=device)
     for name, parameter in family.named_parameters():
         if name not in names:
             raise FileError(f"[load] {path} has no tensor for {name!r}")

@@ -8,7 +8,6 @@ Letters: H heads, D head width, C width, N elements.
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,32 +23,13 @@ from pyrformer.errors import FileError
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
-#: Numbers of metadata types → their struct codes.
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+#: Numbers of the metadata types for lists and texts.
 STRING, LIST = 8, 9
-#: The longest name, and the deepest list of lists.
-LONGEST, DEEPEST = 1 << 16, 4
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor in a file.
-
-    Attributes:
-        shape: outermost axis first, as NumPy has it.
-        kind: ggml's number of the element type.
-        offset: first byte in the file.
-        nbytes: size in the file.
-    """
-
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
-    nbytes: int
 
 
 class Gguf:
-    """An open file: ``metadata`` by key, ``tensors`` by name, :meth:`tensor` to read one as float32."""
+    """An open file: ``metadata`` by key, ``shapes`` of tensors by name (outermost axis first), :meth:`tensor` to read
+    one as float32."""
 
     def __init__(self, path: str | Path):
         """
@@ -57,118 +37,27 @@ class Gguf:
             FileError: the file cannot be read, is cut short, or breaks the format; the message names the place.
         """
         self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as e:
-            raise FileError(f"[gguf] cannot read {self.path}: {e}") from None
-        cursor = _Cursor(self._data, self.path)
-        if cursor.take(4) != b"GGUF":
-            raise FileError(f"[gguf] {self.path} does not begin with GGUF")
-        version = cursor.scalar("I")
-        if version not in (2, 3):
-            raise FileError(f"[gguf] {self.path} has version {version}; 2 and 3 can be read")
-        tensors, pairs = cursor.count("tensors", 24), cursor.count("metadata", 12)
-        self.metadata: dict[str, Any] = {}
-        for _ in range(pairs):
-            key = cursor.string()
-            self.metadata[key] = cursor.value(cursor.scalar("I"))
-        infos = [self._info(cursor) for _ in range(tensors)]
-        align = self.metadata.get("general.alignment", 32)
-        if not isinstance(align, int) or align < 1 or align & (align - 1):
-            raise FileError(f"[gguf] {self.path}: general.alignment must be a power of two, got {align!r}")
-        start = -(-cursor.at // align) * align
-        self.tensors: dict[str, TensorInfo] = {}
-        for name, shape, kind, offset in infos:
-            if name in self.tensors:
-                raise FileError(f"[gguf] {self.path}: tensor {name!r} occurs twice")
-            self.tensors[name] = self._placed(name, shape, kind, start + offset)
+        self._file = _core.Gguf(self.path)
+        self.metadata = self._file.metadata()
+        self._tensors = self._file.tensors()
+        self.shapes = {name: tuple(shape) for name, (shape, _) in self._tensors.items()}
 
-    def _info(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-        name, axes = cursor.string(), cursor.scalar("I")
-        if not 1 <= axes <= 4:
-            raise FileError(f"[gguf] {self.path}: tensor {name!r} has {axes} axes")
-        shape = tuple(reversed([cursor.scalar("Q") for _ in range(axes)]))
-        return name, shape, cursor.scalar("I"), cursor.scalar("Q")
+    def tensor(self, name: str) -> Floats:
+        """A tensor as float32, dequantised as llama.cpp does.
 
-    def _placed(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
+        Raises:
+            FileError: there is none of this name, or its element type is not known.
+        """
+        if name not in self._tensors:
+            raise FileError(f"[gguf] {self.path} has no tensor {name!r}")
+        shape, kind = self._tensors[name]
         if kind not in BLOCKS:
             known = ", ".join(block.name for block in BLOCKS.values())
             raise FileError(
                 f"[gguf] {self.path}: tensor {name!r} has element type {kind}; known ones: {known}"
             )
         block = BLOCKS[kind]
-        count = 1
-        for extent in shape:
-            count *= extent
-        if count == 0 or shape[-1] % block.elements:
-            raise FileError(
-                f"[gguf] {self.path}: rows of {name!r} {list(shape)} are not made of blocks of {block.elements}"
-            )
-        nbytes = count // block.elements * block.nbytes
-        if offset + nbytes > len(self._data):
-            raise FileError(
-                f"[gguf] {self.path} is cut short: tensor {name!r} ends at byte {offset + nbytes}"
-            )
-        return TensorInfo(shape, kind, offset, nbytes)
-
-    def tensor(self, name: str) -> Floats:
-        """A tensor as float32, dequantised as llama.cpp does.
-
-        Raises:
-            FileError: there is none of this name.
-        """
-        if name not in self.tensors:
-            raise FileError(f"[gguf] {self.path} has no tensor {name!r}")
-        info = self.tensors[name]
-        raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
-        block = BLOCKS[info.kind]
-        return block.read(raw.reshape(-1, block.nbytes)).reshape(info.shape)
-
-
-class _Cursor:
-    """Reads values one after the other, never past the end."""
-
-    def __init__(self, data: mmap.mmap, path: Path):
-        self._data, self._path, self.at = data, path, 0
-
-    def take(self, n: int) -> bytes:
-        if n > len(self._data) - self.at:
-            raise FileError(f"[gguf] {self._path} is cut short at byte {len(self._data)}")
-        self.at += n
-        return self._data[self.at - n : self.at]
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
-
-    def count(self, what: str, least: int) -> int:
-        """A number of things that take at least ``least`` bytes each."""
-        n: int = self.scalar("Q")
-        if n * least > len(self._data) - self.at:
-            raise FileError(f"[gguf] {self._path} claims {n} {what}, more than it has room for")
-        return n
-
-    def string(self) -> str:
-        try:
-            return self.take(self.count("characters", 1)).decode("utf-8")
-        except UnicodeDecodeError:
-            raise FileError(
-                f"[gguf] {self._path} has a text that is not UTF-8 before byte {self.at}"
-            ) from None
-
-    def value(self, kind: int, depth: int = 0) -> Any:
-        if kind in SCALARS:
-            return self.scalar(SCALARS[kind])
-        if kind == STRING:
-            return self.string()
-        if kind != LIST or depth >= DEEPEST:
-            raise FileError(f"[gguf] {self._path} has metadata of unknown type {kind} at byte {self.at}")
-        item = self.scalar("I")
-        if item in SCALARS:
-            size = struct.calcsize(f"<{SCALARS[item]}")
-            n = self.count("items", size)
-            return list(struct.unpack(f"<{n}{SCALARS[item]}", self.take(n * size)))
-        return [self.value(item, depth + 1) for _ in range(self.count("items", 8 if item == STRING else 12))]
+        return block.read(self._file.data(name).reshape(-1, block.nbytes)).reshape(shape)
 
 
 def _half(raw: Array) -> Floats:
@@ -224,23 +113,22 @@ def _bf16(raw: Array) -> Floats:
 
 @dataclass(frozen=True)
 class Block:
-    """How elements of a type are stored: so many in so many bytes, and how ``uint8[blocks, nbytes]`` is read."""
+    """How elements of a type are stored: bytes of a block, and how ``uint8[blocks, nbytes]`` is read."""
 
     name: str
-    elements: int
     nbytes: int
     read: Callable[[Array], Floats]
 
 
 BLOCKS = {
-    0: Block("F32", 1, 4, lambda raw: np.ascontiguousarray(raw).view(np.float32)),
-    1: Block("F16", 1, 2, _half),
-    2: Block("Q4_0", 32, 18, _q4_0),
-    3: Block("Q4_1", 32, 20, _q4_1),
-    8: Block("Q8_0", 32, 34, _q8_0),
-    12: Block("Q4_K", 256, 144, _q4_k),
-    14: Block("Q6_K", 256, 210, _q6_k),
-    30: Block("BF16", 1, 2, _bf16),
+    0: Block("F32", 4, lambda raw: np.ascontiguousarray(raw).view(np.float32)),
+    1: Block("F16", 2, _half),
+    2: Block("Q4_0", 18, _q4_0),
+    3: Block("Q4_1", 20, _q4_1),
+    8: Block("Q8_0", 34, _q8_0),
+    12: Block("Q4_K", 144, _q4_k),
+    14: Block("Q6_K", 210, _q6_k),
+    30: Block("BF16", 2, _bf16),
 }
 
 

@@ -1,4 +1,4 @@
-"""A model out of a GGUF file and into one: its configuration, its tensors, its tokenizer.
+"""A model out of a GGUF file and into one: its configuration and its tensors.
 
 Families: llama (Mistral too), qwen2, qwen3, gpt2. In files of LLaMA the rows of q and k lie in llama.cpp's order, whose
 rotation turns neighbouring pairs; here they lie in halves.
@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyrformer import _core
 from pyrformer.errors import FileError, InputError
 from pyrformer.finetune import merged
 from pyrformer.gguf import KINDS, Array, Gguf, write_gguf
-from pyrformer.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from pyrformer.model import Model
@@ -72,13 +70,13 @@ def config_of(file: Gguf) -> dict[str, Any]:
             raise FileError(f"[gguf] {file.path} lacks {kind}.{name}")
         return value
 
-    if "token_embd.weight" not in file.tensors:
+    if "token_embd.weight" not in file.shapes:
         raise FileError(f"[gguf] {file.path} has no tensor 'token_embd.weight'")
     heads = field("attention.head_count")
     shared: dict[str, Any] = {
         "model_type": kind,
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "vocab_size": file.shapes["token_embd.weight"][0],
+        "tie_word_embeddings": "output.weight" not in file.shapes,
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
@@ -102,7 +100,7 @@ def config_of(file: Gguf) -> dict[str, Any]:
         rope |= {"original_max_position_embeddings": before} if before else {}
     elif scaling != "none":
         raise FileError(f"[gguf] {file.path}: unknown rope scaling {scaling!r}")
-    if "rope_freqs.weight" in file.tensors:
+    if "rope_freqs.weight" in file.shapes:
         # Divisors of the frequencies, as LongRoPE has them at every length.
         factors = [float(f) for f in file.tensor("rope_freqs.weight")]
         rope |= {
@@ -134,7 +132,7 @@ def tensor_names(file: Gguf) -> dict[str, str]:
     gpt2 = file.metadata.get("general.architecture") == "gpt2"
     top, parts, layers = (GPT2_TOP, GPT2, "transformer.h") if gpt2 else (LLAMA_TOP, LLAMA, "model.layers")
     found = {}
-    for name in file.tensors:
+    for name in file.shapes:
         if name == "rope_freqs.weight":
             continue
         stem, _, last = name.rpartition(".")
@@ -192,104 +190,6 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
     "llama-bpe": _split(LLAMA3_PATTERN),
     "qwen2": _split(LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
-
-
-def tokenizer_of(file: Gguf) -> Tokenizer | None:
-    """The tokenizer inside a file; None where there is none.
-
-    Raises:
-        FileError: it is of a kind that cannot be read.
-    """
-    get = file.metadata.get
-    kind, tokens = get("tokenizer.ggml.model"), get("tokenizer.ggml.tokens")
-    if kind is None or tokens is None:
-        return None
-    types = get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    # 3: control; 4: given by the user.
-    added = [
-        {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        | {"special": types[i] == 3}
-        for i, t in enumerate(tokens)
-        if types[i] in (3, 4)
-    ]
-    vocab = {t: i for i, t in enumerate(tokens)}
-    if kind == "gpt2":
-        split = get("tokenizer.ggml.pre", "default")
-        if split not in SPLITS:
-            raise FileError(
-                f"[gguf] {file.path}: unknown split {split!r} of its tokenizer; known: {', '.join(SPLITS)}"
-            )
-        merges = [m.split(" ", 1) for m in get("tokenizer.ggml.merges") or []]
-        model = {"byte_fallback": False, "fuse_unk": False, "unk_token": None, "merges": merges}
-        parts: dict[str, Any] = {
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[split]},
-            "decoder": GPT2_SPLIT,
-        }
-        starts = bool(get("tokenizer.ggml.add_bos_token", False))
-    elif kind == "llama":
-        merges = _merges(tokens, get("tokenizer.ggml.scores") or [])
-        unknown = tokens[get("tokenizer.ggml.unknown_token_id", 0)]
-        model = {"byte_fallback": True, "fuse_unk": True, "unk_token": unknown, "merges": merges}
-        prepend = (
-            [{"type": "Prepend", "prepend": "▁"}] if get("tokenizer.ggml.add_space_prefix", True) else []
-        )
-        space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prepend else []
-        back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-        parts = {
-            "normalizer": {"type": "Sequence", "normalizers": [*prepend, space]},
-            "pre_tokenizer": None,
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
-            },
-        }
-        starts = bool(get("tokenizer.ggml.add_bos_token", True))
-    else:
-        raise FileError(f"[gguf] {file.path}: its tokenizer is of kind {kind!r}; gpt2 and llama can be read")
-    template = None
-    first = get("tokenizer.ggml.bos_token_id")
-    if starts and first is not None:
-        token = tokens[first]
-        template = {
-            "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": token, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [
-                {"SpecialToken": {"id": token, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {token: {"id": token, "ids": [first], "tokens": [token]}},
-        }
-    rest = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": parts["normalizer"],
-        "pre_tokenizer": parts["pre_tokenizer"],
-        "post_processor": template,
-        "decoder": parts["decoder"],
-        "model": {"type": "BPE", **rest, "ignore_merges": False, "vocab": vocab, **model},
-    }
-    return Tokenizer(_core.Tokenizer.from_json(json.dumps(whole)))
-
-
-def _merges(tokens: list[str], scores: list[float]) -> list[list[str]]:
-    """Merges that give SentencePiece's pieces: every cut of a piece into two, the best-scored piece first."""
-    rank = {t: i for i, t in enumerate(tokens)}
-    found = []
-    for token, score in zip(tokens, scores, strict=False):
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = sorted((rank[a], rank[b], a, b) for a, b in cuts if a in rank and b in rank)
-        found += [(-score, n, a, b) for n, (_, _, a, b) in enumerate(known)]
-    # Stable: pieces of one score stay in the order of the vocabulary.
-    return [[a, b] for _, _, a, b in sorted(found, key=lambda m: m[0])]
 
 
 # -- Writing ----------------------------------------------------------------------------------------------------------

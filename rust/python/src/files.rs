@@ -1,13 +1,15 @@
 //! Model files: safetensors in and out, directories that appear whole or not at all.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use numpy::{PyArray1, PyArrayMethods};
+use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
-use pyrformer_files::{DType as Stored, TensorView};
+use pyo3::types::{PyDict, PyList};
+use pyrformer_files::{DType as Stored, GgufValue, TensorView};
 use pyrformer_graph::{DType, TensorType};
 
 use crate::array::Given;
@@ -56,6 +58,58 @@ impl SafeTensors {
         let values = enter(py, || tensor.to_f32().ok_or_else(|| missing("does not hold real numbers")))?;
         Ok(PyArray1::from_vec(py, values).reshape(shape)?.into_any())
     }
+}
+
+/// A GGUF file: metadata, and tensors as the bytes of their blocks.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Gguf {
+    inner: pyrformer_files::Gguf,
+}
+
+#[pymethods]
+impl Gguf {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Ok(Self { inner: enter(py, || pyrformer_files::Gguf::open(&path))? })
+    }
+
+    /// The metadata by key.
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let out = PyDict::new(py);
+        for (key, value) in self.inner.metadata() {
+            out.set_item(key, gguf_value(py, value)?)?;
+        }
+        Ok(out)
+    }
+
+    /// Name → (shape, outermost axis first; ggml's number of the element type).
+    fn tensors(&self) -> BTreeMap<String, (Vec<usize>, u32)> {
+        let entry = |(name, t): (&String, &pyrformer_files::GgufTensor)| {
+            (name.clone(), (t.dims.iter().rev().copied().collect(), t.dtype.0))
+        };
+        self.inner.tensors().iter().map(entry).collect()
+    }
+
+    /// The bytes of a tensor.
+    fn data<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        let bytes = self.inner.data(name).map_err(Failure::from)?;
+        Ok(PyArray1::from_slice(py, bytes).into_any())
+    }
+}
+
+fn gguf_value<'py>(py: Python<'py>, value: &GgufValue) -> PyResult<Bound<'py, PyAny>> {
+    Ok(match value {
+        GgufValue::Bool(x) => x.into_bound_py_any(py)?,
+        GgufValue::U64(x) => x.into_bound_py_any(py)?,
+        GgufValue::I64(x) => x.into_bound_py_any(py)?,
+        GgufValue::F64(x) => x.into_bound_py_any(py)?,
+        GgufValue::String(x) => x.into_bound_py_any(py)?,
+        GgufValue::Strings(x) => x.into_bound_py_any(py)?,
+        GgufValue::Array(x) => {
+            let items: PyResult<Vec<_>> = x.iter().map(|item| gguf_value(py, item)).collect();
+            PyList::new(py, items?)?.into_any()
+        }
+    })
 }
 
 /// Writes arrays by name to a file that appears whole or not at all.

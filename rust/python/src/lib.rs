@@ -23,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use super::data::{CausalBatches, MaskedBatches, read_documents};
     #[pymodule_export]
-    use super::files::{AtomicDir, SafeTensors, write_file, write_safetensors};
+    use super::files::{AtomicDir, Gguf, SafeTensors, write_file, write_safetensors};
     #[pymodule_export]
     use super::graph::{Executor, Graph, Plan, Store, simd_levels};
     #[pymodule_export]
