@@ -25,9 +25,12 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "__version__",
+    "cuda_program",
+    "cuda_sources",
     "filter_logits",
     "normal",
     "read_documents",
+    "simd_levels",
     "write_file",
     "write_safetensors",
 ]
