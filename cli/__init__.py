@@ -15,6 +15,7 @@ import click
 #: Command → (file, first line of its help).
 COMMANDS = {
     "bench": ("bench", "Measure this machine."),
+    "classify": ("classify", "Print the classes of texts."),
     "compare": ("compare", "Compare two models on a text."),
     "doctor": ("doctor", "Say what works on this machine, and what is missing."),
     "embed": ("embed", "Print vectors of texts."),

@@ -24,6 +24,7 @@ from pyrformer.models import build
 from pyrformer.models.base import Family
 
 if TYPE_CHECKING:
+    from pyrformer.classify import Classes
     from pyrformer.finetune import LoraConfig
     from pyrformer.generate import Generation
     from pyrformer.score import Scores
@@ -291,6 +292,12 @@ class Model:
         from pyrformer.look import attention
 
         return attention(self, text)
+
+    def classify(self, texts: Iterable[str | Sequence[int]]) -> Classes:
+        """Classes of texts or of their tokens; see :func:`pyrformer.classify.classify`."""
+        from pyrformer.classify import classify
+
+        return classify(self, texts)
 
     def fill_mask(self, text: str, top_k: int = 5) -> list[list[FillMask]]:
         """The ``top_k`` most probable tokens for each mask token of ``text``, most probable first.

@@ -125,7 +125,7 @@ def score(
     )
     found: list[Floats] = []
     sizes: list[int] = []
-    for stretch in _stretches(texts):
+    for stretch in stretches(texts):
         rows: list[Row] = []
         for i, text in enumerate(stretch):
             ids = text_ids(model, text)
@@ -171,11 +171,11 @@ def embed(
         raise InputError(f"[embed] pooling must be 'mean', 'cls' or 'last', got {pooling!r}")
     most = model.family.max_positions
     parts: list[npt.NDArray[np.float32]] = []
-    for stretch in _stretches(texts):
-        rows = [Row(i, _cut(text_ids(model, text, framed=True), most), []) for i, text in enumerate(stretch)]
+    for stretch in stretches(texts):
+        rows = [Row(i, cut(text_ids(model, text, framed=True), most), []) for i, text in enumerate(stretch)]
         vectors: dict[int, npt.NDArray[Any]] = {}
         for batch in batches_of(model, rows):
-            sizes, arrays = _arrays(model, batch)
+            sizes, arrays = arrays_of(model, batch)
             make = partial(programs.encode, model.family, sizes, model.dtype)
             hidden = model.program(("encode", sizes), make)(**arrays)["hidden"]
             for state, row in zip(hidden, batch, strict=False):
@@ -190,7 +190,7 @@ def embed(
     return found.astype(np.float32)
 
 
-def _stretches(texts: Iterable[str | Sequence[int]]) -> Iterator[list[str | Sequence[int]]]:
+def stretches(texts: Iterable[str | Sequence[int]]) -> Iterator[list[str | Sequence[int]]]:
     if isinstance(texts, str):
         raise InputError("[score] give a list of texts, not one text")
     source = iter(texts)
@@ -207,7 +207,7 @@ def text_ids(model: Model, text: str | Sequence[int], *, framed: bool = False) -
     return [i for i, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real]
 
 
-def _cut(ids: list[int], most: int) -> list[int]:
+def cut(ids: list[int], most: int) -> list[int]:
     """At most ``most`` ids; the last one, which may be special, is kept."""
     return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
 
@@ -279,7 +279,7 @@ def batches_of(model: Model, rows: list[Row]) -> Iterator[list[Row]]:
             yield group[at : at + size]
 
 
-def _arrays(model: Model, batch: list[Row]) -> tuple[Sizes, dict[str, npt.NDArray[Any]]]:
+def arrays_of(model: Model, batch: list[Row]) -> tuple[Sizes, dict[str, npt.NDArray[Any]]]:
     """The inputs that all programs share: rows padded to the program's shape, which depends on the width alone."""
     width = _width(len(batch[0].ids), model.family.max_positions)
     size = max(1, TOKENS // width)
@@ -311,7 +311,7 @@ def _arrays(model: Model, batch: list[Row]) -> tuple[Sizes, dict[str, npt.NDArra
 
 def logprobs(model: Model, batch: list[Row]) -> list[list[float]]:
     """log p of each row's scored tokens."""
-    sizes, arrays = _arrays(model, batch)
+    sizes, arrays = arrays_of(model, batch)
     b, t = sizes.batch, sizes.tokens
     if model.family.objective == "ar":
         labels = np.full((b, t), -100, np.int32)
