@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyrformer.data import Batches
     from pyrformer.errors import Error
     from pyrformer.generate import Generation, filter_logits
+    from pyrformer.generation_config import GenerationConfig
     from pyrformer.model import Model
     from pyrformer.tokenizers import Tokenizer
     from pyrformer.trainer import Run, TrainConfig, train
@@ -28,6 +29,7 @@ _HOME = {
     "Batches": "data",
     "Error": "errors",
     "Generation": "generate",
+    "GenerationConfig": "generation_config",
     "Model": "model",
     "Run": "trainer",
     "Tokenizer": "tokenizers",
@@ -41,6 +43,7 @@ __all__ = [
     "Batches",
     "Error",
     "Generation",
+    "GenerationConfig",
     "Model",
     "Run",
     "Tokenizer",

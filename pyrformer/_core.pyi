@@ -162,8 +162,15 @@ class Search:
     """A search over a batch of prompts. Letters: A active sequences, V vocabulary."""
 
     def __new__(
-        cls, options_: dict[str, Any], prompts: Sequence[Sequence[int]], vocab_size: int
-    ) -> Search: ...
+        cls,
+        options_: dict[str, Any],
+        prompts: Sequence[tuple[Sequence[int], int, int | None]],
+        vocab_size: int,
+        allowed_tokens: Callable[[int, list[int]], Sequence[int]] | None = None,
+        processor: Callable[[list[int], _Floats], _Floats] | None = None,
+    ) -> Search:
+        """Each prompt: its ids, the padding that stood before them, the number of its first sequence for draws."""
+
     def step(self) -> tuple[int, _Ints, _Ints, _Ints] | None:
         """The forward pass wanted next: its number, tokens [A], parents [A], sequences [A]; None at the end."""
     def advance(self, logits: _Floats) -> None:

@@ -9,7 +9,9 @@ Letters: A active sequences, R cache rows, S cache slots, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,24 +22,22 @@ import numpy.typing as npt
 from pyrformer import _core, programs
 from pyrformer.compile import Compiled
 from pyrformer.errors import InputError
+from pyrformer.generation_config import STORED, GenerationConfig
 from pyrformer.model import Model
 
 #: Cache slots are made in multiples of this, so that calls of similar length share programs.
 SLOTS = 64
-# fmt: off
-#: What a stored ``generation_config.json`` may say about a search; its other keys concern other libraries.
-STORED = frozenset([
-    "max_new_tokens", "max_length", "min_length", "min_new_tokens", "do_sample", "num_beams",
-    "num_return_sequences", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff",
-    "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens",
-    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "early_stopping",
-    "exponential_decay_length_penalty", "renormalize_logits", "remove_invalid_values", "eos_token_id",
-])
-# fmt: on
 #: Options that mean nothing without sampling, or without beams.
 SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-BEAMS = {"length_penalty", "early_stopping"}
+BEAMS = {
+    "length_penalty",
+    "early_stopping",
+    "num_beam_groups",
+    "diversity_penalty",
+    "patience",
+    "stochastic_beams",
+    "force_words_ids",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Generation:
         ids: the new tokens only, end token included.
         scores: Hugging Face's ``sequences_scores`` in beam search, None otherwise.
         token_logprobs: the model's own log-probability of each token, nats.
-        finish_reasons: "stop" (end token) or "length".
+        finish_reasons: "stop" (end token, stop string, stopping criterion) or "length" (or the time ran out).
     """
 
     texts: list[str]
@@ -59,31 +59,36 @@ class Generation:
     finish_reasons: list[str]
 
 
-def generate(model: Model, prompts: Any, config: dict[str, Any] | None = None, **options: Any) -> Generation:
+def generate(
+    model: Model, prompts: Any, config: GenerationConfig | dict[str, Any] | None = None, **options: Any
+) -> Generation:
     """Continues prompts.
 
     Args:
         prompts: a string, a list of strings, a list of ids, lists of ids, or a padded integer array ``[B, T]`` with
-            ``attention_mask`` among the options (padding is dropped).
-        config: options as a dict; keywords override it, and it overrides the model's ``generation_config.json``.
+            ``attention_mask`` among the options (padding counts in min_length and max_length, nowhere else).
+        config: options; keywords override it, and it overrides the model's ``generation_config.json``.
         options: Hugging Face's names: max_new_tokens, max_length, min_new_tokens, do_sample, num_beams,
-            num_return_sequences, temperature, top_k, top_p, min_p, typical_p, repetition_penalty,
-            no_repeat_ngram_size, length_penalty, early_stopping, eos_token_id, seed, …
+            num_beam_groups, diversity_penalty, force_words_ids, num_return_sequences, temperature, top_k, top_p,
+            min_p, typical_p, repetition_penalty, no_repeat_ngram_size, length_penalty, early_stopping, eos_token_id,
+            stop_strings, max_time (seconds), …; besides presence_penalty, frequency_penalty, patience,
+            stochastic_beams and seed. And functions of one call:
+            ``prefix_allowed_tokens_fn(prompt, ids) -> token ids`` that may follow;
+            ``logits_processor(ids, scores [V]) -> scores [V]``, after all processors, before temperature and filters;
+            ``stopping_criteria(ids) -> bool``, whether the sequence ends here (not with beams).
+            ``first_sequence`` numbers the first sequence in the coordinates of draws: with 3, the one sequence that is
+            drawn is the fourth of a call that draws many with this seed.
 
     A text longer than the model's positions goes on: when they are used up, the older half is dropped from view.
 
     Raises:
-        InputError: an option is unknown or contradictory, or a prompt is empty or too long.
+        InputError: an option is unknown or contradictory, a prompt is empty or too long, or a function failed.
     """
-    mask = options.pop("attention_mask", None)
-    ids = _prompt_ids(model, prompts, mask)
-    merged = _options(model, config, options)
-    search = _core.Search(merged, ids, model.family.config.vocab_size)
+    call = _Call(model, prompts, config, options)
     with model.decoding:
-        decoder = Decoder(model, ids, search, merged)
-        while decoder.step() is not None:
+        for _ in call.run():
             pass
-    results = search.finish()
+    results = call.search.finish()
     tokenizer = model.tokenizer
     texts = [
         "" if tokenizer is None else tokenizer.decode(r["ids"], skip_special_tokens=True) for r in results
@@ -97,23 +102,27 @@ def generate(model: Model, prompts: Any, config: dict[str, Any] | None = None, *
     )
 
 
-def stream(model: Model, prompt: Any, config: dict[str, Any] | None = None, **options: Any) -> Iterator[str]:
+def stream(
+    model: Model, prompt: Any, config: GenerationConfig | dict[str, Any] | None = None, **options: Any
+) -> Iterator[str]:
     """Continues one prompt (greedy or sampled) and gives pieces of text as they become certain, never half a character.
 
     Raises:
         InputError: as :func:`generate`; also for several prompts or sequences, and for beam search.
     """
-    ids = _prompt_ids(model, prompt, None)
-    merged = _options(model, config, options)
-    if len(ids) != 1 or merged.get("num_beams", 1) != 1 or merged.get("num_return_sequences", 1) != 1:
+    model.require_tokenizer()
+    call = _Call(model, prompt, config, options)
+    if (
+        call.prompts != 1
+        or call.options.get("num_beams", 1) != 1
+        or call.options.get("num_return_sequences", 1) != 1
+    ):
         raise InputError(
             "[stream] only one prompt with num_beams=1 and num_return_sequences=1 can be streamed"
         )
-    search = _core.Search(merged, ids, model.family.config.vocab_size)
     pieces = model.require_tokenizer().stream_decoder(skip_special_tokens=True)
     with model.decoding:
-        decoder = Decoder(model, ids, search, merged)
-        while (emitted := decoder.step()) is not None:
+        for emitted in call.run():
             for _, token, _ in emitted:
                 piece = pieces.push(token)
                 if piece:
@@ -121,6 +130,82 @@ def stream(model: Model, prompt: Any, config: dict[str, Any] | None = None, **op
     last = pieces.finish()
     if last:
         yield last
+
+
+async def astream(
+    model: Model, prompt: Any, config: GenerationConfig | dict[str, Any] | None = None, **options: Any
+) -> AsyncIterator[str]:
+    """:func:`stream` for ``async for``: each step runs in a thread, so the event loop goes on."""
+    pieces = stream(model, prompt, config, **options)
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        yield piece
+
+
+class _Call:
+    """One generation: its options, its search, and when it stops."""
+
+    def __init__(self, model: Model, prompts: Any, config: Any, given: dict[str, Any]):
+        given = dict(given)
+        mask, first = given.pop("attention_mask", None), given.pop("first_sequence", None)
+        allowed, processor = given.pop("prefix_allowed_tokens_fn", None), given.pop("logits_processor", None)
+        self.criterion = given.pop("stopping_criteria", None)
+        stored = config.options if isinstance(config, GenerationConfig) else config
+        self.options = _options(model, stored, given)
+        self.stop_strings, self.max_time = _stops(self.options)
+        if self.options.get("num_beams", 1) != 1 and (self.stop_strings or self.criterion):
+            name = "stop_strings" if self.stop_strings else "stopping_criteria"
+            raise InputError(f"[generate] {name} needs num_beams=1; leave one of them out")
+        ids, padding = _prompt_ids(model, prompts, mask)
+        number = self.options.get("num_return_sequences", 1)
+        firsts = [None if first is None else first + i * number for i in range(len(ids))]
+        self.prompts, self.model, self.started = len(ids), model, time.monotonic()
+        places = list(zip(ids, padding, firsts, strict=True))
+        self.search = _core.Search(self.options, places, model.family.config.vocab_size, allowed, processor)
+        self.decoder = Decoder(model, ids, self.search, self.options)
+        #: Per sequence: what decodes it, and its latest text.
+        self.texts: dict[int, tuple[Any, str]] = {}
+        self.ids = [list(p) for p in ids for _ in range(number)]
+
+    def run(self) -> Iterator[list[tuple[int, int, float]]]:
+        """Steps until the search or the time is over; gives the tokens that each made certain."""
+        while (emitted := self.decoder.step()) is not None:
+            for sequence, token, _ in emitted:
+                if self._ends(sequence, token):
+                    self.search.stop(sequence)
+            yield emitted
+            if self.max_time is not None and time.monotonic() - self.started >= self.max_time:
+                return
+
+    def _ends(self, sequence: int, token: int) -> bool:
+        if self.criterion is not None:
+            self.ids[sequence].append(token)
+            if self.criterion(list(self.ids[sequence])):
+                return True
+        if not self.stop_strings:
+            return False
+        if sequence not in self.texts:
+            self.texts[sequence] = (
+                self.model.require_tokenizer().stream_decoder(skip_special_tokens=True),
+                "",
+            )
+        decoder, text = self.texts[sequence]
+        piece = decoder.push(token)
+        text += piece
+        # A stop string that ends in this piece begins at most its own length before it.
+        found = any(stop in text[-(len(piece) + len(stop)) :] for stop in self.stop_strings)
+        self.texts[sequence] = (decoder, text[-max(map(len, self.stop_strings)) :])
+        return bool(piece) and found
+
+
+def _stops(options: dict[str, Any]) -> tuple[list[str], float | None]:
+    """Takes out what the search does not know: stop strings, and the time in seconds."""
+    stops, seconds = options.pop("stop_strings", []), options.pop("max_time", None)
+    stops = [stops] if isinstance(stops, str) else list(stops)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise InputError(f"[generate] stop_strings must be non-empty strings, got {stops!r}")
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise InputError(f"[generate] max_time must be a number of seconds above 0, got {seconds!r}")
+    return stops, seconds
 
 
 def _options(model: Model, config: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +225,8 @@ def _options(model: Model, config: dict[str, Any] | None, options: dict[str, Any
     return {k: v for k, v in {**eos, **stored, **asked}.items() if v is not None}
 
 
-def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> list[list[int]]:
+def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> tuple[list[list[int]], list[int]]:
+    """The ids of each prompt, and how many padding tokens stood among them."""
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, np.ndarray):
@@ -149,10 +235,11 @@ def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> list[
             raise InputError(
                 f"[generate] prompts and attention_mask must be arrays [B, T], got {list(prompts.shape)}"
             )
-        return [row[k].tolist() for row, k in zip(prompts, keep, strict=True)]
+        ids = [row[k].tolist() for row, k in zip(prompts, keep, strict=True)]
+        return ids, (~keep).sum(1).tolist()
     prompts = list(prompts)
     if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
-        return [[int(p) for p in prompts]]
+        return [[int(p) for p in prompts]], [0]
     ids = []
     for i, prompt in enumerate(prompts):
         found = (
@@ -167,7 +254,7 @@ def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> list[
         ids.append(found)
     if not ids:
         raise InputError("[generate] there is no prompt")
-    return ids
+    return ids, [0] * len(ids)
 
 
 class Decoder:

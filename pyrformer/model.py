@@ -6,7 +6,7 @@ Letters: B batch, T tokens, C width, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -263,17 +263,23 @@ class Model:
         grads = {k.removeprefix("grad."): v for k, v in out.items() if k.startswith("grad.")}
         return batch.mean(out), grads
 
-    def generate(self, prompts: Any, config: dict[str, Any] | None = None, **options: Any) -> Generation:
+    def generate(self, prompts: Any, config: Any = None, **options: Any) -> Generation:
         """Continues prompts; see :func:`pyrformer.generate.generate`."""
         from pyrformer.generate import generate
 
         return generate(self, prompts, config, **options)
 
-    def stream(self, prompt: Any, config: dict[str, Any] | None = None, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Any, config: Any = None, **options: Any) -> Iterator[str]:
         """Continues one prompt, giving text as it comes; see :func:`pyrformer.generate.stream`."""
         from pyrformer.generate import stream
 
         return stream(self, prompt, config, **options)
+
+    def astream(self, prompt: Any, config: Any = None, **options: Any) -> AsyncIterator[str]:
+        """:meth:`stream` for ``async for``."""
+        from pyrformer.generate import astream
+
+        return astream(self, prompt, config, **options)
 
     def score(self, texts: Iterable[str | Sequence[int]], **options: Any) -> Scores:
         """Log-probabilities of texts; see :func:`pyrformer.score.score`."""

@@ -6,7 +6,7 @@ use numpy::{PyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use pyrformer_graph::{DType, TensorType};
-use pyrformer_search::{EarlyStopping, Filters, GenerationOptions, Prompt};
+use pyrformer_search::{EarlyStopping, Filters, GenerationOptions, Hooks, Prompt};
 
 use crate::array::to_numpy;
 use crate::enter::{Failure, enter};
@@ -60,6 +60,58 @@ fn pair<'py, A: FromPyObjectOwned<'py>, B: FromPyObjectOwned<'py>>(
     Ok((item(0)?.extract().map_err(Into::into)?, item(1)?.extract().map_err(Into::into)?))
 }
 
+/// A list of constraints: phrases (token ids) or lists of alternative phrases.
+fn constraints(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<Vec<u32>>>> {
+    let wanted = "a list of phrases (token ids) or of lists of alternative phrases";
+    let items = value.try_iter().map_err(|_| wrong(name, value, wanted))?;
+    items
+        .map(|item| {
+            let item = item?;
+            if let Ok(phrase) = item.extract::<Vec<u32>>()
+                && !phrase.is_empty()
+            {
+                return Ok(vec![phrase]);
+            }
+            item.extract().map_err(|_| wrong(name, value, wanted))
+        })
+        .collect()
+}
+
+/// Wraps the caller's functions: `allowed(prompt, ids) -> token ids` and `processor(ids, scores [V]) -> scores [V]`.
+fn hooks(allowed: Option<Py<PyAny>>, processor: Option<Py<PyAny>>) -> Hooks {
+    let mut hooks = Hooks::default();
+    if let Some(function) = allowed {
+        hooks.allowed_tokens = Some(Box::new(move |prompt, ids| {
+            Python::attach(|py| {
+                let tokens = function.call1(py, (prompt, ids.to_vec()))?;
+                let tokens = tokens.bind(py).try_iter()?.map(|token| token?.extract::<u32>());
+                tokens.collect::<PyResult<_>>()
+            })
+            .map_err(|e| e.to_string())
+        }));
+    }
+    if let Some(function) = processor {
+        hooks.processor = Some(Box::new(move |ids, row| {
+            Python::attach(|py| {
+                let scores = PyArray1::from_slice(py, row);
+                let changed = function.call1(py, (ids.to_vec(), scores))?;
+                let changed: Vec<f32> =
+                    changed.bind(py).try_iter()?.map(|x| x?.extract()).collect::<PyResult<_>>()?;
+                Ok::<_, PyErr>(changed)
+            })
+            .map_err(|e| e.to_string())
+            .and_then(|changed| {
+                if changed.len() != row.len() {
+                    return Err(format!("returned {} scores for {} tokens", changed.len(), row.len()));
+                }
+                row.copy_from_slice(&changed);
+                Ok(())
+            })
+        }));
+    }
+    hooks
+}
+
 fn options(given: &Bound<'_, PyDict>) -> PyResult<GenerationOptions> {
     let mut o = GenerationOptions::default();
     for (name, value) in given.iter() {
@@ -82,6 +134,13 @@ fn options(given: &Bound<'_, PyDict>) -> PyResult<GenerationOptions> {
             "num_return_sequences" => take!(num_return_sequences, "a whole number of 1 or more"),
             "repetition_penalty" => take!(repetition_penalty, "a number"),
             "encoder_repetition_penalty" => take!(encoder_repetition_penalty, "a number"),
+            "presence_penalty" => take!(presence_penalty, "a number"),
+            "frequency_penalty" => take!(frequency_penalty, "a number"),
+            "num_beam_groups" => take!(num_beam_groups, "a whole number of 1 or more"),
+            "diversity_penalty" => take!(diversity_penalty, "a number"),
+            "patience" => take!(patience, "a number"),
+            "stochastic_beams" => take!(stochastic_beams, "True or False"),
+            "force_words_ids" => o.force_words_ids = constraints(&name, &value)?,
             "no_repeat_ngram_size" => take!(no_repeat_ngram_size, "a whole number of 0 or more"),
             "encoder_no_repeat_ngram_size" => {
                 take!(encoder_no_repeat_ngram_size, "a whole number of 0 or more")
@@ -144,11 +203,21 @@ impl Search {
 
 #[pymethods]
 impl Search {
+    /// `prompts` holds the ids of each, the padding that stood before them, and the number of its first sequence.
     #[new]
-    fn new(options_: &Bound<'_, PyDict>, prompts: Vec<Vec<u32>>, vocab_size: usize) -> PyResult<Self> {
-        let prompts = prompts.into_iter().map(Prompt::from);
+    #[pyo3(signature = (options_, prompts, vocab_size, allowed_tokens=None, processor=None))]
+    fn new(
+        options_: &Bound<'_, PyDict>,
+        prompts: Vec<(Vec<u32>, usize, Option<u32>)>,
+        vocab_size: usize,
+        allowed_tokens: Option<Py<PyAny>>,
+        processor: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let prompt = |(ids, left_padding, first_sequence)| Prompt { ids, left_padding, first_sequence };
+        let prompts = prompts.into_iter().map(prompt);
         let search =
             pyrformer_search::Search::new(options(options_)?, prompts, vocab_size).map_err(Failure::from)?;
+        let search = search.with_hooks(hooks(allowed_tokens, processor));
         Ok(Self { inner: Mutex::new(Some(search)) })
     }
 

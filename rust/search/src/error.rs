@@ -32,6 +32,14 @@ pub enum Error {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// A function of the caller's failed.
+    #[error("[search] {name}: {problem}")]
+    Hook {
+        /// The option that gave the function.
+        name: &'static str,
+        /// What it said.
+        problem: String,
+    },
     /// The slice of logits has the wrong length.
     #[error("[search] step {step} needs logits [{active}, {vocab_size}], {given} numbers came")]
     Shape {

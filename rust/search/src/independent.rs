@@ -36,7 +36,7 @@ impl Independent {
                 setup.read_row(logits, path.row, step, *sequence, &mut raw)?;
                 normalizer = log_sum_exp(&raw);
                 scores.clone_from(&raw);
-                setup.process(path, &mut scores);
+                setup.process(path, &[], &mut scores)?;
                 if scores.iter().all(|x| *x == f32::NEG_INFINITY) {
                     return Err(Error::Logits { step, sequence: *sequence, problem: setup.all_banned() });
                 }

@@ -1,4 +1,4 @@
-//! Decoding over slices of logits: processors, filters, greedy search, sampling and beam search.
+//! Decoding over slices of logits: processors, filters, greedy search, sampling and the beams.
 //!
 //! The search knows neither model nor device. A loop outside alternates between the two:
 //!
@@ -28,6 +28,7 @@
 //! Letters: B prompts, V vocabulary size.
 
 mod beam;
+mod constraints;
 mod error;
 mod filters;
 mod independent;
@@ -36,9 +37,11 @@ mod path;
 mod processors;
 mod sample;
 mod search;
+mod stochastic;
 
 pub use error::{Error, Result};
 pub use filters::{Filters, filter_logits};
 pub use options::{EarlyStopping, GenerationOptions};
 pub use path::{FinishReason, Hypothesis};
+pub use processors::{AllowedTokens, Hooks, Processor};
 pub use search::{Emitted, Prompt, Search, Step};

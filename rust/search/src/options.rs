@@ -42,6 +42,11 @@ pub struct GenerationOptions {
     pub repetition_penalty: f64,
     /// Divides by 1/x, as above, for the tokens of the prompt: above 1 favours them; > 0, default 1.
     pub encoder_repetition_penalty: f64,
+    /// Subtracted from the score of every token of the addition, once each; default 0.
+    /// Source: vLLM `SamplingParams`.
+    pub presence_penalty: f64,
+    /// Subtracted from the score of every token of the addition, as often as it occurs there; default 0.
+    pub frequency_penalty: f64,
     /// No n-gram of this size may occur twice, prompt included; 0, the default, is off.
     pub no_repeat_ngram_size: usize,
     /// No n-gram of this size may be taken over from the prompt; 0, the default, is off.
@@ -58,6 +63,23 @@ pub struct GenerationOptions {
     pub forced_bos_token_id: Option<u32>,
     /// Tokens of which one must stand at the length limit.
     pub forced_eos_token_id: Vec<u32>,
+    /// Into how many groups the beams of a prompt are divided; each searches by itself, but avoids the tokens that earlier
+    /// groups chose in the same step. Divides `num_beams`; default 1.
+    /// Source: Vijayakumar et al. 2018, "Diverse Beam Search", algorithm 1, with Hamming diversity.
+    pub num_beam_groups: usize,
+    /// Subtracted from a token's score for each beam of an earlier group that chose it in this step; default 0, which is
+    /// refused with several groups, since they would all be equal.
+    pub diversity_penalty: f64,
+    /// How many finished hypotheses beam search waits for and compares, in units of `num_beams`; default 1.
+    /// Source: Kasai et al. 2022, "A Call for Clarity in Beam Search", section 2.2.
+    pub patience: f64,
+    /// Constraints, each a list of alternatives of which one must occur in the addition before an end token may.
+    /// Source: Post & Vilar 2018, "Fast Lexically Constrained Decoding with Dynamic Beam Allocation".
+    pub force_words_ids: Vec<Vec<Vec<u32>>>,
+    /// Draw `num_beams` distinct sequences without replacement from the distribution of filters and processors. Needs
+    /// `do_sample`; results come in drawing order, their scores are summed log-probabilities. Default false.
+    /// Source: Kool et al. 2019, "Stochastic Beams and Where to Find Them".
+    pub stochastic_beams: bool,
     /// Exponent of the length by which a beam's summed log-probability is divided; default 1. Positive favours long
     /// results. Needs `num_beams` > 1.
     pub length_penalty: f64,
@@ -89,6 +111,8 @@ impl Default for GenerationOptions {
             filters: Filters::default(),
             repetition_penalty: 1.0,
             encoder_repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             no_repeat_ngram_size: 0,
             encoder_no_repeat_ngram_size: 0,
             bad_words_ids: Vec::new(),
@@ -97,6 +121,11 @@ impl Default for GenerationOptions {
             begin_suppress_tokens: Vec::new(),
             forced_bos_token_id: None,
             forced_eos_token_id: Vec::new(),
+            num_beam_groups: 1,
+            diversity_penalty: 0.0,
+            patience: 1.0,
+            force_words_ids: Vec::new(),
+            stochastic_beams: false,
             length_penalty: 1.0,
             early_stopping: EarlyStopping::Heuristic,
             exponential_decay_length_penalty: None,
@@ -127,6 +156,7 @@ impl GenerationOptions {
             ("max_new_tokens", self.max_new_tokens),
             ("max_length", self.max_length),
             ("num_beams", Some(self.num_beams)),
+            ("num_beam_groups", Some(self.num_beam_groups)),
             ("num_return_sequences", Some(self.num_return_sequences)),
         ] {
             if value == Some(0) {
@@ -145,9 +175,18 @@ impl GenerationOptions {
                 );
             }
         }
-        if !self.length_penalty.is_finite() {
-            return Error::option("length_penalty", format!("is {}; it must be finite", self.length_penalty));
+        for (name, value) in [
+            ("length_penalty", self.length_penalty),
+            ("diversity_penalty", self.diversity_penalty),
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+            ("patience", self.patience),
+        ] {
+            if !(value as f32).is_finite() {
+                return Error::option(name, format!("is {value}; it must be finite"));
+            }
         }
+        self.validate_beams()?;
         if let (Some(least), Some(most)) = (self.min_new_tokens, self.max_new_tokens)
             && least > most
         {
@@ -185,6 +224,58 @@ impl GenerationOptions {
         Ok(())
     }
 
+    fn validate_beams(&self) -> Result<()> {
+        let (beams, groups) = (self.num_beams, self.num_beam_groups);
+        let set = [
+            ("num_beam_groups", groups > 1),
+            ("force_words_ids", !self.force_words_ids.is_empty()),
+            ("patience", self.patience != 1.0),
+            ("stochastic_beams", self.stochastic_beams),
+        ];
+        if let Some((name, _)) = set.iter().find(|(_, set)| *set && beams == 1) {
+            return Error::option(name, "is set but needs num_beams above 1; set that or leave it out");
+        }
+        if self.diversity_penalty < 0.0 || (groups > 1 && self.diversity_penalty == 0.0) {
+            let problem = format!("is {}; groups differ only if it is above 0", self.diversity_penalty);
+            return Error::option("diversity_penalty", problem);
+        }
+        if groups == 1 && self.diversity_penalty != 0.0 {
+            return Error::option("diversity_penalty", "is set but needs num_beam_groups above 1");
+        }
+        if !beams.is_multiple_of(groups) {
+            return Error::option(
+                "num_beam_groups",
+                format!("is {groups}; it must divide num_beams, {beams}"),
+            );
+        }
+        if self.patience <= 0.0 || self.patience * (beams as f64) < 0.5 {
+            let problem = format!("is {}; times num_beams it must be at least one", self.patience);
+            return Error::option("patience", problem);
+        }
+        if groups > 1 && !self.force_words_ids.is_empty() {
+            return Error::option("force_words_ids", "cannot be combined with num_beam_groups above 1");
+        }
+        if self.do_sample
+            && let Some((name, _)) = set[..2].iter().find(|(_, set)| *set)
+        {
+            return Error::option(name, "cannot be combined with do_sample; leave one of them out");
+        }
+        if self.stochastic_beams {
+            if !self.do_sample {
+                return Error::option("stochastic_beams", "is set but needs do_sample");
+            }
+            let ranked = [
+                ("length_penalty", self.length_penalty != 1.0),
+                ("early_stopping", self.early_stopping != EarlyStopping::Heuristic),
+                ("patience", self.patience != 1.0),
+            ];
+            if let Some((name, _)) = ranked.iter().find(|(_, set)| *set) {
+                return Error::option(name, "has no meaning with stochastic_beams; leave it out");
+            }
+        }
+        Ok(())
+    }
+
     fn validate_tokens(&self, vocab_size: usize) -> Result<()> {
         let forced_bos = self.forced_bos_token_id.as_slice();
         let mut lists: Vec<(&'static str, &[u32])> = vec![
@@ -196,6 +287,8 @@ impl GenerationOptions {
         ];
         lists.extend(self.bad_words_ids.iter().map(|words| ("bad_words_ids", words.as_slice())));
         lists.extend(self.sequence_bias.iter().map(|(words, _)| ("sequence_bias", words.as_slice())));
+        lists
+            .extend(self.force_words_ids.iter().flatten().map(|words| ("force_words_ids", words.as_slice())));
         for (name, tokens) in lists {
             if let Some(token) = tokens.iter().find(|t| **t as usize >= vocab_size) {
                 return Error::option(
@@ -207,6 +300,14 @@ impl GenerationOptions {
         if self.bad_words_ids.iter().any(Vec::is_empty) {
             return Error::option("bad_words_ids", "has an empty sequence; remove it");
         }
+        for alternatives in &self.force_words_ids {
+            if alternatives.is_empty() || alternatives.iter().any(Vec::is_empty) {
+                return Error::option("force_words_ids", "has an empty list; remove it");
+            }
+            if alternatives.iter().flatten().any(|token| self.eos_token_id.contains(token)) {
+                return Error::option("force_words_ids", "has an end token, after which nothing can follow");
+            }
+        }
         for (sequence, bias) in &self.sequence_bias {
             if sequence.is_empty() || bias.is_nan() || *bias as f32 == f32::INFINITY {
                 return Error::option(
@@ -216,6 +317,16 @@ impl GenerationOptions {
             }
         }
         Ok(())
+    }
+
+    /// Beams of one group.
+    pub(crate) fn group_width(&self) -> usize {
+        self.num_beams / self.num_beam_groups
+    }
+
+    /// How many finished hypotheses of a group are kept, and awaited before it may stop.
+    pub(crate) fn kept(&self) -> usize {
+        ((self.group_width() as f64 * self.patience).round() as usize).max(1)
     }
 
     /// How many tokens may follow a prompt of `width` tokens, padding included.

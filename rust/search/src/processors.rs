@@ -6,8 +6,8 @@
 //! Source: transformers 5.23 `generation/logits_process.py`; the order is that of `_get_logits_processor` in
 //! `generation/utils.py`.
 
-use crate::GenerationOptions;
-use crate::sample::log_softmax;
+use crate::sample::{check_row, log_softmax};
+use crate::{Error, GenerationOptions, Result};
 
 /// Where a hypothesis stands.
 #[derive(Clone, Copy, Debug)]
@@ -18,12 +18,42 @@ pub(crate) struct Context<'a> {
     pub(crate) prompt_len: usize,
     /// Prompt with the padding before it.
     pub(crate) width: usize,
+    /// Position of the prompt in the batch.
+    pub(crate) prompt: usize,
+    /// Tokens that earlier beam groups of the prompt took in this step.
+    pub(crate) taken: &'a [u32],
+}
+
+/// Bans all tokens but those it returns, for the ids of a sequence and the position of its prompt in the batch.
+pub type AllowedTokens = dyn Fn(usize, &[u32]) -> Result<Vec<u32>, String> + Send + Sync;
+/// Changes a row of scores `[V]`, for the ids of a sequence.
+pub type Processor = dyn Fn(&[u32], &mut [f32]) -> Result<(), String> + Send + Sync;
+
+/// Functions of the caller's that act on scores; the messages of their failures end the search.
+#[derive(Default)]
+pub struct Hooks {
+    /// Hugging Face's `prefix_allowed_tokens_fn`; acts before forced tokens.
+    pub allowed_tokens: Option<Box<AllowedTokens>>,
+    /// Acts after all processors, before the filters.
+    pub processor: Option<Box<Processor>>,
+}
+
+impl std::fmt::Debug for Hooks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let set = (self.allowed_tokens.is_some(), self.processor.is_some());
+        f.debug_tuple("Hooks").field(&set).finish()
+    }
 }
 
 /// Applies every processor that `options` set to `row` `[V]`, in the reference's order, then the filters when sampling,
 /// then the renormalisation.
-pub(crate) fn process(options: &GenerationOptions, context: Context<'_>, row: &mut [f32]) {
-    let Context { ids, prompt_len, width } = context;
+pub(crate) fn process(
+    options: &GenerationOptions,
+    hooks: &Hooks,
+    context: Context<'_>,
+    row: &mut [f32],
+) -> Result<()> {
+    let Context { ids, prompt_len, width, prompt: number, taken } = context;
     let prompt = &ids[..prompt_len];
     let added = ids.len() - prompt_len;
     let length = width + added;
@@ -32,12 +62,14 @@ pub(crate) fn process(options: &GenerationOptions, context: Context<'_>, row: &m
     for (sequence, bias) in &options.sequence_bias {
         sequence_bias(ids, sequence, *bias, row);
     }
+    taken.iter().for_each(|&token| row[token as usize] -= options.diversity_penalty as f32);
     if options.encoder_repetition_penalty != 1.0 {
         repetition_penalty(prompt, 1.0 / options.encoder_repetition_penalty, row);
     }
     if options.repetition_penalty != 1.0 {
         repetition_penalty(ids, options.repetition_penalty, row);
     }
+    additive_penalties(&ids[prompt_len..], options.presence_penalty, options.frequency_penalty, row);
     no_repeat_ngram(ids, ids, options.no_repeat_ngram_size, row);
     no_repeat_ngram(ids, prompt, options.encoder_no_repeat_ngram_size, row);
     for words in &options.bad_words_ids {
@@ -47,6 +79,12 @@ pub(crate) fn process(options: &GenerationOptions, context: Context<'_>, row: &m
     }
     if added < options.new_token_minimum(width) {
         ban(eos, row);
+    }
+    if let Some(function) = &hooks.allowed_tokens {
+        let allowed = function(number, ids)
+            .map_err(|problem| Error::Hook { name: "prefix_allowed_tokens_fn", problem })?;
+        keep_only(&allowed, row)
+            .map_err(|problem| Error::Hook { name: "prefix_allowed_tokens_fn", problem })?;
     }
     if let Some(bos) = options.forced_bos_token_id
         && length == 1
@@ -65,6 +103,13 @@ pub(crate) fn process(options: &GenerationOptions, context: Context<'_>, row: &m
     if added == begin {
         ban(&options.begin_suppress_tokens, row);
     }
+    if let Some(function) = &hooks.processor {
+        function(ids, row).map_err(|problem| Error::Hook { name: "logits_processor", problem })?;
+        check_row(row).or_else(|problem| {
+            let banned = row.iter().all(|x| *x == f32::NEG_INFINITY);
+            if banned { Ok(()) } else { Err(Error::Hook { name: "logits_processor", problem }) }
+        })?;
+    }
     // With everything banned there is nothing to filter; the caller reports it.
     if options.do_sample && row.iter().any(|x| *x > f32::NEG_INFINITY) {
         let mut filters = options.filters;
@@ -77,6 +122,32 @@ pub(crate) fn process(options: &GenerationOptions, context: Context<'_>, row: &m
     if options.renormalize_logits {
         log_softmax(row);
     }
+    Ok(())
+}
+
+/// Subtracts `presence` once, and `frequency` for each occurrence, from the scores of the tokens of the addition.
+pub(crate) fn additive_penalties(addition: &[u32], presence: f64, frequency: f64, row: &mut [f32]) {
+    if presence == 0.0 && frequency == 0.0 {
+        return;
+    }
+    let mut tokens = addition.to_vec();
+    tokens.sort_unstable();
+    for run in tokens.chunk_by(|a, b| a == b) {
+        let score = &mut row[run[0] as usize];
+        *score = (*score - (presence + frequency * run.len() as f64) as f32).min(f32::MAX);
+    }
+}
+
+/// Bans all tokens but `allowed`, which keep their scores.
+fn keep_only(allowed: &[u32], row: &mut [f32]) -> Result<(), String> {
+    let before = row.to_vec();
+    row.fill(f32::NEG_INFINITY);
+    for &token in allowed {
+        let problem = || format!("allowed token {token}, but the vocabulary ends at {}", before.len());
+        let score = *before.get(token as usize).ok_or_else(problem)?;
+        row[token as usize] = score;
+    }
+    Ok(())
 }
 
 /// Divides the positive scores, and multiplies the negative ones, of all tokens in `ids` by `penalty`, once each.
@@ -148,6 +219,11 @@ mod tests {
     use crate::sample::log_sum_exp;
     use pyrformer_files::SafeTensors;
     use serde_json::Value;
+
+    fn apply(options: &GenerationOptions, ids: &[u32], prompt_len: usize, width: usize, row: &mut [f32]) {
+        let context = Context { ids, prompt_len, width, prompt: 0, taken: &[] };
+        process(options, &Hooks::default(), context, row).unwrap();
+    }
 
     fn list(value: &Value) -> Vec<u32> {
         value.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
@@ -224,7 +300,7 @@ mod tests {
                     let skip = list(&settings["ignore_leading"])[row] as usize;
                     repetition_penalty(&ids[skip..], options.repetition_penalty, &mut scores);
                 } else {
-                    process(&options, Context { ids, prompt_len, width: prompt_len }, &mut scores);
+                    apply(&options, ids, prompt_len, prompt_len, &mut scores);
                 }
                 for (token, (a, b)) in scores.iter().zip(&expected[row * v..]).enumerate() {
                     let close = a == b || (a - b).abs() <= 1e-6 * b.abs().max(1.0);
@@ -243,7 +319,7 @@ mod tests {
         };
         let run = |ids: &[u32], prompt_len, width| {
             let mut row = [1.0, 2.0, 0.5];
-            process(&options, Context { ids, prompt_len, width }, &mut row);
+            apply(&options, ids, prompt_len, width, &mut row);
             row
         };
         let no = f32::NEG_INFINITY;
@@ -278,6 +354,15 @@ mod tests {
         // One token would complete it, but the reference asks for as many tokens as the sequence has.
         assert_eq!(biased(&[1], &[1, 2]), [0.0; 3]);
         assert_eq!(biased(&[1], &[]), [0.0; 3]);
+    }
+
+    #[test]
+    fn additive_penalties_count_the_addition_only() {
+        let mut row = [1.0f32; 4];
+        let options =
+            GenerationOptions { presence_penalty: 0.5, frequency_penalty: 0.25, ..Default::default() };
+        apply(&options, &[3, 3, 1, 2, 1], 2, 2, &mut row);
+        assert_eq!(row, [1.0, 0.0, 0.25, 1.0]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use pyrformer_random::Stream;
 /// Names the draws of this crate to the random generator; beams draw apart from single sequences.
 pub(crate) const SAMPLE_PURPOSE: u32 = 0x5345_0001;
 pub(crate) const BEAM_PURPOSE: u32 = 0x5345_0002;
+pub(crate) const GUMBEL_PURPOSE: u32 = 0x5345_0003;
 
 /// What makes a row of logits unusable, with the remedy, if anything does.
 pub(crate) fn check_row(row: &[f32]) -> Result<(), String> {
@@ -71,7 +72,8 @@ pub(crate) fn draw_distinct(scores: &[f64], count: usize, seed: u64, prompt: u32
         .collect()
 }
 
-fn coordinate(sequence: u32, step: usize) -> u64 {
+/// The coordinate of the draws of one sequence (or prompt) at one step.
+pub(crate) fn coordinate(sequence: u32, step: usize) -> u64 {
     u64::from(sequence) << 32 | step as u64
 }
 

@@ -3,8 +3,9 @@
 use crate::beam::Beams;
 use crate::independent::Independent;
 use crate::path::{Hypothesis, Path};
-use crate::processors::{self, Context};
+use crate::processors::{self, Context, Hooks};
 use crate::sample::check_row;
+use crate::stochastic::Stochastic;
 use crate::{Error, GenerationOptions, Result};
 
 /// A prompt to continue. `Vec<u32>` converts into one with no padding.
@@ -60,6 +61,7 @@ pub struct Emitted {
 pub(crate) struct Setup {
     pub(crate) options: GenerationOptions,
     pub(crate) prompts: Vec<PromptSetup>,
+    hooks: Hooks,
     vocab_size: usize,
 }
 
@@ -86,6 +88,7 @@ pub struct Search {
 enum Strategy {
     Independent(Independent),
     Beams(Beams),
+    Stochastic(Stochastic),
 }
 
 impl Search {
@@ -113,13 +116,22 @@ impl Search {
             parents: rows.clone().collect(),
             sequences: rows.map(|p| p * per_prompt as u32).collect(),
         };
-        let setup = Setup { options, prompts, vocab_size };
-        let strategy = if setup.options.num_beams > 1 {
+        let setup = Setup { options, prompts, hooks: Hooks::default(), vocab_size };
+        let strategy = if setup.options.stochastic_beams {
+            Strategy::Stochastic(Stochastic::new(&setup))
+        } else if setup.options.num_beams > 1 {
             Strategy::Beams(Beams::new(&setup))
         } else {
             Strategy::Independent(Independent::new(&setup))
         };
         Ok(Self { setup, strategy, step, emitted: Vec::new() })
+    }
+
+    /// Lets functions of the caller's act on the scores.
+    #[must_use]
+    pub fn with_hooks(mut self, hooks: Hooks) -> Self {
+        self.setup.hooks = hooks;
+        self
     }
 
     /// The forward pass wanted next, or `None` when all sequences are finished.
@@ -132,7 +144,8 @@ impl Search {
     ///
     /// # Errors
     /// [`Error::Shape`] for a slice of another length (an empty one is right once the search is over);
-    /// [`Error::Logits`] for a NaN or +∞ unless `remove_invalid_values`, or when every token is banned. The search
+    /// [`Error::Logits`] for a NaN or +∞ unless `remove_invalid_values`, or when every token is banned;
+    /// [`Error::Hook`] if one of the caller's functions fails. The search
     /// stays as it was, so other logits may be given.
     pub fn advance(&mut self, logits: &[f32]) -> Result<()> {
         let (step, active, vocab_size) = (self.step.index, self.step.tokens.len(), self.setup.vocab_size);
@@ -146,7 +159,11 @@ impl Search {
             }
             Strategy::Beams(beams) => {
                 beams.advance(&self.setup, step, logits)?;
-                self.step = next_step(step + 1, beams.open(&self.setup));
+                self.step = next_step(step + 1, beams.open());
+            }
+            Strategy::Stochastic(nodes) => {
+                nodes.advance(&self.setup, step, logits)?;
+                self.step = next_step(step + 1, nodes.open(&self.setup));
             }
         }
         Ok(())
@@ -181,6 +198,7 @@ impl Search {
         match self.strategy {
             Strategy::Independent(sequences) => sequences.finish(),
             Strategy::Beams(beams) => beams.finish(&self.setup),
+            Strategy::Stochastic(nodes) => nodes.finish(&self.setup),
         }
     }
 }
@@ -254,14 +272,13 @@ impl Setup {
         check_row(out).map_err(|problem| Error::Logits { step, sequence, problem })
     }
 
-    /// Applies processors and filters to the scores of what follows `path`.
-    pub(crate) fn process(&self, path: &Path, scores: &mut [f32]) {
-        let width = self.prompts[path.prompt].width;
-        processors::process(
-            &self.options,
-            Context { ids: &path.ids, prompt_len: path.prompt_len, width },
-            scores,
-        );
+    /// Applies processors and filters to the scores of what follows `path`; `taken` are the tokens that earlier groups
+    /// took in this step.
+    pub(crate) fn process(&self, path: &Path, taken: &[u32], scores: &mut [f32]) -> Result<()> {
+        let Path { ids, prompt_len, prompt, .. } = path;
+        let width = self.prompts[*prompt].width;
+        let context = Context { ids, prompt_len: *prompt_len, width, prompt: *prompt, taken };
+        processors::process(&self.options, &self.hooks, context, scores)
     }
 
     pub(crate) fn is_end(&self, token: u32) -> bool {
