@@ -9,7 +9,6 @@ Letters: A active sequences, R cache rows, S cache slots, V vocabulary.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -136,6 +135,8 @@ async def astream(
     model: Model, prompt: Any, config: GenerationConfig | dict[str, Any] | None = None, **options: Any
 ) -> AsyncIterator[str]:
     """:func:`stream` for ``async for``: each step runs in a thread, so the event loop goes on."""
+    import asyncio  # slow to import, and few need it
+
     pieces = stream(model, prompt, config, **options)
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         yield piece

@@ -82,6 +82,12 @@ fn a_wide_constrained_beam_is_exhaustive_search_among_what_meets_the_constraints
             for (h, (score, _)) in found.iter().zip(&wanted) {
                 assert!((h.score.unwrap() - score).abs() < 1e-5, "seed {seed}: {h:?}, expected {score}");
             }
+            // An end token waits for the constraints; what the length cut off before it met them comes after the rest.
+            let more = GenerationOptions { num_return_sequences: 256, ..options.clone() };
+            for h in &table.generate(&more)[wanted.len()..] {
+                assert!(!meets(&h.ids) && h.ids.len() == 4 && h.ids[..3].iter().all(|t| *t != 0), "{h:?}");
+                assert!(*h.ids.last().unwrap() != 0, "{h:?}");
+            }
             // A narrow beam meets them too, for the longest of them fits into the length.
             let narrow = GenerationOptions { num_beams: 4, num_return_sequences: 1, ..options };
             assert!(meets(&table.generate(&narrow)[0].ids), "seed {seed}");
