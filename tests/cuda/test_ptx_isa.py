@@ -83,6 +83,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "add.ftz.f32": ("f32", f2, [((1.5, 2.25), 3.75), ((inf, -inf), nan), ((TINY, 0), 0), ((1.2e-38, -1.3e-38), -0.0)]),
     "sub.ftz.f32": ("f32", f2, [((1.5, 2.25), -0.75), ((TINY, -TINY), 0)]),
     "mul.ftz.f32": ("f32", f2, [((1.5, -2), -3), ((1e-20, 1e-20), 0), ((TINY, 1e30), 0), ((0, inf), nan)]),
+    "mul.rn.ftz.f32": ("f32", f2, [((1.5, -2), -3), ((1e-20, 1e-20), 0), ((TINY, 1e30), 0), ((0, inf), nan)]),
     "mul.f32": ("f32", f2, [((TINY, 1e30), float(np.float32(TINY)) * 1e30)]),
     "fma.rn.ftz.f32": ("f32", f3, [((ABOVE, ABOVE, -1), 2.0**-22 + 2.0**-46), ((TINY, 1e30, 1), 1), ((2, 3, 4), 10)]),
     "fma.rm.ftz.f32": (
@@ -99,6 +100,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "abs.ftz.f32": ("f32", f1, [((-2.5,), 2.5), ((-inf,), inf), ((-TINY,), 0)]),
     "neg.ftz.f32": ("f32", f1, [((2.5,), -2.5), ((0,), -0.0)]),
     "max.ftz.f32": ("f32", f2, [((1, 2), 2), ((nan, 2), 2), ((-3, nan), -3), ((nan, nan), nan)]),
+    "min.ftz.f32": ("f32", f2, [((1, 2), 1), ((nan, 2), 2), ((-3, nan), -3), ((nan, nan), nan)]),
     "copysign.f32": ("f32", f2, [((-1, 3), -3), ((1, -3), 3), ((-0.0, 5), -5)]),
     "cvt.ftz.sat.f32.f32": ("f32", f1, [((0.25,), 0.25), ((-3,), 0), ((7,), 1), ((nan,), 0), ((TINY,), 0)]),
     "cvt.rn.f32.s32": ("f32", ("s32",), [((-5,), -5), ((2**24 + 1,), 2**24)]),
@@ -152,6 +154,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.gt.ftz.f32": ("pred", f2, [((1, 2), 0), ((2, 1), 1), ((nan, 1), 0)]),
     "setp.ge.ftz.f32": ("pred", f2, [((1, 1), 1), ((1, 2), 0), ((nan, 1), 0)]),
     "setp.ltu.ftz.f32": ("pred", f2, [((1, 2), 1), ((2, 1), 0), ((nan, 1), 1)]),
+    "setp.leu.ftz.f32": ("pred", f2, [((1, 1), 1), ((2, 1), 0), ((1, nan), 1)]),
     "setp.gtu.ftz.f32": ("pred", f2, [((1, 2), 0), ((2, 1), 1), ((nan, 1), 1)]),
     "setp.eq.s16": ("pred", ("s16", "s16"), [((5, 5), 1), ((5, 6), 0)]),
     "setp.eq.s32": ("pred", ("s32", "s32"), [((-5, -5), 1), ((5, -5), 0)]),
@@ -213,7 +216,8 @@ def test_rounding_down_is_exact(rng):
 SPECIAL = {
     "bar.red.or.pred",
     "bar.sync", "bra", "bra.uni", "ld.global.b32", "ld.global.f32", "ld.global.nc.b32", "ld.global.nc.f32",
-    "ld.global.nc.u32", "ld.global.nc.v4.b32", "ld.global.nc.v4.f32", "ld.global.u32", "ld.global.v4.b32",
+    "ld.global.nc.u32", "ld.global.nc.v2.u32", "ld.global.nc.v4.b32", "ld.global.nc.v4.f32", "ld.global.u32",
+    "ld.global.v4.b32",
     "ld.global.v4.f32", "ld.param.b32", "ld.param.b64", "ld.param.f32", "ld.param.s32", "ld.param.u32", "ld.param.u64",
     "ld.shared.b32", "ld.shared.f32", "ld.shared.v4.b32", "ld.shared.v4.f32", "ret", "shfl.sync.bfly.b32",
     "st.global.b32", "st.global.f32", "st.global.u32", "st.global.v2.b64", "st.global.v4.b32", "st.global.v4.f32",
@@ -280,6 +284,15 @@ def test_vectors(load, kind):
     shared = ".shared .align 16 .b8 buffer[16];"
     got = run(body, 1, [np.arange(8, dtype=np.float32)], ((4,), np.float32), shared)
     assert got.tolist() == [5, 5, 5, 4]
+
+
+def test_pairs():
+    body = """
+    ld.global.nc.v2.u32 {%r1, %r2}, [%rd0+8];
+    st.global.u32 [%rd1], %r2;
+    st.global.u32 [%rd1+4], %r1;
+    """
+    assert run(body, 1, [np.arange(4, dtype=np.uint32)], ((2,), np.uint32)).tolist() == [3, 2]
 
 
 def test_parameters_and_special_registers():
