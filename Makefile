@@ -62,7 +62,7 @@ fuzz: $(READY) ## Tokenizers against the `tokenizers` library on 120,000 generat
 	$(ELSEWHERE); PYRFORMER_FUZZ=15000 $(PYTEST) $(CURDIR)/tests/text/test_fuzz.py
 
 .PHONY: torture
-torture: build ## Kill training and break its files a thousand times (minutes); see docs/reliability.md
+torture: build ## Kill training and break its files hundreds of times; see docs/reliability.md
 	$(ELSEWHERE); PYRFORMER_TORTURE=25 $(PYTEST) $(CURDIR)/tests/train/test_torture.py
 
 .PHONY: lint
