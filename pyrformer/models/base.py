@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from pyrformer.errors import ConfigError
 from pyrformer.fields import check_types
-from pyrformer.nn import Module, Parameter, Tensor, Trace
+from pyrformer.models.positions import Rope, rope, rope_parameters
+from pyrformer.nn import Embedding, Init, Linear, Module, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
 Ints = npt.NDArray[np.int32]
@@ -130,6 +131,36 @@ class ModelConfig:
         self.require(width % heads == 0, f"{width_name} ({width}) is not divisible by {heads_name} ({heads})")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RotaryConfig(ModelConfig):
+    """The part of a configuration that rotary positions read."""
+
+    #: What ``rope_parameters`` hold where the file does not say.
+    ROPE: ClassVar[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0}
+
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] | None = None
+
+    @classmethod
+    def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        older = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct")
+        return {**{k: v for k, v in raw.items() if k not in older}, "rope_parameters": rope_parameters(raw)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_sizes(max_position_embeddings=self.max_position_embeddings)
+        self.fill(rope_parameters={**self.ROPE, **(self.rope_parameters or {})})
+
+    def rotary_width(self) -> int:
+        """D, the width of a head."""
+        raise NotImplementedError
+
+    def rope(self, length: int) -> Rope:
+        """The rotary frequencies for inputs of ``length`` tokens."""
+        parameters = self.rope_parameters or {}
+        return rope(parameters, self.rotary_width(), self.max_position_embeddings, length, self.model_type)
+
+
 @dataclass(frozen=True)
 class Cache:
     """Where decoding keeps keys and values: layer i's are the states ``{prefix}.{i}.key`` and ``.value`` ``[R, S, C]``.
@@ -202,6 +233,10 @@ class Inputs:
         """The position of each key: int32[B, T], or int32[S] of the cache's slots."""
         return self.position_ids if self.cache is None else F.iota(self.trace, self.cache.shape[1])
 
+    def rope_table(self, angles: Rope) -> Tensor:
+        """The rotations of the tokens' positions by these frequencies, ``[B, T, R]``."""
+        return F.rope_table(self.position_ids, angles.inv_freq, angles.scale)
+
     def attend(
         self,
         layer: int,
@@ -218,6 +253,14 @@ class Inputs:
             return self.cache.attend(layer, q, k, v, spec, key_bias)
         optional = {"segments": self.segments, "key_bias": key_bias, "prefix": self.prefix}
         return F.attention(q, k, v, spec, **optional, dropout_p=dropout_p)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention is told of positions, beside what the embeddings hold: rotations, or a bias on keys."""
+
+    table: Tensor | None = None
+    key_bias: Tensor | None = None
 
 
 class Family(Module):
@@ -296,6 +339,23 @@ class Family(Module):
     def stored_name(self, name: str) -> str:
         """The name of a parameter in files."""
         return name
+
+
+class CausalLM(Family):
+    """A family that predicts the next token through ``lm_head``, made by :meth:`make_head` once the body is there."""
+
+    objective = "ar"
+    lm_head: Linear
+
+    def make_head(self, width: int, init: Init, words: Embedding) -> None:
+        """Makes the head, tied to the word embeddings where configured, and names all parameters."""
+        self.lm_head = Linear(width, self.config.vocab_size, init, bias=False)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = words.weight
+        self.name_parameters()
+
+    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
+        return self.lm_head.weight, None
 
 
 def masked_positions(mask: Ints) -> Ints:

@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import Family, Inputs, Ints, ModelConfig, masked_positions
-from pyrformer.models.positions import Rope, alibi_slopes, rope, rope_parameters
-from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
+from pyrformer.models.base import CausalLM, Inputs, Ints, Positions, RotaryConfig, masked_positions
+from pyrformer.models.positions import alibi_slopes
+from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Tensor
 from pyrformer.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
-class FalconConfig(ModelConfig):
+class FalconConfig(RotaryConfig):
     """Hugging Face's ``FalconConfig``."""
 
     model_type: ClassVar[str] = "falcon"
@@ -46,24 +46,16 @@ class FalconConfig(ModelConfig):
     multi_query: bool = True
     parallel_attn: bool = True
     bias: bool = False
-    max_position_embeddings: int = 2048
-    rope_parameters: dict[str, Any] | None = None
 
     @classmethod
     def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
         # The files first published say n_layer and n_head.
         older = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
-        raw = {older.get(k, k): v for k, v in raw.items()}
-        old = ("rope_theta", "rope_scaling")
-        return {**{k: v for k, v in raw.items() if k not in old}, "rope_parameters": rope_parameters(raw)}
+        return super().modernise({older.get(k, k): v for k, v in raw.items()})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_sizes(
-            vocab_size=self.vocab_size,
-            num_hidden_layers=self.num_hidden_layers,
-            max_position_embeddings=self.max_position_embeddings,
-        )
+        self.check_sizes(vocab_size=self.vocab_size, num_hidden_layers=self.num_hidden_layers)
         self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         self.check_probabilities(hidden_dropout=self.hidden_dropout, attention_dropout=self.attention_dropout)
         norms = self.num_ln_in_parallel_attn
@@ -76,7 +68,6 @@ class FalconConfig(ModelConfig):
         self.fill(
             num_kv_heads=self.num_kv_heads or heads,
             ffn_hidden_size=self.ffn_hidden_size or 4 * self.hidden_size,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})},
         )
         if not self.alibi:
             self.rope(1)
@@ -103,19 +94,8 @@ class FalconConfig(ModelConfig):
         """Whether attention and MLP read the same residual."""
         return self.new_decoder_architecture or self.parallel_attn
 
-    def rope(self, length: int) -> Rope:
-        """The rotary frequencies for inputs of ``length`` tokens."""
-        return rope(
-            self.rope_parameters or {}, self.head_dim, self.max_position_embeddings, length, self.model_type
-        )
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What attention needs to know of positions: one of the two."""
-
-    table: Tensor | None
-    key_bias: Tensor | None
+    def rotary_width(self) -> int:
+        return self.head_dim
 
 
 class Attention(Module):
@@ -191,20 +171,15 @@ class Transformer(Module):
         self.ln_f = LayerNorm(c.hidden_size, c.layer_norm_epsilon)
 
 
-class Falcon(Family):
+class Falcon(CausalLM):
     """Falcon with its language-model head."""
-
-    objective = "ar"
 
     def __init__(self, config: FalconConfig):
         self.config: FalconConfig = config
         self.max_positions = config.max_position_embeddings
         init = Normal(config.initializer_range)
         self.transformer = Transformer(config, init)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, init, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.word_embeddings.weight
-        self.name_parameters()
+        self.make_head(config.hidden_size, init, self.transformer.word_embeddings)
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         c = self.config
@@ -213,19 +188,15 @@ class Falcon(Family):
             if c.alibi:
                 slopes = alibi_slopes(c.num_attention_heads)
                 bias = F.alibi_bias(x.key_positions, slopes, scale=c.head_dim**-0.5, rounded=True)
-                at = Positions(None, bias)
+                at = Positions(key_bias=bias)
             else:
-                angles = c.rope(x.length)
-                at = Positions(F.rope_table(x.position_ids, angles.inv_freq, angles.scale), None)
+                at = Positions(table=x.rope_table(c.rope(x.length)))
         for i, layer in enumerate(self.transformer.h):
             with x.trace.scope(f"h.{i}"):
                 states.append(layer(states[-1], x, at))
         with x.trace.scope("ln_f"):
             states[-1] = self.transformer.ln_f(states[-1])
         return states
-
-    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
-        return self.lm_head.weight, None
 
     def position_rows(self, ids: Ints, mask: Ints | None, given: Ints | None) -> Ints:
         # ALiBi counts what the mask shows, whatever the caller's positions.

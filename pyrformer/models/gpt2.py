@@ -16,20 +16,17 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import Family, Inputs, ModelConfig
+from pyrformer.models.base import CausalLM, Inputs, ModelConfig, Positions
 from pyrformer.models.positions import alibi_slopes, rope, sinusoids
 from pyrformer.nn import (
     Conv1D,
     Embedding,
     Init,
     LayerNorm,
-    Linear,
     Module,
     Normal,
-    Parameter,
     Table,
     Tensor,
-    Trace,
 )
 from pyrformer.nn import functional as F
 
@@ -88,14 +85,6 @@ class GPT2Config(ModelConfig):
             self.position_embedding_type == "learned" or self.n_embd % 2 == 0,
             f"sinusoidal positions need an even n_embd, got {self.n_embd}",
         )
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What attention is told of positions, beside what the embeddings hold: rotations or a bias on keys."""
-
-    table: Tensor | None = None
-    key_bias: Tensor | None = None
 
 
 class Attention(Module):
@@ -165,19 +154,14 @@ class Transformer(Module):
         self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon, bias=c.bias)
 
 
-class GPT2(Family):
+class GPT2(CausalLM):
     """GPT-2 with its language-model head."""
-
-    objective = "ar"
 
     def __init__(self, config: GPT2Config):
         self.config: GPT2Config = config
         self.max_positions = config.n_positions
         self.transformer = Transformer(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, Normal(config.initializer_range), bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-        self.name_parameters()
+        self.make_head(config.n_embd, Normal(config.initializer_range), self.transformer.wte)
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         trace, t = x.input_ids.trace, self.transformer
@@ -197,13 +181,10 @@ class GPT2(Family):
         c = self.config
         if c.position_embedding_type == "rope":
             angles = rope({}, c.n_embd // c.n_head, c.n_positions, x.length, c.model_type)
-            return Positions(table=F.rope_table(x.position_ids, angles.inv_freq))
+            return Positions(table=x.rope_table(angles))
         if c.position_embedding_type == "alibi":
             return Positions(key_bias=F.alibi_bias(x.key_positions, alibi_slopes(c.n_head)))
         return Positions()
-
-    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
-        return self.lm_head.weight, None
 
     def absent_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         if self.config.bias:

@@ -15,18 +15,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import Family, Inputs, ModelConfig
-from pyrformer.models.positions import Rope, rope, rope_parameters
-from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
+from pyrformer.models.base import CausalLM, Inputs, RotaryConfig
+from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Tensor
 from pyrformer.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTNeoXConfig(ModelConfig):
+class GPTNeoXConfig(RotaryConfig):
     """Hugging Face's ``GPTNeoXConfig``."""
 
     model_type: ClassVar[str] = "gpt_neox"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("GPTNeoXForCausalLM",)
+
+    ROPE: ClassVar[dict[str, Any]] = {**RotaryConfig.ROPE, "partial_rotary_factor": 0.25}
 
     tie_word_embeddings: bool = False
     hidden_size: int = 6144
@@ -36,17 +37,10 @@ class GPTNeoXConfig(ModelConfig):
     hidden_act: str = "gelu"
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
-    max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     use_parallel_residual: bool = True
     attention_bias: bool = True
-    rope_parameters: dict[str, Any] | None = None
-
-    @classmethod
-    def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        old = ("rotary_emb_base", "rotary_pct", "rope_theta", "rope_scaling")
-        return {**{k: v for k, v in raw.items() if k not in old}, "rope_parameters": rope_parameters(raw)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,12 +48,9 @@ class GPTNeoXConfig(ModelConfig):
             vocab_size=self.vocab_size,
             num_hidden_layers=self.num_hidden_layers,
             intermediate_size=self.intermediate_size,
-            max_position_embeddings=self.max_position_embeddings,
         )
         self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         self.check_probabilities(hidden_dropout=self.hidden_dropout, attention_dropout=self.attention_dropout)
-        default = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-        self.fill(rope_parameters={**default, **(self.rope_parameters or {})})
         self.rope(1)
 
     @property
@@ -67,11 +58,8 @@ class GPTNeoXConfig(ModelConfig):
         """D."""
         return self.hidden_size // self.num_attention_heads
 
-    def rope(self, length: int) -> Rope:
-        """The rotary frequencies for inputs of ``length`` tokens."""
-        return rope(
-            self.rope_parameters or {}, self.head_dim, self.max_position_embeddings, length, self.model_type
-        )
+    def rotary_width(self) -> int:
+        return self.head_dim
 
 
 class Attention(Module):
@@ -130,35 +118,26 @@ class GPTNeoXModel(Module):
         self.final_layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
 
-class GPTNeoX(Family):
+class GPTNeoX(CausalLM):
     """GPT-NeoX with its language-model head."""
-
-    objective = "ar"
 
     def __init__(self, config: GPTNeoXConfig):
         self.config: GPTNeoXConfig = config
         self.max_positions = config.max_position_embeddings
         init = Normal(config.initializer_range)
         self.gpt_neox = GPTNeoXModel(config, init)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, init, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.gpt_neox.embed_in.weight
-        self.name_parameters()
+        self.make_head(config.hidden_size, init, self.gpt_neox.embed_in)
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         with x.trace.scope("embed"):
             states = [self.gpt_neox.embed_in(x.input_ids)]
-            angles = self.config.rope(x.length)
-            table = F.rope_table(x.position_ids, angles.inv_freq, angles.scale)
+            table = x.rope_table(self.config.rope(x.length))
         for i, layer in enumerate(self.gpt_neox.layers):
             with x.trace.scope(f"layers.{i}"):
                 states.append(layer(states[-1], x, table))
         with x.trace.scope("final_layer_norm"):
             states[-1] = self.gpt_neox.final_layer_norm(states[-1])
         return states
-
-    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
-        return self.lm_head.weight, None
 
     def rename(self, name: str) -> str | None:
         # Older files hold the causal mask and the frequencies as buffers.

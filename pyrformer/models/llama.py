@@ -18,14 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import Family, Inputs, ModelConfig
-from pyrformer.models.positions import Rope, rope, rope_parameters
-from pyrformer.nn import Embedding, Linear, Module, Normal, Parameter, RMSNorm, Tensor, Trace
+from pyrformer.models.base import CausalLM, Inputs, RotaryConfig
+from pyrformer.nn import Embedding, Linear, Module, Normal, RMSNorm, Tensor
 from pyrformer.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(ModelConfig):
+class LlamaConfig(RotaryConfig):
     """Hugging Face's ``LlamaConfig``."""
 
     model_type: ClassVar[str] = "llama"
@@ -49,18 +48,11 @@ class LlamaConfig(ModelConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
-    rope_parameters: dict[str, Any] | None = None
-
-    @classmethod
-    def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        old = ("rope_theta", "rope_scaling")
-        return {**{k: v for k, v in raw.items() if k not in old}, "rope_parameters": rope_parameters(raw)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +62,6 @@ class LlamaConfig(ModelConfig):
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
-            max_position_embeddings=self.max_position_embeddings,
         )
         self.check_probabilities(attention_dropout=self.attention_dropout)
         if self.head_dim is None:
@@ -83,14 +74,11 @@ class LlamaConfig(ModelConfig):
         self.fill(
             num_key_value_heads=kv_heads,
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})},
         )
         self.rope(1)
 
-    def rope(self, length: int) -> Rope:
-        """The rotary frequencies for inputs of ``length`` tokens."""
-        parameters, head_dim = self.rope_parameters or {}, self.head_dim or 0
-        return rope(parameters, head_dim, self.max_position_embeddings, length, self.model_type)
+    def rotary_width(self) -> int:
+        return self.head_dim or 0
 
     def qkv_bias(self) -> bool:
         """Whether q, k and v have biases."""
@@ -249,35 +237,26 @@ class LlamaModel(Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
-class Llama(Family):
+class Llama(CausalLM):
     """A LLaMA-like decoder with its language-model head."""
-
-    objective = "ar"
 
     def __init__(self, config: LlamaConfig):
         self.config: LlamaConfig = config
         self.max_positions = config.max_position_embeddings
         init = Normal(config.initializer_range)
         self.model = LlamaModel(config, init)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, init, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        self.name_parameters()
+        self.make_head(config.hidden_size, init, self.model.embed_tokens)
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         with x.trace.scope("embed"):
             states = [self.model.embed_tokens(x.input_ids)]
-            angles = self.config.rope(x.length)
-            table = F.rope_table(x.position_ids, angles.inv_freq, angles.scale)
+            table = x.rope_table(self.config.rope(x.length))
         for i, layer in enumerate(self.model.layers):
             with x.trace.scope(f"layers.{i}"):
                 states.append(layer(states[-1], x, table))
         with x.trace.scope("norm"):
             states[-1] = self.model.norm(states[-1])
         return states
-
-    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
-        return self.lm_head.weight, None
 
     def rename(self, name: str) -> str | None:
         # Files of older versions hold the frequencies as a buffer.

@@ -248,8 +248,7 @@ class ModernBert(Family):
             states = [self.model.embeddings(x)]
             tables = {}
             for kind in sorted(set(self.config.layer_types or [])):
-                angles = self.config.rope(kind, x.length)
-                tables[kind] = F.rope_table(x.position_ids, angles.inv_freq, angles.scale)
+                tables[kind] = x.rope_table(self.config.rope(kind, x.length))
         for i, layer in enumerate(self.model.layers):
             with x.trace.scope(f"layers.{i}"):
                 states.append(layer(states[-1], x, tables[(self.config.layer_types or [])[i]]))

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import Family, Inputs, Ints, ModelConfig, masked_positions
-from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
+from pyrformer.models.base import CausalLM, Inputs, Ints, ModelConfig, masked_positions
+from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Tensor
 from pyrformer.nn import functional as F
 
 
@@ -127,10 +127,9 @@ class Body(Module):
         self.decoder = Decoder(c, init)
 
 
-class OPT(Family):
+class OPT(CausalLM):
     """OPT with its language-model head."""
 
-    objective = "ar"
     position_offset = 2
 
     def __init__(self, config: OPTConfig):
@@ -139,10 +138,7 @@ class OPT(Family):
         init = Normal(config.init_std)
         self.model = Body(config, init)
         narrow = config.word_embed_proj_dim or config.hidden_size
-        self.lm_head = Linear(narrow, config.vocab_size, init, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.decoder.embed_tokens.weight
-        self.name_parameters()
+        self.make_head(narrow, init, self.model.decoder.embed_tokens)
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         d = self.model.decoder
@@ -157,9 +153,6 @@ class OPT(Family):
             last = states[-1] if d.final_layer_norm is None else d.final_layer_norm(states[-1])
             states[-1] = last if d.project_out is None else d.project_out(last)
         return states
-
-    def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
-        return self.lm_head.weight, None
 
     def position_rows(self, ids: Ints, mask: Ints | None, given: Ints | None) -> Ints:
         if given is None and mask is not None:
