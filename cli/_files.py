@@ -6,9 +6,20 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 from pyrformer.errors import DataError
+
+#: Texts that go through a model between two stretches of output.
+STRETCH = 512
+
+
+def stretches(path: str, column: str) -> Iterator[list[str]]:
+    """The texts of :func:`rows` in lists of at most :data:`STRETCH`."""
+    source = rows(path, column)
+    while texts := list(islice(source, STRETCH)):
+        yield texts
 
 
 def rows(path: str, column: str) -> Iterator[str]:

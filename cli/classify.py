@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 
 import click
 
 import pyrformer as pf
 
-from ._files import rows
-
-#: Texts that are read together, between two stretches of output.
-STRETCH = 512
+from ._files import stretches
 
 
 @click.command()
@@ -30,8 +26,7 @@ def command(run: str, file: str, column: str, threads: int | None) -> None:
     """
     model = pf.load(run, threads=threads)
     tokenizer = model.require_tokenizer()
-    source = rows(file, column)
-    while texts := list(islice(source, STRETCH)):
+    for texts in stretches(file, column):
         found = model.classify(texts)
         for ids, label, scores in zip(found.ids, found.labels, found.scores, strict=True):
             best = scores.max(-1)

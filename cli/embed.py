@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 
 import click
 
 import pyrformer as pf
 
-from ._files import rows
-
-#: Texts that are read together, between two stretches of output.
-STRETCH = 512
+from ._files import stretches
 
 
 @click.command()
@@ -36,7 +32,6 @@ def command(
     FILE holds a text a line, plain or .jsonl; without it, standard input does. Each line of output is a JSON list.
     """
     model = pf.load(run, threads=threads)
-    source = rows(file, column)
-    while texts := list(islice(source, STRETCH)):
+    for texts in stretches(file, column):
         for vector in model.embed(texts, pooling=pooling, normalize=normalize):
             click.echo(json.dumps([round(x, 7) for x in vector.tolist()]))

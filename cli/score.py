@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 
 import click
 
 import pyrformer as pf
 
-from ._files import rows
-
-#: Texts that are scored together, between two stretches of output.
-STRETCH = 512
+from ._files import stretches
 
 
 @click.command()
@@ -33,8 +29,7 @@ def command(
     log_likelihood in nats, tokens, bytes, bits_per_byte.
     """
     model = pf.load(run, threads=threads)
-    source = rows(file, column)
-    while texts := list(islice(source, STRETCH)):
+    for texts in stretches(file, column):
         scores = model.score(texts, stride=stride, within_word=within_word)
         columns = (scores.log_likelihood, scores.tokens, scores.bytes, scores.bits_per_byte)
         for log_likelihood, tokens, size, bits in zip(*(c.tolist() for c in columns), strict=True):
