@@ -8,7 +8,6 @@ Letters: B batch, T tokens, H query heads, K key-value heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from pyrformer.errors import InputError
 from pyrformer.models.base import Family
 from pyrformer.nn import Trace
 from pyrformer.programs import Sizes, batch_inputs
+from pyrformer.score import text_ids
 
 if TYPE_CHECKING:
     from pyrformer.model import Model
@@ -37,16 +37,14 @@ def attention(model: Model, text: str | Sequence[int]) -> list[npt.NDArray[np.fl
     """
     if model.family.objective == "plm":
         raise InputError("[attention] the scores of XLNet's relative attention are not shown")
-    ids = model.require_tokenizer().encode(text).ids if isinstance(text, str) else [int(i) for i in text]
+    ids = text_ids(model, text, framed=True)
     if not ids:
         raise InputError("[attention] the text has no tokens")
     batch = model.batch([ids])
-    program = model.program(
-        ("attention", batch.sizes), partial(_traced, model.family, batch.sizes, model.dtype)
-    )
-    out = program(**batch.arrays)
+    traced, specs = _traced(model.family, batch.sizes, model.dtype)
+    out = model.program(("attention", batch.sizes), lambda: traced)(**batch.arrays)
     found = []
-    for layer, spec in enumerate(_specs(model.family, batch.sizes)):
+    for layer, spec in enumerate(specs):
         bias = out.get(f"key_bias.{layer}")
         found.append(weights(out[f"q.{layer}"], out[f"k.{layer}"], spec, key_bias=bias)[0].astype(np.float32))
     return found
@@ -85,19 +83,15 @@ def weights(
     return np.asarray(scores / scores.sum(-1, keepdims=True), np.float64)
 
 
-def _traced(family: Family, sizes: Sizes, dtype: str) -> Traced:
-    """A program whose outputs are what each layer's attention is given."""
+def _traced(family: Family, sizes: Sizes, dtype: str) -> tuple[Traced, list[dict[str, Any]]]:
+    """A program whose outputs are what each layer's attention is given, and each layer's attributes."""
     trace = Trace(dtype)
     x = batch_inputs(trace, family, sizes)
     family.hidden_states(x)
-    for layer, (q, k, v, bias, _) in sorted(x.seen.items()):
-        for name, value in (("q", q), ("k", k), ("v", v), ("key_bias", bias)):
+    specs = []
+    for layer, (q, k, _, bias, spec) in sorted(x.seen.items()):
+        for name, value in (("q", q), ("k", k), ("key_bias", bias)):
             if value is not None:
                 trace.output(f"{name}.{layer}", value)
-    return Traced("attention", trace)
-
-
-def _specs(family: Family, sizes: Sizes) -> list[dict[str, Any]]:
-    x = batch_inputs(Trace(), family, sizes)
-    family.hidden_states(x)
-    return [spec for _, (_, _, _, _, spec) in sorted(x.seen.items())]
+        specs.append(spec)
+    return Traced("attention", trace), specs
