@@ -82,7 +82,7 @@ class GPT2Config(ModelConfig):
             f"rotary positions need an even width of heads, got {self.n_embd // self.n_head}",
         )
         self.require(
-            self.position_embedding_type == "learned" or self.n_embd % 2 == 0,
+            self.position_embedding_type != "sinusoidal" or self.n_embd % 2 == 0,
             f"sinusoidal positions need an even n_embd, got {self.n_embd}",
         )
 
