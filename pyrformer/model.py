@@ -311,11 +311,13 @@ class Model:
         Raises:
             InputError: the model has no masked objective or no tokenizer, or the text has no mask token.
         """
+        from pyrformer.score import text_ids
+
         tokenizer = self.require_tokenizer()
         mask = tokenizer.mask_token_id
         if self.family.objective != "mlm" or mask is None:
             raise InputError("[fill_mask] this model was not trained on masked tokens; use generate instead")
-        ids = np.array(tokenizer.encode(text).ids)
+        ids = np.array(text_ids(self, text))
         masks = np.flatnonzero(ids == mask)
         if len(masks) == 0:
             raise InputError(f"[fill_mask] the text has no {tokenizer.id_to_token(mask)} token")

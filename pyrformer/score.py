@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -118,8 +118,12 @@ def score(
     )
     if masked and mask is None:
         raise InputError("[score] a masked model needs a tokenizer with a mask token, or mask_token_id")
+    if masked and within_word and model.tokenizer is None:
+        raise InputError("[score] within_word needs a tokenizer")
+    # Once, not for each text: it looks at the whole vocabulary.
+    continues = model.tokenizer.continues_word() if masked and within_word and model.tokenizer else None
     plan: Callable[[int, list[int], bool], list[Row]] = (
-        partial(_masked_rows, model, mask or 0, within_word, context)
+        partial(_masked_rows, model, mask or 0, continues, context)
         if masked
         else partial(_window_rows, model, context, stride or max(1, context // 2))
     )
@@ -191,6 +195,7 @@ def embed(
 
 
 def stretches(texts: Iterable[str | Sequence[int]]) -> Iterator[list[str | Sequence[int]]]:
+    """Texts in lists of at most :data:`STRETCH`."""
     if isinstance(texts, str):
         raise InputError("[score] give a list of texts, not one text")
     source = iter(texts)
@@ -232,12 +237,15 @@ def _window_rows(model: Model, context: int, step: int, text: int, ids: list[int
 
 
 def _masked_rows(
-    model: Model, mask: int, within_word: bool, context: int, text: int, ids: list[int], whole: bool
+    model: Model,
+    mask: int,
+    continues: list[bool] | None,
+    context: int,
+    text: int,
+    ids: list[int],
+    whole: bool,
 ) -> list[Row]:
     tokenizer = model.tokenizer
-    if within_word and tokenizer is None:
-        raise InputError("[score] within_word needs a tokenizer")
-    continues = tokenizer.continues_word() if within_word and tokenizer is not None else None
     rows: list[Row] = []
     for piece in pieces(ids, context):
         for at, token in enumerate(piece):
@@ -328,7 +336,7 @@ def logprobs(model: Model, batch: list[Row]) -> list[list[float]]:
                 positions[i, k] = i * t + place
                 labels[i, k] = row.ids[place] if row.target < 0 else row.target
         arrays |= {"positions": positions.reshape(-1), "labels": labels.reshape(-1)}
-        sizes = Sizes(**{**vars(sizes), "labelled": b * each})
+        sizes = replace(sizes, labelled=b * each)
     make = partial(programs.token_losses, model.family, sizes, model.dtype)
     losses = model.program(("token_losses", sizes), make)(**arrays)["losses"].reshape(b, -1)
     if model.family.objective == "ar":

@@ -224,7 +224,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` or ``samples.jsonl``; a last line that was cut off is left out."""
+    """The rows of ``metrics.jsonl``; a last line that was cut off is left out."""
     rows = []
     try:
         lines = path.read_bytes().split(b"\n")
