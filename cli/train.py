@@ -113,13 +113,15 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--z-loss", type=float, help="Factor of log² of the softmax's denominator, added to the loss.")
 @click.option("--mlm-probability", type=float, help="Share of tokens that are masked.")
 @click.option("--whole-word-mask/--no-whole-word-mask", default=None, help="Mask words, not tokens.")
-@click.option("--column", help="Field of .jsonl lines that holds the text.")
+@click.option("--column", help="Field or column that holds the text.  [default: text]")
 @click.option("--label-column", help="Field that holds the class.  [default: label]")
 @click.option(
     "--errors", type=click.Choice(["strict", "replace"]), help="What to do with bytes that are not UTF-8."
 )
 @click.option(
-    "--clean", multiple=True, help="A cleaning step: nfc, nfkc, control, whitespace; may be given again."
+    "--clean",
+    multiple=True,
+    help="A cleaning step: nfc, nfkc, control, whitespace, html, duplicates, min-length=N; may be given again.",
 )
 @click.option("--eval-every", type=int, help="Updates between evaluations.")
 @click.option("--save-every", help='Updates ("500") or time ("10m") between checkpoints.')
@@ -145,7 +147,8 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 def command(files: tuple[str, ...], config_file: str | None, print_config: bool, **given: Any) -> None:
     """Train a model on text files.
 
-    FILES are .txt (one document each) or .jsonl (one a line). The run folder opens with `pyrformer sample`,
+    FILES are .txt (one document each), .jsonl, .csv, .tsv or .parquet (one a record), the first four also with .gz or
+    .zst; folders of these, patterns, or - for standard input. The run folder opens with `pyrformer sample`,
     `pyrformer fill-mask`, pf.load, and Hugging Face's transformers.
     """
     options = read_toml(config_file) if config_file else {"model": {}, "tokenizer": {}}

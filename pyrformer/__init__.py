@@ -17,7 +17,7 @@ from pyrformer._core import __version__
 
 if TYPE_CHECKING:
     from pyrformer.checkpoint import load
-    from pyrformer.data import Batches
+    from pyrformer.data import Batches, Documents
     from pyrformer.errors import Error
     from pyrformer.generate import Generation, filter_logits
     from pyrformer.generation_config import GenerationConfig
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Batches": "data",
+    "Documents": "data",
     "Error": "errors",
     "Generation": "generate",
     "GenerationConfig": "generation_config",
@@ -41,6 +42,7 @@ _HOME = {
 
 __all__ = [
     "Batches",
+    "Documents",
     "Error",
     "Generation",
     "GenerationConfig",

@@ -29,7 +29,6 @@ __all__ = [
     "cuda_sources",
     "filter_logits",
     "normal",
-    "read_documents",
     "simd_levels",
     "write_file",
     "write_safetensors",
@@ -225,13 +224,22 @@ class AtomicDir:
 
 # ---- rust/python/src/data.rs ----------------------------------------------------------------------------------------
 
-def read_documents(
-    paths: Sequence[_Path], column: str, replace_errors: bool, steps: Sequence[str]
-) -> tuple[list[str], list[tuple[str, int, int]]]:
-    """The documents of text files after the named cleaning steps.
+class Documents:
+    """The documents of files, a few at a time."""
 
-    Per step: its name, documents changed, characters removed.
-    """
+    def __init__(self, paths: Sequence[_Path], column: str, replace_errors: bool) -> None: ...
+    def read(self, size: int) -> list[str]:
+        """Documents of about ``size`` bytes together, at least one; none at the end."""
+
+class Cleaner:
+    """Named cleaning steps and the counts of what they did."""
+
+    def __init__(self, steps: Sequence[str]) -> None: ...
+    def clean(self, documents: Sequence[str]) -> list[str]:
+        """The documents after all steps, without those that a step drops."""
+
+    def report(self) -> list[tuple[str, int, int, int]]:
+        """Per step: its name, documents changed, documents dropped, characters removed."""
 
 @final
 class CausalBatches:

@@ -6,45 +6,207 @@ asked for at once. Letters: B rows, T tokens in a row, M labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import glob
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.batch import Batch
-from pyrformer.errors import InputError
+from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
 
-#: Cleaning steps by name, in the order they are applied here; see ``rust/data/src/clean.rs``.
-CLEANING = ("nfc", "nfkc", "control", "whitespace")
 OBJECTIVES = ("ar", "mlm")
+
+#: Extensions of files that a folder is searched for; each also with ``.gz`` or ``.zst``, except parquet.
+EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv")
+#: Bytes of text that pass from the reader to the cleaning steps at once.
+CHUNK = 1 << 20
+
+#: Names of files and folders, or texts themselves; see :class:`Documents`.
+Source: TypeAlias = "str | PathLike[str] | Sequence[str | PathLike[str]] | Iterable[str] | Any"
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What a cleaning step did.
+
+    Attributes:
+        step: its name.
+        documents_changed, documents_dropped: how many documents it changed and left out.
+        characters_removed: characters before it less characters after it; negative where it lengthened the texts.
+    """
+
+    step: str
+    documents_changed: int
+    documents_dropped: int
+    characters_removed: int
+
+
+class Documents:
+    """The documents of a source, one at a time and cleaned: memory does not grow with the source.
+
+    A source is one of
+
+    - a path, or a list or tuple of paths. A ``.txt`` file is one document; ``.jsonl`` has one a line, in the field
+      ``column``; ``.csv``, ``.tsv`` (with a header) and ``.parquet`` one a record, in that column. All but parquet may
+      end in ``.gz`` or ``.zst``. A folder stands for the files below it that have one of these extensions, a pattern
+      (``*``, ``?``, ``[…]``, ``**``) for the files that match it, both in the order of their names. ``-`` is standard
+      input: JSON lines if it begins with ``{``, one text otherwise.
+    - an object with ``__arrow_c_stream__`` (of pyarrow, polars, duckdb): the strings of its ``column``.
+    - any other iterable of strings: the documents themselves.
+
+    Parquet and Arrow need ``pip install pyrformer[arrow]``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        column: str = "text",
+        errors: str = "strict",
+        clean: Sequence[str] = (),
+    ):
+        """
+        Args:
+            column: where the text is, in sources that have columns.
+            errors: "strict": bytes that are no UTF-8 are an error that names their place; "replace": they become
+                U+FFFD.
+            clean: cleaning steps, applied in this order: "nfc", "nfkc" (Unicode normalisation), "control" (removes
+                control characters), "whitespace" (joins runs of it), "html" (decodes character references),
+                "duplicates" (drops documents that came before), "min-length=N" (drops those of fewer characters).
+
+        Raises:
+            DataError: a step is unknown.
+            InputError: errors is neither of the two.
+        """
+        if errors not in ("strict", "replace"):
+            raise InputError(f"[data] errors must be 'strict' or 'replace', got {errors!r}")
+        self._source, self._column, self._replace = source, column, errors == "replace"
+        self._cleaner = _core.Cleaner(list(clean))
+
+    @property
+    def report(self) -> list[Cleaned]:
+        """What each cleaning step did so far."""
+        return [Cleaned(*row) for row in self._cleaner.report()]
+
+    def __iter__(self) -> Iterator[str]:
+        """
+        Raises:
+            DataError: a file is missing, empty, damaged, not UTF-8 or not what its extension says, or has no such
+                column; the message names the place. Documents before that place have been given by then.
+        """
+        for chunk in self._chunks():
+            yield from self._cleaner.clean(chunk)
+
+    def _chunks(self) -> Iterator[list[str]]:
+        source: Any = self._source
+        if isinstance(source, (str, PathLike)):
+            source = [source]
+        if isinstance(source, (list, tuple)):
+            files = expand(source)
+            for is_parquet, group in itertools.groupby(files, lambda f: f.suffix.lower() == ".parquet"):
+                if is_parquet:
+                    for file in group:
+                        yield from self._parquet(file)
+                else:
+                    reader = _core.Documents(list(group), self._column, self._replace)
+                    while chunk := reader.read(CHUNK):
+                        yield chunk
+        elif hasattr(source, "__arrow_c_stream__"):
+            arrow = import_arrow("an Arrow stream")
+            yield from self._batches(arrow.RecordBatchReader.from_stream(source), "the Arrow stream")
+        else:
+            texts = iter(source)
+            while chunk := list(itertools.islice(texts, 256)):
+                for text in chunk:
+                    if not isinstance(text, str):
+                        raise InputError(f"[data] documents must be strings, got a {type(text).__name__}")
+                yield chunk
+
+    def _parquet(self, file: Path) -> Iterator[list[str]]:
+        arrow = import_arrow(str(file))
+        try:
+            with arrow.parquet.ParquetFile(file) as table:
+                self._check_column(table.schema_arrow, str(file))
+                yield from self._batches(table.iter_batches(1024, columns=[self._column]), str(file))
+        except FileNotFoundError as e:
+            raise DataError(f"[data] {file} does not exist; check the path") from e
+        except (OSError, arrow.ArrowException) as e:
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise DataError(f"[data] {file} is not a whole parquet file ({reason}); write it again") from e
+
+    def _check_column(self, schema: Any, where: str) -> None:
+        if schema.names.count(self._column) != 1:
+            names = ", ".join(schema.names) or "(none)"
+            raise DataError(f"[data] {where} has no column {self._column!r}; set column to one of {names}")
+
+    def _batches(self, batches: Any, where: str) -> Iterator[list[str]]:
+        for batch in batches:
+            self._check_column(batch.schema, where)
+            texts = batch.column(batch.schema.get_field_index(self._column)).to_pylist()
+            if not all(isinstance(text, str) for text in texts):
+                raise DataError(f"[data] column {self._column!r} of {where} has values that are no strings")
+            yield texts
+
+
+def import_arrow(what: str) -> Any:
+    """pyarrow, with its parquet module.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise InputError(f"[data] {what} needs pyarrow; run: pip install 'pyrformer[arrow]'") from e
+    return pyarrow
+
+
+def expand(paths: Sequence[str | PathLike[str]]) -> list[Path]:
+    """The files that paths, folders and patterns stand for; those of one folder or pattern in the order of their names.
+
+    Raises:
+        DataError: a folder or pattern stands for no file.
+    """
+    endings = (*(e + z for e in EXTENSIONS for z in ("", ".gz", ".zst")), ".parquet")
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.name.lower().endswith(endings) and f.is_file())
+            if not found:
+                raise DataError(
+                    f"[data] the folder {path} holds no file of {', '.join(endings)}; name another one"
+                )
+        elif glob.has_magic(str(path)) and not path.exists():
+            found = sorted(f for f in map(Path, glob.glob(str(path), recursive=True)) if f.is_file())
+            if not found:
+                raise DataError(f"[data] no file matches {path}; check the pattern")
+        else:
+            found = [path]
+        files += found
+    return files
 
 
 def read_documents(
-    files: Sequence[str | PathLike[str]],
-    *,
-    column: str = "text",
-    errors: str = "strict",
-    clean: Sequence[str] = (),
+    source: Source, *, column: str = "text", errors: str = "strict", clean: Sequence[str] = ()
 ) -> list[str]:
-    """The documents of ``.txt`` files (one each) and ``.jsonl`` files (one a line, in field ``column``).
-
-    Args:
-        errors: "strict": bytes that are no UTF-8 are an error that names their position; "replace": they become U+FFFD.
-        clean: names of cleaning steps (``CLEANING``), applied in this order.
+    """All documents of a source in memory; arguments and errors are those of :class:`Documents`.
 
     Raises:
-        DataError: a file is missing, empty, not UTF-8 or not JSON; the message names the place.
+        DataError: besides, where the cleaning steps leave no document.
     """
-    if errors not in ("strict", "replace"):
-        raise InputError(f"[data] errors must be 'strict' or 'replace', got {errors!r}")
-    documents, _ = _core.read_documents([Path(f) for f in files], column, errors == "replace", list(clean))
+    documents = list(Documents(source, column=column, errors=errors, clean=clean))
+    if not documents:
+        raise DataError("[data] no document is left to learn from; check the source and the cleaning steps")
     return documents
 
 

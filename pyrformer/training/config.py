@@ -23,7 +23,7 @@ class TrainConfig:
     """All options of a run.
 
     Attributes:
-        files: ``.txt`` or ``.jsonl`` files to learn from.
+        files: paths to learn from, as :class:`pyrformer.data.Documents` takes them.
         out: the run folder.
         valid: files to measure on; without any, ``valid_fraction`` of the text is held out.
         objective: "ar" (next token), "mlm" (masked tokens), "plm" (tokens in a random order) or "sentence" (a class
@@ -45,7 +45,7 @@ class TrainConfig:
         mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
         plm_probability, max_span_length: see :class:`pyrformer.supervised.PermutationBatches`.
         cross_documents: for "ar", let tokens see the document before their own.
-        column, errors, clean: see :func:`pyrformer.data.read_documents`.
+        column, errors, clean: see :class:`pyrformer.data.Documents`.
         eval_every, log_every: in updates; 0: only at the end.
         save_every: updates (500, "500") or time ("30s", "10m", "2h") between checkpoints; 0: only at the end.
         save_total_limit: how many checkpoints are kept, the newest ones; 0: all.

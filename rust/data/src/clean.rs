@@ -1,16 +1,16 @@
 //! Named cleaning steps, applied to documents in the order given.
 
+use std::collections::HashSet;
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
 use unicode_normalization::UnicodeNormalization;
 
 use crate::error::Error;
 
 /// One cleaning step. Its name is what [`FromStr`] reads and [`fmt::Display`] prints.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// `nfc`: Unicode canonical composition (UAX 15).
     Nfc,
@@ -21,38 +21,29 @@ pub enum Step {
     /// `whitespace`: makes a run of spaces and tabs one space, drops them at line ends, and more than two line
     /// feeds in a row become two.
     Whitespace,
+    /// `html`: decodes HTML's character references once (`&amp;lt;` becomes `&lt;`); unknown ones stay.
+    Html,
+    /// `duplicates`: drops documents whose text came before. Texts are compared by 128 bits of a hash, so this step
+    /// keeps 16 bytes for each document.
+    Duplicates,
+    /// `min-length=N`: drops documents of fewer than N characters.
+    MinLength(usize),
 }
 
-impl Step {
-    /// All steps, in the order in which they are usually applied.
-    pub const ALL: [Self; 4] = [Self::Nfc, Self::Nfkc, Self::Control, Self::Whitespace];
-
-    /// The step's name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Nfc => "nfc",
-            Self::Nfkc => "nfkc",
-            Self::Control => "control",
-            Self::Whitespace => "whitespace",
-        }
-    }
-
-    /// `text` after this step.
-    #[must_use]
-    pub fn apply(self, text: &str) -> String {
-        match self {
-            Self::Nfc => text.nfc().collect(),
-            Self::Nfkc => text.nfkc().collect(),
-            Self::Control => text.chars().filter(|&c| !c.is_control() || c == '\n' || c == '\t').collect(),
-            Self::Whitespace => collapse(text),
-        }
-    }
-}
+/// The forms of the names of all steps.
+const NAMES: &str = "nfc, nfkc, control, whitespace, html, duplicates, min-length=N";
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        match self {
+            Self::Nfc => f.write_str("nfc"),
+            Self::Nfkc => f.write_str("nfkc"),
+            Self::Control => f.write_str("control"),
+            Self::Whitespace => f.write_str("whitespace"),
+            Self::Html => f.write_str("html"),
+            Self::Duplicates => f.write_str("duplicates"),
+            Self::MinLength(least) => write!(f, "min-length={least}"),
+        }
     }
 }
 
@@ -60,46 +51,101 @@ impl FromStr for Step {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        Self::ALL.into_iter().find(|step| step.name() == name).ok_or_else(|| Error::UnknownStep {
-            name: name.to_owned(),
-            known: Self::ALL.map(Self::name).join(", "),
+        Ok(match name {
+            "nfc" => Self::Nfc,
+            "nfkc" => Self::Nfkc,
+            "control" => Self::Control,
+            "whitespace" => Self::Whitespace,
+            "html" => Self::Html,
+            "duplicates" => Self::Duplicates,
+            _ => match name.strip_prefix("min-length=").map(str::parse) {
+                Some(Ok(least)) => Self::MinLength(least),
+                _ => return Err(Error::UnknownStep { name: name.to_owned(), known: NAMES.to_owned() }),
+            },
         })
     }
 }
 
 /// What one step did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepReport {
     /// The step.
     pub step: Step,
     /// How many documents it changed.
-    pub documents_changed: usize,
-    /// Characters before it less characters after it, over all documents; negative where it lengthened the texts.
+    pub documents_changed: u64,
+    /// How many documents it dropped.
+    pub documents_dropped: u64,
+    /// Characters before it less characters after it, over all documents (those of dropped ones count as removed);
+    /// negative where it lengthened the texts.
     pub characters_removed: i64,
 }
 
-/// What each step did, in the order of application.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct CleanReport {
-    /// One entry for each step.
-    pub steps: Vec<StepReport>,
+/// Applies steps in order to one document after another, and counts what each does.
+#[derive(Clone, Debug)]
+pub struct Cleaner {
+    reports: Vec<StepReport>,
+    seen: HashSet<u128>,
 }
 
-/// Applies `steps` in order to every document, in place. Documents that become empty stay in the list.
-pub fn clean(documents: &mut [String], steps: &[Step]) -> CleanReport {
-    let apply = |&step: &Step| {
-        let mut report = StepReport { step, documents_changed: 0, characters_removed: 0 };
-        for document in documents.iter_mut() {
-            let cleaned = step.apply(document);
-            if cleaned != *document {
+impl Cleaner {
+    /// A cleaner that has seen no document.
+    #[must_use]
+    pub fn new(steps: &[Step]) -> Self {
+        let report =
+            |&step| StepReport { step, documents_changed: 0, documents_dropped: 0, characters_removed: 0 };
+        Self { reports: steps.iter().map(report).collect(), seen: HashSet::new() }
+    }
+
+    /// The document after all steps; `None` if one dropped it.
+    pub fn clean(&mut self, document: String) -> Option<String> {
+        let mut text = document;
+        for report in &mut self.reports {
+            let cleaned: String = match report.step {
+                Step::Nfc => text.nfc().collect(),
+                Step::Nfkc => text.nfkc().collect(),
+                Step::Control => {
+                    text.chars().filter(|&c| !c.is_control() || c == '\n' || c == '\t').collect()
+                }
+                Step::Whitespace => collapse(&text),
+                Step::Html => html_escape::decode_html_entities(&text).into_owned(),
+                Step::Duplicates | Step::MinLength(_) => {
+                    let length = text.chars().count();
+                    let keep = match report.step {
+                        Step::MinLength(least) => length >= least,
+                        _ => self.seen.insert(fingerprint(&text)),
+                    };
+                    if keep {
+                        continue;
+                    }
+                    report.documents_dropped += 1;
+                    report.characters_removed += length as i64;
+                    return None;
+                }
+            };
+            if cleaned != text {
                 report.documents_changed += 1;
-                report.characters_removed += document.chars().count() as i64 - cleaned.chars().count() as i64;
-                *document = cleaned;
+                report.characters_removed += text.chars().count() as i64 - cleaned.chars().count() as i64;
+                text = cleaned;
             }
         }
-        report
+        Some(text)
+    }
+
+    /// What each step did so far, in the order of application.
+    #[must_use]
+    pub fn reports(&self) -> &[StepReport] {
+        &self.reports
+    }
+}
+
+/// 128 bits of SipHash under its fixed key: the same on every run.
+fn fingerprint(text: &str) -> u128 {
+    let half = |salt: u8| {
+        let mut hasher = DefaultHasher::new();
+        (salt, text).hash(&mut hasher);
+        u128::from(hasher.finish())
     };
-    CleanReport { steps: steps.iter().map(apply).collect() }
+    half(0) << 64 | half(1)
 }
 
 fn collapse(text: &str) -> String {
@@ -136,40 +182,54 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    #[test]
-    fn each_step_does_what_its_name_says() {
-        assert_eq!(Step::Nfc.apply("e\u{301}ﬁ"), "éﬁ");
-        assert_eq!(Step::Nfkc.apply("e\u{301}ﬁ²"), "éfi2");
-        assert_eq!(Step::Control.apply("a\r\n\tb\0\u{85}\u{7f}c"), "a\n\tbc");
-        assert_eq!(Step::Whitespace.apply("  a \t b\t\n \n\t\n\n c d  "), " a b\n\n c d");
-        assert_eq!(Step::Whitespace.apply("a\nb\n\nc\n\n\n"), "a\nb\n\nc\n\n");
+    fn apply(step: Step, text: &str) -> String {
+        Cleaner::new(&[step]).clean(text.to_owned()).unwrap()
     }
 
     #[test]
-    fn the_report_counts_documents_and_characters() {
-        let mut documents = vec!["a\0b  c".to_owned(), "plain".to_owned(), "ﬃ".to_owned()];
-        let report = clean(&mut documents, &[Step::Control, Step::Whitespace, Step::Nfkc]);
-        assert_eq!(documents, ["ab c", "plain", "ffi"]);
-        let numbers: Vec<_> =
-            report.steps.iter().map(|s| (s.documents_changed, s.characters_removed)).collect();
-        assert_eq!(numbers, [(1, 1), (1, 1), (1, -2)]);
+    fn each_step_does_what_its_name_says() {
+        assert_eq!(apply(Step::Nfc, "e\u{301}ﬁ"), "éﬁ");
+        assert_eq!(apply(Step::Nfkc, "e\u{301}ﬁ²"), "éfi2");
+        assert_eq!(apply(Step::Control, "a\r\n\tb\0\u{85}\u{7f}c"), "a\n\tbc");
+        assert_eq!(apply(Step::Whitespace, "  a \t b\t\n \n\t\n\n c d  "), " a b\n\n c d");
+        assert_eq!(apply(Step::Whitespace, "a\nb\n\nc\n\n\n"), "a\nb\n\nc\n\n");
+        assert_eq!(
+            apply(Step::Html, "&lt;a&gt; &amp;lt; &eacute;&#39;&#x41; &none; & &"),
+            "<a> &lt; é'A &none; & &"
+        );
+    }
+
+    #[test]
+    fn documents_are_dropped_once_and_counted() {
+        let mut cleaner = Cleaner::new(&[Step::Whitespace, Step::MinLength(2), Step::Duplicates]);
+        let kept: Vec<_> =
+            ["éa", "b", "é  a", "é a", "éa", "é a"].map(|d| cleaner.clean(d.to_owned())).into();
+        assert_eq!(kept, [Some("éa".to_owned()), None, Some("é a".to_owned()), None, None, None]);
+        let numbers: Vec<_> = cleaner
+            .reports()
+            .iter()
+            .map(|r| (r.documents_changed, r.documents_dropped, r.characters_removed))
+            .collect();
+        assert_eq!(numbers, [(1, 0, 1), (0, 1, 1), (0, 3, 8)]);
     }
 
     #[test]
     fn names_are_read_back_and_others_refused() {
-        for step in Step::ALL {
-            assert_eq!(step.to_string().parse::<Step>().unwrap(), step);
+        for name in ["nfc", "nfkc", "control", "whitespace", "html", "duplicates", "min-length=12"] {
+            assert_eq!(name.parse::<Step>().unwrap().to_string(), name);
         }
-        let text = "NFC".parse::<Step>().unwrap_err().to_string();
-        assert!(text.contains("\"NFC\"") && text.contains("nfc, nfkc, control, whitespace"), "{text}");
+        for name in ["NFC", "min-length", "min-length=-1"] {
+            let text = name.parse::<Step>().unwrap_err().to_string();
+            assert!(text.contains(name) && text.contains(NAMES), "{text}");
+        }
     }
 
     proptest! {
         #[test]
         fn each_step_is_idempotent(text in "[a e\u{301}ﬁ\t\n\r\0]{0,40}|\\PC{0,40}") {
-            for step in Step::ALL {
-                let once = step.apply(&text);
-                prop_assert_eq!(step.apply(&once), once);
+            for step in [Step::Nfc, Step::Nfkc, Step::Control, Step::Whitespace] {
+                let once = apply(step, &text);
+                prop_assert_eq!(apply(step, &once), once);
             }
         }
     }

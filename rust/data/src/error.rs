@@ -10,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// No path was given to read.
-    #[error("[data] no file was given to read; name at least one .txt or .jsonl file")]
+    #[error("[data] no file was given to read; name at least one file, or - for standard input")]
     NoFiles,
     /// A path does not exist.
     #[error("[data] {} does not exist; check the path", path.display())]
@@ -24,8 +24,26 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
+    /// A compressed file ends early or does not decompress.
+    #[error("[data] {} is cut short or damaged ({reason}); fetch or write it again", path.display())]
+    Compressed {
+        /// The path.
+        path: PathBuf,
+        /// The decoder's reason.
+        reason: String,
+    },
+    /// A record of a .csv or .tsv file is malformed.
+    #[error("[data] {}:{line} is not valid CSV ({reason}); quote the field and double the quotes in it", path.display())]
+    Csv {
+        /// The path.
+        path: PathBuf,
+        /// 1-based number of the line in which the record begins.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
     /// A file's extension is none of the known ones.
-    #[error("[data] {} has no known extension; rename or convert it to one of .txt, .jsonl", path.display())]
+    #[error("[data] {} has no known extension; rename or convert it to one of .txt, .jsonl, .csv, .tsv, each also with .gz or .zst", path.display())]
     Extension {
         /// The path.
         path: PathBuf,

@@ -4,17 +4,19 @@
 //! resumes at step `s` by asking for batch `s`, and nothing depends on threads or on what was drawn before.
 
 mod clean;
+mod csv;
 mod error;
 mod mask;
+mod open;
 mod pack;
 pub mod purpose;
 mod read;
 
-pub use clean::{CleanReport, Step, StepReport, clean};
+pub use clean::{Cleaner, Step, StepReport};
 pub use error::{Error, Result};
 pub use mask::{MaskedBatch, MaskedBatches, MaskedOptions};
 pub use pack::{CausalBatch, CausalBatches, CausalOptions};
-pub use read::{DecodeErrors, ReadOptions, read_documents};
+pub use read::{DecodeErrors, Documents, ReadOptions};
 
 /// The label that the loss leaves out (Hugging Face's convention).
 pub const IGNORED_LABEL: i32 = -100;

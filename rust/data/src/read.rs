@@ -1,14 +1,15 @@
-//! Reads documents from `.txt` files (one document a file) and `.jsonl` files (one document a line).
+//! Reads documents from text, JSON lines and separated values, one at a time: memory holds one document (one file for
+//! `.txt`), whatever the size of the input.
 
-use std::borrow::Cow;
-use std::fs;
-use std::io::ErrorKind;
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::csv;
 use crate::error::{Error, Result};
+use crate::open::{Packing, io_error, open};
 
 /// What to do with bytes that are not UTF-8.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +26,7 @@ pub enum DecodeErrors {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ReadOptions {
-    /// The field of a `.jsonl` object that holds the text; default `"text"`.
+    /// The field of a `.jsonl` object, or the column of a table, that holds the text; default `"text"`.
     pub column: String,
     /// What to do with bytes that are not UTF-8; default [`DecodeErrors::Strict`].
     pub errors: DecodeErrors,
@@ -37,101 +38,234 @@ impl Default for ReadOptions {
     }
 }
 
-/// The documents of `paths`, in the order of the paths and, within a file, of its lines.
+/// An iterator over the documents of files, in the order of the paths and, within a file, of its lines.
 ///
-/// A `.txt` file is one document, a `.jsonl` file one for each line that is not blank: the string in its field
-/// `options.column`. Extensions are read without regard to case; a leading byte-order mark is dropped.
+/// A `.txt` file is one document; a `.jsonl` file has one for each line that is not blank, the string in its field
+/// `options.column`; a `.csv` or `.tsv` file one for each record after the header, the field in that column. Each may
+/// be compressed (`.gz`, `.zst` after the extension). The path `-` is standard input: JSON lines if its first byte is
+/// `{`, otherwise one text. Extensions are read without regard to case; a leading byte-order mark is dropped.
 ///
-/// # Errors
-/// If no path is given; if a path is missing, a directory, of another extension, unreadable or without a document;
-/// if a file is not UTF-8 (with [`DecodeErrors::Strict`]); if a line is not an object with a string in the field.
-pub fn read_documents(paths: &[PathBuf], options: &ReadOptions) -> Result<Vec<String>> {
-    if paths.is_empty() {
-        return Err(Error::NoFiles);
-    }
-    let mut documents = Vec::new();
-    for path in paths {
-        let before = documents.len();
-        match kind(path)? {
-            Kind::Text => documents.push(decode(path, options.errors)?),
-            Kind::Lines => read_lines(path, options, &mut documents)?,
-        }
-        if documents[before..].iter().all(String::is_empty) {
-            return Err(Error::Empty { path: path.clone() });
-        }
-    }
-    Ok(documents)
+/// Ends after the first error: a path is missing, a directory, of another extension, unreadable, damaged or without
+/// a document; a file is not UTF-8 (with [`DecodeErrors::Strict`]); a line or record has no string in the column.
+pub struct Documents {
+    paths: std::vec::IntoIter<PathBuf>,
+    options: ReadOptions,
+    source: Option<Source>,
 }
 
+impl Documents {
+    /// The documents of `paths`; no file is opened yet.
+    ///
+    /// # Errors
+    /// If no path is given, or one has an unknown extension.
+    pub fn new(paths: Vec<PathBuf>, options: ReadOptions) -> Result<Self> {
+        if paths.is_empty() {
+            return Err(Error::NoFiles);
+        }
+        for path in &paths {
+            kind(path)?;
+        }
+        Ok(Self { paths: paths.into_iter(), options, source: None })
+    }
+
+    fn advance(&mut self) -> Result<Option<String>> {
+        loop {
+            if let Some(source) = &mut self.source {
+                if let Some(document) = source.next(&self.options)? {
+                    source.empty &= document.is_empty();
+                    return Ok(Some(document));
+                }
+                if source.empty {
+                    return Err(Error::Empty { path: source.path.clone() });
+                }
+                self.source = None;
+            }
+            let Some(path) = self.paths.next() else { return Ok(None) };
+            self.source = Some(Source::open(path)?);
+        }
+    }
+}
+
+impl Iterator for Documents {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let next = self.advance();
+        if next.is_err() {
+            self.source = None;
+            self.paths = Vec::new().into_iter();
+        }
+        next.transpose()
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Text,
     Lines,
+    Table(char),
 }
 
-fn kind(path: &Path) -> Result<Kind> {
-    let metadata = fs::metadata(path).map_err(|source| io_error(path, source))?;
-    if metadata.is_dir() {
-        return Err(Error::Directory { path: path.to_owned() });
+/// What a path's extensions say.
+fn kind(path: &Path) -> Result<(Kind, Packing)> {
+    if path == Path::new("-") {
+        return Ok((Kind::Text, Packing::Plain));
     }
-    let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-    match extension.as_deref() {
-        Some("txt") => Ok(Kind::Text),
-        Some("jsonl") => Ok(Kind::Lines),
-        _ => Err(Error::Extension { path: path.to_owned() }),
-    }
-}
-
-fn io_error(path: &Path, source: std::io::Error) -> Error {
-    let path = path.to_owned();
-    match source.kind() {
-        ErrorKind::NotFound => Error::Missing { path },
-        _ => Error::Io { path, source },
-    }
-}
-
-/// The text of a file without its byte-order mark.
-fn decode(path: &Path, errors: DecodeErrors) -> Result<String> {
-    let bytes = fs::read(path).map_err(|source| io_error(path, source))?;
-    let mut text = match (String::from_utf8(bytes), errors) {
-        (Ok(text), _) => text,
-        (Err(invalid), DecodeErrors::Replace) => match String::from_utf8_lossy(invalid.as_bytes()) {
-            Cow::Owned(text) => text,
-            Cow::Borrowed(text) => text.to_owned(),
-        },
-        (Err(invalid), DecodeErrors::Strict) => {
-            return Err(Error::Utf8 { path: path.to_owned(), byte: invalid.utf8_error().valid_up_to() });
-        }
+    let name = path.file_name().map(|n| n.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+    let (name, packing) = match name.rsplit_once('.') {
+        Some((stem, "gz")) => (stem, Packing::Gzip),
+        Some((stem, "zst")) => (stem, Packing::Zstd),
+        _ => (name.as_str(), Packing::Plain),
     };
-    if text.starts_with('\u{FEFF}') {
-        text.drain(..'\u{FEFF}'.len_utf8());
-    }
-    Ok(text)
+    let kind = match name.rsplit_once('.').map(|(_, extension)| extension) {
+        Some("txt") => Kind::Text,
+        Some("jsonl") => Kind::Lines,
+        Some("csv") => Kind::Table(','),
+        Some("tsv") => Kind::Table('\t'),
+        _ if path.is_dir() => return Err(Error::Directory { path: path.to_owned() }),
+        _ => return Err(Error::Extension { path: path.to_owned() }),
+    };
+    Ok((kind, packing))
 }
 
-fn read_lines(path: &Path, options: &ReadOptions, documents: &mut Vec<String>) -> Result<()> {
-    let text = decode(path, options.errors)?;
-    for (index, content) in text.lines().enumerate() {
-        if content.trim().is_empty() {
-            continue;
+/// One open file.
+struct Source {
+    path: PathBuf,
+    kind: Kind,
+    packing: Packing,
+    bytes: Box<dyn BufRead + Send>,
+    /// 1-based number of the line last read.
+    line: usize,
+    /// Bytes before the line to be read next.
+    offset: usize,
+    /// The header's fields and the place of the text among them.
+    header: Option<(Vec<String>, usize)>,
+    /// No document had a character so far.
+    empty: bool,
+}
+
+impl Source {
+    fn open(path: PathBuf) -> Result<Self> {
+        let (mut kind, packing) = kind(&path)?;
+        let mut bytes = open(&path, packing)?;
+        if path == Path::new("-")
+            && bytes.fill_buf().map_err(|source| io_error(&path, source))?.starts_with(b"{")
+        {
+            kind = Kind::Lines;
         }
-        let (path, line, column) = (path.to_owned(), index + 1, options.column.clone());
-        match serde_json::from_str(content) {
-            Err(error) => return Err(Error::Json { path, line, reason: place_in_line(&error) }),
-            Ok(Value::Object(mut object)) => match object.remove(&column) {
-                Some(Value::String(document)) => documents.push(document),
-                Some(other) => {
-                    return Err(Error::ColumnType { path, line, column, found: type_name(&other) });
+        Ok(Self { path, kind, packing, bytes, line: 0, offset: 0, header: None, empty: true })
+    }
+
+    /// The next document; `None` at the end.
+    fn next(&mut self, options: &ReadOptions) -> Result<Option<String>> {
+        match self.kind {
+            Kind::Text if self.line > 0 => Ok(None),
+            Kind::Text => self.text(None, options),
+            Kind::Lines => {
+                while let Some(content) = self.text(Some(b'\n'), options)? {
+                    if !content.trim().is_empty() {
+                        return self.object(&content, &options.column).map(Some);
+                    }
                 }
-                None => {
-                    let names: Vec<&str> = object.keys().map(String::as_str).collect();
-                    let fields = if names.is_empty() { "(none)".to_owned() } else { names.join(", ") };
-                    return Err(Error::NoColumn { path, line, column, fields });
-                }
-            },
-            Ok(other) => return Err(Error::NotAnObject { path, line, found: type_name(&other) }),
+                Ok(None)
+            }
+            Kind::Table(delimiter) => self.record(delimiter, options),
         }
     }
-    Ok(())
+
+    /// The text up to and with the byte `until`, or all of it; `None` at the end.
+    fn text(&mut self, until: Option<u8>, options: &ReadOptions) -> Result<Option<String>> {
+        let mut raw = Vec::new();
+        let count = match until {
+            Some(end) => self.bytes.read_until(end, &mut raw),
+            None => self.bytes.read_to_end(&mut raw),
+        };
+        let count = count.map_err(|source| match self.packing {
+            Packing::Plain => io_error(&self.path, source),
+            _ => Error::Compressed { path: self.path.clone(), reason: source.to_string() },
+        })?;
+        if count == 0 {
+            return Ok(None);
+        }
+        let mut text = match (String::from_utf8(raw), options.errors) {
+            (Ok(text), _) => text,
+            (Err(invalid), DecodeErrors::Replace) => String::from_utf8_lossy(invalid.as_bytes()).into_owned(),
+            (Err(invalid), DecodeErrors::Strict) => {
+                let byte = self.offset + invalid.utf8_error().valid_up_to();
+                return Err(Error::Utf8 { path: self.path.clone(), byte });
+            }
+        };
+        if self.offset == 0 && text.starts_with('\u{FEFF}') {
+            text.drain(..'\u{FEFF}'.len_utf8());
+        }
+        self.offset += count;
+        self.line += 1;
+        Ok(Some(text))
+    }
+
+    /// The text of a line of JSON.
+    fn object(&self, content: &str, column: &str) -> Result<String> {
+        let (path, line, column) = (self.path.clone(), self.line, column.to_owned());
+        match serde_json::from_str(content) {
+            Err(error) => Err(Error::Json { path, line, reason: place_in_line(&error) }),
+            Ok(Value::Object(mut object)) => match object.remove(&column) {
+                Some(Value::String(document)) => Ok(document),
+                Some(other) => Err(Error::ColumnType { path, line, column, found: type_name(&other) }),
+                None => Err(Error::NoColumn {
+                    path,
+                    line,
+                    column,
+                    fields: listed(object.keys().map(String::as_str)),
+                }),
+            },
+            Ok(other) => Err(Error::NotAnObject { path, line, found: type_name(&other) }),
+        }
+    }
+
+    /// The text of the next record of a table; the first one is the header.
+    fn record(&mut self, delimiter: char, options: &ReadOptions) -> Result<Option<String>> {
+        loop {
+            let Some(mut record) = self.text(Some(b'\n'), options)? else { return Ok(None) };
+            let line = self.line;
+            // A quoted field may hold line ends. The count of quotes is kept, not taken again over all that was read.
+            let mut is_open = csv::is_open(&record);
+            while is_open {
+                let Some(more) = self.text(Some(b'\n'), options)? else { break };
+                is_open ^= csv::is_open(&more);
+                record.push_str(&more);
+            }
+            let content = record.strip_suffix('\n').unwrap_or(&record);
+            let content = content.strip_suffix('\r').unwrap_or(content);
+            if content.is_empty() {
+                continue;
+            }
+            let path = || self.path.clone();
+            let mut fields = csv::fields(content, delimiter).map_err(|reason| Error::Csv {
+                path: path(),
+                line,
+                reason,
+            })?;
+            let Some((names, place)) = &self.header else {
+                let Some(place) = fields.iter().position(|name| *name == options.column) else {
+                    let column = options.column.clone();
+                    let fields = listed(fields.iter().map(String::as_str));
+                    return Err(Error::NoColumn { path: path(), line, column, fields });
+                };
+                self.header = Some((fields, place));
+                continue;
+            };
+            if fields.len() != names.len() {
+                let reason = format!("{} fields, but the header has {}", fields.len(), names.len());
+                return Err(Error::Csv { path: path(), line, reason });
+            }
+            return Ok(Some(fields.swap_remove(*place)));
+        }
+    }
+}
+
+fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    let names: Vec<&str> = names.collect();
+    if names.is_empty() { "(none)".to_owned() } else { names.join(", ") }
 }
 
 /// The parser counts lines within the one line it was given: only its column says something.
@@ -153,6 +287,9 @@ fn type_name(value: &Value) -> &'static str {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::fs;
+    use std::io::Write;
+
     use super::*;
 
     fn read(files: &[(&str, &[u8])], options: &ReadOptions) -> Result<Vec<String>> {
@@ -165,7 +302,7 @@ mod tests {
                 path
             })
             .collect();
-        read_documents(&paths, options)
+        Documents::new(paths, options.clone())?.collect()
     }
 
     fn message(files: &[(&str, &[u8])]) -> String {
@@ -211,12 +348,63 @@ mod tests {
         }
         assert!(message(&[("a.txt", b"")]).contains("a.txt holds no document"));
         assert!(message(&[("a.txt", b"\xEF\xBB\xBF")]).contains("holds no document"));
-        let text = message(&[("a.csv", b"x")]);
-        assert!(text.contains(".txt, .jsonl"), "{text}");
+        let text = message(&[("a.doc", b"x")]);
+        assert!(text.contains(".txt, .jsonl, .csv"), "{text}");
         let options = ReadOptions::default();
-        let of = |path: &Path| read_documents(&[path.to_owned()], &options).unwrap_err();
+        let of = |path: &Path| {
+            let documents = Documents::new(vec![path.to_owned()], options.clone());
+            documents.and_then(Iterator::collect::<Result<Vec<_>>>).unwrap_err()
+        };
         assert!(matches!(of(Path::new("/no/such/file.txt")), Error::Missing { .. }));
         assert!(matches!(of(tempfile::tempdir().unwrap().path()), Error::Directory { .. }));
-        assert!(matches!(read_documents(&[], &options), Err(Error::NoFiles)));
+        assert!(matches!(Documents::new(vec![], options.clone()), Err(Error::NoFiles)));
+    }
+
+    #[test]
+    fn tables_give_their_column() {
+        let options = ReadOptions::default();
+        let table = "\u{FEFF}id,text\r\n1,\"a, \"\"b\"\"\nc\"\r\n\n2,d\n3,";
+        assert_eq!(read(&[("a.csv", table.as_bytes())], &options).unwrap(), ["a, \"b\"\nc", "d", ""]);
+        assert_eq!(read(&[("a.tsv", b"text\tid\nx, y\t1\n")], &options).unwrap(), ["x, y"]);
+        for (content, parts) in [
+            ("id,body\n1,x\n", &["a.csv:1", "\"text\"", "id, body"][..]),
+            ("text\nx\n\"y\nz", &["a.csv:3", "never closed in field 1"]),
+            ("text,id\nx,1\ny\n", &["a.csv:3", "1 fields", "has 2"]),
+            ("text\n", &["holds no document"]),
+        ] {
+            let text = message(&[("a.csv", content.as_bytes())]);
+            assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+        }
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn zstd(bytes: &[u8]) -> Vec<u8> {
+        ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
+    }
+
+    #[test]
+    fn compressed_files_read_as_plain_ones_and_cut_ones_are_errors() {
+        let options = ReadOptions::default();
+        let first: String = (0..2000).map(|i| format!("{{\"text\":\"line {i}\"}}\n")).collect();
+        let plain = read(&[("a.jsonl", first.repeat(2).as_bytes())], &options).unwrap();
+        for (name, whole) in [("a.jsonl.gz", gzip(first.as_bytes())), ("a.jsonl.ZST", zstd(first.as_bytes()))]
+        {
+            // Members and frames follow each other, as `cat` and parallel compressors write them.
+            assert_eq!(read(&[(name, &whole.repeat(2))], &options).unwrap(), plain, "{name}");
+            for cut in [0, 1, 3, 11, whole.len() / 2, whole.len() - 1] {
+                let text = message(&[(name, &whole[..cut])]);
+                let expected = if cut == 0 && name.ends_with("ZST") { "no document" } else { "cut short" };
+                assert!(text.contains(expected), "{name} cut at {cut}: {text}");
+            }
+            let mut garbled = whole.clone();
+            let middle = garbled.len() / 2;
+            garbled[middle] ^= 0x55;
+            assert!(read(&[(name, &garbled)], &options).is_err(), "{name}");
+        }
     }
 }

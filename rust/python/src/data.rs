@@ -16,31 +16,79 @@ impl From<pyrformer_data::Error> for Failure {
     }
 }
 
-/// A cleaning step, how many documents it changed, and how many characters it removed.
-type Cleaned = (&'static str, usize, i64);
+/// A cleaning step, documents changed, documents dropped, characters removed.
+type Cleaned = (String, u64, u64, i64);
 /// Flat ids and the start of each document.
 type Corpus = (Arc<[u32]>, Arc<[u64]>);
 
-/// The documents of text files, after the named cleaning steps; and per step (name, documents changed, characters
-/// removed).
-#[pyfunction]
-pub(crate) fn read_documents(
-    py: Python<'_>,
-    paths: Vec<PathBuf>,
-    column: String,
-    replace_errors: bool,
-    steps: Vec<String>,
-) -> PyResult<(Vec<String>, Vec<Cleaned>)> {
-    let steps: Vec<Step> =
-        steps.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(Failure::from)?;
-    let errors = if replace_errors { DecodeErrors::Replace } else { DecodeErrors::Strict };
-    enter(py, || {
-        let mut documents = pyrformer_data::read_documents(&paths, &ReadOptions { column, errors })?;
-        let report = pyrformer_data::clean(&mut documents, &steps);
-        let rows =
-            report.steps.iter().map(|s| (s.step.name(), s.documents_changed, s.characters_removed)).collect();
-        Ok::<_, pyrformer_data::Error>((documents, rows))
-    })
+/// The documents of files, a few at a time.
+#[pyclass(module = "pyrformer._core")]
+pub(crate) struct Documents {
+    inner: pyrformer_data::Documents,
+    /// An error that came after documents: it is raised by the next call.
+    failed: Option<pyrformer_data::Error>,
+}
+
+#[pymethods]
+impl Documents {
+    #[new]
+    fn new(paths: Vec<PathBuf>, column: String, replace_errors: bool) -> PyResult<Self> {
+        let errors = if replace_errors { DecodeErrors::Replace } else { DecodeErrors::Strict };
+        let inner = pyrformer_data::Documents::new(paths, ReadOptions { column, errors });
+        Ok(Self { inner: inner.map_err(Failure::from)?, failed: None })
+    }
+
+    /// Documents of about `size` bytes together, at least one; none at the end.
+    fn read(&mut self, py: Python<'_>, size: usize) -> PyResult<Vec<String>> {
+        enter(py, || {
+            let (mut documents, mut bytes) = (Vec::new(), 0);
+            while bytes < size && self.failed.is_none() {
+                match self.inner.next() {
+                    Some(Ok(document)) => {
+                        // A document of no bytes costs memory, too.
+                        bytes += document.len() + 1;
+                        documents.push(document);
+                    }
+                    Some(Err(error)) => self.failed = Some(error),
+                    None => break,
+                }
+            }
+            match self.failed.take_if(|_| documents.is_empty()) {
+                Some(error) => Err(error),
+                None => Ok(documents),
+            }
+        })
+    }
+}
+
+/// Named cleaning steps and the counts of what they did.
+#[pyclass(module = "pyrformer._core")]
+pub(crate) struct Cleaner {
+    inner: pyrformer_data::Cleaner,
+}
+
+#[pymethods]
+impl Cleaner {
+    #[new]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn new(steps: Vec<String>) -> PyResult<Self> {
+        let steps: Vec<Step> =
+            steps.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(Failure::from)?;
+        Ok(Self { inner: pyrformer_data::Cleaner::new(&steps) })
+    }
+
+    /// The documents after all steps, without those that a step drops.
+    fn clean(&mut self, py: Python<'_>, documents: Vec<String>) -> Vec<String> {
+        py.detach(|| documents.into_iter().filter_map(|d| self.inner.clean(d)).collect())
+    }
+
+    /// Per step: its name, documents changed, documents dropped, characters removed.
+    fn report(&self) -> Vec<Cleaned> {
+        let row = |r: &pyrformer_data::StepReport| {
+            (r.step.to_string(), r.documents_changed, r.documents_dropped, r.characters_removed)
+        };
+        self.inner.reports().iter().map(row).collect()
+    }
 }
 
 /// A corpus as flat ids and the start of each document.

@@ -1,0 +1,81 @@
+//! Opens a file, standard input or a compressed file as a stream of bytes.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Error as IoError, ErrorKind, Read, Result as IoResult};
+use std::path::Path;
+
+use flate2::bufread::MultiGzDecoder;
+use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
+
+use crate::error::{Error, Result};
+
+/// Bytes read at once.
+const BUFFER: usize = 1 << 18;
+
+/// How a file's bytes are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packing {
+    Plain,
+    Gzip,
+    Zstd,
+}
+
+/// The bytes of `path` after unpacking; `-` is standard input.
+pub(crate) fn open(path: &Path, packing: Packing) -> Result<Box<dyn BufRead + Send>> {
+    if path == Path::new("-") {
+        return Ok(Box::new(BufReader::with_capacity(BUFFER, std::io::stdin())));
+    }
+    let file = File::open(path).map_err(|source| io_error(path, source))?;
+    if file.metadata().is_ok_and(|m| m.is_dir()) {
+        return Err(Error::Directory { path: path.to_owned() });
+    }
+    let file = BufReader::with_capacity(BUFFER, file);
+    Ok(match packing {
+        Packing::Plain => Box::new(file),
+        Packing::Gzip => Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(file))),
+        Packing::Zstd => Box::new(BufReader::with_capacity(BUFFER, Frames { file: Some(file), frame: None })),
+    })
+}
+
+/// An error of the operating system while a plain file is opened or read.
+pub(crate) fn io_error(path: &Path, source: IoError) -> Error {
+    let path = path.to_owned();
+    match source.kind() {
+        ErrorKind::NotFound => Error::Missing { path },
+        _ => Error::Io { path, source },
+    }
+}
+
+type Compressed = BufReader<File>;
+
+/// The frames of a zstd file one after another, each with its checksum compared where it has one.
+struct Frames {
+    /// Between frames: the file.
+    file: Option<Compressed>,
+    /// Within a frame: its decoder.
+    frame: Option<StreamingDecoder<Compressed, FrameDecoder>>,
+}
+
+impl Read for Frames {
+    fn read(&mut self, out: &mut [u8]) -> IoResult<usize> {
+        loop {
+            if let Some(mut frame) = self.frame.take() {
+                let count = frame.read(out)?;
+                if count > 0 || out.is_empty() {
+                    self.frame = Some(frame);
+                    return Ok(count);
+                }
+                let stored = frame.decoder.get_checksum_from_data();
+                if stored.is_some() && stored != frame.decoder.get_calculated_checksum() {
+                    return Err(IoError::new(ErrorKind::InvalidData, "a checksum differs"));
+                }
+                self.file = Some(frame.into_inner());
+            }
+            let Some(mut file) = self.file.take() else { return Ok(0) };
+            if file.fill_buf()?.is_empty() {
+                return Ok(0);
+            }
+            self.frame = Some(StreamingDecoder::new(file).map_err(IoError::other)?);
+        }
+    }
+}
