@@ -21,7 +21,7 @@ pub(crate) enum Packing {
 }
 
 /// The bytes of `path` after unpacking; `-` is standard input.
-pub(crate) fn open(path: &Path, packing: Packing) -> Result<Box<dyn BufRead + Send>> {
+pub(crate) fn open(path: &Path, packing: Packing) -> Result<Box<dyn BufRead + Send + Sync>> {
     if path == Path::new("-") {
         return Ok(Box::new(BufReader::with_capacity(BUFFER, std::io::stdin())));
     }

@@ -133,7 +133,7 @@ struct Source {
     path: PathBuf,
     kind: Kind,
     packing: Packing,
-    bytes: Box<dyn BufRead + Send>,
+    bytes: Box<dyn BufRead + Send + Sync>,
     /// 1-based number of the line last read.
     line: usize,
     /// Bytes before the line to be read next.
