@@ -14,6 +14,8 @@ import numpy.typing as npt
 __all__ = [
     "AtomicDir",
     "CausalBatches",
+    "Cleaner",
+    "Documents",
     "Executor",
     "Gguf",
     "Graph",
@@ -224,17 +226,19 @@ class AtomicDir:
 
 # ---- rust/python/src/data.rs ----------------------------------------------------------------------------------------
 
+@final
 class Documents:
     """The documents of files, a few at a time."""
 
-    def __init__(self, paths: Sequence[_Path], column: str, replace_errors: bool) -> None: ...
+    def __new__(cls, paths: Sequence[_Path], column: str, replace_errors: bool) -> Documents: ...
     def read(self, size: int) -> list[str]:
         """Documents of about ``size`` bytes together, at least one; none at the end."""
 
+@final
 class Cleaner:
     """Named cleaning steps and the counts of what they did."""
 
-    def __init__(self, steps: Sequence[str]) -> None: ...
+    def __new__(cls, steps: Sequence[str]) -> Cleaner: ...
     def clean(self, documents: Sequence[str]) -> list[str]:
         """The documents after all steps, without those that a step drops."""
 

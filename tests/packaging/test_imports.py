@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 THIRD_PARTY = {"pyrformer": {"numpy", "tomli"}, "cli": {"click", "rich", "numpy", "tomli"}}
 
 
+#: Optional packages, each with the one module that imports it, late.
+OPTIONAL = {("torch", "pyrformer.bench.torch_peer"), ("pyarrow", "pyrformer.data")}
+
+
 def modules() -> Iterator[tuple[str, Path]]:
     """Every module of the package under the name that users see, with its file."""
     for folder, name in ((ROOT / "pyrformer", "pyrformer"), (ROOT / "cli", "pyrformer.cli")):
@@ -55,7 +59,7 @@ def broken_rules(source: str, module: str) -> list[str]:
         elif top == "cupy":
             if module != "pyrformer.executors.cuda":
                 broken.append(f"{module} imports {name}: only pyrformer.executors.cuda talks to CuPy")
-        elif top == "torch" and module == "pyrformer.bench.torch_peer":
+        elif (top, module) in OPTIONAL:
             continue
         elif top != "pyrformer" and top not in sys.stdlib_module_names and top not in allowed:
             broken.append(f"{module} imports {name}: not a dependency of {'cli' if cli else 'pyrformer'}")
