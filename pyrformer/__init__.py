@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyrformer.generate import Generation, filter_logits
     from pyrformer.generation_config import GenerationConfig
     from pyrformer.model import Model
+    from pyrformer.prepared import Prepared, prepare
     from pyrformer.tokenizers import Tokenizer
     from pyrformer.trainer import Run, TrainConfig, train
 
@@ -32,11 +33,13 @@ _HOME = {
     "Generation": "generate",
     "GenerationConfig": "generation_config",
     "Model": "model",
+    "Prepared": "prepared",
     "Run": "trainer",
     "Tokenizer": "tokenizers",
     "TrainConfig": "trainer",
     "filter_logits": "generate",
     "load": "checkpoint",
+    "prepare": "prepared",
     "train": "trainer",
 }
 
@@ -47,12 +50,14 @@ __all__ = [
     "Generation",
     "GenerationConfig",
     "Model",
+    "Prepared",
     "Run",
     "Tokenizer",
     "TrainConfig",
     "__version__",
     "filter_logits",
     "load",
+    "prepare",
     "train",
 ]
 

@@ -230,9 +230,18 @@ class AtomicDir:
 class Documents:
     """The documents of files, a few at a time."""
 
-    def __new__(cls, paths: Sequence[_Path], column: str, replace_errors: bool) -> Documents: ...
-    def read(self, size: int) -> list[str]:
-        """Documents of about ``size`` bytes together, at least one; none at the end."""
+    def __new__(
+        cls, paths: Sequence[_Path], column: str, replace_errors: bool, lenient: bool
+    ) -> Documents: ...
+    def read(self, size: int) -> list[str] | None:
+        """Documents of about ``size`` bytes together; ``None`` at the end."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the files so far, as they are on the disk."""
+
+    def rejected(self) -> list[tuple[str, str]]:
+        """What a lenient reader could not read since the last call: why, and the line or record (empty for a file)."""
 
 @final
 class Cleaner:
@@ -246,13 +255,35 @@ class Cleaner:
         """Per step: its name, documents changed, documents dropped, characters removed."""
 
 @final
+class Corpus:
+    """Token ids of documents: in memory, or mapped from prepared shards."""
+
+    def __new__(cls, ids: _Ids, offsets: _Offsets) -> Corpus: ...
+    @staticmethod
+    def open(paths: Sequence[_Path]) -> Corpus:
+        """Shards one after another, memory-mapped."""
+
+    def split(self, held_out: float) -> tuple[Corpus, Corpus]:
+        """The corpora of what is not held out and of what is."""
+    @property
+    def tokens(self) -> int:
+        """The number of tokens."""
+    @property
+    def documents(self) -> int:
+        """The number of documents."""
+    def document(self, index: int) -> _Ids:
+        """The ids of document ``index``."""
+
+def write_shard(path: _Path, ids: _Ids, offsets: _Offsets, vocab_size: int) -> None:
+    """Writes a shard of prepared tokens; it appears whole or not at all."""
+
+@final
 class CausalBatches:
     """Packed rows for next-token prediction. Letters: B rows, S tokens in a row."""
 
     def __new__(
         cls,
-        ids: _Ids,
-        offsets: _Offsets,
+        corpus: Corpus,
         seq_len: int,
         batch_size: int,
         seed: int,
@@ -271,8 +302,7 @@ class MaskedBatches:
 
     def __new__(
         cls,
-        ids: _Ids,
-        offsets: _Offsets,
+        corpus: Corpus,
         max_length: int,
         batch_size: int,
         seed: int,

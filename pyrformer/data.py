@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -73,6 +73,7 @@ class Documents:
         column: str = "text",
         errors: str = "strict",
         clean: Sequence[str] = (),
+        on_corrupt: Callable[[str, str], None] | None = None,
     ):
         """
         Args:
@@ -82,6 +83,8 @@ class Documents:
             clean: cleaning steps, applied in this order: "nfc", "nfkc" (Unicode normalisation), "control" (removes
                 control characters), "whitespace" (joins runs of it), "html" (decodes character references),
                 "duplicates" (drops documents that came before), "min-length=N" (drops those of fewer characters).
+            on_corrupt: called with the reason and the line or record (empty for a file) of what cannot be read; reading
+                goes on behind it. Default: that is an error.
 
         Raises:
             DataError: a step is unknown.
@@ -90,12 +93,20 @@ class Documents:
         if errors not in ("strict", "replace"):
             raise InputError(f"[data] errors must be 'strict' or 'replace', got {errors!r}")
         self._source, self._column, self._replace = source, column, errors == "replace"
+        self._on_corrupt = on_corrupt
         self._cleaner = _core.Cleaner(list(clean))
+        self._bytes_before = 0
+        self._reader: _core.Documents | None = None
 
     @property
     def report(self) -> list[Cleaned]:
         """What each cleaning step did so far."""
         return [Cleaned(*row) for row in self._cleaner.report()]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from files so far, as they are on the disk."""
+        return self._bytes_before + (self._reader.bytes_read if self._reader else 0)
 
     def __iter__(self) -> Iterator[str]:
         """
@@ -103,23 +114,30 @@ class Documents:
             DataError: a file is missing, empty, damaged, not UTF-8 or not what its extension says, or has no such
                 column; the message names the place. Documents before that place have been given by then.
         """
-        for chunk in self._chunks():
-            yield from self._cleaner.clean(chunk)
+        for chunk in self.chunks():
+            yield from self.clean(chunk)
 
-    def _chunks(self) -> Iterator[list[str]]:
+    def clean(self, documents: list[str]) -> list[str]:
+        """The documents after all cleaning steps, without those that a step drops."""
+        return self._cleaner.clean(documents)
+
+    def chunks(self) -> Iterator[list[str]]:
+        """The documents before cleaning, in lists of about a megabyte that depend on the source alone.
+
+        Raises:
+            DataError: as for iterating over the documents.
+        """
         source: Any = self._source
         if isinstance(source, (str, PathLike)):
             source = [source]
         if isinstance(source, (list, tuple)):
             files = expand(source)
             for is_parquet, group in itertools.groupby(files, lambda f: f.suffix.lower() == ".parquet"):
-                if is_parquet:
-                    for file in group:
-                        yield from self._parquet(file)
-                else:
-                    reader = _core.Documents(list(group), self._column, self._replace)
-                    while chunk := reader.read(CHUNK):
-                        yield chunk
+                for file in group if is_parquet else ():
+                    yield from self._parquet(file)
+                    self._bytes_before += file.stat().st_size
+                if not is_parquet:
+                    yield from self._read(list(group))
         elif hasattr(source, "__arrow_c_stream__"):
             arrow = import_arrow("an Arrow stream")
             yield from self._batches(arrow.RecordBatchReader.from_stream(source), "the Arrow stream")
@@ -131,29 +149,59 @@ class Documents:
                         raise InputError(f"[data] documents must be strings, got a {type(text).__name__}")
                 yield chunk
 
+    def _read(self, files: list[Path]) -> Iterator[list[str]]:
+        lenient = self._on_corrupt is not None
+        self._reader = reader = _core.Documents(files, self._column, self._replace, lenient)
+        while (chunk := reader.read(CHUNK)) is not None:
+            for reason, raw in reader.rejected():
+                self._reject(DataError(reason), raw)
+            yield chunk
+        self._bytes_before, self._reader = self.bytes_read, None
+
+    def _reject(self, error: DataError, raw: str = "") -> None:
+        if self._on_corrupt is None:
+            raise error
+        self._on_corrupt(str(error), raw)
+
     def _parquet(self, file: Path) -> Iterator[list[str]]:
         arrow = import_arrow(str(file))
         try:
             with arrow.parquet.ParquetFile(file) as table:
-                self._check_column(table.schema_arrow, str(file))
-                yield from self._batches(table.iter_batches(1024, columns=[self._column]), str(file))
+                if self._has_column(table.schema_arrow, str(file)):
+                    yield from self._batches(table.iter_batches(1024, columns=[self._column]), str(file))
         except FileNotFoundError as e:
             raise DataError(f"[data] {file} does not exist; check the path") from e
         except (OSError, arrow.ArrowException) as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise DataError(f"[data] {file} is not a whole parquet file ({reason}); write it again") from e
+            self._reject(DataError(f"[data] {file} is not a whole parquet file ({reason}); write it again"))
 
-    def _check_column(self, schema: Any, where: str) -> None:
-        if schema.names.count(self._column) != 1:
-            names = ", ".join(schema.names) or "(none)"
-            raise DataError(f"[data] {where} has no column {self._column!r}; set column to one of {names}")
+    def _has_column(self, schema: Any, where: str) -> bool:
+        if schema.names.count(self._column) == 1:
+            return True
+        names = ", ".join(schema.names) or "(none)"
+        self._reject(
+            DataError(f"[data] {where} has no column {self._column!r}; set column to one of {names}")
+        )
+        return False
 
     def _batches(self, batches: Any, where: str) -> Iterator[list[str]]:
+        row = 0
         for batch in batches:
-            self._check_column(batch.schema, where)
-            texts = batch.column(batch.schema.get_field_index(self._column)).to_pylist()
-            if not all(isinstance(text, str) for text in texts):
-                raise DataError(f"[data] column {self._column!r} of {where} has values that are no strings")
+            if not self._has_column(batch.schema, where):
+                return
+            texts = []
+            for value in batch.column(batch.schema.get_field_index(self._column)).to_pylist():
+                if isinstance(value, str):
+                    texts.append(value)
+                else:
+                    what = "no value" if value is None else f"a value of type {type(value).__name__}"
+                    self._reject(
+                        DataError(
+                            f"[data] row {row} of {where} has {what} in column {self._column!r}, not text"
+                        ),
+                        repr(value),
+                    )
+                row += 1
             yield texts
 
 
@@ -223,6 +271,13 @@ def tokenize(
     return Ragged(ids, ragged.offsets + np.arange(len(ragged) + 1))
 
 
+def as_corpus(corpus: Ragged | _core.Corpus) -> _core.Corpus:
+    """Encoded documents as batches take them; a :class:`Ragged` is copied."""
+    if isinstance(corpus, Ragged):
+        return _core.Corpus(np.ascontiguousarray(corpus.ids), np.ascontiguousarray(corpus.offsets))
+    return corpus
+
+
 @dataclass(frozen=True)
 class Masking:
     """Rates of masked training. Source: Devlin et al. 2019, section 3.1.
@@ -256,7 +311,7 @@ class Batches:
 
     def __init__(
         self,
-        corpus: Ragged,
+        corpus: Ragged | _core.Corpus,
         objective: str,
         *,
         seq_len: int,
@@ -269,7 +324,7 @@ class Batches:
     ):
         """
         Args:
-            corpus: what :func:`tokenize` gives.
+            corpus: what :func:`tokenize` gives, or ``corpus`` of :class:`pyrformer.prepared.Prepared`.
             objective: "ar" or "mlm"; "mlm" needs the tokenizer for its special tokens.
             seq_len: T, for "mlm" the most it may be.
             cross_documents: for "ar", let tokens see the document before their own in the row.
@@ -279,11 +334,11 @@ class Batches:
             InputError: the objective is unknown.
         """
         self.objective, self.batch_size, self.shuffle = objective, batch_size, shuffle
-        ids, offsets = np.ascontiguousarray(corpus.ids), np.ascontiguousarray(corpus.offsets)
+        corpus = as_corpus(corpus)
         self._core: _core.CausalBatches | _core.MaskedBatches
         if objective == "ar":
-            separate = not cross_documents and len(corpus) > 1
-            self._core = _core.CausalBatches(ids, offsets, seq_len, batch_size, seed, shuffle, separate)
+            separate = not cross_documents and corpus.documents > 1
+            self._core = _core.CausalBatches(corpus, seq_len, batch_size, seed, shuffle, separate)
         elif objective == "mlm":
             if tokenizer is None:
                 raise InputError("[data] masked batches need the tokenizer")
@@ -293,7 +348,7 @@ class Batches:
             order = (seq_len, batch_size, seed, shuffle, tokenizer.vocab_size, tokenizer.masking_ids())
             # Few distinct widths: each is a program of its own.
             width = 8 if seq_len <= 64 else 32
-            self._core = _core.MaskedBatches(ids, offsets, *order, *rates, continues, width)
+            self._core = _core.MaskedBatches(corpus, *order, *rates, continues, width)
         else:
             raise InputError(f"[data] unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
 

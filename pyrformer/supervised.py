@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.batch import Batch
+from pyrformer.data import as_corpus
 from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
@@ -35,7 +36,7 @@ class PermutationBatches:
 
     def __init__(
         self,
-        corpus: Ragged,
+        corpus: Ragged | _core.Corpus,
         *,
         seq_len: int,
         batch_size: int,
@@ -48,8 +49,7 @@ class PermutationBatches:
         Raises:
             DataError: the corpus is shorter than a row.
         """
-        ids, offsets = np.ascontiguousarray(corpus.ids), np.ascontiguousarray(corpus.offsets)
-        self._rows = _core.CausalBatches(ids, offsets, seq_len, batch_size, seed, shuffle, False)
+        self._rows = _core.CausalBatches(as_corpus(corpus), seq_len, batch_size, seed, shuffle, False)
         self._seed, self._rate, self._span = seed, plm_probability, max_span_length
         # The most tokens that spans of a row can hold, to a multiple of 8.
         stretches = -(-seq_len // max(1, int(1 / plm_probability)))

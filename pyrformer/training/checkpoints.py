@@ -7,7 +7,6 @@ a hidden name, flushed to disk, and renamed; a process that is killed leaves the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from pyrformer import _core
-from pyrformer.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_json, save, stored_tensors, write_json
+from pyrformer.checkpoint import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    digest,
+    read_json,
+    save,
+    stored_tensors,
+    write_json,
+)
 from pyrformer.compile import Array
 from pyrformer.errors import Error, FileError
 from pyrformer.model import Model
@@ -43,15 +51,6 @@ class Snapshot:
     parameters: dict[str, Array]
     moments: dict[str, Array]
     state: dict[str, Any]
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def problem(folder: Path) -> str | None:

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from pyrformer import _core
 from pyrformer.data import Batches, Masking, read_documents, tokenize
 from pyrformer.errors import ConfigError
+from pyrformer.prepared import Prepared, is_prepared
 from pyrformer.supervised import Labelled, LabelledBatches, PermutationBatches, labelled, read_labelled
 from pyrformer.tokenizers import Ragged, Tokenizer
 from pyrformer.training.config import TrainConfig
 
 AnyBatches = Batches | PermutationBatches | LabelledBatches
+#: A corpus, its number of tokens, and the SHA-256 of what it was made of.
+_Identified = tuple[Ragged | Labelled | _core.Corpus, int, str]
 
 #: The tokenizer of an objective where none is configured.
 DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -58,25 +62,104 @@ class Source:
         """
         self.config, self.stage = config, stage
         stage("reading")
-        self.documents, self.held_out = self._documents()
+        self.prepared = self._prepared(config.files)
+        self.documents, self.held_out = (
+            (_Documents([], []), _Documents([], [])) if self.prepared else self._documents()
+        )
         self.labels = sorted(set(self.documents.labels))
-        self.tokenizer = tokenizer or self._tokenizer(self.documents.texts, self.held_out.texts)
+        if self.prepared:
+            self.tokenizer = self._tokenizer_of(self.prepared, tokenizer)
+        else:
+            self.tokenizer = tokenizer or self._tokenizer(self.documents.texts, self.held_out.texts)
 
     def batches(self, seq_len: int) -> tuple[AnyBatches, AnyBatches, dict[str, Any]]:
         """Batches to learn from, batches to measure on, and what identifies both: counts of tokens and SHA-256 of the
         ids."""
-        self.stage("tokenizing")
+        if self.prepared:
+            train, valid = self._from_prepared(self.prepared, seq_len)
+        else:
+            self.stage("tokenizing")
+            train, valid = (
+                self._identified(self._tokenized(d, seq_len)) for d in (self.documents, self.held_out)
+            )
         made: list[AnyBatches] = []
         facts: dict[str, Any] = {}
-        for name, documents in (("train", self.documents), ("valid", self.held_out)):
-            corpus = self._tokenized(documents, seq_len)
-            texts = corpus.texts if isinstance(corpus, Labelled) else corpus
-            sha = hashlib.sha256("\n".join(documents.labels).encode())
-            for array in (texts.ids, texts.offsets):
-                sha.update(np.ascontiguousarray(array).data)
-            facts[f"{name}_tokens"], facts[f"{name}_sha256"] = len(corpus.ids), sha.hexdigest()
+        for name, (corpus, tokens, sha256) in (("train", train), ("valid", valid)):
+            facts[f"{name}_tokens"], facts[f"{name}_sha256"] = tokens, sha256
             made.append(self._batches(corpus, seq_len, shuffle=name == "train"))
         return made[0], made[1], facts
+
+    def _identified(self, corpus: Ragged | Labelled) -> _Identified:
+        texts = corpus.texts if isinstance(corpus, Labelled) else corpus
+        labels = corpus.classes.tolist() if isinstance(corpus, Labelled) else []
+        sha = hashlib.sha256("\n".join(self.labels[i] for i in labels).encode())
+        for array in (texts.ids, texts.offsets):
+            sha.update(np.ascontiguousarray(array).data)
+        return corpus, len(texts.ids), sha.hexdigest()
+
+    # -- Prepared folders ---------------------------------------------------------------------------------------------
+
+    def _prepared(self, files: list[str]) -> Prepared | None:
+        """The prepared folder that files name, if they name one."""
+        if not any(map(is_prepared, files)):
+            return None
+        if len(files) > 1:
+            raise ConfigError(
+                "[train] a prepared folder is the only thing to learn from; prepare all text into one"
+            )
+        prepared = Prepared.open(files[0])
+        wanted = {"ar": "ar", "plm": "ar", "mlm": "mlm"}.get(self.config.objective)
+        made = prepared.manifest["options"].get("objective")
+        if wanted != made:
+            needs = (
+                f"run `pyrformer prepare` with --objective {wanted}"
+                if wanted
+                else "it learns from text files"
+            )
+            raise ConfigError(
+                f"[train] {files[0]} was prepared for objective {made!r}, not for "
+                f"{self.config.objective!r}: {needs}"
+            )
+        if self.config.clean:
+            raise ConfigError(
+                "[train] prepared text was cleaned when it was prepared; give clean to `pyrformer prepare`"
+            )
+        return prepared
+
+    def _tokenizer_of(self, prepared: Prepared, tokenizer: Tokenizer | None) -> Tokenizer:
+        """The tokenizer of a prepared folder, after a look at what else was asked for."""
+        c = self.config
+        others = [tokenizer] if tokenizer else []
+        if c.init_from and not others:
+            others.append(Tokenizer.load(c.init_from))
+        if c.tokenizer:
+            if "path" not in c.tokenizer:
+                raise ConfigError(
+                    "[train] prepared text has its tokenizer; leave out the tokenizer's options"
+                )
+            others.append(Tokenizer.load(c.tokenizer["path"]))
+        if any(other.to_json() != prepared.tokenizer.to_json() for other in others):
+            raise ConfigError(
+                f"[train] {prepared.folder} was prepared with another tokenizer than the model's; prepare it again "
+                "with that one"
+            )
+        return prepared.tokenizer
+
+    def _from_prepared(self, prepared: Prepared, seq_len: int) -> tuple[_Identified, _Identified]:
+        c = self.config
+        if not c.valid:
+            head, tail = prepared.corpus.split(c.valid_fraction)
+            return (head, head.tokens, prepared.sha256), (tail, tail.tokens, prepared.sha256)
+        held_out: _Identified
+        other = self._prepared(c.valid)
+        if other is None:
+            held_out = self._identified(self._tokenized(self._read(c.valid), seq_len))
+        else:
+            self._tokenizer_of(other, self.tokenizer)
+            held_out = (other.corpus, other.corpus.tokens, other.sha256)
+        return (prepared.corpus, prepared.corpus.tokens, prepared.sha256), held_out
+
+    # -- Text ---------------------------------------------------------------------------------------------------------
 
     def _documents(self) -> tuple[_Documents, _Documents]:
         """What to learn from and what to measure on."""
@@ -135,7 +218,9 @@ class Source:
             documents = documents + held_out
         return Tokenizer.train(iter(documents), **{**defaults, **options})
 
-    def _batches(self, corpus: Ragged | Labelled, seq_len: int, *, shuffle: bool) -> AnyBatches:
+    def _batches(
+        self, corpus: Ragged | Labelled | _core.Corpus, seq_len: int, *, shuffle: bool
+    ) -> AnyBatches:
         c = self.config
         shared: dict[str, Any] = {
             "seq_len": seq_len,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// A result with this crate's [`Error`].
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What can go wrong between a text file and a batch; each message is one sentence that ends in what to do.
 #[derive(Debug, thiserror::Error)]
@@ -170,6 +170,17 @@ pub enum Error {
         /// Tokens in a block.
         seq_len: usize,
     },
+    /// A file of prepared tokens is not one.
+    #[error("[data] {} {what}; prepare the corpus again", path.display())]
+    Shard {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// A file of prepared tokens cannot be read or written.
+    #[error(transparent)]
+    File(#[from] pyrformer_files::Error),
     /// No document has a token.
     #[error("[data] all {documents} documents are empty; add text")]
     NoTokens {
@@ -185,12 +196,12 @@ impl Error {
     }
 }
 
-/// Checks that `offsets` cut `tokens` ids into documents, and that every id is below `limit`.
-pub(crate) fn check_corpus(tokens: &[u32], offsets: &[u64], limit: usize) -> Result<()> {
+/// Checks that `offsets` cut `tokens` ids into documents.
+pub(crate) fn check_offsets(tokens: usize, offsets: &[u64]) -> Result<()> {
     let wrong = |index: usize| Error::Offsets {
         index,
         found: offsets.get(index).map_or("missing".to_owned(), u64::to_string),
-        tokens: tokens.len(),
+        tokens,
     };
     if offsets.first() != Some(&0) {
         return Err(wrong(0));
@@ -198,13 +209,10 @@ pub(crate) fn check_corpus(tokens: &[u32], offsets: &[u64], limit: usize) -> Res
     if let Some(index) = offsets.windows(2).position(|pair| pair[0] > pair[1]) {
         return Err(wrong(index + 1));
     }
-    if offsets[offsets.len() - 1] != tokens.len() as u64 {
+    if offsets[offsets.len() - 1] != tokens as u64 {
         return Err(wrong(offsets.len() - 1));
     }
-    match tokens.iter().position(|&id| id as usize >= limit) {
-        Some(position) => Err(Error::TokenId { position, id: tokens[position], limit }),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Checks that a batch of `rows` × `width` places is neither empty nor too large to index by `i32`.

@@ -4,6 +4,7 @@
 //! resumes at step `s` by asking for batch `s`, and nothing depends on threads or on what was drawn before.
 
 mod clean;
+mod corpus;
 mod csv;
 mod error;
 mod mask;
@@ -13,10 +14,11 @@ pub mod purpose;
 mod read;
 
 pub use clean::{Cleaner, Step, StepReport};
+pub use corpus::{Corpus, write_shard};
 pub use error::{Error, Result};
 pub use mask::{MaskedBatch, MaskedBatches, MaskedOptions};
 pub use pack::{CausalBatch, CausalBatches, CausalOptions};
-pub use read::{DecodeErrors, Documents, ReadOptions};
+pub use read::{DecodeErrors, Documents, ReadOptions, Rejected};
 
 /// The label that the loss leaves out (Hugging Face's convention).
 pub const IGNORED_LABEL: i32 = -100;

@@ -8,12 +8,14 @@
 //! groups pieces of like length: the epoch's shuffled rows are taken in pools, sorted by length within the pool, and
 //! the pool's batches are shuffled. To reach any step, only its pool is laid out.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use pyrformer_random::{Permutation, Stream, philox, unit_f32};
 
 use crate::IGNORED_LABEL;
-use crate::error::{Error, Result, check_corpus, check_size};
+use crate::corpus::Corpus;
+use crate::error::{Error, Result, check_size};
 use crate::purpose::{MASK, MASKED_ORDER, MASKED_POOL};
 
 /// Batches in a pool.
@@ -175,7 +177,7 @@ pub struct MaskedBatch {
 /// A corpus of token ids as masked batches.
 #[derive(Clone, Debug)]
 pub struct MaskedBatches {
-    tokens: Arc<[u32]>,
+    corpus: Corpus,
     options: MaskedOptions,
     /// Start and length of each piece.
     pieces: Vec<(usize, usize)>,
@@ -191,30 +193,30 @@ struct Row {
 }
 
 impl MaskedBatches {
-    /// Batches of `tokens` (ids without special tokens), where document `d` is `tokens[offsets[d]..offsets[d + 1]]`.
+    /// Batches of a corpus of ids without special tokens.
     ///
     /// Each document is cut into pieces of `max_length - 2` tokens, the last one shorter; empty documents give none.
     ///
     /// # Errors
-    /// If an option is outside the range its documentation gives, `offsets` are not such offsets, an id is not below
-    /// `vocab_size`, or no document has a token.
-    pub fn new(tokens: Arc<[u32]>, offsets: Arc<[u64]>, options: MaskedOptions) -> Result<Self> {
+    /// If an option is outside the range its documentation gives, an id is not below `vocab_size`, or no document has
+    /// a token.
+    pub fn new(corpus: Corpus, options: MaskedOptions) -> Result<Self> {
         options.check()?;
-        check_corpus(&tokens, &offsets, options.vocab_size)?;
+        corpus.check_ids(options.vocab_size)?;
         let longest = options.max_length - 2;
         let mut pieces = Vec::new();
-        for pair in offsets.windows(2) {
+        for pair in corpus.documents().windows(2) {
             let (start, end) = (pair[0] as usize, pair[1] as usize);
             pieces.extend((start..end).step_by(longest).map(|at| (at, longest.min(end - at))));
         }
         if pieces.is_empty() {
-            return Err(Error::NoTokens { documents: offsets.len() - 1 });
+            return Err(Error::NoTokens { documents: corpus.documents().len().saturating_sub(1) });
         }
         let mut special = vec![false; options.vocab_size];
         for &id in [options.cls, options.sep, options.pad, options.mask].iter().chain(&options.special_ids) {
             special[id as usize] = true;
         }
-        Ok(Self { tokens, options, pieces, special })
+        Ok(Self { corpus, options, pieces, special })
     }
 
     /// The number of pieces: the rows of an epoch or of an evaluation.
@@ -257,10 +259,10 @@ impl MaskedBatches {
             labels_count: 0,
         };
         for (b, row) in rows.iter().enumerate() {
-            let piece = self.piece(*row);
+            let piece = &self.piece(*row);
             let first = b * seq_len;
             batch.input_ids[first] = options.cls as i32;
-            for (place, &id) in batch.input_ids[first + 1..].iter_mut().zip(piece) {
+            for (place, &id) in batch.input_ids[first + 1..].iter_mut().zip(piece.iter()) {
                 *place = id as i32;
             }
             batch.input_ids[first + 1 + piece.len()] = options.sep as i32;
@@ -278,9 +280,14 @@ impl MaskedBatches {
         batch
     }
 
-    fn piece(&self, row: Row) -> &[u32] {
+    fn piece(&self, row: Row) -> Cow<'_, [u32]> {
         let (start, len) = self.pieces[row.piece];
-        &self.tokens[start..start + len]
+        self.corpus.ids(start..start + len)
+    }
+
+    /// Whether an id is never chosen; nor is one outside the vocabulary, which a damaged shard may hold.
+    fn is_special(&self, id: u32) -> bool {
+        self.special.get(id as usize).is_none_or(|&special| special)
     }
 
     /// The rows of a batch.
@@ -318,7 +325,7 @@ impl MaskedBatches {
         let mut nearest: Option<(u32, usize, usize)> = None;
         let mut any = false;
         for (b, row) in rows.iter().enumerate() {
-            let piece = self.piece(*row);
+            let piece = &self.piece(*row);
             let draws = Draws::new(self.options.seed, *row);
             for at in (0..piece.len()).filter(|&at| self.begins_word(piece, at)) {
                 let draw = draws.at(at)[0];
@@ -331,13 +338,13 @@ impl MaskedBatches {
             }
         }
         if let (false, Some((_, b, at))) = (any, nearest) {
-            self.mask_word(batch, b, self.piece(rows[b]), at, Draws::new(self.options.seed, rows[b]));
+            self.mask_word(batch, b, &self.piece(rows[b]), at, Draws::new(self.options.seed, rows[b]));
         }
     }
 
     /// Whether the token at `at` can be drawn: it is not special and, with whole words, the first of its word.
     fn begins_word(&self, piece: &[u32], at: usize) -> bool {
-        let special = |at: usize| self.special[piece[at] as usize];
+        let special = |at: usize| self.is_special(piece[at]);
         let begins = |table: &Arc<[bool]>| at == 0 || special(at - 1) || !table[piece[at] as usize];
         !special(at) && self.options.whole_word.as_ref().is_none_or(begins)
     }
@@ -345,7 +352,7 @@ impl MaskedBatches {
     /// Labels and replaces the word that begins at `start` (a single token unless whole words are masked).
     fn mask_word(&self, batch: &mut MaskedBatch, b: usize, piece: &[u32], start: usize, draws: Draws) {
         let options = &self.options;
-        let goes_on = |at: &usize| !self.special[piece[*at] as usize] && !self.begins_word(piece, *at);
+        let goes_on = |at: &usize| !self.is_special(piece[*at]) && !self.begins_word(piece, *at);
         for at in std::iter::once(start).chain((start + 1..piece.len()).take_while(goes_on)) {
             let place = b * batch.seq_len + 1 + at;
             batch.labels[place] = piece[at] as i32;

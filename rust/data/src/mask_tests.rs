@@ -18,6 +18,10 @@ fn options(batch_size: usize, max_length: usize) -> MaskedOptions {
     MaskedOptions::new(batch_size, max_length, VOCAB, [CLS, SEP, PAD, HIDDEN])
 }
 
+fn held(ids: Vec<u32>, offsets: &[u64]) -> Corpus {
+    Corpus::held(ids.into(), offsets.into()).unwrap()
+}
+
 /// Documents of the given lengths with ids from 4 on.
 fn corpus(lengths: &[usize], options: MaskedOptions) -> MaskedBatches {
     let mut offsets = vec![0u64];
@@ -26,7 +30,7 @@ fn corpus(lengths: &[usize], options: MaskedOptions) -> MaskedBatches {
     }
     let total = offsets[offsets.len() - 1] as usize;
     let tokens: Vec<u32> = (0..total).map(|i| 4 + (i % (VOCAB - 4)) as u32).collect();
-    MaskedBatches::new(tokens.into(), offsets.into(), options).unwrap()
+    MaskedBatches::new(held(tokens, &offsets), options).unwrap()
 }
 
 /// What holds for every batch.
@@ -214,7 +218,7 @@ fn random_tokens_come_from_the_whole_vocabulary() {
         random_rate: 1.0,
         ..MaskedOptions::new(1, 1002, 10, [CLS, SEP, PAD, HIDDEN])
     };
-    let batches = MaskedBatches::new(vec![5; 20_000].into(), [0, 20_000].into(), all).unwrap();
+    let batches = MaskedBatches::new(held(vec![5; 20_000], &[0, 20_000]), all).unwrap();
     let mut counts = [0f64; 10];
     for step in 0..20 {
         let batch = batches.batch(step);
@@ -270,7 +274,7 @@ fn a_word_begins_after_a_special_token() {
     let continues: Arc<[bool]> = vec![true; VOCAB].into();
     let all = MaskedOptions { special_ids: vec![499], mlm_probability: 1.0, ..options(1, 16) };
     let tokens = vec![5, 499, 6, 7];
-    let batches = MaskedBatches::new(tokens.into(), [0, 4].into(), all.with_whole_words(continues)).unwrap();
+    let batches = MaskedBatches::new(held(tokens, &[0, 4]), all.with_whole_words(continues)).unwrap();
     assert_eq!(batches.batch(0).labels, [-100, 5, -100, 6, 7, -100, -100, -100]);
 }
 
@@ -282,7 +286,7 @@ fn a_batch_has_a_label_if_it_can() {
     let continues: Arc<[bool]> = vec![true; VOCAB].into();
     let words = corpus(&[5; 100], rare.clone().with_whole_words(continues));
     assert!((0..50).all(|step| words.batch(step).labels_count == 5));
-    let hidden = MaskedBatches::new(vec![HIDDEN; 6].into(), [0, 6].into(), rare).unwrap().batch(0);
+    let hidden = MaskedBatches::new(held(vec![HIDDEN; 6], &[0, 6]), rare).unwrap().batch(0);
     assert_eq!((hidden.labels_count, hidden.positions.len()), (0, 32));
 }
 
@@ -291,7 +295,7 @@ fn errors_say_what_to_do() {
     let of = |change: &dyn Fn(&mut MaskedOptions)| {
         let mut o = options(2, 16);
         change(&mut o);
-        MaskedBatches::new(vec![5; 9].into(), [0, 9].into(), o).unwrap_err().to_string()
+        MaskedBatches::new(held(vec![5; 9], &[0, 9]), o).unwrap_err().to_string()
     };
     for (text, part) in [
         (of(&|o| o.batch_size = 0), "batch_size is 0"),
@@ -310,6 +314,6 @@ fn errors_say_what_to_do() {
     ] {
         assert!(text.starts_with("[data] ") && text.contains(part), "{text}");
     }
-    let empty = MaskedBatches::new(Vec::new().into(), [0, 0, 0].into(), options(2, 16)).unwrap_err();
+    let empty = MaskedBatches::new(held(Vec::new(), &[0, 0, 0]), options(2, 16)).unwrap_err();
     assert!(empty.to_string().contains("all 2 documents are empty"));
 }

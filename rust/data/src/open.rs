@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Error as IoError, ErrorKind, Read, Result as IoResult};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use flate2::bufread::MultiGzDecoder;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
@@ -20,16 +22,21 @@ pub(crate) enum Packing {
     Zstd,
 }
 
-/// The bytes of `path` after unpacking; `-` is standard input.
-pub(crate) fn open(path: &Path, packing: Packing) -> Result<Box<dyn BufRead + Send + Sync>> {
+/// The bytes of `path` after unpacking; `-` is standard input. `taken` counts the bytes that were read before unpacking.
+pub(crate) fn open(
+    path: &Path,
+    packing: Packing,
+    taken: Arc<AtomicU64>,
+) -> Result<Box<dyn BufRead + Send + Sync>> {
     if path == Path::new("-") {
-        return Ok(Box::new(BufReader::with_capacity(BUFFER, std::io::stdin())));
+        let input = Counted { inner: std::io::stdin(), taken };
+        return Ok(Box::new(BufReader::with_capacity(BUFFER, input)));
     }
     let file = File::open(path).map_err(|source| io_error(path, source))?;
     if file.metadata().is_ok_and(|m| m.is_dir()) {
         return Err(Error::Directory { path: path.to_owned() });
     }
-    let file = BufReader::with_capacity(BUFFER, file);
+    let file = BufReader::with_capacity(BUFFER, Counted { inner: file, taken });
     Ok(match packing {
         Packing::Plain => Box::new(file),
         Packing::Gzip => Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(file))),
@@ -46,7 +53,21 @@ pub(crate) fn io_error(path: &Path, source: IoError) -> Error {
     }
 }
 
-type Compressed = BufReader<File>;
+/// Counts what is read.
+struct Counted<R> {
+    inner: R,
+    taken: Arc<AtomicU64>,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, out: &mut [u8]) -> IoResult<usize> {
+        let count = self.inner.read(out)?;
+        self.taken.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+}
+
+type Compressed = BufReader<Counted<File>>;
 
 /// The frames of a zstd file one after another, each with its checksum compared where it has one.
 struct Frames {

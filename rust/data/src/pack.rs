@@ -4,13 +4,12 @@
 //! differ between epochs and the remainder that fills no block is not always the same tokens. The number of blocks
 //! stays the same, so the place of a step in the stream of blocks is arithmetic, and any batch is reached at once.
 
-use std::sync::Arc;
-
 use pyrformer_random::{Permutation, Stream};
 use serde::{Deserialize, Serialize};
 
 use crate::IGNORED_LABEL;
-use crate::error::{Error, Result, check_corpus, check_size};
+use crate::corpus::Corpus;
+use crate::error::{Error, Result, check_size};
 use crate::purpose::{CAUSAL_ORDER, CAUSAL_PHASE};
 
 /// How to cut a corpus into causal batches.
@@ -52,37 +51,35 @@ pub struct CausalBatch {
 /// A corpus of token ids as causal batches.
 #[derive(Clone, Debug)]
 pub struct CausalBatches {
-    tokens: Arc<[u32]>,
-    documents: Arc<[u64]>,
+    corpus: Corpus,
     options: CausalOptions,
     separating: bool,
     blocks: u64,
 }
 
 impl CausalBatches {
-    /// Batches of `tokens`, where document `d` is `tokens[documents[d]..documents[d + 1]]`.
+    /// Batches of a corpus.
     ///
     /// # Errors
-    /// If `documents` are not such offsets, an id does not fit an `i32`, `seq_len` or `batch_size` is 0 or too large,
-    /// or the corpus has fewer than `seq_len + 1` tokens.
-    pub fn new(tokens: Arc<[u32]>, documents: Arc<[u64]>, options: CausalOptions) -> Result<Self> {
+    /// If an id does not fit an `i32`, `seq_len` or `batch_size` is 0 or too large, or the corpus has fewer than
+    /// `seq_len + 1` tokens.
+    pub fn new(corpus: Corpus, options: CausalOptions) -> Result<Self> {
         let CausalOptions { seq_len, batch_size, .. } = options;
         if seq_len == 0 || seq_len > i32::MAX as usize {
             return Err(Error::option("seq_len", seq_len, "at least 1 and below 2^31"));
         }
         check_size(batch_size, "seq_len", seq_len)?;
-        check_corpus(&tokens, &documents, i32::MAX as usize)?;
-        if tokens.len() <= seq_len {
-            return Err(Error::ShortCorpus { tokens: tokens.len(), seq_len });
+        corpus.check_ids(i32::MAX as usize)?;
+        let tokens = corpus.len();
+        if tokens <= seq_len {
+            return Err(Error::ShortCorpus { tokens, seq_len });
         }
-        let with_tokens = documents.windows(2).filter(|pair| pair[0] < pair[1]).count();
-        let blocks =
-            if options.shuffle { tokens.len() / seq_len } else { (tokens.len() - 1).div_ceil(seq_len) };
+        let with_tokens = corpus.documents().windows(2).filter(|pair| pair[0] < pair[1]).count();
+        let blocks = if options.shuffle { tokens / seq_len } else { (tokens - 1).div_ceil(seq_len) };
         Ok(Self {
             separating: options.separate_documents && with_tokens > 1,
             blocks: blocks as u64,
-            tokens,
-            documents,
+            corpus,
             options,
         })
     }
@@ -142,27 +139,32 @@ impl CausalBatches {
         let (epoch, place) = ((index / blocks) as u64, (index % blocks) as u64);
         let block = Permutation::new(self.blocks, seed, CAUSAL_ORDER, epoch as u32).get(place);
         let phase = Stream::new(seed, CAUSAL_PHASE, epoch).below(seq_len as u32);
-        Some((block as usize * seq_len + phase as usize) % self.tokens.len())
+        Some((block as usize * seq_len + phase as usize) % self.corpus.len())
     }
 
     /// Writes the block that begins at `start`: around the ring in training, up to the corpus end in evaluation.
     fn fill(&self, batch: &mut CausalBatch, row: usize, start: usize) {
-        let len = self.tokens.len();
+        let len = self.corpus.len();
+        // One token more than a row holds: the label of its last one.
+        let within = (len - start).min(batch.seq_len + 1);
+        let mut ids = self.corpus.ids(start..start + within);
+        if within <= batch.seq_len && self.options.shuffle {
+            let rest = self.corpus.ids(0..batch.seq_len + 1 - within);
+            ids.to_mut().extend_from_slice(&rest);
+        }
         let mut at = start;
         let mut end = self.document_end(at);
         let (mut segment, mut position) = (1, 0);
-        for place in row * batch.seq_len..(row + 1) * batch.seq_len {
+        for (i, &id) in ids.iter().take(batch.seq_len).enumerate() {
+            let place = row * batch.seq_len + i;
             let next = at + 1;
-            batch.input_ids[place] = self.tokens[at] as i32;
+            batch.input_ids[place] = id as i32;
             if next < len && !(self.separating && next == end) {
-                batch.labels[place] = self.tokens[next] as i32;
+                batch.labels[place] = ids[i + 1] as i32;
             }
             if let Some(segments) = &mut batch.segment_ids {
                 segments[place] = segment;
                 batch.position_ids[place] = position;
-            }
-            if next == len && !self.options.shuffle {
-                return;
             }
             at = next % len;
             position += 1;
@@ -176,7 +178,8 @@ impl CausalBatches {
     /// The end of the document that holds token `at`.
     fn document_end(&self, at: usize) -> usize {
         // Empty documents share their offset with the next one: the first offset beyond `at` is the end.
-        self.documents[self.documents.partition_point(|&offset| offset <= at as u64)] as usize
+        let documents = self.corpus.documents();
+        documents[documents.partition_point(|&offset| offset <= at as u64)] as usize
     }
 }
 
@@ -192,7 +195,7 @@ mod tests {
     /// A corpus whose ids are 10, 11, 12, …
     fn batches(documents: &[u64], options: CausalOptions) -> Result<CausalBatches> {
         let tokens: Vec<u32> = (0..*documents.last().unwrap_or(&0)).map(|i| i as u32 + 10).collect();
-        CausalBatches::new(tokens.into(), documents.into(), options)
+        CausalBatches::new(Corpus::held(tokens.into(), documents.into())?, options)
     }
 
     #[test]
@@ -334,10 +337,12 @@ mod tests {
         assert!(of(CausalOptions { batch_size: 0, ..OPTIONS }).contains("batch_size is 0"));
         assert!(of(CausalOptions { batch_size: usize::MAX, ..OPTIONS }).contains("2^31"));
         for offsets in [&[][..], &[1, 9], &[0, 5, 4, 9], &[0, 8]] {
-            let error = CausalBatches::new(vec![1; 9].into(), offsets.into(), OPTIONS).unwrap_err();
+            let error = Corpus::held(vec![1; 9].into(), offsets.into()).unwrap_err();
             assert!(matches!(error, Error::Offsets { .. }), "{error}");
         }
-        let error = CausalBatches::new(vec![u32::MAX; 9].into(), [0, 9].into(), OPTIONS).unwrap_err();
+        let error =
+            CausalBatches::new(Corpus::held(vec![u32::MAX; 9].into(), [0, 9].into()).unwrap(), OPTIONS)
+                .unwrap_err();
         assert!(matches!(error, Error::TokenId { position: 0, .. }));
     }
 }

@@ -3,6 +3,8 @@
 
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -45,12 +47,14 @@ impl Default for ReadOptions {
 /// be compressed (`.gz`, `.zst` after the extension). The path `-` is standard input: JSON lines if its first byte is
 /// `{`, otherwise one text. Extensions are read without regard to case; a leading byte-order mark is dropped.
 ///
-/// Ends after the first error: a path is missing, a directory, of another extension, unreadable, damaged or without
-/// a document; a file is not UTF-8 (with [`DecodeErrors::Strict`]); a line or record has no string in the column.
+/// What cannot be read is given in its place, as a [`Rejected`]: a line or record that has no string in the column or is
+/// not UTF-8 (with [`DecodeErrors::Strict`]), after which the next one follows; a file that is damaged or without a
+/// document, after which the next file follows; and, at the end, a path that is missing, a directory or unreadable.
 pub struct Documents {
     paths: std::vec::IntoIter<PathBuf>,
     options: ReadOptions,
     source: Option<Source>,
+    taken: Arc<AtomicU64>,
 }
 
 impl Documents {
@@ -65,37 +69,95 @@ impl Documents {
         for path in &paths {
             kind(path)?;
         }
-        Ok(Self { paths: paths.into_iter(), options, source: None })
+        Ok(Self { paths: paths.into_iter(), options, source: None, taken: Arc::default() })
     }
 
-    fn advance(&mut self) -> Result<Option<String>> {
+    /// Bytes read from the files so far, as they are on the disk.
+    #[must_use]
+    pub fn bytes_read(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    fn advance(&mut self) -> Result<Option<String>, Rejected> {
         loop {
             if let Some(source) = &mut self.source {
                 if let Some(document) = source.next(&self.options)? {
                     source.empty &= document.is_empty();
                     return Ok(Some(document));
                 }
-                if source.empty {
-                    return Err(Error::Empty { path: source.path.clone() });
+                let source = self.source.take();
+                if let Some(Source { path, empty: true, .. }) = source {
+                    return Err(Error::Empty { path }.into());
                 }
-                self.source = None;
             }
             let Some(path) = self.paths.next() else { return Ok(None) };
-            self.source = Some(Source::open(path)?);
+            self.source = Some(Source::open(path, Arc::clone(&self.taken))?);
         }
     }
 }
 
 impl Iterator for Documents {
-    type Item = Result<String>;
+    type Item = Result<String, Rejected>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let next = self.advance();
-        if next.is_err() {
-            self.source = None;
-            self.paths = Vec::new().into_iter();
+        if let Err(rejected) = &next {
+            match rejected.extent {
+                Extent::Record => {
+                    // A file whose documents are all rejected is not empty as well.
+                    if let Some(source) = &mut self.source {
+                        source.empty = false;
+                    }
+                }
+                Extent::File => self.source = None,
+                Extent::All => {
+                    self.source = None;
+                    self.paths = Vec::new().into_iter();
+                }
+            }
         }
         next.transpose()
+    }
+}
+
+/// What could not be read, and why.
+#[derive(Debug)]
+pub struct Rejected {
+    /// Why.
+    pub error: Error,
+    /// The line or record, with U+FFFD where it is not UTF-8; empty where it is a file.
+    pub raw: String,
+    extent: Extent,
+}
+
+/// How much is lost with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    Record,
+    File,
+    All,
+}
+
+impl Rejected {
+    /// Whether reading ends with it: a path is missing or cannot be opened, which no document is to blame for.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        self.extent == Extent::All
+    }
+
+    fn record(error: Error, raw: impl Into<String>) -> Self {
+        Self { error, raw: raw.into(), extent: Extent::Record }
+    }
+}
+
+/// An error that is not about one record.
+impl From<Error> for Rejected {
+    fn from(error: Error) -> Self {
+        let extent = match &error {
+            Error::Missing { .. } | Error::Directory { .. } | Error::Io { .. } => Extent::All,
+            _ => Extent::File,
+        };
+        Self { error, raw: String::new(), extent }
     }
 }
 
@@ -145,9 +207,9 @@ struct Source {
 }
 
 impl Source {
-    fn open(path: PathBuf) -> Result<Self> {
+    fn open(path: PathBuf, taken: Arc<AtomicU64>) -> Result<Self> {
         let (mut kind, packing) = kind(&path)?;
-        let mut bytes = open(&path, packing)?;
+        let mut bytes = open(&path, packing, taken)?;
         if path == Path::new("-")
             && bytes.fill_buf().map_err(|source| io_error(&path, source))?.starts_with(b"{")
         {
@@ -157,14 +219,15 @@ impl Source {
     }
 
     /// The next document; `None` at the end.
-    fn next(&mut self, options: &ReadOptions) -> Result<Option<String>> {
+    fn next(&mut self, options: &ReadOptions) -> Result<Option<String>, Rejected> {
         match self.kind {
             Kind::Text if self.line > 0 => Ok(None),
             Kind::Text => self.text(None, options),
             Kind::Lines => {
                 while let Some(content) = self.text(Some(b'\n'), options)? {
                     if !content.trim().is_empty() {
-                        return self.object(&content, &options.column).map(Some);
+                        let object = self.object(&content, &options.column);
+                        return object.map(Some).map_err(|error| Rejected::record(error, content));
                     }
                 }
                 Ok(None)
@@ -174,7 +237,7 @@ impl Source {
     }
 
     /// The text up to and with the byte `until`, or all of it; `None` at the end.
-    fn text(&mut self, until: Option<u8>, options: &ReadOptions) -> Result<Option<String>> {
+    fn text(&mut self, until: Option<u8>, options: &ReadOptions) -> Result<Option<String>, Rejected> {
         let mut raw = Vec::new();
         let count = match until {
             Some(end) => self.bytes.read_until(end, &mut raw),
@@ -187,19 +250,21 @@ impl Source {
         if count == 0 {
             return Ok(None);
         }
+        let start = self.offset;
+        self.offset += count;
+        self.line += 1;
         let mut text = match (String::from_utf8(raw), options.errors) {
             (Ok(text), _) => text,
             (Err(invalid), DecodeErrors::Replace) => String::from_utf8_lossy(invalid.as_bytes()).into_owned(),
             (Err(invalid), DecodeErrors::Strict) => {
-                let byte = self.offset + invalid.utf8_error().valid_up_to();
-                return Err(Error::Utf8 { path: self.path.clone(), byte });
+                let byte = start + invalid.utf8_error().valid_up_to();
+                let error = Error::Utf8 { path: self.path.clone(), byte };
+                return Err(Rejected::record(error, String::from_utf8_lossy(invalid.as_bytes())));
             }
         };
-        if self.offset == 0 && text.starts_with('\u{FEFF}') {
+        if start == 0 && text.starts_with('\u{FEFF}') {
             text.drain(..'\u{FEFF}'.len_utf8());
         }
-        self.offset += count;
-        self.line += 1;
         Ok(Some(text))
     }
 
@@ -223,7 +288,7 @@ impl Source {
     }
 
     /// The text of the next record of a table; the first one is the header.
-    fn record(&mut self, delimiter: char, options: &ReadOptions) -> Result<Option<String>> {
+    fn record(&mut self, delimiter: char, options: &ReadOptions) -> Result<Option<String>, Rejected> {
         loop {
             let Some(mut record) = self.text(Some(b'\n'), options)? else { return Ok(None) };
             let line = self.line;
@@ -240,23 +305,24 @@ impl Source {
                 continue;
             }
             let path = || self.path.clone();
-            let mut fields = csv::fields(content, delimiter).map_err(|reason| Error::Csv {
-                path: path(),
-                line,
-                reason,
-            })?;
+            let malformed = |reason| {
+                let error = Error::Csv { path: path(), line, reason };
+                // Without a header, no record of the file means anything.
+                if self.header.is_some() { Rejected::record(error, content) } else { error.into() }
+            };
+            let mut fields = csv::fields(content, delimiter).map_err(malformed)?;
             let Some((names, place)) = &self.header else {
                 let Some(place) = fields.iter().position(|name| *name == options.column) else {
                     let column = options.column.clone();
                     let fields = listed(fields.iter().map(String::as_str));
-                    return Err(Error::NoColumn { path: path(), line, column, fields });
+                    return Err(Error::NoColumn { path: path(), line, column, fields }.into());
                 };
                 self.header = Some((fields, place));
                 continue;
             };
             if fields.len() != names.len() {
                 let reason = format!("{} fields, but the header has {}", fields.len(), names.len());
-                return Err(Error::Csv { path: path(), line, reason });
+                return Err(malformed(reason));
             }
             return Ok(Some(fields.swap_remove(*place)));
         }
@@ -302,7 +368,8 @@ mod tests {
                 path
             })
             .collect();
-        Documents::new(paths, options.clone())?.collect()
+        let documents = Documents::new(paths, options.clone())?;
+        documents.map(|next| next.map_err(|rejected| rejected.error)).collect()
     }
 
     fn message(files: &[(&str, &[u8])]) -> String {
@@ -353,7 +420,8 @@ mod tests {
         let options = ReadOptions::default();
         let of = |path: &Path| {
             let documents = Documents::new(vec![path.to_owned()], options.clone());
-            documents.and_then(Iterator::collect::<Result<Vec<_>>>).unwrap_err()
+            let first = documents.map(|mut documents| documents.next().unwrap().unwrap_err());
+            first.map_or_else(|error| error, |rejected| rejected.error)
         };
         assert!(matches!(of(Path::new("/no/such/file.txt")), Error::Missing { .. }));
         assert!(matches!(of(tempfile::tempdir().unwrap().path()), Error::Directory { .. }));
@@ -375,6 +443,39 @@ mod tests {
             let text = message(&[("a.csv", content.as_bytes())]);
             assert!(parts.iter().all(|part| text.contains(part)), "{text}");
         }
+    }
+
+    #[test]
+    fn what_follows_a_rejected_line_or_file_is_read() {
+        let cut = &gzip(&b"{\"text\":\"x\"}\n".repeat(5000))[..60];
+        let files: &[(&str, &[u8])] = &[
+            ("a.jsonl", b"{\"text\":\"1\"}\nno\n{\"text\":2}\n\xFF\n{\"text\":\"3\"}\n"),
+            ("b.csv", b"body\nx\n"),
+            ("c.jsonl.gz", cut),
+            ("d.csv", b"text,id\ny,1\nonly\n\"z\",2\n"),
+            ("e.jsonl", b"{}\n"),
+            ("f.txt", b""),
+            ("g.txt", b"end"),
+        ];
+        let folder = tempfile::tempdir().unwrap();
+        let put = |(name, bytes): &(&str, &[u8])| {
+            let path = folder.path().join(name);
+            fs::write(&path, bytes).unwrap();
+            path
+        };
+        let mut paths: Vec<PathBuf> = files.iter().map(put).collect();
+        paths.extend([folder.path().join("none.txt"), folder.path().join("g.txt")]);
+        let (mut good, mut bad) = (Vec::new(), Vec::new());
+        for next in Documents::new(paths, ReadOptions::default()).unwrap() {
+            match next {
+                Ok(document) => good.push(document),
+                Err(rejected) => bad.push((rejected.raw.clone(), rejected.is_final())),
+            }
+        }
+        assert!(good.starts_with(&["1".into(), "3".into()]) && good.ends_with(&["z".into(), "end".into()]));
+        let raw: Vec<&str> = bad.iter().map(|(raw, _)| raw.as_str()).collect();
+        assert_eq!(raw, ["no\n", "{\"text\":2}\n", "\u{FFFD}\n", "", "", "only", "{}\n", "", ""]);
+        assert_eq!(bad.iter().position(|(_, last)| *last), Some(bad.len() - 1));
     }
 
     fn gzip(bytes: &[u8]) -> Vec<u8> {

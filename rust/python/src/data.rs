@@ -1,12 +1,11 @@
 //! Reading, cleaning, and batches for training.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use pyrformer_data::{CausalOptions, DecodeErrors, MaskedOptions, ReadOptions, Step};
+use pyrformer_data::{CausalOptions, DecodeErrors, MaskedOptions, ReadOptions, Rejected, Step};
 
 use crate::enter::{Failure, enter};
 
@@ -18,13 +17,15 @@ impl From<pyrformer_data::Error> for Failure {
 
 /// A cleaning step, documents changed, documents dropped, characters removed.
 type Cleaned = (String, u64, u64, i64);
-/// Flat ids and the start of each document.
-type Corpus = (Arc<[u32]>, Arc<[u64]>);
 
 /// The documents of files, a few at a time.
 #[pyclass(module = "pyrformer._core")]
 pub(crate) struct Documents {
     inner: pyrformer_data::Documents,
+    /// Go on after what cannot be read.
+    lenient: bool,
+    /// What could not be read, and why, since it was last asked for.
+    rejected: Vec<(String, String)>,
     /// An error that came after documents: it is raised by the next call.
     failed: Option<pyrformer_data::Error>,
 }
@@ -32,32 +33,48 @@ pub(crate) struct Documents {
 #[pymethods]
 impl Documents {
     #[new]
-    fn new(paths: Vec<PathBuf>, column: String, replace_errors: bool) -> PyResult<Self> {
+    fn new(paths: Vec<PathBuf>, column: String, replace_errors: bool, lenient: bool) -> PyResult<Self> {
         let errors = if replace_errors { DecodeErrors::Replace } else { DecodeErrors::Strict };
         let inner = pyrformer_data::Documents::new(paths, ReadOptions { column, errors });
-        Ok(Self { inner: inner.map_err(Failure::from)?, failed: None })
+        Ok(Self { inner: inner.map_err(Failure::from)?, lenient, rejected: Vec::new(), failed: None })
     }
 
-    /// Documents of about `size` bytes together, at least one; none at the end.
-    fn read(&mut self, py: Python<'_>, size: usize) -> PyResult<Vec<String>> {
+    /// Documents of about `size` bytes together; `None` at the end.
+    fn read(&mut self, py: Python<'_>, size: usize) -> PyResult<Option<Vec<String>>> {
         enter(py, || {
-            let (mut documents, mut bytes) = (Vec::new(), 0);
-            while bytes < size && self.failed.is_none() {
+            let (mut documents, mut bytes, mut ended) = (Vec::new(), 0, false);
+            while bytes < size && self.failed.is_none() && !ended {
                 match self.inner.next() {
                     Some(Ok(document)) => {
                         // A document of no bytes costs memory, too.
                         bytes += document.len() + 1;
                         documents.push(document);
                     }
-                    Some(Err(error)) => self.failed = Some(error),
-                    None => break,
+                    Some(Err(rejected)) if self.lenient && !rejected.is_final() => {
+                        let Rejected { error, raw, .. } = rejected;
+                        bytes += raw.len() + 1;
+                        self.rejected.push((error.to_string(), raw));
+                    }
+                    Some(Err(rejected)) => self.failed = Some(rejected.error),
+                    None => ended = true,
                 }
             }
             match self.failed.take_if(|_| documents.is_empty()) {
                 Some(error) => Err(error),
-                None => Ok(documents),
+                None => Ok((bytes > 0).then_some(documents)),
             }
         })
+    }
+
+    /// Bytes read from the files so far, as they are on the disk.
+    #[getter]
+    fn bytes_read(&self) -> u64 {
+        self.inner.bytes_read()
+    }
+
+    /// What could not be read since the last call: why, and the line or record (empty for a file).
+    fn rejected(&mut self) -> Vec<(String, String)> {
+        std::mem::take(&mut self.rejected)
     }
 }
 
@@ -91,14 +108,81 @@ impl Cleaner {
     }
 }
 
-/// A corpus as flat ids and the start of each document.
-fn corpus(ids: &PyReadonlyArray1<'_, u32>, offsets: &PyReadonlyArray1<'_, i64>) -> PyResult<Corpus> {
-    let gaps =
-        || Failure::new("InputError", "[data] ids and offsets must be C-contiguous, offsets not negative");
-    let ids = ids.as_slice().map_err(|_| gaps())?;
+/// Offsets as Rust counts them.
+fn starts(offsets: &PyReadonlyArray1<'_, i64>) -> Result<Vec<u64>, Failure> {
     let offsets = offsets.as_slice().map_err(|_| gaps())?;
-    let starts: Result<Vec<u64>, _> = offsets.iter().map(|&o| u64::try_from(o)).collect();
-    Ok((ids.into(), starts.map_err(|_| gaps())?.into()))
+    offsets.iter().map(|&o| u64::try_from(o).map_err(|_| gaps())).collect()
+}
+
+fn gaps() -> Failure {
+    Failure::new("InputError", "[data] ids and offsets must be C-contiguous, offsets not negative")
+}
+
+/// Token ids of documents: in memory, or mapped from prepared shards.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Corpus {
+    inner: pyrformer_data::Corpus,
+}
+
+#[pymethods]
+impl Corpus {
+    #[new]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn new(ids: PyReadonlyArray1<'_, u32>, offsets: PyReadonlyArray1<'_, i64>) -> PyResult<Self> {
+        let starts = starts(&offsets)?;
+        let ids = ids.as_slice().map_err(|_| gaps())?;
+        let inner = pyrformer_data::Corpus::held(ids.into(), starts.into()).map_err(Failure::from)?;
+        Ok(Self { inner })
+    }
+
+    /// Shards one after another, memory-mapped.
+    #[staticmethod]
+    fn open(py: Python<'_>, paths: Vec<PathBuf>) -> PyResult<Self> {
+        Ok(Self { inner: enter(py, || pyrformer_data::Corpus::open(&paths))? })
+    }
+
+    /// The corpora of what is not held out and of what is.
+    fn split(&self, held_out: f64) -> (Self, Self) {
+        let (inner, rest) = self.inner.split(held_out);
+        (Self { inner }, Self { inner: rest })
+    }
+
+    /// The number of tokens.
+    #[getter]
+    fn tokens(&self) -> usize {
+        self.inner.len()
+    }
+
+    /// The number of documents.
+    #[getter]
+    fn documents(&self) -> usize {
+        self.inner.documents().len().saturating_sub(1)
+    }
+
+    /// The ids of document `index`.
+    fn document<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        let Some(&[start, end]) = self.inner.documents().get(index..).and_then(|d| d.first_chunk()) else {
+            let count = self.documents();
+            let text = format!("[data] there is no document {index}; the corpus has {count}");
+            return Err(Failure::new("InputError", text).into());
+        };
+        Ok(PyArray1::from_slice(py, &self.inner.ids(start as usize..end as usize)))
+    }
+}
+
+/// Writes a shard of prepared tokens; it appears whole or not at all.
+#[pyfunction]
+#[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+pub(crate) fn write_shard(
+    py: Python<'_>,
+    path: PathBuf,
+    ids: PyReadonlyArray1<'_, u32>,
+    offsets: PyReadonlyArray1<'_, i64>,
+    vocab_size: usize,
+) -> PyResult<()> {
+    let starts = starts(&offsets)?;
+    let ids = ids.as_slice().map_err(|_| gaps())?;
+    enter(py, || pyrformer_data::write_shard(&path, ids, &starts, vocab_size))
 }
 
 fn put(dict: &Bound<'_, PyDict>, name: &str, items: Vec<i32>, cols: Option<usize>) -> PyResult<()> {
@@ -123,17 +207,16 @@ impl CausalBatches {
     #[new]
     #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
     fn new(
-        ids: PyReadonlyArray1<'_, u32>,
-        offsets: PyReadonlyArray1<'_, i64>,
+        corpus: PyRef<'_, Corpus>,
         seq_len: usize,
         batch_size: usize,
         seed: u64,
         shuffle: bool,
         separate_documents: bool,
     ) -> PyResult<Self> {
-        let (ids, offsets) = corpus(&ids, &offsets)?;
         let options = CausalOptions { seq_len, batch_size, seed, shuffle, separate_documents };
-        let inner = pyrformer_data::CausalBatches::new(ids, offsets, options).map_err(Failure::from)?;
+        let inner =
+            pyrformer_data::CausalBatches::new(corpus.inner.clone(), options).map_err(Failure::from)?;
         Ok(Self { inner })
     }
 
@@ -169,12 +252,11 @@ impl MaskedBatches {
     /// `special` are the ids of [CLS], [SEP], [PAD], [MASK]; `continues[id]` says whether a token continues a word, for
     /// whole-word masking.
     #[new]
-    #[pyo3(signature = (ids, offsets, max_length, batch_size, seed, shuffle, vocab_size, special, mlm_probability,
+    #[pyo3(signature = (corpus, max_length, batch_size, seed, shuffle, vocab_size, special, mlm_probability,
         mask_rate, random_rate, continues=None, pad_to_multiple_of=8))]
     #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
     fn new(
-        ids: PyReadonlyArray1<'_, u32>,
-        offsets: PyReadonlyArray1<'_, i64>,
+        corpus: PyRef<'_, Corpus>,
         max_length: usize,
         batch_size: usize,
         seed: u64,
@@ -187,14 +269,14 @@ impl MaskedBatches {
         continues: Option<Vec<bool>>,
         pad_to_multiple_of: usize,
     ) -> PyResult<Self> {
-        let (ids, offsets) = corpus(&ids, &offsets)?;
         let mut options = MaskedOptions::new(batch_size, max_length, vocab_size, special);
         (options.seed, options.shuffle) = (seed, shuffle);
         (options.mlm_probability, options.mask_rate, options.random_rate) =
             (mlm_probability, mask_rate, random_rate);
         options.whole_word = continues.map(Into::into);
         options.pad_to_multiple_of = pad_to_multiple_of;
-        let inner = pyrformer_data::MaskedBatches::new(ids, offsets, options).map_err(Failure::from)?;
+        let inner =
+            pyrformer_data::MaskedBatches::new(corpus.inner.clone(), options).map_err(Failure::from)?;
         Ok(Self { inner })
     }
 

@@ -1,0 +1,110 @@
+"""``pyrformer prepare``: text in, a folder of tokens out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import pyrformer as pf
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, type=click.Path())
+@click.option("--tokenizer", required=True, type=click.Path(), help="A tokenizer.json, or a folder with one.")
+@click.option("--out", required=True, type=click.Path(), help="The folder to write, or to go on with.")
+@click.option(
+    "--objective",
+    type=click.Choice(["ar", "mlm"]),
+    default="ar",
+    show_default=True,
+    help="ar: each document ends with the end token; mlm: it does not.",
+)
+@click.option("--column", default="text", show_default=True, help="Field or column that holds the text.")
+@click.option(
+    "--errors",
+    type=click.Choice(["strict", "replace"]),
+    default="strict",
+    show_default=True,
+    help="What to do with bytes that are not UTF-8.",
+)
+@click.option(
+    "--clean",
+    multiple=True,
+    help="A cleaning step: nfc, nfkc, control, whitespace, html, duplicates, min-length=N; may be given again.",
+)
+@click.option(
+    "--on-corrupt",
+    type=click.Choice(["fail", "skip", "quarantine"]),
+    default="fail",
+    show_default=True,
+    help="What to do with lines and files that cannot be read; quarantine writes them to quarantine.jsonl.",
+)
+@click.option(
+    "--shard-tokens", type=click.IntRange(1), default=1 << 25, help="Tokens in a file.  [default: 2^25]"
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads to use.")
+def command(
+    inputs: tuple[str, ...],
+    tokenizer: str,
+    out: str,
+    objective: str,
+    column: str,
+    errors: str,
+    clean: tuple[str, ...],
+    on_corrupt: str,
+    shard_tokens: int,
+    threads: int | None,
+) -> None:
+    """Tokenize INPUTS into a folder that `pyrformer train` reads in place of text.
+
+    INPUTS are as for `pyrformer train`. Memory does not grow with them. A run that was ended goes on when the same
+    command is given again; the folder ends up the same to the byte.
+    """
+    console = Console(stderr=True, highlight=False)
+    bar = Progress(
+        TextColumn("{task.fields[numbers]}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    from pyrformer.data import expand
+
+    size = sum(path.stat().st_size for path in expand(inputs) if path.is_file()) or None
+    task = bar.add_task("", total=None if "-" in inputs else size, numbers="")
+
+    def progress(read: int, documents: int, tokens: int) -> None:
+        bar.update(task, completed=read, numbers=f"{documents:,} documents, {tokens:,} tokens")
+
+    with bar:
+        manifest = pf.prepare(
+            list(inputs),
+            out,
+            pf.Tokenizer.load(tokenizer),
+            objective=objective,
+            column=column,
+            errors=errors,
+            clean=clean,
+            on_corrupt=on_corrupt,
+            shard_tokens=shard_tokens,
+            threads=threads,
+            progress=progress,
+        )
+    for step in manifest["cleaning"]:
+        click.echo(
+            f"{step['step']}: {step['documents_changed']:,} changed, {step['documents_dropped']:,} dropped, "
+            f"{step['characters_removed']:,} characters removed",
+            err=True,
+        )
+    if manifest["rejected"]:
+        where = f"; see {Path(out) / 'quarantine.jsonl'}" if on_corrupt == "quarantine" else ""
+        click.echo(f"{manifest['rejected']:,} lines or files could not be read{where}", err=True)
+    click.echo(
+        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in "
+        f"{len(manifest['shards'])} shard{'s' if len(manifest['shards']) > 1 else ''}"
+    )
