@@ -169,6 +169,7 @@ class Search:
         vocab_size: int,
         allowed_tokens: Callable[[int, list[int]], Sequence[int]] | None = None,
         processor: Callable[[list[int], _Floats], _Floats] | None = None,
+        ends: Callable[[int, list[int]], bool] | None = None,
     ) -> Search:
         """Each prompt: its ids, the padding that stood before them, the number of its first sequence for draws."""
 
@@ -178,8 +179,17 @@ class Search:
         """Takes the logits [A, V] of that pass."""
     def emitted(self) -> list[tuple[int, int, float]]:
         """(sequence, token, log-probability) of each token that the last ``advance`` made certain."""
-    def stop(self, sequence: int) -> bool:
-        """Ends one sequence; whether there was one to end."""
+    def scores(self, row: int, after: Sequence[int], logits: _Floats) -> _Floats:
+        """Processed and filtered scores [V] behind the tokens ``after`` in an active row, from logits [V]."""
+    def path_scores(self) -> list[tuple[float, float]]:
+        """Of each active row: summed log-probability (0 without beams), log-probability of the last token."""
+    def choose(self, tokens: Sequence[tuple[int, float]]) -> None:
+        """Appends a token, with its log-probability, to each active row; not for beams."""
+    def draft(self, after: Sequence[int], logits: _Floats) -> tuple[int, _Floats]:
+        """A proposal for what follows the one active sequence and ``after``, from a cheaper model's logits [V]: the
+        token, and the distribution [V] it was drawn from."""
+    def advance_drafted(self, logits: _Floats, token: int, probabilities: _Floats) -> bool:
+        """Takes logits [V] and a proposal; whether it was kept."""
     def finish(self) -> list[_Result]: ...
 
 def filter_logits(logits: _Floats, options_: dict[str, Any]) -> _Floats:

@@ -1,31 +1,33 @@
-"""Generation: the loop between a model and the search engine.
-
-The engine (``rust/search``) keeps the sequences and says which token each appends and which sequence it continues; this
-module keeps the key-value cache. Position p of a sequence may lie in any cache row: ``rows [A, S]`` says in which, so
-that beams share a prefix and a beam step copies a row of that table, never keys or values.
-
-Letters: A active sequences, R cache rows, S cache slots, V vocabulary.
-"""
+"""Generation: options, prompts and results around the strategies of :mod:`pyrformer.strategies`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pyrformer import _core, programs
-from pyrformer.compile import Compiled
+from pyrformer import _core
+from pyrformer.decoder import slots_for
 from pyrformer.errors import InputError
 from pyrformer.generation_config import STORED, GenerationConfig
 from pyrformer.model import Model
+from pyrformer.steps import Recorder, Step
+from pyrformer.strategies import (
+    Assistant,
+    Contrastive,
+    Emitted,
+    Lockstep,
+    Lookup,
+    Proposer,
+    Speculative,
+    Strategy,
+)
 
-#: Cache slots are made in multiples of this, so that calls of similar length share programs.
-SLOTS = 64
 #: Options that mean nothing without sampling, or without beams.
 SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 BEAMS = {
@@ -36,7 +38,10 @@ BEAMS = {
     "patience",
     "stochastic_beams",
     "force_words_ids",
+    "ordered_constraints",
 }
+#: Tokens that an assistant drafts at once, unless ``num_assistant_tokens`` says otherwise.
+DRAFTED = 5
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Generation:
         scores: Hugging Face's ``sequences_scores`` in beam search, None otherwise.
         token_logprobs: the model's own log-probability of each token, nats.
         finish_reasons: "stop" (end token, stop string, stopping criterion) or "length" (or the time ran out).
+        steps: with ``output_steps``, what the search looked at; empty otherwise.
     """
 
     texts: list[str]
@@ -56,6 +62,7 @@ class Generation:
     scores: list[float | None]
     token_logprobs: list[list[float]]
     finish_reasons: list[str]
+    steps: list[Step] = field(default_factory=list)
 
 
 def generate(
@@ -71,12 +78,17 @@ def generate(
             num_beam_groups, diversity_penalty, force_words_ids, num_return_sequences, temperature, top_k, top_p,
             min_p, typical_p, repetition_penalty, no_repeat_ngram_size, length_penalty, early_stopping, eos_token_id,
             stop_strings, max_time (seconds), …; besides presence_penalty, frequency_penalty, patience,
-            stochastic_beams and seed. And functions of one call:
+            stochastic_beams, ordered_constraints and seed. And those of one call:
             ``prefix_allowed_tokens_fn(prompt, ids) -> token ids`` that may follow;
             ``logits_processor(ids, scores [V]) -> scores [V]``, after all processors, before temperature and filters;
-            ``stopping_criteria(ids) -> bool``, whether the sequence ends here (not with beams).
+            ``stopping_criteria(ids) -> bool``, whether the sequence ends here.
             ``first_sequence`` numbers the first sequence in the coordinates of draws: with 3, the one sequence that is
             drawn is the fourth of a call that draws many with this seed.
+            ``output_steps=K`` records each step's K most probable continuations.
+            ``prompt_lookup_num_tokens=K`` (with ``max_matching_ngram_size``, default 2) or ``assistant_model`` (a model
+            of the same vocabulary; with ``num_assistant_tokens``, default 5) draft tokens that one pass checks: faster
+            where they are often right, with the same distribution of results, one sequence after the other.
+            ``penalty_alpha`` with ``top_k`` (from 2 on) is contrastive search.
 
     A text longer than the model's positions goes on: when they are used up, the older half is dropped from view.
 
@@ -84,10 +96,10 @@ def generate(
         InputError: an option is unknown or contradictory, a prompt is empty or too long, or a function failed.
     """
     call = _Call(model, prompts, config, options)
-    with model.decoding:
+    with call.lock():
         for _ in call.run():
             pass
-    results = call.search.finish()
+    results = call.finish()
     tokenizer = model.tokenizer
     texts = [
         "" if tokenizer is None else tokenizer.decode(r["ids"], skip_special_tokens=True) for r in results
@@ -98,6 +110,7 @@ def generate(
         [r["score"] for r in results],
         [r["token_logprobs"] for r in results],
         [r["finish_reason"] for r in results],
+        call.recorder.steps if call.recorder else [],
     )
 
 
@@ -120,7 +133,7 @@ def stream(
             "[stream] only one prompt with num_beams=1 and num_return_sequences=1 can be streamed"
         )
     pieces = model.require_tokenizer().stream_decoder(skip_special_tokens=True)
-    with model.decoding:
+    with call.lock():
         for emitted in call.run():
             for _, token, _ in emitted:
                 piece = pieces.push(token)
@@ -143,59 +156,148 @@ async def astream(
 
 
 class _Call:
-    """One generation: its options, its search, and when it stops."""
+    """One generation: its options, its searches, and when it stops."""
 
     def __init__(self, model: Model, prompts: Any, config: Any, given: dict[str, Any]):
         given = dict(given)
         mask, first = given.pop("attention_mask", None), given.pop("first_sequence", None)
-        allowed, processor = given.pop("prefix_allowed_tokens_fn", None), given.pop("logits_processor", None)
-        self.criterion = given.pop("stopping_criteria", None)
+        self.functions = (given.pop("prefix_allowed_tokens_fn", None), given.pop("logits_processor", None))
+        criterion, self.assistant = given.pop("stopping_criteria", None), given.pop("assistant_model", None)
+        watched = given.pop("output_steps", None)
         stored = config.options if isinstance(config, GenerationConfig) else config
-        self.options = _options(model, stored, given)
-        self.stop_strings, self.max_time = _stops(self.options)
-        if self.options.get("num_beams", 1) != 1 and (self.stop_strings or self.criterion):
-            name = "stop_strings" if self.stop_strings else "stopping_criteria"
-            raise InputError(f"[generate] {name} needs num_beams=1; leave one of them out")
+        self.options = options = _options(model, stored, given)
+        stop_strings, self.max_time = _stops(options)
+        self.ends = _ending(model, stop_strings, criterion) if stop_strings or criterion else None
+        self.lookup = _taken(options, "prompt_lookup_num_tokens", 1)
+        self.ngram = _taken(options, "max_matching_ngram_size", 1)
+        self.drafted = _taken(options, "num_assistant_tokens", 1)
+        self.alpha = options.pop("penalty_alpha", None)
         ids, padding = _prompt_ids(model, prompts, mask)
-        number = self.options.get("num_return_sequences", 1)
-        firsts = [None if first is None else first + i * number for i in range(len(ids))]
+        number = options.get("num_return_sequences", 1)
         self.prompts, self.model, self.started = len(ids), model, time.monotonic()
-        places = list(zip(ids, padding, firsts, strict=True))
-        self.search = _core.Search(self.options, places, model.family.config.vocab_size, allowed, processor)
-        self.decoder = Decoder(model, ids, self.search, self.options)
-        #: Per sequence: what decodes it, and its latest text.
-        self.texts: dict[int, tuple[Any, str]] = {}
-        self.ids = [list(p) for p in ids for _ in range(number)]
+        self.slots = slots_for(model, ids, options)
+        self.recorder = None if watched is None else Recorder(_whole("output_steps", watched, 1))
+        firsts = [None if first is None else first + i * number for i in range(len(ids))]
+        if self.lookup or self.assistant is not None:
+            self._check_drafts()
+            options["num_return_sequences"] = 1
+            places = [
+                (p, pad, (first or 0) + i * number + j)
+                for i, (p, pad) in enumerate(zip(ids, padding, strict=True))
+                for j in range(number)
+            ]
+            self.searches = [self._search([place]) for place in places]
+        else:
+            for name, value in (
+                ("max_matching_ngram_size", self.ngram),
+                ("num_assistant_tokens", self.drafted),
+            ):
+                if value is not None and name in given:
+                    needed = "prompt_lookup_num_tokens" if name.startswith("max") else "assistant_model"
+                    raise InputError(f"[generate] {name} needs {needed}; give that or leave it out")
+            if self.alpha is not None:
+                self._check_contrast()
+            self.searches = [self._search(list(zip(ids, padding, firsts, strict=True)))]
+        self.ids = ids if len(self.searches) == 1 else [list(p) for p in ids for _ in range(number)]
 
-    def run(self) -> Iterator[list[tuple[int, int, float]]]:
-        """Steps until the search or the time is over; gives the tokens that each made certain."""
-        while (emitted := self.decoder.step()) is not None:
-            for sequence, token, _ in emitted:
-                if self._ends(sequence, token):
-                    self.search.stop(sequence)
-            yield emitted
-            if self.max_time is not None and time.monotonic() - self.started >= self.max_time:
-                return
+    def _search(self, places: list[tuple[list[int], int, int | None]]) -> _core.Search:
+        vocabulary = self.model.family.config.vocab_size
+        return _core.Search(self.options, places, vocabulary, *self.functions, self.ends)
 
-    def _ends(self, sequence: int, token: int) -> bool:
-        if self.criterion is not None:
-            self.ids[sequence].append(token)
-            if self.criterion(list(self.ids[sequence])):
-                return True
-        if not self.stop_strings:
-            return False
-        if sequence not in self.texts:
-            self.texts[sequence] = (
-                self.model.require_tokenizer().stream_decoder(skip_special_tokens=True),
-                "",
+    def _check_drafts(self) -> None:
+        options, assistant = self.options, self.assistant
+        if self.lookup and assistant is not None:
+            raise InputError("[generate] prompt_lookup_num_tokens and assistant_model exclude each other")
+        name = "assistant_model" if assistant is not None else "prompt_lookup_num_tokens"
+        if options.get("num_beams", 1) != 1:
+            raise InputError(f"[generate] {name} needs num_beams=1; leave one of them out")
+        if self.alpha is not None or self.recorder is not None:
+            other = "penalty_alpha" if self.alpha is not None else "output_steps"
+            raise InputError(f"[generate] {name} and {other} exclude each other")
+        if assistant is None:
+            return
+        vocabulary = self.model.family.config.vocab_size
+        if assistant is self.model or assistant.family.objective != "ar":
+            raise InputError("[generate] assistant_model must be another model that continues text")
+        if assistant.family.config.vocab_size != vocabulary:
+            theirs = assistant.family.config.vocab_size
+            raise InputError(
+                f"[generate] assistant_model has a vocabulary of {theirs} tokens, the model one of {vocabulary}"
             )
-        decoder, text = self.texts[sequence]
-        piece = decoder.push(token)
-        text += piece
-        # A stop string that ends in this piece begins at most its own length before it.
-        found = any(stop in text[-(len(piece) + len(stop)) :] for stop in self.stop_strings)
-        self.texts[sequence] = (decoder, text[-max(map(len, self.stop_strings)) :])
-        return bool(piece) and found
+
+    def _check_contrast(self) -> None:
+        options = self.options
+        if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1):
+            raise InputError(f"[generate] penalty_alpha must be in 0..1, got {self.alpha!r}")
+        if options.get("do_sample") or options.get("num_beams", 1) != 1:
+            raise InputError("[generate] penalty_alpha needs do_sample=False and num_beams=1")
+        self.candidates = _whole("top_k", options.pop("top_k", None), 2)
+        self.candidates = min(self.candidates, self.model.family.config.vocab_size)
+
+    def lock(self) -> ExitStack:
+        """Holds the caches that the call writes to."""
+        stack = ExitStack()
+        for model in (self.model, self.assistant):
+            if model is not None:
+                stack.enter_context(model.decoding)
+        return stack
+
+    def run(self) -> Iterator[Emitted]:
+        """Steps until the searches or the time are over; gives the tokens that each step made certain."""
+        for number, search in enumerate(self.searches):
+            strategy = self._strategy(number, search)
+            while (emitted := strategy.step()) is not None:
+                yield emitted
+                if self.max_time is not None and time.monotonic() - self.started >= self.max_time:
+                    break
+
+    def _strategy(self, number: int, search: _core.Search) -> Strategy:
+        model, slots, options = self.model, self.slots, self.options
+        if self.lookup or self.assistant is not None:
+            proposer: Proposer
+            if self.assistant is not None:
+                proposer = Assistant(self.assistant, self.drafted or DRAFTED, slots)
+            else:
+                proposer = Lookup(self.lookup or 0, self.ngram or 2)
+            sampled = options.get("do_sample", False)
+            return Speculative(model, self.ids[number], search, slots, proposer, sampled)
+        if self.alpha is not None:
+            return Contrastive(model, self.ids, search, slots, self.alpha, self.candidates, self.recorder)
+        rows = len(self.ids) * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+        return Lockstep(model, self.ids, search, slots, rows, self.recorder)
+
+    def finish(self) -> list[Any]:
+        """The results, prompts in order."""
+        return [result for search in self.searches for result in search.finish()]
+
+
+def _ending(
+    model: Model, stop_strings: list[str], criterion: Callable[[list[int]], bool] | None
+) -> Callable[[int, list[int]], bool]:
+    """Whether a sequence, of which the first so many ids are its prompt, ends here."""
+    tokenizer = model.require_tokenizer() if stop_strings else None
+
+    def ends(prompt: int, ids: list[int]) -> bool:
+        if criterion is not None and criterion(ids):
+            return True
+        if tokenizer is None:
+            return False
+        text = tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+        return any(stop in text for stop in stop_strings)
+
+    return ends
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"[generate] {name} must be a whole number of {least} or more, got {value!r}")
+    return value
+
+
+def _taken(options: dict[str, Any], name: str, least: int) -> int | None:
+    """Takes a whole number out of the options."""
+    value = options.pop(name, None)
+    return None if value is None else _whole(name, value, least)
 
 
 def _stops(options: dict[str, Any]) -> tuple[list[str], float | None]:
@@ -256,84 +358,6 @@ def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> tuple
     if not ids:
         raise InputError("[generate] there is no prompt")
     return ids, [0] * len(ids)
-
-
-class Decoder:
-    """Runs the model for a search, one step at a time."""
-
-    def __init__(self, model: Model, prompts: list[list[int]], search: _core.Search, options: dict[str, Any]):
-        longest, limit = max(map(len, prompts)), model.family.max_positions
-        if longest > limit:
-            raise InputError(
-                f"[generate] a prompt of {longest} tokens is more than the model's {limit} positions"
-            )
-        wanted = options.get("max_new_tokens") or max(options.get("max_length", longest + 20) - longest, 1)
-        self.model, self.search = model, search
-        #: Prompt and new tokens of each active sequence.
-        self.texts = [list(p) for p in prompts]
-        self.slots = min(-(-(longest + wanted) // SLOTS) * SLOTS, limit)
-        self.cache_rows = len(prompts) * max(
-            options.get("num_beams", 1), options.get("num_return_sequences", 1)
-        )
-        #: How many positions of each sequence are in the cache, and in which row each is.
-        self.lengths = np.zeros(len(prompts), np.int32)
-        self.rows = np.zeros((len(prompts), self.slots), np.int32)
-
-    def step(self) -> list[tuple[int, int, float]] | None:
-        """One forward pass and one decision of the search; gives what became certain, None at the end."""
-        wanted = self.search.step()
-        if wanted is None:
-            return None
-        index, tokens, parents, sequences = wanted
-        feeds = self.texts
-        if index > 0:
-            self.texts = [[*self.texts[p], t] for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
-            self.rows, self.lengths = self.rows[parents], self.lengths[parents]
-            feeds = [text[-1:] for text in self.texts]
-        # Where the positions are used up, the newer half of the text is read again from position 0.
-        for i in np.flatnonzero(self.lengths + [len(f) for f in feeds] > self.slots):
-            feeds[i] = self.texts[i][-(self.slots // 2) :]
-            self.lengths[i] = 0
-        self.search.advance(self._feed(feeds, sequences))
-        return self.search.emitted()
-
-    def _feed(self, feeds: list[list[int]], sequences: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Puts tokens into the cache; gives the logits ``[A, V]`` after each sequence's last one."""
-        active, counts = len(feeds), np.array([len(f) for f in feeds], np.int32)
-        batch, width = _bucket(active), _bucket(int(counts.max()))
-        ids, positions = np.zeros((2, batch, width), np.int32)
-        row, start, count, last = np.zeros((4, batch), np.int32)
-        rows = np.zeros((batch, self.slots), np.int32)
-        for i, feed in enumerate(feeds):
-            n, at = len(feed), int(self.lengths[i])
-            ids[i, :n] = feed
-            positions[i, :n] = np.arange(at, at + n) + self.model.family.position_offset
-            # A sequence writes to the cache row of its own number: no other one ever needs that row at this position.
-            self.rows[i, at : at + n] = sequences[i]
-        row[:active], start[:active], count[:active], rows[:active] = (
-            sequences,
-            self.lengths,
-            counts,
-            self.rows,
-        )
-        last[:active] = np.arange(active) * width + counts - 1
-        self.lengths = self.lengths + counts
-        inputs = {"input_ids": ids, "position_ids": positions, "rows": rows, "row": row}
-        out = self._program(batch, width)(**inputs, start=start, count=count, last=last)
-        return np.ascontiguousarray(out["logits"][:active], dtype=np.float32)
-
-    def _program(self, batch: int, width: int) -> Compiled:
-        shape = (self.cache_rows, self.slots)
-        self.model.use_cache(shape)
-        make = partial(
-            programs.decode_step, self.model.family, batch, width, shape, "cache", self.model.dtype
-        )
-        return self.model.program(("decode", batch, width, shape), make)
-
-
-def _bucket(n: int) -> int:
-    """The next power of two, so that few programs serve all sizes."""
-    return 1 << (n - 1).bit_length()
 
 
 def filter_logits(logits: npt.ArrayLike, **options: Any) -> npt.NDArray[np.float32]:

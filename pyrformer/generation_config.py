@@ -12,7 +12,8 @@ from pyrformer.errors import FileError, InputError
 #: What a stored ``generation_config.json`` may say about a search; its other keys concern other libraries.
 STORED = frozenset([
     "max_new_tokens", "max_length", "min_length", "min_new_tokens", "do_sample", "num_beams", "num_beam_groups",
-    "diversity_penalty", "patience", "stochastic_beams", "force_words_ids",
+    "diversity_penalty", "patience", "stochastic_beams", "force_words_ids", "ordered_constraints",
+    "penalty_alpha", "prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens",
     "num_return_sequences", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff",
     "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "presence_penalty", "frequency_penalty",
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens",

@@ -255,23 +255,35 @@ def _update(trace: Trace, parameters: list[Parameter], grads: list[Tensor], o: A
 
 
 def decode_step(
-    model: Family, batch: int, tokens: int, cache: tuple[int, int], prefix: str, dtype: str = "float32"
+    model: Family,
+    batch: int,
+    tokens: int,
+    cache: tuple[int, int],
+    prefix: str,
+    dtype: str = "float32",
+    *,
+    outputs: int = 1,
+    hidden: bool = False,
 ) -> Traced:
     """Feeds up to T tokens of B sequences through the cache ``(R, S)`` named ``prefix``.
 
     Inputs: ``input_ids``, ``position_ids int32[B, T]``; ``rows int32[B, S]``, ``row``, ``start``, ``count int32[B]``
-    (see ``models.base.Cache``); ``last int32[B]``, the flat index of each sequence's last token. Outputs
-    ``logits [B, V]`` at those.
+    (see ``models.base.Cache``); ``last int32[B·N]``, flat indices of the tokens after which logits are wanted, N =
+    ``outputs`` of each sequence. Outputs ``logits [B·N, V]`` at those, with ``hidden`` also the last states
+    ``hidden [B, T, C]``.
     """
     trace = Trace(dtype)
     shape = (batch, tokens)
     ids, positions = trace.input("input_ids", "int32", shape), trace.input("position_ids", "int32", shape)
     rows = trace.input("rows", "int32", (batch, cache[1]))
-    row, start, count, last = (trace.input(n, "int32", (batch,)) for n in ("row", "start", "count", "last"))
+    row, start, count = (trace.input(n, "int32", (batch,)) for n in ("row", "start", "count"))
+    last = trace.input("last", "int32", (batch * outputs,))
     x = Inputs(ids, positions, cache=Cache(prefix, cache, rows, row, start, count))
-    hidden = model.hidden_states(x)[-1]
+    states = model.hidden_states(x)[-1]
+    if hidden:
+        trace.output("hidden", states)
     with trace.scope("last"):
-        flat = F.reshape(hidden, (batch * tokens, hidden.shape[-1]))
+        flat = F.reshape(states, (batch * tokens, states.shape[-1]))
         final = F.gather(flat, last)
     trace.output("logits", model.logits(final))
     return Traced("decode_step", trace)

@@ -64,8 +64,8 @@ def test_functions_of_the_caller(model: pf.Model) -> None:
     assert (len(out.ids[0]), out.finish_reasons) == (4, ["stop"])
     with pytest.raises(pf.errors.InputError, match="logits_processor: returned"):
         model.generate(PROMPT, logits_processor=lambda ids, scores: scores[1:])
-    with pytest.raises(pf.errors.InputError, match="stopping_criteria needs num_beams=1"):
-        model.generate(PROMPT, num_beams=2, stopping_criteria=lambda ids: True)
+    out = model.generate(PROMPT, max_new_tokens=9, num_beams=2, stopping_criteria=lambda ids: ids[-1] == 9)
+    assert out.finish_reasons == ["length"] or out.ids[0][-1] == 9
 
 
 def test_time_ends_a_search(model: pf.Model) -> None:

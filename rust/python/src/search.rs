@@ -2,11 +2,11 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use numpy::{PyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use pyrformer_graph::{DType, TensorType};
-use pyrformer_search::{EarlyStopping, Filters, GenerationOptions, Hooks, Prompt};
+use pyrformer_search::{Draft, EarlyStopping, Filters, GenerationOptions, Hooks, Prompt};
 
 use crate::array::to_numpy;
 use crate::enter::{Failure, enter};
@@ -77,8 +77,9 @@ fn constraints(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<Vec<u32
         .collect()
 }
 
-/// Wraps the caller's functions: `allowed(prompt, ids) -> token ids` and `processor(ids, scores [V]) -> scores [V]`.
-fn hooks(allowed: Option<Py<PyAny>>, processor: Option<Py<PyAny>>) -> Hooks {
+/// Wraps the caller's functions: `allowed(prompt, ids) -> token ids`, `processor(ids, scores [V]) -> scores [V]` and
+/// `ends(prompt's length, ids) -> bool`.
+fn hooks(allowed: Option<Py<PyAny>>, processor: Option<Py<PyAny>>, ends: Option<Py<PyAny>>) -> Hooks {
     let mut hooks = Hooks::default();
     if let Some(function) = allowed {
         hooks.allowed_tokens = Some(Box::new(move |prompt, ids| {
@@ -107,6 +108,12 @@ fn hooks(allowed: Option<Py<PyAny>>, processor: Option<Py<PyAny>>) -> Hooks {
                 row.copy_from_slice(&changed);
                 Ok(())
             })
+        }));
+    }
+    if let Some(function) = ends {
+        hooks.ends = Some(Box::new(move |prompt_len, ids| {
+            Python::attach(|py| function.call1(py, (prompt_len, ids.to_vec()))?.is_truthy(py))
+                .map_err(|e| e.to_string())
         }));
     }
     hooks
@@ -140,6 +147,7 @@ fn options(given: &Bound<'_, PyDict>) -> PyResult<GenerationOptions> {
             "diversity_penalty" => take!(diversity_penalty, "a number"),
             "patience" => take!(patience, "a number"),
             "stochastic_beams" => take!(stochastic_beams, "True or False"),
+            "ordered_constraints" => take!(ordered_constraints, "True or False"),
             "force_words_ids" => o.force_words_ids = constraints(&name, &value)?,
             "no_repeat_ngram_size" => take!(no_repeat_ngram_size, "a whole number of 0 or more"),
             "encoder_no_repeat_ngram_size" => {
@@ -187,6 +195,10 @@ pub(crate) struct Search {
 /// Index, tokens, parents and sequences of a step.
 type Step<'py> = (usize, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>);
 
+fn gaps(_: numpy::AsSliceError) -> Failure {
+    Failure::new("InputError", "[search] logits must be a C-contiguous array")
+}
+
 fn signed(items: &[u32]) -> Vec<i32> {
     items.iter().map(|&x| x.cast_signed()).collect()
 }
@@ -194,6 +206,19 @@ fn signed(items: &[u32]) -> Vec<i32> {
 impl Search {
     fn lock(&self) -> MutexGuard<'_, Option<pyrformer_search::Search>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `f` on the search with the interpreter released.
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        f: impl FnOnce(&mut pyrformer_search::Search) -> pyrformer_search::Result<T> + Send,
+    ) -> PyResult<T> {
+        let inner = &self.inner;
+        enter(py, || match inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(search) => f(search).map_err(Failure::from),
+            None => Err(Self::over()),
+        })
     }
 
     fn over() -> Failure {
@@ -205,19 +230,20 @@ impl Search {
 impl Search {
     /// `prompts` holds the ids of each, the padding that stood before them, and the number of its first sequence.
     #[new]
-    #[pyo3(signature = (options_, prompts, vocab_size, allowed_tokens=None, processor=None))]
+    #[pyo3(signature = (options_, prompts, vocab_size, allowed_tokens=None, processor=None, ends=None))]
     fn new(
         options_: &Bound<'_, PyDict>,
         prompts: Vec<(Vec<u32>, usize, Option<u32>)>,
         vocab_size: usize,
         allowed_tokens: Option<Py<PyAny>>,
         processor: Option<Py<PyAny>>,
+        ends: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let prompt = |(ids, left_padding, first_sequence)| Prompt { ids, left_padding, first_sequence };
         let prompts = prompts.into_iter().map(prompt);
         let search =
             pyrformer_search::Search::new(options(options_)?, prompts, vocab_size).map_err(Failure::from)?;
-        let search = search.with_hooks(hooks(allowed_tokens, processor));
+        let search = search.with_hooks(hooks(allowed_tokens, processor, ends));
         Ok(Self { inner: Mutex::new(Some(search)) })
     }
 
@@ -232,13 +258,8 @@ impl Search {
 
     /// Takes logits [active, V].
     fn advance(&self, py: Python<'_>, logits: PyReadonlyArray2<'_, f32>) -> PyResult<()> {
-        let gaps = |_| Failure::new("InputError", "[search] logits must be a C-contiguous array");
         let slice = logits.as_slice().map_err(gaps)?;
-        let inner = &self.inner;
-        enter(py, || match inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            Some(search) => search.advance(slice).map_err(Failure::from),
-            None => Err(Self::over()),
-        })
+        self.with(py, |search| search.advance(slice))
     }
 
     /// (sequence, token, log-probability) of each token made certain by the last `advance`.
@@ -249,8 +270,53 @@ impl Search {
             .map_or_else(Vec::new, |s| s.emitted().iter().map(|e| (e.sequence, e.token, e.logprob)).collect())
     }
 
-    fn stop(&self, sequence: usize) -> bool {
-        self.lock().as_mut().is_some_and(|s| s.stop(sequence))
+    /// Processed and filtered scores [V] after the tokens `after` in an active row, from logits [V].
+    fn scores<'py>(
+        &self,
+        py: Python<'py>,
+        row: usize,
+        after: Vec<u32>,
+        logits: PyReadonlyArray1<'_, f32>,
+    ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+        let slice = logits.as_slice().map_err(gaps)?;
+        let scores = self.with(py, |search| search.scores(row, &after, slice))?;
+        Ok(PyArray1::from_vec(py, scores))
+    }
+
+    /// (summed log-probability, log-probability of the last token) of each active row.
+    fn path_scores(&self) -> Vec<(f64, f64)> {
+        self.lock().as_ref().map_or_else(Vec::new, pyrformer_search::Search::path_scores)
+    }
+
+    /// Appends (token, log-probability) to each active row.
+    fn choose(&self, py: Python<'_>, tokens: Vec<(u32, f64)>) -> PyResult<()> {
+        self.with(py, |search| search.choose(&tokens))
+    }
+
+    /// A proposal for what follows the one active sequence and `after`, from a cheaper model's logits [V]: the token,
+    /// and the distribution [V] it was drawn from.
+    fn draft<'py>(
+        &self,
+        py: Python<'py>,
+        after: Vec<u32>,
+        logits: PyReadonlyArray1<'_, f32>,
+    ) -> PyResult<(u32, Bound<'py, PyArray1<f32>>)> {
+        let slice = logits.as_slice().map_err(gaps)?;
+        let draft = self.with(py, |search| search.draft(&after, slice))?;
+        Ok((draft.token, PyArray1::from_vec(py, draft.probabilities)))
+    }
+
+    /// Takes logits [V] and a proposal; whether it was kept.
+    fn advance_drafted(
+        &self,
+        py: Python<'_>,
+        logits: PyReadonlyArray1<'_, f32>,
+        token: u32,
+        probabilities: PyReadonlyArray1<'_, f32>,
+    ) -> PyResult<bool> {
+        let slice = logits.as_slice().map_err(gaps)?;
+        let draft = Draft { token, probabilities: probabilities.as_slice().map_err(gaps)?.to_vec() };
+        self.with(py, |search| search.advance_drafted(slice, &draft))
     }
 
     /// Ends the search: a dict per result.

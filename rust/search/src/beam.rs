@@ -18,7 +18,7 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
 use crate::constraints::{advancing, progress};
-use crate::path::{Hypothesis, Path};
+use crate::path::{FinishReason, Hypothesis, Path};
 use crate::sample::{draw_distinct, log_softmax};
 use crate::search::Setup;
 use crate::{EarlyStopping, Error, Result};
@@ -51,7 +51,7 @@ struct Finished {
 /// What a step does to a group: the continuations that end, and the next open ones.
 #[derive(Debug, Default)]
 struct Choice {
-    ended: Vec<Candidate>,
+    ended: Vec<(Candidate, FinishReason)>,
     open: Vec<Candidate>,
 }
 
@@ -105,7 +105,8 @@ impl Beams {
             for group in of_prompt {
                 let choice = group.choose(setup, step, logits, &taken)?;
                 // At the length limit all end, but those without an end token have been chosen all the same.
-                let chosen = choice.open.iter().chain(&choice.ended).map(|candidate| candidate.token);
+                let ended = choice.ended.iter().map(|(candidate, _)| candidate);
+                let chosen = choice.open.iter().chain(ended).map(|candidate| candidate.token);
                 taken.extend(chosen.filter(|token| !setup.is_end(*token)));
                 choices.push(choice);
             }
@@ -126,6 +127,11 @@ impl Beams {
         })
     }
 
+    /// The open paths of all prompts, in order, as they stand.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.groups.iter().flat_map(|group| &group.open)
+    }
+
     /// The best `num_return_sequences` of each prompt. Open paths of a search cut short count as they are.
     pub(crate) fn finish(mut self, setup: &Setup) -> Vec<Hypothesis> {
         let mut results = Vec::new();
@@ -139,8 +145,7 @@ impl Beams {
             finished.sort_by(better);
             for Finished { score, path, .. } in finished.into_iter().take(setup.options.num_return_sequences)
             {
-                let ended = setup.is_end(path.last());
-                results.push(path.into_hypothesis(Some(score), ended));
+                results.push(path.into_hypothesis(Some(score)));
             }
         }
         results
@@ -164,13 +169,12 @@ impl Beam {
         let width = setup.options.group_width();
         let mut choice = Choice::default();
         for (rank, candidate) in self.candidates(setup, step, logits, taken)?.into_iter().enumerate() {
-            let parent = &self.open[candidate.beam];
-            let is_over =
-                setup.is_end(candidate.token) || parent.added() + 1 >= setup.prompts[parent.prompt].limit;
-            if !is_over {
-                choice.open.push(candidate);
-            } else if rank < width || !setup.options.force_words_ids.is_empty() {
-                choice.ended.push(candidate);
+            match setup.ending(&self.open[candidate.beam], candidate.token)? {
+                None => choice.open.push(candidate),
+                Some(reason) if rank < width || !setup.options.force_words_ids.is_empty() => {
+                    choice.ended.push((candidate, reason));
+                }
+                Some(_) => {}
             }
         }
         choice.open.sort_by(|a, b| b.cmp(a));
@@ -189,7 +193,7 @@ impl Beam {
             .iter()
             .map(|candidate| {
                 let addition = extended(&self.open[candidate.beam], candidate.token);
-                let bank = progress(&setup.options.force_words_ids, &addition).bank;
+                let bank = progress(&setup.options, &addition).bank;
                 let rank: &mut usize = seen.entry(bank).or_default();
                 *rank += 1;
                 (*rank, Reverse(bank), *candidate)
@@ -217,7 +221,7 @@ impl Beam {
             log_softmax(&mut raw);
             scores.clone_from(&raw);
             setup.process(path, taken, &mut scores)?;
-            let onward = advancing(&options.force_words_ids, &path.ids[path.prompt_len..]);
+            let onward = advancing(options, &path.ids[path.prompt_len..]);
             if !onward.is_empty() {
                 wait_with_end(&options.eos_token_id, &mut scores);
             }
@@ -265,7 +269,9 @@ impl Beam {
             path.beam_indices.push((self.first + candidate.beam) as u32);
             path
         };
-        let ended: Vec<_> = choice.ended.iter().map(extend).collect();
+        let end =
+            |(candidate, reason): &(Candidate, FinishReason)| Path { reason: *reason, ..extend(candidate) };
+        let ended: Vec<_> = choice.ended.iter().map(end).collect();
         let open: Vec<_> = choice.open.iter().map(extend).collect();
         self.add_finished(setup, ended.into_iter());
         self.open = if self.is_done(setup, &open) { Vec::new() } else { open };
@@ -276,7 +282,7 @@ impl Beam {
         let options = &setup.options;
         self.finished.extend(paths.map(|path| {
             let score = path.score / (path.added() as f64).powf(options.length_penalty);
-            let is_unmet = !progress(&options.force_words_ids, &path.ids[path.prompt_len..]).met;
+            let is_unmet = !progress(options, &path.ids[path.prompt_len..]).met;
             Finished { is_unmet, score, path }
         }));
         self.finished.sort_by(better);

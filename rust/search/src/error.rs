@@ -40,6 +40,9 @@ pub enum Error {
         /// What it said.
         problem: String,
     },
+    /// What was given from outside does not fit the search.
+    #[error("[search] {0}")]
+    Outside(String),
     /// The slice of logits has the wrong length.
     #[error("[search] step {step} needs logits [{active}, {vocab_size}], {given} numbers came")]
     Shape {

@@ -1,6 +1,6 @@
 //! Greedy search and sampling: every sequence goes its own way.
 
-use crate::path::{Hypothesis, Path};
+use crate::path::{FinishReason, Hypothesis, Path};
 use crate::sample::{argmax, draw, log_sum_exp};
 use crate::search::{Emitted, Setup};
 use crate::{Error, Result};
@@ -52,15 +52,26 @@ impl Independent {
             let logprob = f64::from(raw[token]) - normalizer;
             emitted.push(Emitted { sequence: *sequence, token: token as u32, logprob });
         }
-        // Only when every row was usable does anything change.
-        for ((_, path), new) in self.active.iter_mut().zip(&emitted) {
-            path.push(new.token, new.logprob);
-        }
-        for (sequence, path) in self.active.extract_if(.., |(_, path)| setup.is_over(path)) {
-            let ended = setup.is_end(path.last());
-            self.finished[sequence] = Some(path.into_hypothesis(None, ended));
-        }
+        self.append(setup, &emitted)?;
         Ok(emitted)
+    }
+
+    /// Appends one token to each open sequence and closes those that are over.
+    pub(crate) fn append(&mut self, setup: &Setup, tokens: &[Emitted]) -> Result<()> {
+        let mut endings = Vec::with_capacity(tokens.len());
+        for ((_, path), new) in self.active.iter().zip(tokens) {
+            endings.push(setup.ending(path, new.token)?);
+        }
+        // Only when every row was usable does anything change.
+        for (((_, path), new), ending) in self.active.iter_mut().zip(tokens).zip(&endings) {
+            path.push(new.token, new.logprob);
+            path.reason = ending.unwrap_or(FinishReason::Length);
+        }
+        let mut endings = endings.into_iter();
+        for (sequence, path) in self.active.extract_if(.., |_| endings.next().flatten().is_some()) {
+            self.finished[sequence] = Some(path.into_hypothesis(None));
+        }
+        Ok(())
     }
 
     /// The open sequences, in order, with their numbers.
@@ -68,20 +79,14 @@ impl Independent {
         self.active.iter_mut().map(|(sequence, path)| (*sequence, path))
     }
 
-    /// Closes a sequence from outside; gives its position among the open ones.
-    pub(crate) fn stop(&mut self, sequence: usize) -> Option<usize> {
-        let position = self.active.iter().position(|(s, _)| *s == sequence)?;
-        let (_, path) = self.active.remove(position);
-        for (_, later) in &mut self.active[position..] {
-            later.row -= 1;
-        }
-        self.finished[sequence] = Some(path.into_hypothesis(None, true));
-        Some(position)
+    /// The open sequences, in order, with their numbers, as they stand.
+    pub(crate) fn active(&self) -> &[(usize, Path)] {
+        &self.active
     }
 
     pub(crate) fn finish(mut self) -> Vec<Hypothesis> {
         for (sequence, path) in self.active {
-            self.finished[sequence] = Some(path.into_hypothesis(None, false));
+            self.finished[sequence] = Some(path.into_hypothesis(None));
         }
         self.finished.into_iter().flatten().collect()
     }

@@ -37,11 +37,13 @@ mod path;
 mod processors;
 mod sample;
 mod search;
+mod speculative;
 mod stochastic;
 
 pub use error::{Error, Result};
 pub use filters::{Filters, filter_logits};
 pub use options::{EarlyStopping, GenerationOptions};
 pub use path::{FinishReason, Hypothesis};
-pub use processors::{AllowedTokens, Hooks, Processor};
+pub use processors::{AllowedTokens, Ends, Hooks, Processor};
 pub use search::{Emitted, Prompt, Search, Step};
+pub use speculative::Draft;

@@ -18,7 +18,7 @@ pub enum EarlyStopping {
 /// `top_k` (off unless given) and `seed`.
 ///
 /// Lengths count tokens. `pad_token_id` has no place here since results are not padded, nor have `stop_strings`, which
-/// need text: see [`crate::Search::stop`].
+/// need text: see [`crate::Hooks::ends`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerationOptions {
     /// How many tokens to add at most, the end token included. Default: 20 if `max_length` is not given either.
@@ -76,6 +76,8 @@ pub struct GenerationOptions {
     /// Constraints, each a list of alternatives of which one must occur in the addition before an end token may.
     /// Source: Post & Vilar 2018, "Fast Lexically Constrained Decoding with Dynamic Beam Allocation".
     pub force_words_ids: Vec<Vec<Vec<u32>>>,
+    /// Constraints must be met in the order in which they are given, without overlap. Default false.
+    pub ordered_constraints: bool,
     /// Draw `num_beams` distinct sequences without replacement from the distribution of filters and processors. Needs
     /// `do_sample`; results come in drawing order, their scores are summed log-probabilities. Default false.
     /// Source: Kool et al. 2019, "Stochastic Beams and Where to Find Them".
@@ -125,6 +127,7 @@ impl Default for GenerationOptions {
             diversity_penalty: 0.0,
             patience: 1.0,
             force_words_ids: Vec::new(),
+            ordered_constraints: false,
             stochastic_beams: false,
             length_penalty: 1.0,
             early_stopping: EarlyStopping::Heuristic,
@@ -251,6 +254,9 @@ impl GenerationOptions {
         if self.patience <= 0.0 || self.patience * (beams as f64) < 0.5 {
             let problem = format!("is {}; times num_beams it must be at least one", self.patience);
             return Error::option("patience", problem);
+        }
+        if self.ordered_constraints && self.force_words_ids.is_empty() {
+            return Error::option("ordered_constraints", "is set but needs force_words_ids");
         }
         if groups > 1 && !self.force_words_ids.is_empty() {
             return Error::option("force_words_ids", "cannot be combined with num_beam_groups above 1");

@@ -3,7 +3,7 @@
 /// Why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// By an end token, or by [`crate::Search::stop`].
+    /// By an end token, or because [`crate::Hooks::ends`] said so.
     Stop,
     /// At the length limit, or because the search was cut short.
     Length,
@@ -51,6 +51,8 @@ pub(crate) struct Path {
     pub(crate) score: f64,
     /// The row of the current step whose logits continue this path.
     pub(crate) row: usize,
+    /// Why it is over; of an open path, why it would be if the search were cut short.
+    pub(crate) reason: FinishReason,
 }
 
 impl Path {
@@ -67,15 +69,15 @@ impl Path {
         self.token_logprobs.push(logprob);
     }
 
-    /// Closes the path; `ended` says whether by an end token.
-    pub(crate) fn into_hypothesis(self, score: Option<f64>, ended: bool) -> Hypothesis {
+    /// Closes the path.
+    pub(crate) fn into_hypothesis(self, score: Option<f64>) -> Hypothesis {
         Hypothesis {
             prompt: self.prompt,
             ids: self.ids[self.prompt_len..].to_vec(),
             score,
             token_logprobs: self.token_logprobs,
             beam_indices: self.beam_indices,
-            finish_reason: if ended { FinishReason::Stop } else { FinishReason::Length },
+            finish_reason: self.reason,
         }
     }
 }

@@ -29,18 +29,23 @@ pub type AllowedTokens = dyn Fn(usize, &[u32]) -> Result<Vec<u32>, String> + Sen
 /// Changes a row of scores `[V]`, for the ids of a sequence.
 pub type Processor = dyn Fn(&[u32], &mut [f32]) -> Result<(), String> + Send + Sync;
 
-/// Functions of the caller's that act on scores; the messages of their failures end the search.
+/// Whether a sequence ends here, for the number of its ids that are prompt, and its ids.
+pub type Ends = dyn Fn(usize, &[u32]) -> Result<bool, String> + Send + Sync;
+
+/// Functions of the caller's; the messages of their failures end the search.
 #[derive(Default)]
 pub struct Hooks {
     /// Hugging Face's `prefix_allowed_tokens_fn`; acts before forced tokens.
     pub allowed_tokens: Option<Box<AllowedTokens>>,
     /// Acts after all processors, before the filters.
     pub processor: Option<Box<Processor>>,
+    /// Ends sequences besides end tokens and lengths, as stop strings do; asked for each token that a strategy chose.
+    pub ends: Option<Box<Ends>>,
 }
 
 impl std::fmt::Debug for Hooks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let set = (self.allowed_tokens.is_some(), self.processor.is_some());
+        let set = (self.allowed_tokens.is_some(), self.processor.is_some(), self.ends.is_some());
         f.debug_tuple("Hooks").field(&set).finish()
     }
 }

@@ -6,6 +6,8 @@ use pyrformer_random::Stream;
 pub(crate) const SAMPLE_PURPOSE: u32 = 0x5345_0001;
 pub(crate) const BEAM_PURPOSE: u32 = 0x5345_0002;
 pub(crate) const GUMBEL_PURPOSE: u32 = 0x5345_0003;
+pub(crate) const DRAFT_PURPOSE: u32 = 0x5345_0004;
+pub(crate) const VERIFY_PURPOSE: u32 = 0x5345_0005;
 
 /// What makes a row of logits unusable, with the remedy, if anything does.
 pub(crate) fn check_row(row: &[f32]) -> Result<(), String> {
@@ -78,7 +80,7 @@ pub(crate) fn coordinate(sequence: u32, step: usize) -> u64 {
 }
 
 /// The index at which the running sum of `weights` passes `uniform` of the total; never one of weight zero.
-fn pick(weights: &[f64], uniform: f64) -> usize {
+pub(crate) fn pick(weights: &[f64], uniform: f64) -> usize {
     let target = uniform * weights.iter().sum::<f64>();
     let mut sum = 0.0;
     let mut last = 0;

@@ -2,7 +2,7 @@
 
 use crate::beam::Beams;
 use crate::independent::Independent;
-use crate::path::{Hypothesis, Path};
+use crate::path::{FinishReason, Hypothesis, Path};
 use crate::processors::{self, Context, Hooks};
 use crate::sample::check_row;
 use crate::stochastic::Stochastic;
@@ -62,7 +62,7 @@ pub(crate) struct Setup {
     pub(crate) options: GenerationOptions,
     pub(crate) prompts: Vec<PromptSetup>,
     hooks: Hooks,
-    vocab_size: usize,
+    pub(crate) vocab_size: usize,
 }
 
 #[derive(Debug)]
@@ -78,14 +78,14 @@ pub(crate) struct PromptSetup {
 /// A search over a batch of prompts; see the crate's page for the loop around it.
 #[derive(Debug)]
 pub struct Search {
-    setup: Setup,
-    strategy: Strategy,
-    step: Step,
-    emitted: Vec<Emitted>,
+    pub(crate) setup: Setup,
+    pub(crate) strategy: Strategy,
+    pub(crate) step: Step,
+    pub(crate) emitted: Vec<Emitted>,
 }
 
 #[derive(Debug)]
-enum Strategy {
+pub(crate) enum Strategy {
     Independent(Independent),
     Beams(Beams),
     Stochastic(Stochastic),
@@ -176,21 +176,6 @@ impl Search {
         &self.emitted
     }
 
-    /// Ends a sequence after its latest token, as a stop string wants; says whether it was active.
-    ///
-    /// Only in greedy search and sampling, and after the first step: elsewhere nothing happens.
-    pub fn stop(&mut self, sequence: usize) -> bool {
-        let Strategy::Independent(sequences) = &mut self.strategy else { return false };
-        if self.step.index == 0 {
-            return false;
-        }
-        let Some(row) = sequences.stop(sequence) else { return false };
-        self.step.tokens.remove(row);
-        self.step.parents.remove(row);
-        self.step.sequences.remove(row);
-        true
-    }
-
     /// The results, by prompt: in beam search the best `num_return_sequences`, best first; otherwise one for each
     /// sequence. What is unfinished counts as cut off by length.
     #[must_use]
@@ -204,7 +189,7 @@ impl Search {
 }
 
 /// Lays the open paths out as the rows of step `index`.
-fn next_step<'a>(index: usize, open: impl Iterator<Item = (usize, &'a mut Path)>) -> Step {
+pub(crate) fn next_step<'a>(index: usize, open: impl Iterator<Item = (usize, &'a mut Path)>) -> Step {
     let mut step = Step { index, tokens: Vec::new(), parents: Vec::new(), sequences: Vec::new() };
     for (row, (sequence, path)) in open.enumerate() {
         step.tokens.push(path.last());
@@ -250,6 +235,7 @@ impl Setup {
             beam_indices: Vec::new(),
             score: 0.0,
             row: prompt,
+            reason: FinishReason::Length,
         }
     }
 
@@ -285,9 +271,21 @@ impl Setup {
         self.options.eos_token_id.contains(&token)
     }
 
-    /// Whether `path` has ended or is as long as it may be.
-    pub(crate) fn is_over(&self, path: &Path) -> bool {
-        self.is_end(path.last()) || path.added() >= self.prompts[path.prompt].limit
+    /// Why `path` is over once `token` follows it, if it is.
+    pub(crate) fn ending(&self, path: &Path, token: u32) -> Result<Option<FinishReason>> {
+        if self.is_end(token) {
+            return Ok(Some(FinishReason::Stop));
+        }
+        if let Some(function) = &self.hooks.ends {
+            let ids = [&path.ids[..], &[token]].concat();
+            let ends = function(path.prompt_len, &ids)
+                .map_err(|problem| Error::Hook { name: "stopping_criteria", problem })?;
+            if ends {
+                return Ok(Some(FinishReason::Stop));
+            }
+        }
+        let is_full = path.added() + 1 >= self.prompts[path.prompt].limit;
+        Ok(is_full.then_some(FinishReason::Length))
     }
 
     /// The message for a row on which nothing is allowed.

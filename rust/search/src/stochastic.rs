@@ -7,7 +7,7 @@
 
 use pyrformer_random::Stream;
 
-use crate::path::{Hypothesis, Path};
+use crate::path::{FinishReason, Hypothesis, Path};
 use crate::sample::{GUMBEL_PURPOSE, coordinate, log_softmax};
 use crate::search::Setup;
 use crate::{Error, Result};
@@ -63,6 +63,11 @@ impl Stochastic {
         })
     }
 
+    /// The open paths of all prompts, in order, as they stand.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.prompts.iter().flatten().filter(|node| !node.is_over).map(|node| &node.path)
+    }
+
     /// The first `num_return_sequences` of each prompt, in the order in which they were drawn.
     pub(crate) fn finish(self, setup: &Setup) -> Vec<Hypothesis> {
         let count = setup.options.num_return_sequences;
@@ -70,8 +75,8 @@ impl Stochastic {
         let added = drawn.filter(|node| node.path.added() > 0);
         added
             .map(|node| {
-                let (score, ended) = (node.path.score, setup.is_end(node.path.last()));
-                node.path.into_hypothesis(Some(score), ended)
+                let score = node.path.score;
+                node.path.into_hypothesis(Some(score))
             })
             .collect()
     }
@@ -114,15 +119,17 @@ fn children(setup: &Setup, prompt: usize, nodes: &[Node], step: usize, logits: &
     let kept = all.into_iter().map(|(perturbed, slot, token, score, logprob)| {
         let mut node = nodes[slot].clone();
         if let Some(token) = token {
+            let ending = setup.ending(&node.path, token)?;
             node.perturbed = perturbed;
             node.path.push(token, logprob);
             node.path.score += score;
             node.path.beam_indices.push((prompt * width + slot) as u32);
-            node.is_over = setup.is_over(&node.path);
+            node.is_over = ending.is_some();
+            node.path.reason = ending.unwrap_or(FinishReason::Length);
         }
-        node
+        Ok(node)
     });
-    Ok(kept.collect())
+    kept.collect()
 }
 
 #[cfg(test)]

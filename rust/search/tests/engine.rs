@@ -5,7 +5,8 @@
 use proptest::prelude::*;
 use pyrformer_random::Stream;
 use pyrformer_search::{
-    EarlyStopping, Error, Filters, FinishReason, GenerationOptions, Hypothesis, Prompt, Search, filter_logits,
+    EarlyStopping, Error, Filters, FinishReason, GenerationOptions, Hooks, Hypothesis, Prompt, Search,
+    filter_logits,
 };
 
 /// Logits [V, V]: row t is what follows token t.
@@ -272,40 +273,179 @@ fn samples_and_beams_fan_out_from_one_row_per_prompt() {
     }
 }
 
+/// Ends a sequence whose last two tokens are equal.
+fn ends_at_a_double() -> Hooks {
+    let ends = |prompt: usize, ids: &[u32]| {
+        assert!(ids.len() > prompt, "asked about additions only");
+        Ok(ids.len() > prompt + 1 && ids[ids.len() - 1] == ids[ids.len() - 2])
+    };
+    Hooks { ends: Some(Box::new(ends)), ..Hooks::default() }
+}
+
 #[test]
-fn a_sequence_can_be_stopped_from_outside() {
-    let table = Table::random(7, 2);
+fn a_function_ends_sequences_where_it_says() {
+    let table = Table::random(4, 2);
     let options = GenerationOptions {
-        max_new_tokens: Some(5),
+        max_new_tokens: Some(12),
         do_sample: true,
-        num_return_sequences: 3,
+        num_return_sequences: 6,
         ..Default::default()
     };
     let whole = table.generate(&options, &prompts(&[&[1]]));
-    let mut search = Search::new(options, prompts(&[&[1]]), 7).unwrap();
-    assert!(!search.stop(1), "nothing has been chosen yet");
-    let mut rows = vec![vec![1u32]];
-    while let Some(step) = search.step().cloned() {
-        if step.index > 0 {
-            let next = step.parents.iter().zip(&step.tokens);
-            rows = next.map(|(p, t)| [&rows[*p as usize][..], &[*t]].concat()).collect();
-            for (row, sequence) in rows.iter().zip(&step.sequences) {
-                assert_eq!(
-                    row[1..],
-                    whole[*sequence as usize].ids[..step.index],
-                    "rows follow their sequences"
-                );
+    let mut search = Search::new(options, prompts(&[&[1]]), 4).unwrap().with_hooks(ends_at_a_double());
+    while let Some(step) = search.step() {
+        let logits = table.rows(&step.tokens);
+        search.advance(&logits).unwrap();
+    }
+    let mut stopped = 0;
+    for (cut, whole) in search.finish().iter().zip(&whole) {
+        let end = whole.ids.windows(2).position(|w| w[0] == w[1]).map_or(12, |at| at + 2);
+        assert_eq!(cut.ids, whole.ids[..end]);
+        let is_stopped = whole.ids[..end].windows(2).any(|w| w[0] == w[1]);
+        assert_eq!(cut.finish_reason == FinishReason::Stop, is_stopped);
+        stopped += usize::from(is_stopped);
+    }
+    assert!(stopped > 0);
+}
+
+#[test]
+fn beams_that_a_function_ends_compete_with_the_others() {
+    // Exhaustive: all sequences up to four tokens, ended at a double or by the length.
+    let (v, longest) = (3, 4);
+    for seed in 0..10 {
+        let table = Table::random(v, seed);
+        let mut all: Vec<(f64, Vec<u32>)> = Vec::new();
+        let mut open: Vec<(f64, Vec<u32>)> = vec![(0.0, vec![])];
+        while let Some((sum, ids)) = open.pop() {
+            for token in 0..v as u32 {
+                let sum = sum + table.logprob(*ids.last().unwrap_or(&1), token);
+                let longer = [&ids[..], &[token]].concat();
+                let over = longer.len() == longest || ids.last() == Some(&token);
+                if over { all.push((sum / longer.len() as f64, longer)) } else { open.push((sum, longer)) }
             }
         }
-        search.advance(&table.rows(&step.tokens)).unwrap();
-        if step.index == 1 {
-            assert!(search.stop(1) && !search.stop(1) && !search.stop(77));
+        all.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let options = GenerationOptions {
+            max_new_tokens: Some(longest),
+            num_beams: 90,
+            num_return_sequences: all.len(),
+            early_stopping: EarlyStopping::Never,
+            ..Default::default()
+        };
+        let mut search = Search::new(options, prompts(&[&[1]]), v).unwrap().with_hooks(ends_at_a_double());
+        while let Some(step) = search.step() {
+            let logits = table.rows(&step.tokens);
+            search.advance(&logits).unwrap();
+        }
+        let found = search.finish();
+        assert_eq!(found.len(), all.len());
+        for (hypothesis, (score, _)) in found.iter().zip(&all) {
+            assert!((hypothesis.score.unwrap() - score).abs() < 1e-5);
+        }
+        // Different orders of the same steps have equal scores.
+        let mut ids: [Vec<_>; 2] =
+            [found.into_iter().map(|h| h.ids).collect(), all.into_iter().map(|a| a.1).collect()];
+        ids.iter_mut().for_each(|list| list.sort());
+        assert_eq!(ids[0], ids[1]);
+    }
+}
+
+/// Two steps of the table's distribution with drafts from another table: counts of each pair of tokens.
+fn drafted_pairs(table: &Table, cheap: &Table, options: &GenerationOptions, draws: u32) -> (Vec<f64>, f64) {
+    let mut counts = vec![0.0; table.v * table.v];
+    let (mut kept, mut offered) = (0.0, 0.0);
+    for first in 0..draws {
+        let prompt = Prompt { ids: vec![1], first_sequence: Some(first), ..Prompt::default() };
+        let mut search = Search::new(options.clone(), [prompt], table.v).unwrap();
+        while let Some(step) = search.step().cloned() {
+            let mut after = Vec::new();
+            let mut drafts = Vec::new();
+            let mut last = step.tokens[0];
+            for _ in 0..2 - step.index {
+                let draft = search.draft(&after, cheap.row(last)).unwrap();
+                last = draft.token;
+                after.push(last);
+                drafts.push(draft);
+            }
+            let mut last = step.tokens[0];
+            for draft in drafts {
+                offered += 1.0;
+                let is_kept = search.advance_drafted(table.row(last), &draft).unwrap();
+                kept += f64::from(u8::from(is_kept));
+                last = draft.token;
+                if !is_kept {
+                    break;
+                }
+            }
+        }
+        let ids = &search.finish()[0].ids;
+        counts[ids[0] as usize * table.v + ids[1] as usize] += 1.0;
+    }
+    (counts, kept / offered)
+}
+
+#[test]
+fn drafts_leave_the_distribution_as_it_is() {
+    let (table, mut cheap) = (Table::random(5, 2), Table::random(5, 2));
+    let noise = Table::random(5, 3);
+    cheap.logits.iter_mut().zip(&noise.logits).for_each(|(x, n)| *x += 0.4 * n);
+    let filters = Filters { temperature: 1.3, top_k: 4, ..Filters::default() };
+    let options = GenerationOptions {
+        max_new_tokens: Some(2),
+        do_sample: true,
+        repetition_penalty: 1.2,
+        filters,
+        ..Default::default()
+    };
+    let n = 40_000;
+    let (counts, kept) = drafted_pairs(&table, &cheap, &options, n);
+    // What `advance` draws from, by enumeration.
+    let probabilities = |search: &Search, after: &[u32], last: u32| {
+        let scores = search.scores(0, after, table.row(last)).unwrap();
+        let weights: Vec<_> = scores.iter().map(|&x| f64::from(x).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        weights.into_iter().map(move |w| w / total).collect::<Vec<_>>()
+    };
+    let search = Search::new(options, prompts(&[&[1]]), 5).unwrap();
+    let first = probabilities(&search, &[], 1);
+    let (mut chi, mut cells) = (0.0, 0);
+    for a in 0..5u32 {
+        let second = probabilities(&search, &[a], a);
+        for b in 0..5u32 {
+            let expected = f64::from(n) * first[a as usize] * second[b as usize];
+            let count = counts[(a * 5 + b) as usize];
+            if expected == 0.0 {
+                assert_eq!(count, 0.0, "a filtered token was drawn");
+            } else {
+                chi += (count - expected).powi(2) / expected;
+                cells += 1;
+            }
         }
     }
-    let results = search.finish();
-    assert_eq!((&results[0], &results[2]), (&whole[0], &whole[2]));
-    assert_eq!(results[1].ids, whole[1].ids[..2]);
-    assert_eq!(results[1].finish_reason, FinishReason::Stop);
+    // 16 cells, 15 degrees of freedom: 37.7 is passed once in a thousand seeds.
+    assert_eq!(cells, 16);
+    assert!(chi < 37.7, "{chi}");
+    assert!(kept > 0.7, "drafts of a like model are mostly kept: {kept}");
+}
+
+#[test]
+fn tokens_can_be_chosen_outside() {
+    let table = Table::random(6, 1);
+    let options = GenerationOptions { max_new_tokens: Some(3), eos_token_id: vec![0], ..Default::default() };
+    let mut search = Search::new(options.clone(), prompts(&[&[1], &[2]]), 6).unwrap();
+    search.choose(&[(4, -0.5), (0, -1.0)]).unwrap();
+    assert_eq!(search.step().unwrap().sequences, [0]);
+    assert!(matches!(search.choose(&[(9, 0.0)]), Err(Error::Outside(_))));
+    assert!(matches!(search.scores(1, &[], table.row(0)), Err(Error::Shape { .. })));
+    search.choose(&[(3, -2.0)]).unwrap();
+    assert_eq!(search.path_scores(), [(0.0, -2.0)]);
+    search.choose(&[(3, -2.5)]).unwrap();
+    let found = search.finish();
+    assert_eq!((&found[0].ids[..], &found[1].ids[..]), (&[4, 3, 3][..], &[0][..]));
+    assert_eq!(found[0].token_logprobs, [-0.5, -2.0, -2.5]);
+    let beams = GenerationOptions { num_beams: 2, ..options };
+    let mut search = Search::new(beams, prompts(&[&[1]]), 6).unwrap();
+    assert!(matches!(search.choose(&[(1, 0.0)]), Err(Error::Outside(_))));
 }
 
 #[test]

@@ -1,0 +1,116 @@
+"""A model that reads tokens into its key-value cache and says what follows.
+
+Position p of a sequence may lie in any cache row: ``rows [A, S]`` says in which, so that beams share a prefix and a
+beam step copies a row of that table, never keys or values. What a sequence has read can be taken back by lowering its
+length.
+
+Letters: A active sequences, R cache rows, S cache slots, N outputs a sequence, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyrformer import programs
+from pyrformer.compile import Compiled
+from pyrformer.errors import InputError
+from pyrformer.model import Model
+
+#: Cache slots are made in multiples of this, so that calls of similar length share programs.
+SLOTS = 64
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+
+def slots_for(model: Model, prompts: list[list[int]], options: dict[str, Any]) -> int:
+    """How many cache slots the longest of the prompts and what it may get need, at most the model's positions.
+
+    Raises:
+        InputError: a prompt is longer than the model's positions.
+    """
+    longest, limit = max(map(len, prompts)), model.family.max_positions
+    if longest > limit:
+        raise InputError(
+            f"[generate] a prompt of {longest} tokens is more than the model's {limit} positions"
+        )
+    wanted: int = options.get("max_new_tokens") or max(options.get("max_length", longest + 20) - longest, 1)
+    return min(-(-(longest + wanted) // SLOTS) * SLOTS, limit)
+
+
+class Decoder:
+    """A model with its cache.
+
+    Attributes:
+        slots: positions of a sequence that the cache holds.
+        lengths: how many of them each active sequence has read, int32[A]; lower one to take tokens back.
+        rows: in which cache row each position of each active sequence lies, int32[A, S].
+    """
+
+    def __init__(self, model: Model, sequences: int, cache_rows: int, slots: int):
+        self.model, self.slots, self.cache_rows = model, slots, cache_rows
+        self.lengths: Ints = np.zeros(sequences, np.int32)
+        self.rows: Ints = np.zeros((sequences, slots), np.int32)
+
+    def follow(self, parents: Ints) -> None:
+        """Makes the i-th active sequence the continuation of what was number ``parents[i]``."""
+        self.rows, self.lengths = self.rows[parents], self.lengths[parents]
+
+    def read(
+        self, feeds: list[list[int]], into: Ints, *, outputs: int = 1, hidden: bool = False
+    ) -> tuple[Floats, npt.NDArray[Any] | None]:
+        """Reads ``feeds[i]`` behind what active sequence i has read.
+
+        Args:
+            into: the cache row that each sequence writes to, int32[A]; no other sequence may need that row at these
+                positions.
+            outputs: of how many last tokens of each sequence what follows is wanted; for a shorter feed, the first
+                of these outputs mean nothing.
+
+        Returns:
+            The logits, float32 ``[A, N, V]``, and with ``hidden`` the last hidden states of the feeds,
+            ``[A, T, C]`` of which each row's first ``len(feeds[i])`` mean something.
+        """
+        active, counts = len(feeds), np.array([len(f) for f in feeds], np.int32)
+        batch, width = _bucket(active), _bucket(int(counts.max()))
+        ids, positions = np.zeros((2, batch, width), np.int32)
+        row, start, count = np.zeros((3, batch), np.int32)
+        rows, last = np.zeros((batch, self.slots), np.int32), np.zeros((batch, outputs), np.int32)
+        for i, feed in enumerate(feeds):
+            n, at = len(feed), int(self.lengths[i])
+            ids[i, :n] = feed
+            positions[i, :n] = np.arange(at, at + n) + self.model.family.position_offset
+            self.rows[i, at : at + n] = into[i]
+            last[i] = i * width + np.maximum(np.arange(n - outputs, n), 0)
+        row[:active], start[:active], count[:active], rows[:active] = into, self.lengths, counts, self.rows
+        self.lengths = self.lengths + counts
+        inputs = {"input_ids": ids, "position_ids": positions, "rows": rows, "row": row, "start": start}
+        program = self._program(batch, width, outputs, hidden)
+        out = program(**inputs, count=count, last=last.reshape(-1))
+        logits = out["logits"].reshape(batch, outputs, -1)[:active]
+        states = out["hidden"][:active] if hidden else None
+        return np.ascontiguousarray(logits, dtype=np.float32), states
+
+    def _program(self, batch: int, width: int, outputs: int, hidden: bool) -> Compiled:
+        shape = (self.cache_rows, self.slots)
+        self.model.use_cache(shape)
+        make = partial(
+            programs.decode_step,
+            self.model.family,
+            batch,
+            width,
+            shape,
+            "cache",
+            self.model.dtype,
+            outputs=outputs,
+            hidden=hidden,
+        )
+        return self.model.program(("decode", batch, width, shape, outputs, hidden), make)
+
+
+def _bucket(n: int) -> int:
+    """The next power of two, so that few programs serve all sizes."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,276 @@
+"""How a search and a model take turns.
+
+The engine (``rust/search``) keeps the sequences and says which token each appends and which sequence it continues;
+:class:`pyrformer.decoder.Decoder` keeps the cache. A strategy here stands between the two: its ``step`` gives the
+tokens that became certain as (sequence, token, log-probability), None at the end.
+
+Letters: A active sequences, K candidates, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pyrformer import _core
+from pyrformer.decoder import Decoder, Floats, Ints
+from pyrformer.errors import InputError
+from pyrformer.model import Model
+
+Emitted = list[tuple[int, int, float]]
+#: Sees each pass of the model: the search, the step that it wants, and the logits [A, V].
+Watch = Callable[[_core.Search, tuple[int, Ints, Ints, Ints], Floats], None]
+
+
+class Strategy(Protocol):
+    """What a call of generate drives."""
+
+    def step(self) -> Emitted | None: ...
+
+
+class Lockstep:
+    """All sequences get one token a step: greedy search, sampling, beams."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: list[list[int]],
+        search: _core.Search,
+        slots: int,
+        cache_rows: int,
+        watch: Watch | None,
+    ):
+        self.search, self.watch = search, watch
+        self.decoder = Decoder(model, len(prompts), cache_rows, slots)
+        #: Prompt and new tokens of each active sequence.
+        self.texts = [list(p) for p in prompts]
+
+    def step(self) -> Emitted | None:
+        wanted = self.search.step()
+        if wanted is None:
+            return None
+        index, tokens, parents, sequences = wanted
+        feeds, decoder = self.texts, self.decoder
+        if index > 0:
+            self.texts = [[*self.texts[p], t] for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
+            decoder.follow(parents)
+            feeds = [text[-1:] for text in self.texts]
+        # Where the positions are used up, the newer half of the text is read again from position 0.
+        for i in np.flatnonzero(decoder.lengths + [len(f) for f in feeds] > decoder.slots):
+            feeds[i] = self.texts[i][-(decoder.slots // 2) :]
+            decoder.lengths[i] = 0
+        # A sequence writes to the cache row of its own number: no other one ever needs that row at this position.
+        logits, _ = decoder.read(feeds, sequences)
+        logits = logits[:, 0]
+        if self.watch is not None:
+            self.watch(self.search, wanted, logits)
+        self.search.advance(np.ascontiguousarray(logits))
+        return self.search.emitted()
+
+
+class Proposer(Protocol):
+    """What drafts tokens for a speculative step."""
+
+    def propose(self, search: _core.Search, ids: list[int], most: int) -> list[tuple[int, Floats | None]]:
+        """At most ``most`` tokens that may follow ``ids``, each with the distribution ``[V]`` that it was drawn from;
+        None if the proposal is certain."""
+        ...
+
+
+class Lookup:
+    """Proposes what followed the last tokens where they occurred before.
+
+    Source: Saxena 2023, "Prompt Lookup Decoding".
+    """
+
+    def __init__(self, tokens: int, ngram: int):
+        self.tokens, self.ngram = tokens, ngram
+
+    def propose(self, search: _core.Search, ids: list[int], most: int) -> list[tuple[int, Floats | None]]:
+        array = np.asarray(ids)
+        for n in range(min(self.ngram, len(ids) - 1), 0, -1):
+            # All windows but the last one, which is the n-gram itself.
+            windows = np.lib.stride_tricks.sliding_window_view(array[:-1], n)
+            found = np.flatnonzero((windows == array[-n:]).all(1))
+            if len(found):
+                at = int(found[-1]) + n
+                return [(t, None) for t in ids[at : at + min(self.tokens, most)]]
+        return []
+
+
+class Assistant:
+    """Proposes what a cheaper model of the same vocabulary says."""
+
+    def __init__(self, model: Model, tokens: int, slots: int):
+        self.tokens = tokens
+        self.decoder = Decoder(model, 1, 1, min(slots, model.family.max_positions))
+        #: What is in the cache.
+        self.cached: list[int] = []
+
+    def propose(self, search: _core.Search, ids: list[int], most: int) -> list[tuple[int, Floats | None]]:
+        decoder, row = self.decoder, np.zeros(1, np.int32)
+        shared = 0
+        for a, b in zip(self.cached, ids[:-1], strict=False):
+            if a != b:
+                break
+            shared += 1
+        feed = ids[shared:]
+        after: list[int] = []
+        drafts: list[tuple[int, Floats | None]] = []
+        for _ in range(min(self.tokens, most)):
+            if shared + len(feed) > decoder.slots:
+                shared, feed = 0, [*ids, *after][-(decoder.slots // 2) :]
+            decoder.lengths[0] = shared
+            logits, _ = decoder.read([feed], row)
+            self.cached = [*self.cached[:shared], *feed]
+            shared = len(self.cached)
+            token, probabilities = search.draft(after, np.ascontiguousarray(logits[0, 0]))
+            drafts.append((token, probabilities))
+            after.append(token)
+            feed = [token]
+        return drafts
+
+
+class Speculative:
+    """One sequence; a proposer drafts several tokens and the model checks them in one pass.
+
+    What comes out is distributed as without drafts (Leviathan et al. 2023, algorithm 1). In greedy search, and in
+    sampling where proposals are certain, it is the very same.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: list[int],
+        search: _core.Search,
+        slots: int,
+        proposer: Proposer,
+        sampled: bool,
+    ):
+        self.search, self.proposer, self.sampled = search, proposer, sampled
+        self.decoder = Decoder(model, 1, 1, slots)
+        self.ids = list(prompt)
+        #: The end of ``ids`` that is not in the cache.
+        self.unread = list(prompt)
+
+    def step(self) -> Emitted | None:
+        if self.search.step() is None:
+            return None
+        decoder, feed = self.decoder, self.unread
+        if decoder.lengths[0] + len(feed) > decoder.slots:
+            feed, decoder.lengths[0] = self.ids[-(decoder.slots // 2) :], 0
+        base = int(decoder.lengths[0]) + len(feed)
+        drafts = self.proposer.propose(self.search, self.ids, decoder.slots - base)
+        # As many outputs as a power of two, so that few programs serve all numbers of drafts.
+        outputs = 1 << len(drafts).bit_length()
+        logits, _ = decoder.read([[*feed, *(t for t, _ in drafts)]], np.zeros(1, np.int32), outputs=outputs)
+        rows = logits[0, outputs - len(drafts) - 1 :]
+        emitted: Emitted = []
+        kept = 0
+        for row, (token, probabilities) in zip(rows, drafts, strict=False):
+            if probabilities is not None and self.sampled:
+                self.search.advance_drafted(row, token, probabilities)
+            else:
+                self.search.advance(row[None])
+            emitted += self.search.emitted()
+            if emitted[-1][1] != token or self.search.step() is None:
+                break
+            kept += 1
+        else:
+            self.search.advance(rows[-1:])
+            emitted += self.search.emitted()
+        self.ids += [token for _, token, _ in emitted]
+        self.unread = self.ids[-1:]
+        decoder.lengths[0] = base + kept
+        return emitted
+
+
+class Contrastive:
+    """Of the K most probable tokens, the one that is probable and unlike what is there.
+
+    The score of token v is (1 − α) p(v) − α max cos(h_v, h_j) over the hidden states of all tokens before it; the pass
+    that finds h_v for the K candidates gives what follows the chosen one, too.
+    Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", equation 5.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: list[list[int]],
+        search: _core.Search,
+        slots: int,
+        alpha: float,
+        candidates: int,
+        watch: Watch | None,
+    ):
+        self.search, self.alpha, self.k, self.watch = search, alpha, candidates, watch
+        self.decoder = Decoder(model, len(prompts), len(prompts) * candidates, slots)
+        self.prompts = prompts
+        #: Of each active sequence: logits after it [V], and its hidden states [T, C] scaled to length 1.
+        self.logits: Floats = np.zeros((0, 0), np.float32)
+        self.states: list[npt.NDArray[np.float64]] = []
+
+    def step(self) -> Emitted | None:
+        wanted = self.search.step()
+        if wanted is None:
+            return None
+        index, _, parents, sequences = wanted
+        decoder, k = self.decoder, self.k
+        if index == 0:
+            logits, hidden = decoder.read(self.prompts, sequences * np.int32(k), hidden=True)
+            assert hidden is not None
+            self.logits = logits[:, 0]
+            self.states = [_units(h[: len(p)]) for h, p in zip(hidden, self.prompts, strict=True)]
+        else:
+            decoder.follow(parents)
+            self.logits, self.states = self.logits[parents], [self.states[p] for p in parents]
+        if (decoder.lengths >= decoder.slots).any():
+            raise InputError(
+                f"[generate] penalty_alpha: contrastive search ends at the {decoder.slots} positions of the model; "
+                "ask for fewer new tokens"
+            )
+        if self.watch is not None:
+            self.watch(self.search, wanted, self.logits)
+        active = len(sequences)
+        scores = np.stack([self.search.scores(i, [], self.logits[i]) for i in range(active)])
+        probabilities = np.exp(_log_softmax(scores))
+        top = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+        decoder.follow(np.repeat(np.arange(active, dtype=np.int32), k))
+        into = (sequences[:, None] * np.int32(k) + np.arange(k, dtype=np.int32)).reshape(-1)
+        logits, hidden = decoder.read([[t] for t in top.reshape(-1).tolist()], into, hidden=True)
+        assert hidden is not None
+        states = _units(hidden[:, 0]).reshape(active, k, -1)
+        own = _log_softmax(self.logits)
+        chosen: list[tuple[int, float]] = []
+        rows = []
+        for i in range(active):
+            p = probabilities[i, top[i]]
+            likeness = (states[i] @ self.states[i].T).max(1)
+            score = np.where(p > 0, (1 - self.alpha) * p - self.alpha * likeness, -np.inf)
+            best = int(score.argmax())
+            token = int(top[i, best])
+            chosen.append((token, float(own[i, token])))
+            rows.append(i * k + best)
+            self.states[i] = np.concatenate([self.states[i], states[i, best : best + 1]])
+        self.search.choose(chosen)
+        decoder.follow(np.array(rows, np.int32))
+        self.logits = np.ascontiguousarray(logits[rows, 0])
+        return self.search.emitted()
+
+
+def _units(states: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Vectors ``[.., C]`` scaled to length 1."""
+    states = states.astype(np.float64)
+    units: npt.NDArray[np.float64] = states / np.maximum(
+        np.linalg.norm(states, axis=-1, keepdims=True), 1e-12
+    )
+    return units
+
+
+def _log_softmax(scores: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    shifted = scores.astype(np.float64) - scores.max(-1, keepdims=True)
+    logprobs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logprobs
