@@ -6,6 +6,7 @@ import json
 
 import click
 
+from pyrformer.bench.estimate import GPUS, Estimate, estimate
 from pyrformer.bench.train_step import FAMILIES, Result, Shape, measure
 
 
@@ -28,12 +29,33 @@ def command() -> None:
     "--profile", is_flag=True, help="Also the time of each operation and its share of the roofline."
 )
 @click.option("--peer", type=click.Choice(["torch"]), help="Also time the same step there, turn by turn.")
+@click.option(
+    "--estimate",
+    "gpu",
+    type=click.Choice(list(GPUS)),
+    help="Measure nothing: what the step would take on this GPU, on paper.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def train_step(
-    steps: int, threads: int | None, profile: bool, peer: str | None, as_json: bool, **sizes: object
+    steps: int,
+    threads: int | None,
+    profile: bool,
+    peer: str | None,
+    gpu: str | None,
+    as_json: bool,
+    **sizes: object,
 ) -> None:
     """Time one training step of a freshly made model on random tokens: forward, backward, clipping, AdamW."""
     shape = Shape(**sizes)  # type: ignore[arg-type]
+    if gpu is not None:
+        if profile or peer:
+            raise click.UsageError("--estimate runs nothing: leave out --profile and --peer.")
+        expected = estimate(shape, GPUS[gpu])
+        if as_json:
+            click.echo(json.dumps(expected.to_dict()))
+        else:
+            _print_estimate(expected)
+        return
     result = measure(shape, steps=steps, threads=threads, profile=profile, peer=peer is not None)
     if as_json:
         click.echo(json.dumps(result.to_dict()))
@@ -71,3 +93,27 @@ def _print(r: Result) -> None:
             click.echo(
                 f"{o.name:28}{o.count:6}{o.ms:9.2f}{o.ms / total:8.1%}{o.gflop:9.2f}{o.mb:9.1f}{o.roofline:10.2f}"
             )
+
+
+def _print_estimate(e: Estimate) -> None:
+    s = e.shape
+    need = (e.arena_bytes + e.state_bytes) / 1e9
+    click.echo(
+        f"{s.family}, {s.layers} layers × {s.width}, {s.heads} heads, vocabulary {s.vocab}, "
+        f"{s.batch} × {s.seq} tokens: a step on {e.gpu} ({e.arch}), on paper\n\n"
+        f"  time        {e.ms_per_step:10.2f} ms a step, no less than {e.bound_ms:.2f}\n"
+        f"  throughput  {e.tokens_per_s:10.0f} tokens/s\n"
+        f"  arithmetic  {e.gflop_per_step:10.1f} GFLOP a step, {e.utilisation:.2f} of the float32 peak\n"
+        f"  memory      {need:10.2f} GB of {e.memory_bytes / 1e9:.0f}"
+        + ("" if e.fits else ": too small")
+        + "\n"
+        f"  launches    {e.launches:10}\n\n"
+        f"{'kernel':32}{'count':>6}{'MB':>9}{'moved':>9}{'sectors':>12}{'GFLOP':>9}{'tensor':>7}{'regs':>5}{'warps':>7}"
+        f"{'limit':>12}{'bound':>8}{'ms':>8}"
+    )
+    for k in e.kernels:
+        registers, warps = k.registers or "", "" if k.occupancy is None else f"{k.occupancy:.0%}"
+        click.echo(
+            f"{k.name.removesuffix('_f32'):32}{k.count:6}{k.unique_mb:9.1f}{k.moved_mb:9.1f}{k.sectors:12}"
+            f"{k.gflop:9.2f}{k.tensor_share:7.0%}{registers:>5}{warps:>7}{k.limit:>12}{k.bound_ms:8.3f}{k.ms:8.3f}"
+        )

@@ -27,6 +27,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "__version__",
+    "cuda_bars",
     "cuda_program",
     "cuda_sources",
     "filter_logits",
@@ -144,6 +145,9 @@ def simd_levels() -> tuple[str, str]:
     """The vector instructions that the CPU has, and those that kernels use."""
 
 # ---- rust/python/src/cuda.rs ----------------------------------------------------------------------------------------
+
+def cuda_bars() -> str:
+    """Registers by architecture and shared memory of each kernel, as TOML: the text of ``cuda/bars.toml``."""
 
 def cuda_program(plan: Plan) -> str:
     """The launch records of a plan that was lowered for "cuda", as JSON."""

@@ -7,6 +7,9 @@
 /// The text in front of every unit.
 const COMMON: &str = include_str!("../../../cuda/common.cuh");
 
+/// Registers and shared memory of each kernel by architecture, as TOML: what estimates of occupancy start from.
+pub const BARS: &str = include_str!("../../../cuda/bars.toml");
+
 /// One file of kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Source {

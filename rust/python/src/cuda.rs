@@ -1,7 +1,7 @@
 //! CUDA: launch records of a plan, and the sources of the kernels they name.
 
 use pyo3::prelude::*;
-use pyrformer_cuda::sources::SOURCES;
+use pyrformer_cuda::sources::{BARS, SOURCES};
 
 use crate::enter::{Failure, enter};
 use crate::graph::Plan;
@@ -25,4 +25,10 @@ pub(crate) fn cuda_program(py: Python<'_>, plan: &Plan) -> PyResult<String> {
 #[pyfunction]
 pub(crate) fn cuda_sources() -> Vec<(&'static str, String, Vec<&'static str>)> {
     SOURCES.iter().map(|s| (s.name, s.unit(), s.kernels.to_vec())).collect()
+}
+
+/// Registers and shared memory of each kernel, as TOML.
+#[pyfunction]
+pub(crate) fn cuda_bars() -> &'static str {
+    BARS
 }

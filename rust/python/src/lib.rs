@@ -19,7 +19,7 @@ mod _core {
     use super::{PyModule, PyModuleMethods, PyResult};
 
     #[pymodule_export]
-    use super::cuda::{cuda_program, cuda_sources};
+    use super::cuda::{cuda_bars, cuda_program, cuda_sources};
     #[pymodule_export]
     use super::data::{CausalBatches, Cleaner, Corpus, Documents, MaskedBatches, write_shard};
     #[pymodule_export]

@@ -1,14 +1,13 @@
 """What ptxas says of each kernel, and the bars it must stay under.
 
-`python -m kernels.bars`, from tests/cuda, measures all kernels and rewrites bars.toml: run it when a kernel earns lower
-numbers, or when a higher one was decided on, and look at the diff.
+`python -m kernels.bars`, from tests/cuda, measures all kernels and rewrites cuda/bars.toml: run it when a kernel earns
+lower numbers, or when a higher one was decided on, and look at the diff.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 from kernels import nvrtc
 
@@ -17,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FILE = Path(__file__).resolve().parents[1] / "bars.toml"
+FILE = nvrtc.KERNELS / "bars.toml"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Static shared memory beyond this needs an opt-in on every architecture.
 SHARED_LIMIT = 48 * 1024
@@ -51,7 +50,7 @@ def read() -> dict[str, dict]:
 def _measure() -> str:
     lines = [
         "# The most registers of a thread by architecture, the most static shared memory of a block, with the NVRTC of",
-        "# requirements.txt. Written by kernels/bars.py. Local memory and spills are never allowed.",
+        "# tests/cuda/requirements.txt. Written by kernels/bars.py there. Local memory and spills are never allowed.",
     ]
     for file in nvrtc.files():
         measured = {arch: reports(file, arch) for arch in ARCHITECTURES}

@@ -8,8 +8,9 @@ Where it differs from hardware: `.approx` functions are exact here; fma.rn is ro
 2^29; memory is sequentially consistent within one step.
 """
 
+from .counter import Counter
 from .machine import Buffer, Device, Program, load
 from .memory import Fault
 from .ptx import UnknownInstruction
 
-__all__ = ["Buffer", "Device", "Fault", "Program", "UnknownInstruction", "load"]
+__all__ = ["Buffer", "Counter", "Device", "Fault", "Program", "UnknownInstruction", "load"]

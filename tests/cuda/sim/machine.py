@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import ops
+from .counter import Counter
 from .memory import BARRIER_SHIFT, BLOCK_SHIFT, THREAD_SHIFT, WORD, Fault, Memory
 from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, constant, parse
 
@@ -53,8 +54,10 @@ class Machine:
         blocks: range,
         params: dict[str, np.ndarray],
         memory: Memory,
+        counter: Counter | None = None,
     ) -> None:
         self.program = program
+        self.counter = counter
         self.kernel = program.kernel
         self.threads = block[0] * block[1] * block[2]
         self.lanes = self.threads * len(blocks)
@@ -120,8 +123,11 @@ class Machine:
         stamps = self.stamps[i]
         if not stamps.size:
             return np.zeros((0, words), np.uint32)
+        at = self._address(space, address, i)
+        if self.counter:
+            self.counter.access(self.memories[space], at, words, self.warp_of[i])
         try:
-            return self.memories[space].load(self._address(space, address, i), stamps, words, words * WORD)
+            return self.memories[space].load(at, stamps, words, words * WORD)
         except Fault as fault:
             raise self._located(fault, i, place) from None
 
@@ -132,8 +138,11 @@ class Machine:
             return
         columns = [np.broadcast_to(v, stamps.shape) for v in values]
         data = np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint32)
+        at = self._address(space, address, i)
+        if self.counter:
+            self.counter.access(self.memories[space], at, data.shape[1], self.warp_of[i])
         try:
-            self.memories[space].store(self._address(space, address, i), stamps, data, data.shape[1] * WORD)
+            self.memories[space].store(at, stamps, data, data.shape[1] * WORD)
         except Fault as fault:
             raise self._located(fault, i, place) from None
 
@@ -157,6 +166,8 @@ class Machine:
             i = ready.pop(n)
             block = self.kernel.blocks[n]
             if block.body:
+                if self.counter:
+                    self.counter.arithmetic(block.body, i.size)
                 self.registers[f"block_{n}"](ALL if i.size == self.lanes else i)
             for target, lanes in self._end(n, block.end, i, parked):
                 if lanes.size:
@@ -292,6 +303,8 @@ class Device:
         self.programs = programs
         self.memory = Memory("global", words, GLOBAL_BASE)
         self.end = REDZONE
+        #: Counts what launches move and compute, where there is one.
+        self.counter: Counter | None = None
 
     def _place(self, elements: int, dtype: Any, skew: int) -> int:
         at = self.end + skew * np.dtype(dtype).itemsize
@@ -348,9 +361,8 @@ class Device:
         per = max(1, THREADS_AT_ONCE // (block[0] * block[1] * block[2]))
         with np.errstate(all="ignore"):
             for first in range(0, count, per):
-                Machine(
-                    program, grid, block, range(first, min(first + per, count)), params, self.memory
-                ).run()
+                blocks = range(first, min(first + per, count))
+                Machine(program, grid, block, blocks, params, self.memory, self.counter).run()
 
 
 def _dim(extents: Any) -> Dim:

@@ -1,0 +1,180 @@
+"""How long a training step would take on a GPU, on paper: a roofline of each launch record.
+
+The records are those that the CUDA executor walks, made for the plan of the step; `work` says what each moves and
+computes, `gpus` what a GPU can do. A record's bound is the longest of four times: distinct bytes over memory's
+bandwidth, sectors over the bandwidth of the first-level caches, FLOPs over the float32 peak, rows of shared memory over
+one a clock. The last three stretch where blocks leave multiprocessors idle.
+
+The prediction divides by the share of a bound that such kernels usually reach, and adds the gap between the nodes of a
+graph. These few constants are guesses until a device has been measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyrformer import _core, programs
+from pyrformer.bench import work
+from pyrformer.bench.gpus import GPUS, Gpu
+from pyrformer.bench.train_step import MASKED, Shape
+from pyrformer.models import build
+from pyrformer.programs import AdamW
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+#: Shares of the bound that are usually reached. Guesses.
+REACHED = {"memory": 0.85, "cache": 0.6, "arithmetic": 0.6, "shared": 0.6}
+REACHED_BY_PRODUCTS = 0.8
+#: Seconds from one node of a graph to the next, and the least that a kernel takes. Guesses.
+GAP, LEAST = 1e-6, 2e-6
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The records of one kernel, or of all matrix products, together.
+
+    ``unique_mb``, ``moved_mb``: distinct bytes, and those that warps ask of the cache; ``tensor_share``: of the FLOPs;
+    ``occupancy``: warps that a multiprocessor holds over those that it could (products: none, cuBLASLt's own);
+    ``limit``: what bounds most of its time; ``ms``: predicted, gaps included.
+    """
+
+    name: str
+    count: int
+    unique_mb: float
+    moved_mb: float
+    sectors: int
+    gflop: float
+    tensor_share: float
+    registers: int | None
+    occupancy: float | None
+    limit: str
+    bound_ms: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step's records by kernel, the slowest first."""
+
+    shape: Shape
+    gpu: str
+    arch: str
+    launches: int
+    gflop_per_step: float
+    unique_mb: float
+    bound_ms: float
+    ms_per_step: float
+    tokens_per_s: float
+    utilisation: float
+    arena_bytes: int
+    state_bytes: int
+    memory_bytes: float
+    kernels: list[Kernel]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU's memory holds the step."""
+        return self.arena_bytes + self.state_bytes < self.memory_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        return {**asdict(self), "fits": self.fits}
+
+
+def bars() -> dict[str, dict[str, Any]]:
+    """Registers by architecture and shared memory of each kernel, as compiled: ``cuda/bars.toml``."""
+    return tomllib.loads(_core.cuda_bars())
+
+
+def times(w: work.Work, gpu: Gpu) -> dict[str, float]:
+    """Seconds that each resource needs for a record. A multiprocessor works through its share of the blocks; the one
+    with the most decides, and where blocks are few others idle."""
+    fullest = -(-w.blocks // gpu.multiprocessors)
+    busy = w.blocks / (fullest * gpu.multiprocessors)
+    cache = gpu.l1 * gpu.multiprocessors * gpu.clock * busy
+    return {
+        "memory": w.unique / gpu.bandwidth,
+        "cache": w.moved / cache,
+        "arithmetic": ((w.flops - w.tensor) / gpu.flops + w.tensor / gpu.tensor) / busy,
+        "shared": w.passes * 128 / cache,
+    }
+
+
+def estimate(shape: Shape, gpu: Gpu) -> Estimate:
+    """A training step of ``shape`` on a GPU. Nothing is allocated and nothing runs.
+
+    Raises:
+        InputError: a size makes no sense.
+        DeviceError: an operation has no kernel.
+    """
+    family = build(shape.config())
+    masked = round(MASKED * shape.batch * shape.seq) if family.objective != "ar" else 0
+    sizes = programs.Sizes(shape.batch, shape.seq, masked)
+    plan = programs.train_step(family, sizes, AdamW()).lower("cuda").plan
+    compiled = bars()
+    groups: dict[str, list[tuple[work.Work, dict[str, float], float, int | None, float | None]]] = {}
+    for _, record in json.loads(_core.cuda_program(plan))["records"]:
+        w = work.work(record)
+        if "product" in record:
+            seconds = times(w, gpu)
+            taken = max(seconds.values()) / REACHED_BY_PRODUCTS
+            groups.setdefault("matrix products", []).append((w, seconds, taken, None, None))
+            continue
+        name = record["launch"]["kernel"]
+        x, y, z = record["launch"]["block"]
+        registers = compiled[name]["registers"][gpu.arch]
+        held = gpu.occupancy(x * y * z, registers, compiled[name]["shared_bytes"])
+        seconds = times(w, gpu)
+        taken = max(seconds[r] / REACHED[r] for r in seconds)
+        share = held * -(-x * y * z // 32) / gpu.warps
+        groups.setdefault(name, []).append((w, seconds, taken, registers, share))
+    kernels = sorted((_kernel(name, found) for name, found in groups.items()), key=lambda k: -k.ms)
+    ms = sum(k.ms for k in kernels)
+    gflop = sum(k.gflop for k in kernels)
+    return Estimate(
+        shape=shape,
+        gpu=gpu.name,
+        arch=gpu.arch,
+        launches=sum(k.count for k in kernels),
+        gflop_per_step=gflop,
+        unique_mb=sum(k.unique_mb for k in kernels),
+        bound_ms=sum(k.bound_ms for k in kernels),
+        ms_per_step=ms,
+        tokens_per_s=shape.batch * shape.seq / ms * 1e3,
+        utilisation=gflop * 1e9 / (ms / 1e3) / gpu.flops,
+        arena_bytes=plan.arena_bytes,
+        state_bytes=plan.state_bytes,
+        memory_bytes=gpu.memory,
+        kernels=kernels,
+    )
+
+
+def _kernel(
+    name: str, found: list[tuple[work.Work, dict[str, float], float, int | None, float | None]]
+) -> Kernel:
+    works = [w for w, *_ in found]
+    flops = sum(w.flops for w in works)
+    totals = {r: sum(s[r] for _, s, *_ in found) for r in REACHED}
+    return Kernel(
+        name=name,
+        count=len(found),
+        unique_mb=sum(w.unique for w in works) / 1e6,
+        moved_mb=sum(w.moved for w in works) / 1e6,
+        sectors=sum(w.sectors for w in works),
+        gflop=flops / 1e9,
+        tensor_share=sum(w.tensor for w in works) / flops if flops else 0.0,
+        registers=found[0][3],
+        occupancy=found[0][4],
+        limit=max(totals, key=lambda r: totals[r]),
+        bound_ms=1e3 * sum(max(s.values()) for _, s, *_ in found),
+        ms=1e3 * sum(max(taken, LEAST) + GAP for _, _, taken, *_ in found),
+    )
+
+
+__all__ = ["GPUS", "Estimate", "Kernel", "estimate"]

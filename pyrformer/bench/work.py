@@ -1,0 +1,448 @@
+"""What each launch record moves and computes, from its kernel's name and arguments.
+
+The rules restate how the kernels of ``cuda/*.cu`` walk their operands; tests hold them against what the kernels' PTX
+does when it is run. FLOPs count a multiply-add as two, a function such as exp by the arithmetic of its usual expansion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+WORD = 4
+SECTOR = 32
+#: FLOPs of one value of each function of ``elementwise.cu``, by its number there, and of its slope.
+FUNCTION_FLOPS = (0, 8, 14, 12, 1, 22, 24, 12, 13, 2, 24)
+FUNCTIONS = (
+    "none", "exp", "tanh", "sigmoid", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "mish",
+)  # fmt: skip
+#: Tiles of ``attention.cu``.
+TILE, DEPTH, SLICE, THREADS = 64, 32, 128, 256
+#: The tile of a matrix product that cuBLASLt is taken to choose where there are many, and where there are few.
+PRODUCT_TILE, SMALL_TILE = 128, 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """One record's work. ``unique``: distinct bytes that it reads or writes; ``sectors``: pieces of 32 bytes that its
+    warps ask of the cache; ``flops``: in float32; ``tensor``: of them on tensor cores; ``passes``: rows of 128 bytes
+    that shared memory delivers; ``blocks``: pieces that run independently of each other."""
+
+    unique: int
+    sectors: int
+    flops: float
+    passes: float = 0.0
+    tensor: float = 0.0
+    blocks: int = 1
+
+    def __add__(self, other: Work) -> Work:
+        """Both, in one launch."""
+        return Work(
+            self.unique + other.unique, self.sectors + other.sectors, self.flops + other.flops,
+            self.passes + other.passes, self.tensor + other.tensor,
+        )  # fmt: skip
+
+    @property
+    def moved(self) -> int:
+        """Bytes between multiprocessors and caches."""
+        return SECTOR * self.sectors
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _sectors(rows: int, cols: int) -> int:
+    """Of rows that begin on a sector."""
+    return rows * _ceil(WORD * cols, SECTOR)
+
+
+def _streams(reads: list[tuple[int, int]], writes: list[tuple[int, int]], flops: float) -> Work:
+    """Matrices that are read or written once."""
+    both = reads + writes
+    return Work(sum(WORD * r * c for r, c in both), sum(_sectors(r, c) for r, c in both), flops)
+
+
+def _alike(rows: int, cols: int, flops: float, *places: Any) -> Work:
+    """Matrices of one shape, read or written once, of which some may be the same memory; null ones are absent."""
+    present = [str(place) for place in places if place]
+    unique = WORD * rows * cols * len(set(present))
+    return Work(unique, len(present) * _sectors(rows, cols), flops * rows * cols)
+
+
+# ---- Rules: each takes the kernel's own arguments; a pointer is true where there is one -----------------------------
+
+Rule = Callable[..., Work]
+RULES: dict[str, Rule] = {}
+
+
+def _rule(f: Rule) -> Rule:
+    RULES[f.__name__ + "_f32"] = f
+    return f
+
+
+def _unary(flops: int) -> Rule:
+    return lambda grid, x, y, rows, cols, *_: _alike(rows, cols, flops, x, y)
+
+
+def _unary_backward(flops: int) -> Rule:
+    return lambda grid, x, dy, dx, rows, cols, *_: _alike(rows, cols, flops + 4, x, dy, dx)
+
+
+def _repeated(rows: int, cols: int, b_rows: int, b_cols: int) -> Work:
+    """A matrix that is read once for each of its copies in ``[rows, cols]``, and comes from memory once."""
+    # A single element is asked for by each warp, which has 128 columns.
+    sectors = _sectors(rows, cols) if b_cols == cols else 4 * rows * _ceil(cols, 128)
+    return Work(WORD * b_rows * b_cols, sectors, 0)
+
+
+def _binary(
+    grid: Any, a: Any, b: Any, y: Any, rows: int, cols: int, b_rows: int, b_cols: int, *_: Any
+) -> Work:
+    return _alike(rows, cols, 1, a, y) + _repeated(rows, cols, b_rows, b_cols)
+
+
+for _name, _flops in zip(FUNCTIONS[1:], FUNCTION_FLOPS[1:], strict=True):
+    RULES[f"{_name}_forward_f32"] = _unary(_flops)
+    RULES[f"{_name}_backward_f32"] = _unary_backward(_flops)
+RULES["scale_forward_f32"] = _unary(1)
+for _name in ("add", "sub", "mul", "div"):
+    RULES[f"{_name}_forward_f32"] = _binary
+
+
+@_rule
+def fill_forward(grid: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
+    return _streams([], [(rows, cols)], 0)
+
+
+@_rule
+def broadcast_forward(
+    grid: Any, x: Any, y: Any, rows: int, cols: int, x_rows: int, x_cols: int, *_: Any
+) -> Work:
+    return _alike(rows, cols, 0, y) + _repeated(rows, cols, x_rows, x_cols)
+
+
+@_rule
+def dropout_forward(grid: Any, x: Any, rng: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
+    # Each warp reads the state; Philox gives four words for some hundred integer operations.
+    state = Work(4 * WORD, _ceil(rows * cols, 128) * 4, 28 * rows * cols)
+    return _alike(rows, cols, 2, x, y) + state
+
+
+@_rule
+def epilogue_forward(
+    grid: Any, product: Any, bias: Any, x: Any, residual: Any, y: Any, pre: Any, rows: int, cols: int, *more: int
+) -> Work:  # fmt: skip
+    act, slope = more[-2:]
+    flops = FUNCTION_FLOPS[act] + (FUNCTION_FLOPS[slope] + 4 if slope else 0) + bool(residual)
+    return _alike(rows, cols, flops, product, x, residual, y, pre)
+
+
+@_rule
+def layer_norm_forward(
+    grid: Any, x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any, rows: int, cols: int, *_: Any
+) -> Work:
+    # The row is read three times: mean, variance, result.
+    parameters = 1 + bool(bias)
+    unique = WORD * (2 * rows * cols + parameters * cols + 2 * rows)
+    return Work(unique, (4 + parameters) * _sectors(rows, cols) + 2 * rows, 14 * rows * cols)
+
+
+@_rule
+def layer_norm_backward(
+    grid: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, residual: Any, dx: Any, rows: int, cols: int, *_: Any
+) -> Work:  # fmt: skip
+    tensors = 3 + bool(residual)
+    # dy may be the memory of the result, and so may the residual.
+    operands = len({str(z) for z in (dy, x, residual, dx) if z})
+    unique = WORD * (operands * rows * cols + cols + 2 * rows)
+    return Work(unique, (tensors + 4) * _sectors(rows, cols) + 2 * rows, 18 * rows * cols)
+
+
+@_rule
+def layer_norm_weight_backward(
+    grid: Any, dy: Any, x: Any, mean: Any, rstd: Any, parts: Any, rows: int, cols: int, dy_ld: int, x_ld: int, per: int
+) -> Work:  # fmt: skip
+    results = 2 * _ceil(rows, per)
+    unique = WORD * (2 * rows * cols + 2 * rows + results * cols)
+    strips = _ceil(cols, 32)
+    sectors = 2 * _sectors(rows, cols) + 2 * rows * strips + _sectors(results, cols)
+    return Work(unique, sectors, 5 * rows * cols + 8 * results * cols)
+
+
+@_rule
+def gather_forward(
+    grid: Any, table: Any, index: Any, y: Any, table_rows: int, rows: int, cols: int, *_: Any
+) -> Work:
+    # At most: rows that are looked up twice come from memory once.
+    sectors = 2 * _sectors(rows, cols) + rows * _ceil(cols, 128)
+    return Work(WORD * ((min(table_rows, rows) + rows) * cols + rows), sectors, 0)
+
+
+@_rule
+def scatter_add_forward(
+    grid: Any, source: Any, index: Any, y: Any, table_rows: int, rows: int, cols: int, *_: Any
+) -> Work:
+    # Each warp scans the index for its row: half of it on the average before, all of it after.
+    touched = min(table_rows, rows)
+    scan = rows * _ceil(cols, 128) * _sectors(1, rows)
+    sectors = _sectors(rows, cols) + 2 * _sectors(touched, cols) + scan
+    return Work(WORD * ((rows + touched) * cols + rows), sectors, rows * cols)
+
+
+@_rule
+def count_labels_forward(grid: Any, labels: Any, y: Any, rows: int) -> Work:
+    return _streams([(1, rows)], [(1, 1)], rows)
+
+
+@_rule
+def cross_entropy_forward(
+    grid: list[int], logits: Any, bias: Any, labels: Any, loss: Any, classes: int, *_: Any
+) -> Work:
+    rows = grid[0]
+    unique = WORD * (rows * classes + bool(bias) * classes + 2 * rows)
+    # Two sums over the block come to each row's exponentials.
+    flops = rows * (14 * classes + 26 * THREADS)
+    return Work(unique, (1 + bool(bias)) * _sectors(rows, classes) + 17 * rows, flops)
+
+
+@_rule
+def cross_entropy_backward(
+    grid: list[int], logits: Any, bias: Any, labels: Any, dloss: Any, loss: Any, classes: int, *_: Any
+) -> Work:
+    rows = grid[0]
+    unique = WORD * (rows * classes + bool(bias) * classes + 2 * rows + 1)
+    flops = rows * (26 * classes + 26 * THREADS)
+    return Work(unique, (3 + 2 * bool(bias)) * _sectors(rows, classes) + 25 * rows, flops)
+
+
+@_rule
+def sum_to_forward(
+    grid: Any, x: Any, y: Any, copies: int, result_rows: int, cols: int, x_ld: int, per: int
+) -> Work:
+    read, written = copies * result_rows, _ceil(copies, per) * result_rows
+    return _streams([(read, cols)], [(written, cols)], (read + 7 * written) * cols)
+
+
+def _chunks(grid: list[int], x: Any, y: Any, elements: int, cols: int, *_: Any) -> Work:
+    return _streams([(elements // cols, cols)], [(1, grid[0])], 2 * elements + 12 * THREADS * grid[0])
+
+
+RULES["sum_forward_f32"] = RULES["global_norm_parts_forward_f32"] = _chunks
+
+
+@_rule
+def global_norm_forward(grid: Any, parts: Any, y: Any, count: int) -> Work:
+    return _streams([(1, count)], [(1, 1)], count + 12 * THREADS)
+
+
+@_rule
+def clip_factor_forward(grid: Any, norm: Any, y: Any, max_norm: float) -> Work:
+    return _streams([(1, 1)], [(1, 1)], 2)
+
+
+@_rule
+def adamw_forward(
+    grid: Any, p: Any, g: Any, m: Any, v: Any, clip: Any, lr: Any, step: Any, new_p: Any, new_m: Any, new_v: Any,
+    rows: int, cols: int, *_: Any,
+) -> Work:  # fmt: skip
+    operands = len({str(z) for z in (p, g, m, v, new_p, new_m, new_v)})
+    scalars = 3 * _ceil(rows * _ceil(cols, 4), 32)
+    flops = 28 * rows * cols
+    return Work(WORD * (operands * rows * cols + 3), 7 * _sectors(rows, cols) + scalars, flops)
+
+
+@_rule
+def iota_forward(grid: Any, y: Any, rows: int, *_: Any) -> Work:
+    return _streams([], [(1, rows)], 0)
+
+
+@_rule
+def rope_table_forward(
+    grid: Any, positions: Any, turns: Any, table: Any, rows: int, half: int, *_: Any
+) -> Work:
+    unique = WORD * (rows + 2 * half + 2 * rows * half)
+    return Work(unique, 4 * _sectors(rows, half) + rows * _ceil(half, 32), 24 * rows * half)
+
+
+@_rule
+def rope_forward(
+    grid: Any, x: Any, table: Any, y: Any, rows: int, heads: int, width: int, half: int, *_: Any
+) -> Work:
+    table_work = Work(WORD * rows * 2 * half, 2 * _sectors(rows * heads, half), 6 * rows * heads * half)
+    return _alike(rows, heads * width, 0, x, y) + table_work
+
+
+@_rule
+def alibi_bias_forward(
+    grid: Any, positions: Any, slopes: Any, bias: Any, rows: int, heads: int, tokens: int, *_: Any
+) -> Work:
+    cells = rows * heads
+    unique = WORD * (rows * tokens + heads + cells * tokens)
+    return Work(unique, 2 * _sectors(cells, tokens) + cells * _ceil(tokens, 32), 2 * cells * tokens)
+
+
+# ---- Attention ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Which tiles a block visits: the rules of ``struct Mask`` without prefix."""
+
+    tokens: int
+    causal: int
+    window: int
+
+    def keys(self, query: int) -> tuple[int, int]:
+        """The keys that the tile of queries at ``query`` visits, from a tile's start."""
+        end = query + TILE
+        last = min(end, self.tokens) if self.causal else self.tokens
+        last = last if self.window >= self.tokens else min(last, end - 1 + self.window)
+        return max(0, query - self.window + 1) // TILE * TILE, last
+
+    def queries(self, key: int) -> tuple[int, int]:
+        """The queries that the tile of keys at ``key`` visits."""
+        end = min(key + TILE, self.tokens)
+        last = self.tokens if self.window >= self.tokens else min(self.tokens, end - 1 + self.window)
+        return key if self.causal else max(0, key - self.window + 1) // TILE * TILE, last
+
+    def visits(self, others: Callable[[int], tuple[int, int]]) -> tuple[int, int, int]:
+        """Of all blocks of one head: tiles visited, and their rows in all, on the block's own side and on the other."""
+        tiles = own = other = 0
+        for at in range(0, self.tokens, TILE):
+            first, last = others(at)
+            count = _ceil(last - first, TILE)
+            tiles += count
+            own += count * min(TILE, self.tokens - at)
+            other += min(first + TILE * count, self.tokens) - first
+        return tiles, own, other
+
+
+def _multiply(depth: int) -> tuple[float, float]:
+    """FLOPs and passes of shared memory of one 64 × 64 product over ``depth``: each step, a warp reads 32 bytes of one
+    factor and 256 of the other."""
+    return 2.0 * TILE * TILE * depth, THREADS / 32 * 3.0 * depth
+
+
+def _attention(
+    visits: tuple[int, int, int], heads: int, d: int, own: int, other: int, dots: int, sums: int, softmax: int
+) -> Work:
+    """The tiles that the blocks of ``heads`` heads visit: ``own`` and ``other`` tiles of both sides are read turned,
+    by 16 bytes of a row at a time, half of a sector; ``dots`` products over the head's width, ``sums`` with a result of
+    its width, whose second factor is read plainly; ``softmax``: FLOPs of each score besides."""
+    tiles, own_rows, other_rows = (heads * n for n in visits)
+    slices, parts = _ceil(d, SLICE), _ceil(d, TILE)
+    depth = _ceil(d, DEPTH) * DEPTH
+    dot_flops, dot_passes = _multiply(depth)
+    sum_flops, sum_passes = _multiply(TILE)
+    turned = own * own_rows + other * other_rows
+    # Into shared memory: both factors of a dot, one of a sum; and the weights, whose rows meet in the same banks.
+    stores = slices * (dots * 2 * TILE * depth / 32 + sums * 256) + sums * parts * TILE * TILE / 32
+    return Work(
+        0,
+        slices * 2 * _sectors(turned, d) + sums * _sectors(other_rows, d),
+        tiles * (slices * (dots * dot_flops + softmax * TILE * TILE) + sums * parts * sum_flops),
+        tiles * (slices * dots * dot_passes + sums * parts * sum_passes + stores),
+    )
+
+
+def _extras(segments: Any, key_bias: Any, prefix: Any, rng: Any, b: int, t: int, h: int) -> int:
+    words = bool(segments) * b * t + bool(key_bias) * b * h * t + bool(prefix) * b + bool(rng) * 4
+    return WORD * words
+
+
+@_rule
+def attention_forward(
+    grid: Any, q: Any, k: Any, v: Any, segments: Any, key_bias: Any, prefix: Any, rng: Any, out: Any, lse: Any, b: int,
+    t: int, h: int, kv: int, d: int, q_ld: int, k_ld: int, v_ld: int, out_ld: int, causal: int, window: int, *_: Any,
+) -> Work:  # fmt: skip
+    mask = _Mask(t, causal, window)
+    tiles = _attention(mask.visits(mask.keys), b * h, d, own=1, other=1, dots=1, sums=1, softmax=50)
+    unique = WORD * (b * t * d * (2 * h + 2 * kv) + b * h * t) + _extras(
+        segments, key_bias, prefix, rng, b, t, h
+    )
+    return tiles + Work(unique, _sectors(b * t * h, d) + _sectors(1, b * h * t), 0)
+
+
+@_rule
+def attention_delta_backward(
+    grid: Any, dout: Any, out: Any, delta: Any, b: int, t: int, h: int, d: int, *_: Any
+) -> Work:
+    rows = b * t * h
+    return Work(WORD * (2 * rows * d + rows), 2 * _sectors(rows, d) + rows, rows * (2 * d + 160))
+
+
+@_rule
+def attention_dq_backward(
+    grid: Any, dout: Any, q: Any, k: Any, v: Any, lse: Any, delta: Any, segments: Any, key_bias: Any, prefix: Any,
+    rng: Any, dq: Any, b: int, t: int, h: int, kv: int, d: int, dout_ld: int, q_ld: int, k_ld: int, v_ld: int,
+    dq_ld: int, causal: int, window: int, *_: Any,
+) -> Work:  # fmt: skip
+    mask = _Mask(t, causal, window)
+    tiles = _attention(mask.visits(mask.keys), b * h, d, own=2, other=2, dots=2, sums=1, softmax=16)
+    unique = WORD * (b * t * d * (3 * h + 2 * kv) + 2 * b * h * t)
+    unique += _extras(segments, key_bias, prefix, rng, b, t, h)
+    return tiles + Work(unique, _sectors(b * t * h, d) + 2 * _sectors(1, b * h * t), 0)
+
+
+@_rule
+def attention_dkv_backward(
+    grid: Any, dout: Any, q: Any, k: Any, v: Any, lse: Any, delta: Any, segments: Any, key_bias: Any, prefix: Any,
+    rng: Any, dk: Any, dv: Any, b: int, t: int, h: int, kv: int, d: int, dout_ld: int, q_ld: int, k_ld: int, v_ld: int,
+    dk_ld: int, dv_ld: int, causal: int, window: int, *_: Any,
+) -> Work:  # fmt: skip
+    mask = _Mask(t, causal, window)
+    tiles = _attention(mask.visits(mask.queries), b * h, d, own=2, other=2, dots=2, sums=2, softmax=16)
+    unique = WORD * (b * t * d * (2 * h + 4 * kv) + 2 * b * h * t)
+    unique += _extras(segments, key_bias, prefix, rng, b, t, h)
+    return tiles + Work(unique, 2 * _sectors(b * t * kv, d) + 2 * _sectors(1, b * h * t), 0)
+
+
+@_rule
+def cache_write_forward(
+    grid: Any, source: Any, row: Any, start: Any, count: Any, cache: Any, b: int, t: int, cols: int, *_: Any
+) -> Work:
+    return _streams([(b * t, cols), (3, b)], [(b * t, cols)], 0)
+
+
+@_rule
+def cached_attention_forward(
+    grid: Any, q: Any, k: Any, v: Any, rows: Any, start: Any, count: Any, key_bias: Any, out: Any, t: int, h: int,
+    kv: int, d: int, q_ld: int, out_ld: int, cache_rows: int, slots: int, window: int, *_: Any,
+) -> Work:  # fmt: skip
+    # At most: every slot of the cache is filled.
+    b, seen = grid[2], min(slots, window)
+    unique = WORD * (2 * b * t * h * d + 2 * b * seen * kv * d + b * seen)
+    sectors = 2 * _sectors(b * t * h * seen, d) + 2 * _sectors(b * t * h, d)
+    return Work(unique, sectors, 4 * b * t * h * seen * d)
+
+
+# ---- Records --------------------------------------------------------------------------------------------------------
+
+
+def product(p: dict[str, Any]) -> Work:
+    """A float32 matrix product: cuBLASLt computes it without tensor cores. It chooses tiles by itself; its sectors are
+    taken to be those of large ones, its blocks those of small ones that share out an inner dimension beyond 512."""
+    m, n = p["y"]["rows"], p["y"]["cols"]
+    k = p["a"]["rows"] if p["ta"] else p["a"]["cols"]
+    # What is added may be the result's own memory.
+    added = p["c"] is not None and p["c"]["place"] != p["y"]["place"]
+    unique = WORD * (m * k + k * n + (1 + added) * m * n + (p["bias"] is not None) * n)
+    down, across = _ceil(m, PRODUCT_TILE), _ceil(n, PRODUCT_TILE)
+    sectors = (
+        _sectors(1, m * k) * across + _sectors(1, k * n) * down + (1 + (p["c"] is not None)) * _sectors(m, n)
+    )
+    blocks = _ceil(m, SMALL_TILE) * _ceil(n, SMALL_TILE) * max(1, k // 512)
+    return Work(unique, sectors, 2.0 * m * n * k, blocks=blocks)
+
+
+def work(record: dict[str, Any]) -> Work:
+    """The work of a launch record of ``_core.cuda_program``."""
+    if "product" in record:
+        return product(record["product"])
+    launch = record["launch"]
+    grid = launch["grid"]
+    # A number, or a pointer's place, None where it is null.
+    arguments = [next(iter(arg.values())) for arg in launch["args"]]
+    return replace(RULES[launch["kernel"]](grid, *arguments), blocks=grid[0] * grid[1] * grid[2])

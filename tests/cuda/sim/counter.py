@@ -1,0 +1,52 @@
+"""What a launch moves and computes, counted while the interpreter runs it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from .memory import WORD, Memory
+from .ptx import Instruction
+
+SECTOR, BANKS = 32, 32
+_TWO = re.compile(r"fma\..*f32")
+_ONE = re.compile(r"(add|sub|mul|div|sqrt|rsqrt|rcp|ex2|lg2|min|max)\..*f32")
+
+
+class Counter:
+    """Of one launch. ``sectors``: pieces of 32 bytes of global memory, and ``passes``: rows of the 32 banks of shared
+    memory, both summed over the requests of warps; ``flops``: float32 operations, a multiply-add as two."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.touched = np.zeros(len(memory.data), bool)
+        self.sectors = self.passes = self.flops = 0
+
+    @property
+    def unique(self) -> int:
+        """Distinct bytes of global memory."""
+        return int(self.touched.sum()) * WORD
+
+    def access(self, memory: Memory, address: np.ndarray, words: int, warps: np.ndarray) -> None:
+        """One instruction of some threads, `words` words each."""
+        at = ((address - memory.base) // WORD)[:, None] + np.arange(words)
+        warps = np.broadcast_to(warps[:, None], at.shape)
+        if memory.name == "global":
+            self.touched[at] = True
+            per = SECTOR // WORD
+            self.sectors += len(np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1) // per))
+            return
+        # Threads that want the same word are served together; a bank gives one word a pass.
+        pairs = np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1))
+        slots, counts = np.unique(pairs >> 40, return_inverse=True)
+        table = np.zeros((len(slots), BANKS), np.int64)
+        np.add.at(table, (counts.reshape(-1), pairs % BANKS), 1)
+        self.passes += int(table.max(axis=1).sum())
+
+    def arithmetic(self, body: list[Instruction], threads: int) -> None:
+        """A basic block that so many threads ran."""
+        for instruction in body:
+            if _TWO.match(instruction.opcode):
+                self.flops += 2 * threads
+            elif _ONE.match(instruction.opcode):
+                self.flops += threads
