@@ -83,6 +83,11 @@ demo: build ## Train a small model on eight plays of Shakespeare and let it spea
 		--config examples/shakespeare/char.toml --out runs/shakespeare --overwrite
 	$(BIN)/pyrformer sample runs/shakespeare $$'OTHELLO.\n' --max-new-tokens 300 --seed 1
 
+.PHONY: examples
+examples: build ## Run the examples with polars, pandas, DuckDB and datasets, which this installs
+	$(BIN)/python -m pip install --quiet --group examples
+	$(ELSEWHERE); $(PYTEST) $(CURDIR)/tests/pipeline/test_examples.py
+
 .PHONY: docs
 docs: ## Build the Rust documentation into target/doc
 	cargo doc --workspace --no-deps --document-private-items

@@ -18,6 +18,7 @@ from pyrformer.gguf_model import config_of, tensor_names, tensor_of
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.models.base import Family
+from pyrformer.origin import Origin
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 #: What holds a tokenizer, in a folder without a ``tokenizer.json`` of ours.
@@ -78,8 +79,10 @@ def load(
         raise InputError(f"[load] dtype must be 'float32' or 'float64', got {dtype!r}")
     if threads is not None and threads < 1:
         raise InputError(f"[load] threads must be 1 or more, got {threads}")
+    # The marks are taken before anything is read: what is written meanwhile is seen as a change.
+    origin = Origin.of(folder, device=device, dtype=dtype, threads=threads)
     if folder.suffix == ".gguf" and folder.is_file():
-        return _load_gguf(folder, dtype or "float32", threads, device)
+        return _load_gguf(folder, dtype or "float32", threads, device, origin)
     if not folder.is_dir():
         raise FileError(f"[load] there is no folder {folder}")
     family = build(read_json(folder / CONFIG))
@@ -90,14 +93,14 @@ def load(
 
         tokenizer = Tokenizer.load(folder)
     loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder), "device": device}
-    model = Model(family, tokenizer, dtype or "float32", threads, **loaded)
+    model = Model(family, tokenizer, dtype or "float32", threads, origin=origin, **loaded)
     stored, names = _tensors(folder, family)
     for name, there in names.items():
         model.store.set(name, stored.get(there).astype(model.dtype, copy=False))
     return model
 
 
-def _load_gguf(path: Path, dtype: str, threads: int | None, device: str) -> Model:
+def _load_gguf(path: Path, dtype: str, threads: int | None, device: str, origin: Origin) -> Model:
     file = Gguf(path)
     config = config_of(file)
     family = build(config)
@@ -107,7 +110,7 @@ def _load_gguf(path: Path, dtype: str, threads: int | None, device: str) -> Mode
         from pyrformer.tokenizers import Tokenizer
 
         tokenizer = Tokenizer.load(path)
-    model = Model(family, tokenizer, dtype, threads, device=device)
+    model = Model(family, tokenizer, dtype, threads, device=device, origin=origin)
     for name, parameter in family.named_parameters():
         if name not in names:
             raise FileError(f"[load] {path} has no tensor for {name!r}")

@@ -5,7 +5,7 @@ Letters: N texts, T tokens of a text, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import programs
+from pyrformer.arrow import Columns
 from pyrformer.errors import InputError
 from pyrformer.score import Row, arrays_of, batches_of, cut, stretches, text_ids
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Classes:
-    """The classes of texts.
+class Classes(Columns):
+    """The classes of texts; a table with a row per text for readers of Arrow.
 
     Attributes:
         names: of the K classes, from the configuration's ``id2label``; "LABEL_0", … without one.
@@ -34,6 +35,11 @@ class Classes:
     names: list[str]
     ids: list[list[int]]
     scores: list[npt.NDArray[np.float32]]
+
+    def _columns(self) -> Iterator[tuple[str, Any]]:
+        yield "ids", self.ids
+        yield "scores", [s if s.ndim == 1 else list(s) for s in self.scores]
+        yield "labels", self.labels
 
     @property
     def labels(self) -> list[Any]:

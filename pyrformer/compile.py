@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyrformer import _core
+from pyrformer import _core, forks
 from pyrformer.executors import AnyExecutor, AnyStore
 from pyrformer.nn import Trace
 
@@ -54,7 +54,8 @@ class Lowered:
             DeviceError: the store is on a device that cannot run the plan.
         """
         if isinstance(store, _core.Store):
-            return Compiled(self.name, self.plan, _core.Executor(self.plan, store, threads))
+            with forks.core:
+                return Compiled(self.name, self.plan, _core.Executor(self.plan, store, threads))
         return Compiled(self.name, self.plan, store.executor(self.plan))
 
 
@@ -72,7 +73,9 @@ class Compiled:
         Raises:
             InputError: an input is missing, unknown, of another shape, or holds an index out of range.
         """
-        return self.executor.run(self._typed(inputs))
+        typed = self._typed(inputs)
+        with forks.core:
+            return self.executor.run(typed)
 
     def profile(self, **inputs: Any) -> list[float]:
         """Runs once and gives the seconds that each step of the plan took."""

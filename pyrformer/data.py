@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
+from pyrformer.arrow import import_arrow
 from pyrformer.batch import Batch
 from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
@@ -203,20 +204,6 @@ class Documents:
                     )
                 row += 1
             yield texts
-
-
-def import_arrow(what: str) -> Any:
-    """pyarrow, with its parquet module.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise InputError(f"[data] {what} needs pyarrow; run: pip install 'pyrformer[arrow]'") from e
-    return pyarrow
 
 
 def expand(paths: Sequence[str | PathLike[str]]) -> list[Path]:

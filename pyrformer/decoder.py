@@ -9,6 +9,7 @@ Letters: A active sequences, R cache rows, S cache slots, N outputs a sequence, 
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,7 @@ def slots_for(model: Model, prompts: list[list[int]], options: dict[str, Any]) -
 
 
 class Decoder:
-    """A model with its cache.
+    """A model with a cache of its own.
 
     Attributes:
         slots: positions of a sequence that the cache holds.
@@ -54,6 +55,8 @@ class Decoder:
         self.model, self.slots, self.cache_rows = model, slots, cache_rows
         self.lengths: Ints = np.zeros(sequences, np.int32)
         self.rows: Ints = np.zeros((sequences, slots), np.int32)
+        self.cache = model.take_cache(cache_rows, slots)
+        weakref.finalize(self, model.give_cache, self.cache, cache_rows, slots).atexit = False
 
     def follow(self, parents: Ints) -> None:
         """Makes the i-th active sequence the continuation of what was number ``parents[i]``."""
@@ -96,19 +99,18 @@ class Decoder:
 
     def _program(self, batch: int, width: int, outputs: int, hidden: bool) -> Compiled:
         shape = (self.cache_rows, self.slots)
-        self.model.use_cache(shape)
         make = partial(
             programs.decode_step,
             self.model.family,
             batch,
             width,
             shape,
-            "cache",
+            self.cache,
             self.model.dtype,
             outputs=outputs,
             hidden=hidden,
         )
-        return self.model.program(("decode", batch, width, shape, outputs, hidden), make)
+        return self.model.program(("decode", self.cache, batch, width, outputs, hidden), make)
 
 
 def _bucket(n: int) -> int:

@@ -71,7 +71,7 @@ def freeze(model: Model, patterns: Sequence[str]) -> None:
             parameter.trainable = False
     if not any(p.trainable for p in parameters.values()):
         raise InputError("[freeze] nothing is left to train")
-    model.forget_programs()
+    model.family_changed()
 
 
 def add_lora(model: Model, config: LoraConfig, seed: int = 0) -> None:
@@ -105,7 +105,7 @@ def add_lora(model: Model, config: LoraConfig, seed: int = 0) -> None:
         if ".lora.lora_" in name:
             values = parameter.init.values(parameter.shape, seed, index)
             model.store.set(name, np.ascontiguousarray(values, dtype=model.dtype))
-    model.forget_programs()
+    model.family_changed()
 
 
 def merged(model: Model, state: dict[str, Array] | None = None) -> dict[str, Array]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
+from pyrformer.arrow import Columns
 from pyrformer.decoder import slots_for
 from pyrformer.errors import InputError
 from pyrformer.generation_config import STORED, GenerationConfig
@@ -45,8 +45,9 @@ DRAFTED = 5
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What was generated, one entry per returned sequence (prompts in order, ``num_return_sequences`` each).
+class Generation(Columns):
+    """What was generated, one entry per returned sequence (prompts in order, ``num_return_sequences`` each); a table
+    for readers of Arrow.
 
     Attributes:
         texts: the new text, special tokens left out; empty strings without a tokenizer.
@@ -63,6 +64,10 @@ class Generation:
     token_logprobs: list[list[float]]
     finish_reasons: list[str]
     steps: list[Step] = field(default_factory=list)
+
+    def _columns(self) -> Iterator[tuple[str, Any]]:
+        for column in ("text", "ids", "score", "token_logprobs", "finish_reason"):
+            yield column, getattr(self, column if column in ("ids", "token_logprobs") else f"{column}s")
 
 
 def generate(
@@ -96,9 +101,8 @@ def generate(
         InputError: an option is unknown or contradictory, a prompt is empty or too long, or a function failed.
     """
     call = _Call(model, prompts, config, options)
-    with call.lock():
-        for _ in call.run():
-            pass
+    for _ in call.run():
+        pass
     results = call.finish()
     tokenizer = model.tokenizer
     texts = [
@@ -133,12 +137,11 @@ def stream(
             "[stream] only one prompt with num_beams=1 and num_return_sequences=1 can be streamed"
         )
     pieces = model.require_tokenizer().stream_decoder(skip_special_tokens=True)
-    with call.lock():
-        for emitted in call.run():
-            for _, token, _ in emitted:
-                piece = pieces.push(token)
-                if piece:
-                    yield piece
+    for emitted in call.run():
+        for _, token, _ in emitted:
+            piece = pieces.push(token)
+            if piece:
+                yield piece
     last = pieces.finish()
     if last:
         yield last
@@ -233,14 +236,6 @@ class _Call:
             raise InputError("[generate] penalty_alpha needs do_sample=False and num_beams=1")
         self.candidates = _whole("top_k", options.pop("top_k", None), 2)
         self.candidates = min(self.candidates, self.model.family.config.vocab_size)
-
-    def lock(self) -> ExitStack:
-        """Holds the caches that the call writes to."""
-        stack = ExitStack()
-        for model in (self.model, self.assistant):
-            if model is not None:
-                stack.enter_context(model.decoding)
-        return stack
 
     def run(self) -> Iterator[Emitted]:
         """Steps until the searches or the time are over; gives the tokens that each step made certain."""

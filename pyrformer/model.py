@@ -5,8 +5,11 @@ Letters: B batch, T tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from pyrformer.errors import InputError, StateError
 from pyrformer.executors import AnyStore, open_store
 from pyrformer.models import build
 from pyrformer.models.base import Family
+from pyrformer.origin import Origin, reopen
 
 if TYPE_CHECKING:
     from pyrformer.classify import Classes
@@ -68,9 +72,13 @@ class FillMask:
     sequence: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Model:
     """A family with its weights, its tokenizer and its compiled programs.
+
+    Any number of threads may use one model at once; their results are those of one after the other. A forked child may
+    use the model of its parent. Where it was opened from a path and not changed since, a model can be pickled: the
+    other process opens the path again (:mod:`pyrformer.origin`).
 
     Attributes:
         family: the model's Python, which programs are traced from.
@@ -90,14 +98,47 @@ class Model:
     device: str = "cpu"
     #: States by name, on the device; made unless given.
     store: AnyStore = field(default_factory=_core.Store)
+    #: Where it was opened, while it is as it was then.
+    origin: Origin | None = None
     _programs: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
-    _cache: tuple[int, int] | None = None
-    #: One generation at a time writes to the cache.
-    decoding: threading.Lock = field(default_factory=threading.Lock)
+    #: Shapes (R, S) of the decoding caches that no generation uses, by name, and how many caches were made.
+    _caches: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _made: int = 0
+    #: Guards the programs and the caches.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         if self.device != "cpu" and isinstance(self.store, _core.Store):
             self.store = open_store(self.device)
+        self._settings = self._current_settings()
+        _models.add(self)
+
+    def __repr__(self) -> str:
+        config = self.family.config
+        layers, width = (getattr(config, config.SIZES[size], "?") for size in ("layers", "width"))
+        where = f", {self.origin.path}" if self.origin else ""
+        return (
+            f"Model({config.model_type}: {layers} layers of width {width}, {self.parameter_count:,} parameters, "
+            f"{self.dtype} on {self.device}{where})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reopen, (self._require_origin(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        return self._require_origin().open()
+
+    def _require_origin(self) -> Origin:
+        if self.origin is None or self._settings != self._current_settings():
+            raise StateError(
+                "[model] a model that was made or changed in memory cannot be pickled or copied; save it, and open "
+                "what was saved"
+            )
+        return self.origin
+
+    def _current_settings(self) -> tuple[Any, ...]:
+        """What users may set on a model besides its weights."""
+        return id(self.tokenizer), deepcopy(self.generation_config), deepcopy(self.pooling)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, seed: int = 0, **options: Any) -> Model:
@@ -144,6 +185,7 @@ class Model:
                 raise StateError(
                     f"[model] {name} must be {list(parameter.shape)}, got {list(tensors[name].shape)}"
                 )
+        self.origin = None
         for name in parameters:
             self.store.set(name, np.ascontiguousarray(tensors[name], dtype=self.dtype))
 
@@ -172,13 +214,19 @@ class Model:
 
     def program(self, key: tuple[Any, ...], trace: Callable[[], Traced]) -> Compiled:
         """The compiled program of this key, made on first use."""
-        if key not in self._programs:
-            self._programs[key] = trace().lower(self.device).compile(self.store, self.threads)
-        return self._programs[key]
+        with self._lock:
+            if key not in self._programs:
+                traced = trace()
+                if not traced.trace.updated.isdisjoint(name for name, _ in self.family.named_parameters()):
+                    self.origin = None
+                self._programs[key] = traced.lower(self.device).compile(self.store, self.threads)
+            return self._programs[key]
 
-    def forget_programs(self) -> None:
-        """Drops compiled programs, for the family has changed."""
-        self._programs.clear()
+    def family_changed(self) -> None:
+        """Drops what was made of the family as it was: compiled programs, and the link to its folder."""
+        with self._lock:
+            self._programs.clear()
+            self.origin = None
 
     def freeze(self, patterns: Sequence[str]) -> None:
         """Makes training leave parameters alone; see :func:`pyrformer.finetune.freeze`."""
@@ -193,14 +241,31 @@ class Model:
 
         add_lora(self, config or LoraConfig(**options), seed)
 
-    def use_cache(self, shape: tuple[int, int]) -> None:
-        """Makes (R, S) the shape of the decoding cache; programs and states of another shape are dropped."""
-        if self._cache != shape:
-            self._programs = {k: v for k, v in self._programs.items() if k[0] != "decode"}
-            for name, _, _ in self.store.types():
-                if name.startswith("cache."):
-                    self.store.remove(name)
-            self._cache = shape
+    def take_cache(self, rows: int, slots: int) -> str:
+        """The name of a decoding cache of shape (R, S), for one generation alone until :meth:`give_cache`. A cache that
+        was used before serves again; unused ones of other shapes are dropped, with their programs."""
+        shape = (rows, slots)
+        with self._lock:
+            for name, other in list(self._caches.items()):
+                if other != shape:
+                    self._drop_cache(name)
+            if not self._caches:
+                self._made += 1
+                self._caches[f"cache{self._made}"] = shape
+            name, _ = self._caches.popitem()
+        return name
+
+    def give_cache(self, name: str, rows: int, slots: int) -> None:
+        """Lets other generations use a cache."""
+        with self._lock:
+            self._caches[name] = (rows, slots)
+
+    def _drop_cache(self, name: str) -> None:
+        del self._caches[name]
+        self._programs = {k: v for k, v in self._programs.items() if k[:2] != ("decode", name)}
+        for state, _, _ in self.store.types():
+            if state.startswith(f"{name}."):
+                self.store.remove(state)
 
     def batch(self, input_ids: npt.ArrayLike, *arrays: Any, **more: Any) -> Batch:
         """Arrays ``[B, T]`` made ready for the programs; see :func:`pyrformer.batch.make_batch`."""
@@ -348,3 +413,16 @@ class Model:
         if self.tokenizer is None:
             raise InputError("[model] the model's folder has no tokenizer.json, so it takes ids, not text")
         return self.tokenizer
+
+
+#: All models, whose locks a forked child makes anew: the threads that held them are its parent's.
+_models: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for model in _models:
+        model._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import programs
+from pyrformer.arrow import Columns
 from pyrformer.errors import InputError
 from pyrformer.programs import Sizes
 
@@ -33,8 +34,8 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Log-probabilities of texts.
+class Scores(Columns):
+    """Log-probabilities of texts; a table with a row per text for readers of Arrow.
 
     Attributes:
         log_likelihood: of each text, nats, float64[N]; a masked model's is the pseudo-log-likelihood (Salazar et al.
@@ -48,6 +49,10 @@ class Scores:
     tokens: npt.NDArray[np.int64]
     bytes: npt.NDArray[np.int64]
     token_logprobs: list[Floats]
+
+    def _columns(self) -> Iterator[tuple[str, Any]]:
+        for name in ("log_likelihood", "tokens", "bytes", "bits_per_byte", "token_logprobs"):
+            yield name, getattr(self, name)
 
     @property
     def bits_per_byte(self) -> Floats:
@@ -195,12 +200,21 @@ def embed(
 
 
 def stretches(texts: Iterable[str | Sequence[int]]) -> Iterator[list[str | Sequence[int]]]:
-    """Texts in lists of at most :data:`STRETCH`."""
+    """Texts in lists of at most :data:`STRETCH`; pyarrow's scalars become Python's values.
+
+    Raises:
+        InputError: something is neither a text nor a list of ids.
+    """
     if isinstance(texts, str):
         raise InputError("[score] give a list of texts, not one text")
-    source = iter(texts)
+    source = (text.as_py() if hasattr(text, "as_py") else text for text in texts)
+    first = 0
     while stretch := list(islice(source, STRETCH)):
+        for i, text in enumerate(stretch, first):
+            if not isinstance(text, (str, Sequence, np.ndarray)):
+                raise InputError(f"[score] text {i} is {text!r}; give strings, or lists of ids")
         yield stretch
+        first += len(stretch)
 
 
 def text_ids(model: Model, text: str | Sequence[int], *, framed: bool = False) -> list[int]:

@@ -54,6 +54,19 @@ class Ragged:
     ids: npt.NDArray[np.uint32]
     offsets: npt.NDArray[np.int64]
 
+    def to_arrow(self) -> Any:
+        """A ``pyarrow.LargeListArray`` of the texts' ids, over the same memory.
+
+        Raises:
+            InputError: pyarrow is not installed.
+        """
+        from pyrformer.arrow import import_arrow
+
+        return import_arrow("an array").LargeListArray.from_arrays(self.offsets, self.ids)
+
+    def __arrow_c_array__(self, requested_schema: object = None) -> object:
+        return self.to_arrow().__arrow_c_array__(requested_schema)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -63,6 +63,7 @@ class Trace:
     Attributes:
         dtype: the floating-point type of parameters, "float32" or "float64".
         training: whether dropout is traced.
+        updated: names of the states that a run changes.
     """
 
     dtype: str = "float32"
@@ -70,6 +71,7 @@ class Trace:
     graph: _core.Graph = field(default_factory=_core.Graph)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
+    updated: set[str] = field(default_factory=set)
     _scope: list[str] = field(default_factory=list)
     _streams: int = 0
 
@@ -131,6 +133,7 @@ class Trace:
     def update(self, state: Tensor, tensor: Tensor) -> None:
         """Makes a tensor what a state holds after the run."""
         self.graph.update(state.value, tensor.value)
+        self.updated |= {name for name, other in self.states.items() if other.value == state.value}
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:

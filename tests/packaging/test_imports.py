@@ -14,7 +14,7 @@ THIRD_PARTY = {"pyrformer": {"numpy", "tomli"}, "cli": {"click", "rich", "numpy"
 
 
 #: Optional packages, each with the one module that imports it, late.
-OPTIONAL = {("torch", "pyrformer.bench.torch_peer"), ("pyarrow", "pyrformer.data")}
+OPTIONAL = {("torch", "pyrformer.bench.torch_peer"), ("pyarrow", "pyrformer.arrow")}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
