@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": ("doctor", "Say what works on this machine, and what is missing."),
     "embed": ("embed", "Print vectors of texts."),
     "eval": ("eval", "Measure a model on a text."),
+    "explain": ("explain", "Write a page that follows a text through a model."),
     "fill-mask": ("fill_mask", "Propose tokens for the masks in a text."),
     "plan": ("plan", "Print the compiled plan of a model."),
     "prepare": ("prepare", "Tokenize text once, for many runs."),

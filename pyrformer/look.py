@@ -1,13 +1,16 @@
-"""Looking inside: the attention weights of a model, computed afresh from queries and keys.
+"""Looking inside: what a model makes of one text on its way from ids to logits.
 
-Training and scoring never hold them; here they are made in float64 from what each layer's attention was given.
+Training and scoring never hold attention weights; here they are made in float64 from what each layer's attention was
+given.
 
-Letters: B batch, T tokens, H query heads, K key-value heads, D head width.
+Letters: B batch, T tokens, C width, H query heads, K key-value heads, D head width, V vocabulary, N rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from pyrformer.compile import Traced
 from pyrformer.errors import InputError
 from pyrformer.models.base import Family
 from pyrformer.nn import Trace
+from pyrformer.nn import functional as F
 from pyrformer.programs import Sizes, batch_inputs
 from pyrformer.score import text_ids
 
@@ -24,6 +28,43 @@ if TYPE_CHECKING:
     from pyrformer.model import Model
 
 Array = npt.NDArray[Any]
+#: Rows that go through the model together in :func:`logits_at`.
+ROWS = 8
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the attention of one layer was given, and its weights.
+
+    Attributes:
+        q: queries ``[H, T, D]``; k, v: keys and values ``[K, T, D]``. Rotary positions have turned q and k already.
+        weights: float32 ``[H, T, T]``: row i says how much token i takes from each token.
+        causal: whether a token sees those before it only.
+        window: query i sees keys j with |i − j| < window; None: all.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    weights: npt.NDArray[np.float32]
+    causal: bool
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Inside:
+    """One text inside a model.
+
+    Attributes:
+        embeddings: the rows looked up by ids ("words"), by places ("positions") and by "types", ``[T, C]`` each; a
+            family without a table has no entry.
+        states: what enters the first layer, then each layer's result, ``[T, C]`` each.
+        layers: the attention of each layer.
+    """
+
+    embeddings: dict[str, Array]
+    states: list[Array]
+    layers: list[Layer]
 
 
 def attention(model: Model, text: str | Sequence[int]) -> list[npt.NDArray[np.float32]]:
@@ -40,14 +81,45 @@ def attention(model: Model, text: str | Sequence[int]) -> list[npt.NDArray[np.fl
     ids = text_ids(model, text, framed=True)
     if not ids:
         raise InputError("[attention] the text has no tokens")
-    batch = model.batch([ids])
+    return [layer.weights for layer in look_inside(model, ids).layers]
+
+
+def look_inside(model: Model, ids: Sequence[int]) -> Inside:
+    """Embeddings, states and attention of one row of ids, special tokens included.
+
+    Raises:
+        InputError: there are no ids, or too many.
+    """
+    batch = model.batch([list(ids)])
     traced, specs = _traced(model.family, batch.sizes, model.dtype)
-    out = model.program(("attention", batch.sizes), lambda: traced)(**batch.arrays)
-    found = []
+    out = model.program(("look_inside", batch.sizes), lambda: traced)(**batch.arrays)
+    layers = []
     for layer, spec in enumerate(specs):
-        bias = out.get(f"key_bias.{layer}")
-        found.append(weights(out[f"q.{layer}"], out[f"k.{layer}"], spec, key_bias=bias)[0].astype(np.float32))
-    return found
+        q, k, v = (out[f"{name}.{layer}"] for name in "qkv")
+        found = weights(q, k, spec, key_bias=out.get(f"key_bias.{layer}"))[0].astype(np.float32)
+        q, k, v = (
+            x[0].reshape(len(ids), spec[n], -1).swapaxes(0, 1)
+            for x, n in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
+        )
+        layers.append(Layer(q, k, v, found, spec["causal"], spec["window"]))
+    tables: dict[str, Array] = {name: out[name][0] for name in ("words", "positions", "types") if name in out}
+    states = [out[f"state.{i}"][0] for i in range(len(out)) if f"state.{i}" in out]
+    return Inside(tables, states, layers)
+
+
+def logits_at(model: Model, rows: npt.NDArray[np.int32], places: Sequence[int]) -> npt.NDArray[np.float32]:
+    """The logits of one place of each row, ``[N, V]``, for ``rows [N, T]``; no others are computed."""
+    n = len(rows)
+    full = -(-n // ROWS) * ROWS
+    rows, at = np.resize(rows, (full, rows.shape[1])), np.resize(places, full)
+    found = []
+    for start in range(0, full, ROWS):
+        batch = model.batch(rows[start : start + ROWS])
+        flat = np.arange(ROWS) * rows.shape[1] + at[start : start + ROWS]
+        make = partial(_picked, model.family, batch.sizes, model.dtype)
+        program = model.program(("logits_at", batch.sizes), make)
+        found.append(program(**batch.arrays, places=flat.astype(np.int32))["logits"])
+    return np.concatenate(found)[:n]
 
 
 def weights(
@@ -84,14 +156,30 @@ def weights(
 
 
 def _traced(family: Family, sizes: Sizes, dtype: str) -> tuple[Traced, list[dict[str, Any]]]:
-    """A program whose outputs are what each layer's attention is given, and each layer's attributes."""
+    """A program whose outputs are :class:`Inside`'s parts, and the attributes of each layer's attention."""
     trace = Trace(dtype)
     x = batch_inputs(trace, family, sizes)
-    family.hidden_states(x)
+    for i, state in enumerate(family.hidden_states(x)):
+        trace.output(f"state.{i}", state)
+    tables = {"words": x.input_ids, "positions": x.position_ids, "types": x.token_type_ids}
+    for index, rows in trace.embedded:
+        for name, ids in tables.items():
+            if index is ids:
+                trace.output(name, rows)
     specs = []
-    for layer, (q, k, _, bias, spec) in sorted(x.seen.items()):
-        for name, value in (("q", q), ("k", k), ("key_bias", bias)):
+    for layer, (q, k, v, bias, spec) in sorted(x.seen.items()):
+        for name, value in (("q", q), ("k", k), ("v", v), ("key_bias", bias)):
             if value is not None:
                 trace.output(f"{name}.{layer}", value)
         specs.append(spec)
-    return Traced("attention", trace), specs
+    return Traced("look_inside", trace), specs
+
+
+def _picked(family: Family, sizes: Sizes, dtype: str) -> Traced:
+    """``logits [B, V]`` of the states at the flat indices ``places int32[B]``."""
+    trace = Trace(dtype)
+    hidden = family.hidden_states(batch_inputs(trace, family, sizes))[-1]
+    flat = F.reshape(hidden, (hidden.shape[0] * hidden.shape[1], hidden.shape[2]))
+    rows = F.gather(flat, trace.input("places", "int32", (sizes.batch,)))
+    trace.output("logits", family.logits(rows))
+    return Traced("logits_at", trace)

@@ -364,6 +364,12 @@ class Model:
 
         return attention(self, text)
 
+    def explain(self, text: str, *, max_tokens: int = 64) -> str:
+        """An HTML page that follows a text through the model; see :func:`pyrformer.explain.explain`."""
+        from pyrformer.explain import explain
+
+        return explain(self, text, max_tokens=max_tokens)
+
     def classify(self, texts: Iterable[str | Sequence[int]]) -> Classes:
         """Classes of texts or of their tokens; see :func:`pyrformer.classify.classify`."""
         from pyrformer.classify import classify

@@ -226,17 +226,21 @@ def text_ids(model: Model, text: str | Sequence[int], *, framed: bool = False) -
     return [i for i, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real]
 
 
+def start_ids(model: Model) -> list[int]:
+    """What a text is scored after, so that its first token counts: the start token, else the end token, else none."""
+    config = model.family.config
+    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    start = start[0] if isinstance(start, list) else start
+    return [] if start is None else [start]
+
+
 def cut(ids: list[int], most: int) -> list[int]:
     """At most ``most`` ids; the last one, which may be special, is kept."""
     return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
 
 
 def _window_rows(model: Model, context: int, step: int, text: int, ids: list[int], whole: bool) -> list[Row]:
-    config = model.family.config
-    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-    start = start[0] if isinstance(start, list) else start
-    prefix = [start] if whole and start is not None else []
-    ids = prefix + ids
+    ids = (start_ids(model) if whole else []) + ids
     rows, number, done = [], 0, 0
     for begin in range(0, max(1, len(ids)), step):
         window = ids[begin : begin + context]

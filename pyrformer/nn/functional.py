@@ -39,8 +39,10 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """Rows of ``table [V, C]`` at ``ids int32[..]``: ``[.., C]``."""
-    return gather(table, ids)
+    """Rows of ``table [V, C]`` at ``ids int32[..]``: ``[.., C]``; the trace remembers them."""
+    rows = gather(table, ids)
+    ids.trace.embedded.append((ids, rows))
+    return rows
 
 
 def gather(table: Tensor, index: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class Trace:
         dtype: the floating-point type of parameters, "float32" or "float64".
         training: whether dropout is traced.
         updated: names of the states that a run changes.
+        embedded: what was looked up in tables of embeddings: the ids, and their rows.
     """
 
     dtype: str = "float32"
@@ -72,6 +73,7 @@ class Trace:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
     updated: set[str] = field(default_factory=set)
+    embedded: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _scope: list[str] = field(default_factory=list)
     _streams: int = 0
 
