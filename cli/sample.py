@@ -13,6 +13,7 @@ import click
 import pyrformer as pf
 
 from ._files import rows
+from ._masked import fill
 
 
 def json_value(text: str) -> Any:
@@ -115,6 +116,7 @@ def generation_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Continuations of each prompt.",
 )
 @generation_options
+@click.option("--iterations", type=int, help="Masked models: visits to each mask.  [default: 10, drawing 20]")
 @click.option("--stop-strings", multiple=True, help="End at this text; may be given several times.")
 @click.option("--assistant-model", type=click.Path(), help="A run whose model drafts tokens.")
 @click.option("--generation-config", type=click.Path(), help="A generation_config.json; options override it.")
@@ -133,6 +135,7 @@ def command(
     column: str,
     batch_size: int,
     num_return_sequences: int,
+    iterations: int | None,
     stop_strings: tuple[str, ...],
     assistant_model: str | None,
     generation_config: str | None,
@@ -149,6 +152,8 @@ def command(
     Tokens are drawn at temperature 0.8 unless --greedy, --num-beams, --penalty-alpha or --generation-config is given.
     Prompts from .jsonl lines, or --json, give a JSON object for each continuation: prompt, text, ids, token_logprobs,
     score, finish_reason.
+
+    With a masked model the masks in PROMPT are filled: drawn by Gibbs sampling, or with --greedy by mask-predict.
     """
     if (prompt is None) == (file is None):
         raise click.UsageError("give either PROMPT or --prompts")
@@ -157,17 +162,31 @@ def command(
     if html_file is not None and not (show_beams or show_probs):
         raise click.UsageError("--html needs --show-beams or --show-probs")
     settings = {k: v for k, v in options.items() if v is not None}
+    if stop_strings:
+        settings["stop_strings"] = list(stop_strings)
+    if num_return_sequences != 1:
+        settings["num_return_sequences"] = num_return_sequences
+    as_json = as_json or bool(file and file.endswith(".jsonl"))
+    model = pf.load(run, device=device, threads=threads)
+    if model.family.objective == "mlm":
+        others = {
+            "iterations": iterations,
+            "assistant_model": assistant_model,
+            "generation_config": generation_config,
+            "show_beams": show_beams or None,
+            "show_probs": show_probs or None,
+        }
+        asked = {**settings, **{k: v for k, v in others.items() if v is not None}}
+        fill(model, [prompt] if prompt is not None else list(rows(file or "-", column)), asked, as_json)
+        return
+    if iterations is not None:
+        raise click.UsageError("--iterations is for masked models")
     if show_beams and settings.get("num_beams", 1) == 1:
         raise click.UsageError("--show-beams needs --num-beams above 1")
     if generation_config is not None:
         settings = {**pf.GenerationConfig.load(generation_config).options, **settings}
     else:
         settings = _defaults(settings)
-    if stop_strings:
-        settings["stop_strings"] = list(stop_strings)
-    if num_return_sequences != 1:
-        settings["num_return_sequences"] = num_return_sequences
-    model = pf.load(run, device=device, threads=threads)
     if assistant_model is not None:
         settings["assistant_model"] = pf.load(assistant_model, device=device, threads=threads)
     if prompt is None:
@@ -227,7 +246,6 @@ def _many(
     """Continues the prompts of a file. What is drawn depends on a prompt's place in it, not on the batch."""
     prompts = list(rows(file, column))
     number = settings.get("num_return_sequences", 1)
-    as_json = as_json or file.endswith(".jsonl")
     for at in _progress(range(0, len(prompts), batch_size), batch_size, len(prompts)):
         batch = prompts[at : at + batch_size]
         out = model.generate(batch, **settings, first_sequence=at * number)

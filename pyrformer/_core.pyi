@@ -33,6 +33,7 @@ __all__ = [
     "filter_logits",
     "normal",
     "simd_levels",
+    "uniform",
     "write_file",
     "write_safetensors",
 ]
@@ -156,6 +157,9 @@ def cuda_sources() -> list[tuple[str, str, list[str]]]:
     """Each file of kernels: its name, its text for NVRTC, the kernels in it."""
 
 # ---- rust/python/src/random.rs --------------------------------------------------------------------------------------
+
+def uniform(seed: int, index: int, count: int) -> npt.NDArray[np.float64]:
+    """Draws from [0, 1) of coordinate ``index``."""
 
 def normal(seed: int, index: int, count: int) -> _Floats:
     """``count`` draws from N(0, 1) for tensor ``index`` of a model."""

@@ -310,7 +310,7 @@ def _options(model: Model, config: dict[str, Any] | None, options: dict[str, Any
     """All options of a call, the model's own defaults first."""
     if model.family.objective != "ar":
         raise InputError(
-            "[generate] this model predicts masked tokens and does not continue text; use fill_mask"
+            "[generate] this model does not continue text; one for masked tokens has fill_mask, mask_predict and gibbs"
         )
     stored = {k: v for k, v in model.generation_config.items() if k in STORED}
     eos = {"eos_token_id": model.family.config.eos_token_id}

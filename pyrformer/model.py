@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyrformer.classify import Classes
     from pyrformer.finetune import LoraConfig
     from pyrformer.generate import Generation
+    from pyrformer.masked import Filling
     from pyrformer.score import Scores
     from pyrformer.tokenizers import Tokenizer
 
@@ -375,6 +376,18 @@ class Model:
         from pyrformer.classify import classify
 
         return classify(self, texts)
+
+    def mask_predict(self, texts: str | Iterable[str | Sequence[int]], **options: Any) -> Filling:
+        """Fills all masks of texts by repeated prediction; see :func:`pyrformer.masked.mask_predict`."""
+        from pyrformer.masked import mask_predict
+
+        return mask_predict(self, texts, **options)
+
+    def gibbs(self, texts: str | Iterable[str | Sequence[int]], **options: Any) -> Filling:
+        """Draws all masks of texts by Gibbs sampling; see :func:`pyrformer.masked.gibbs`."""
+        from pyrformer.masked import gibbs
+
+        return gibbs(self, texts, **options)
 
     def fill_mask(self, text: str, top_k: int = 5) -> list[list[FillMask]]:
         """The ``top_k`` most probable tokens for each mask token of ``text``, most probable first.

@@ -167,6 +167,17 @@ def token_losses(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     return Traced("token_losses", trace)
 
 
+def token_logits(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
+    """Outputs ``logits [M, V]`` at the flat indices ``positions int32[M]`` of the batch."""
+    trace = Trace(dtype)
+    hidden = model.hidden_states(batch_inputs(trace, model, s))[-1]
+    positions = trace.input("positions", "int32", (s.labelled,))
+    with trace.scope("labelled"):
+        rows = F.gather(F.reshape(hidden, (hidden.shape[0] * hidden.shape[1], hidden.shape[2])), positions)
+    trace.output("logits", model.logits(rows))
+    return Traced("token_logits", trace)
+
+
 def encode(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     """Outputs the last hidden state ``hidden [B, T, C]``, without the head."""
     trace = Trace(dtype)

@@ -27,7 +27,7 @@ mod _core {
     #[pymodule_export]
     use super::graph::{Executor, Graph, Plan, Store, simd_levels};
     #[pymodule_export]
-    use super::random::normal;
+    use super::random::{normal, uniform};
     #[pymodule_export]
     use super::search::{Search, filter_logits};
     #[pymodule_export]

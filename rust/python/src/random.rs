@@ -1,4 +1,4 @@
-//! Random numbers for initialising weights.
+//! Random numbers for initialising weights, and for draws that Python makes.
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -6,6 +6,16 @@ use pyrformer_random::Stream;
 
 /// The purpose of draws for initial weights, so that they meet no other use of a seed.
 const INIT: u32 = 0x1A17;
+
+/// The purpose of draws of masked tokens.
+const GIBBS: u32 = 0x61BB;
+
+/// `count` draws from [0, 1) of coordinate `index`, float64.
+#[pyfunction]
+pub(crate) fn uniform(py: Python<'_>, seed: u64, index: u64, count: usize) -> Bound<'_, PyArray1<f64>> {
+    let mut stream = Stream::new(seed, GIBBS, index);
+    PyArray1::from_iter(py, (0..count).map(|_| stream.next_f64()))
+}
 
 /// `count` draws from N(0, 1) for tensor `index` of a model, float32.
 #[pyfunction]

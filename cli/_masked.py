@@ -1,0 +1,32 @@
+"""``pyrformer sample`` with a masked model: fills the masks of prompts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+import pyrformer as pf
+
+#: What may be said of the draws.
+DRAWS = {
+    "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "min_tokens_to_keep", "seed", "num_return_sequences",
+}  # fmt: skip
+
+
+def fill(model: pf.Model, prompts: list[str], settings: dict[str, Any], as_json: bool) -> None:
+    """Prints each prompt with its masks filled: drawn, or with ``do_sample=False`` by repeated prediction."""
+    drawn = settings.pop("do_sample", True)
+    known = {"iterations", *(DRAWS if drawn else ())}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        way = "Gibbs sampling" if drawn else "mask-predict (--greedy)"
+        name = unknown[0].replace("_", "-")
+        raise click.UsageError(f"--{name} means nothing for a masked model, whose masks are filled by {way}")
+    for prompt in prompts:
+        out = model.gibbs(prompt, **settings) if drawn else model.mask_predict(prompt, **settings)
+        for text, ids, logprobs in zip(out.texts, out.ids, out.token_logprobs, strict=True):
+            row = {"prompt": prompt, "text": text, "ids": ids, "token_logprobs": logprobs}
+            click.echo(json.dumps(row, ensure_ascii=False) if as_json else text)
