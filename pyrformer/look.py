@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pyrformer.model import Model
 
 Array = npt.NDArray[Any]
+#: What an attention may be given, by name.
+OPERANDS = ("q", "q_r", "q_s", "k", "v", "r", "kinds", "key_bias")
 #: Rows that go through the model together in :func:`logits_at`.
 ROWS = 8
 
@@ -67,41 +69,50 @@ class Inside:
     layers: list[Layer]
 
 
-def attention(model: Model, text: str | Sequence[int]) -> list[npt.NDArray[np.float32]]:
+def attention(
+    model: Model, text: str | Sequence[int], *, perm_mask: npt.ArrayLike | None = None
+) -> list[npt.NDArray[np.float32]]:
     """The attention weights of each layer, float32 ``[H, T, T]``: row i says how much token i takes from each token.
 
     Args:
         text: a text, or ids with their special tokens.
+        perm_mask: ``[1, T, T]``, 1 where the first token does not see the second (XLNet, whose content stream is
+            shown; there a token always sees itself).
 
     Raises:
-        InputError: the text is empty or too long, or the family has relative attention (XLNet).
+        InputError: the text is empty or too long, or ``perm_mask`` does not fit.
     """
-    if model.family.objective == "plm":
-        raise InputError("[attention] the scores of XLNet's relative attention are not shown")
     ids = text_ids(model, text, framed=True)
     if not ids:
         raise InputError("[attention] the text has no tokens")
-    return [layer.weights for layer in look_inside(model, ids).layers]
+    return [layer.weights for layer in look_inside(model, ids, perm_mask=perm_mask).layers]
 
 
-def look_inside(model: Model, ids: Sequence[int]) -> Inside:
-    """Embeddings, states and attention of one row of ids, special tokens included.
+def look_inside(model: Model, ids: Sequence[int], *, perm_mask: npt.ArrayLike | None = None) -> Inside:
+    """Embeddings, states and attention of one row of ids, special tokens included; ``perm_mask`` as in
+    :func:`attention`.
 
     Raises:
-        InputError: there are no ids, or too many.
+        InputError: there are no ids, or too many, or ``perm_mask`` does not fit.
     """
-    batch = model.batch([list(ids)])
+    batch = model.batch([list(ids)], perm_mask=perm_mask)
     traced, specs = _traced(model.family, batch.sizes, model.dtype)
     out = model.program(("look_inside", batch.sizes), lambda: traced)(**batch.arrays)
+    hidden = batch.arrays.get("hidden")
     layers = []
     for layer, spec in enumerate(specs):
-        q, k, v = (out[f"{name}.{layer}"] for name in "qkv")
-        found = weights(q, k, spec, key_bias=out.get(f"key_bias.{layer}"))[0].astype(np.float32)
+        given = {name: out[f"{name}.{layer}"] for name in OPERANDS if f"{name}.{layer}" in out}
+        if "r" in given:
+            found = relative_weights(given, spec, batch.arrays["token_type_ids"], hidden)
+            causal, window = not np.triu(found, 1).any(), None
+        else:
+            found = weights(given["q"], given["k"], spec, key_bias=given.get("key_bias"))
+            causal, window = spec["causal"], spec["window"]
         q, k, v = (
-            x[0].reshape(len(ids), spec[n], -1).swapaxes(0, 1)
-            for x, n in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
+            given[name][0].reshape(len(ids), spec.get(heads, spec["heads"]), -1).swapaxes(0, 1)
+            for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
         )
-        layers.append(Layer(q, k, v, found, spec["causal"], spec["window"]))
+        layers.append(Layer(q, k, v, found[0].astype(np.float32), causal, window))
     tables: dict[str, Array] = {name: out[name][0] for name in ("words", "positions", "types") if name in out}
     states = [out[f"state.{i}"][0] for i in range(len(out)) if f"state.{i}" in out]
     return Inside(tables, states, layers)
@@ -155,6 +166,34 @@ def weights(
     return np.asarray(scores / scores.sum(-1, keepdims=True), np.float64)
 
 
+def relative_weights(
+    given: dict[str, Array], spec: dict[str, Any], types: Array, hidden: Array | None
+) -> npt.NDArray[np.float64]:
+    """The weights of XLNet's content stream, ``[B, H, T, T]``: softmax(scale·(q·k + q_r·r + q_s·kinds)); see
+    ``RelativeAttention`` in ``rust/graph/src/op.rs``.
+
+    Args:
+        given: ``q``, ``q_r``, ``q_s``, ``k`` ``[B, T, H·D]``, ``r [2·T, H·D]``, ``kinds [2, H·D]``.
+        types: int32[B, T].
+        hidden: int32[B, T, T], 1 where the first token does not see the second, unless it is itself.
+    """
+    t = given["q"].shape[1]
+    wide = {name: x.reshape(*x.shape[:-1], spec["heads"], -1).astype(np.float64) for name, x in given.items()}
+    i, j = np.arange(t)[:, None], np.arange(t)[None, :]
+    content = np.einsum("bihd,bjhd->bhij", wide["q"], wide["k"])
+    # Row t − i + j of the table is for the distance i − j.
+    distance = np.einsum("bihd,ijhd->bhij", wide["q_r"], wide["r"][t - i + j])
+    by_kind = np.einsum("bihd,khd->kbhi", wide["q_s"], wide["kinds"])
+    other = (types[:, :, None] != types[:, None, :])[:, None]
+    scores = content + distance + np.where(other, by_kind[1][..., None], by_kind[0][..., None])
+    scores *= spec["scale"]
+    if hidden is not None:
+        unseen = (hidden != 0) & ~np.eye(t, dtype=bool)
+        scores = np.where(unseen[:, None], -np.inf, scores)
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(scores / scores.sum(-1, keepdims=True), np.float64)
+
+
 def _traced(family: Family, sizes: Sizes, dtype: str) -> tuple[Traced, list[dict[str, Any]]]:
     """A program whose outputs are :class:`Inside`'s parts, and the attributes of each layer's attention."""
     trace = Trace(dtype)
@@ -167,10 +206,9 @@ def _traced(family: Family, sizes: Sizes, dtype: str) -> tuple[Traced, list[dict
             if index is ids:
                 trace.output(name, rows)
     specs = []
-    for layer, (q, k, v, bias, spec) in sorted(x.seen.items()):
-        for name, value in (("q", q), ("k", k), ("v", v), ("key_bias", bias)):
-            if value is not None:
-                trace.output(f"{name}.{layer}", value)
+    for layer, (operands, spec) in sorted(x.seen.items()):
+        for name, value in operands.items():
+            trace.output(f"{name}.{layer}", value)
         specs.append(spec)
     return Traced("look_inside", trace), specs
 

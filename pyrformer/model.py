@@ -359,11 +359,11 @@ class Model:
 
         return embed(self, texts, **options)
 
-    def attention(self, text: str | Sequence[int]) -> list[npt.NDArray[np.float32]]:
+    def attention(self, text: str | Sequence[int], **options: Any) -> list[npt.NDArray[np.float32]]:
         """The attention weights of each layer for a text, ``[H, T, T]``; see :func:`pyrformer.look.attention`."""
         from pyrformer.look import attention
 
-        return attention(self, text)
+        return attention(self, text, **options)
 
     def explain(self, text: str, *, max_tokens: int = 64) -> str:
         """An HTML page that follows a text through the model; see :func:`pyrformer.explain.explain`."""

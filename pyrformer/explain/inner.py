@@ -23,7 +23,8 @@ def embedding(j: Journey) -> Stage:
     shown = [("words", "token embedding E[x]")]
     shown += [("positions", "position embedding P[i]")] if "positions" in tables else []
     shown += [("types", "token-type embedding S[s]")] if "types" in tables else []
-    shown.append(("sum", "what enters the first layer, h⁰"))
+    if len(shown) > 1 or "(" in _normed("x", j):
+        shown.append(("sum", "what enters the first layer, h⁰"))
     terms = ["E[x<sub>i</sub>]"]
     terms += ["P[i]"] if "positions" in tables else []
     terms += ["S[s<sub>i</sub>]"] if "types" in tables else []
@@ -101,6 +102,10 @@ def attention(j: Journey) -> Stage:
     if windowed:
         sees += " Some layers see a window of near tokens only."
     relative = j.objective == "plm"
+    if relative:
+        sees += (
+            " This is the content stream; the query stream, which guesses, does not see its own token either."
+        )
     formula = (
         "w<sub>ij</sub> = softmax<sub>j</sub>((q<sub>i</sub>·k<sub>j</sub> + q<sub>i</sub>·r<sub>i−j</sub> + "
         "q<sub>i</sub>·s<sub>ij</sub>)/√D)"

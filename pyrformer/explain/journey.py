@@ -166,7 +166,13 @@ def travel(model: Model, text: str, max_tokens: int) -> Journey:
             classes = _best(named.names, scores)
         else:
             predictions = [Prediction(i, _best(named.names, p)) for i, p in enumerate(scores)]
-    return Journey(model, text, tokens, row, look_inside(model, ids), predictions, losses, vector, classes)
+    inside = look_inside(model, ids, perm_mask=_later(len(ids)) if objective == "plm" else None)
+    return Journey(model, text, tokens, row, inside, predictions, losses, vector, classes)
+
+
+def _later(n: int) -> Array:
+    """The ``perm_mask`` of reading from left to right: a target sees neither its own place nor those after it."""
+    return np.triu(np.ones((1, n, n), np.int32))
 
 
 def _tokens(model: Model, text: str) -> list[Token]:
@@ -218,8 +224,7 @@ def _predictions(model: Model, tokens: Sequence[Token]) -> list[Prediction]:
         # The logits at a place are of the token after it.
         places, logits = list(range(1, n + 1)), np.asarray(model(ids).logits)[0]
     elif objective == "plm":
-        later = np.triu(np.ones((1, n, n), np.int32))
-        out = model(ids, perm_mask=later, target_mapping=np.eye(n, dtype=np.int32)[None])
+        out = model(ids, perm_mask=_later(n), target_mapping=np.eye(n, dtype=np.int32)[None])
         places, logits = list(range(1, n)), np.asarray(out.logits)[0][1:]
     else:
         mask = tokenizer.mask_token_id

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,14 @@ from pyrformer.nn import Embedding, Init, Linear, Module, Parameter, Tensor, Tra
 from pyrformer.nn import functional as F
 
 Ints = npt.NDArray[np.int32]
-Attended = tuple[Tensor, Tensor, Tensor, "Tensor | None", dict[str, object]]
+
+
+class Attended(NamedTuple):
+    """What a layer's attention was given: operands by their names in ``nn.functional``, those that there are, and
+    the operation's attributes."""
+
+    operands: dict[str, Tensor]
+    spec: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +222,7 @@ class Inputs:
     hidden: Tensor | None = None
     mems: tuple[Tensor, ...] = ()
     key_types: Tensor | None = None
-    #: What each layer's attention was given: q, k, v, key_bias, spec; filled while tracing.
+    #: What each layer's attention was given, of two streams the content's; filled while tracing.
     seen: dict[int, Attended] = field(default_factory=dict, compare=False)
 
     @property
@@ -248,7 +255,8 @@ class Inputs:
         key_bias: Tensor | None = None,
     ) -> Tensor:
         """Self-attention: over the cache while decoding, over the batch itself otherwise."""
-        self.seen[layer] = (q, k, v, key_bias, spec)
+        operands = {"q": q, "k": k, "v": v, **({} if key_bias is None else {"key_bias": key_bias})}
+        self.seen[layer] = Attended(operands, spec)
         if self.cache is not None:
             return self.cache.attend(layer, q, k, v, spec, key_bias)
         optional = {"segments": self.segments, "key_bias": key_bias, "prefix": self.prefix}

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyrformer.errors import InputError
-from pyrformer.models.base import Family, Inputs, ModelConfig
+from pyrformer.models.base import Attended, Family, Inputs, ModelConfig
 from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
@@ -85,6 +85,7 @@ class Context:
         kinds, key_kinds: token types of rows int32[B, T] and keys int32[B, S].
         hidden: what is hidden from which place, int32[B, T, T].
         mems: for each layer, the remembered states ``[B, M, C]``.
+        seen: what each layer's attention was given; see :class:`pyrformer.models.base.Inputs`.
     """
 
     distances: Tensor
@@ -94,12 +95,13 @@ class Context:
     key_kinds: Tensor
     hidden: Tensor | None
     mems: tuple[Tensor, ...]
+    seen: dict[int, Attended]
 
 
 class RelativeAttention(Module):
     """Attention of one stream's rows to the content stream."""
 
-    def __init__(self, c: XLNetConfig, init: Normal):
+    def __init__(self, c: XLNetConfig, layer: int, init: Normal):
         d = c.d_head or 0
         shape = (c.d_model, c.n_head, d)
         self.q, self.k, self.v = Parameter(shape, init), Parameter(shape, init), Parameter(shape, init)
@@ -109,7 +111,7 @@ class RelativeAttention(Module):
         self.r_w_bias = Parameter((c.n_head, d), init)
         self.seg_embed = Parameter((2, c.n_head, d), init)
         self.layer_norm = LayerNorm(c.d_model, c.layer_norm_eps)
-        self._c, self._width = c, c.n_head * d
+        self._c, self._layer, self._width = c, layer, c.n_head * d
 
     def keys(self, content: Tensor, at: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values ``[B, S, H·D]`` of the remembered and present contents, and distances ``[S + T, H·D]``."""
@@ -124,6 +126,10 @@ class RelativeAttention(Module):
         q_k, q_r, q_s = (q + self._flat(b, trace) for b in (self.r_w_bias, self.r_r_bias, self.r_s_bias))
         kinds = F.reshape(trace.parameter(self.seg_embed), (2, self._width))
         places = at.content if content or at.query is None else at.query
+        scale = (c.d_head or 1) ** -0.5
+        if content:
+            operands = {"q": q_k, "q_r": q_r, "q_s": q_s, "k": k, "v": v, "r": r, "kinds": kinds}
+            at.seen[self._layer] = Attended(operands, {"heads": c.n_head, "scale": scale})
         y = F.relative_attention(
             (q_k, q_r, q_s),
             k,
@@ -134,7 +140,7 @@ class RelativeAttention(Module):
             at.kinds,
             at.key_kinds,
             heads=c.n_head,
-            scale=(c.d_head or 1) ** -0.5,
+            scale=scale,
             hidden=at.hidden,
             sees_itself=content,
             dropout_p=c.dropout,
@@ -168,8 +174,8 @@ class FeedForward(Module):
 class Layer(Module):
     """One layer of both streams."""
 
-    def __init__(self, c: XLNetConfig, init: Normal):
-        self.rel_attn = RelativeAttention(c, init)
+    def __init__(self, c: XLNetConfig, layer: int, init: Normal):
+        self.rel_attn = RelativeAttention(c, layer, init)
         self.ff = FeedForward(c, init)
 
     def __call__(
@@ -190,7 +196,7 @@ class Transformer(Module):
     def __init__(self, c: XLNetConfig, init: Normal):
         self.mask_emb = Parameter((1, 1, c.d_model), init)
         self.word_embedding = Embedding(c.vocab_size, c.d_model, init)
-        self.layer = [Layer(c, init) for _ in range(c.n_layer)]
+        self.layer = [Layer(c, i, init) for i in range(c.n_layer)]
 
 
 class Projector(Module):
@@ -247,7 +253,9 @@ class XLNet(Family):
         assert x.token_type_ids is not None
         kinds = x.token_type_ids
         distances = F.dropout(F.concat([sin, cos]), self.config.dropout)
-        return Context(distances, x.position_ids, x.targets, kinds, x.key_types or kinds, x.hidden, x.mems)
+        return Context(
+            distances, x.position_ids, x.targets, kinds, x.key_types or kinds, x.hidden, x.mems, x.seen
+        )
 
     def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
         return self.lm_loss.weight, trace.parameter(self.lm_loss.bias)

@@ -221,6 +221,12 @@ def test_the_page_asks_for_nothing(gpt: Model) -> None:
 def test_a_permutation_model_is_shown_from_left_to_right() -> None:
     model = make(XLNET, "xlnet")
     data = Page(model.explain(TEXT)).data
+    n = len(data["tokens"])
+    expected = model.attention(row_of(model, TEXT), perm_mask=np.triu(np.ones((1, n, n))))
+    for layer, weights in zip(data["layers"], expected, strict=True):
+        assert layer["causal"]
+        shown = np.frombuffer(base64.b64decode(layer["weights"]), "<u2").reshape(weights.shape) / 65535
+        np.testing.assert_allclose(shown, weights, atol=1e-5)
     np.testing.assert_allclose(
         [nats for _, nats in data["losses"]], -model.score([TEXT]).token_logprobs[0], rtol=1e-5
     )
