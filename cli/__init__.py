@@ -27,6 +27,7 @@ COMMANDS = {
     "prepare": ("prepare", "Tokenize text once, for many runs."),
     "sample": ("sample", "Continue a text."),
     "score": ("score", "Print how probable texts are."),
+    "serve": ("serve", "Serve a model over HTTP."),
     "tokenizer": ("tokenizer", "Train a tokenizer, use one, compare them."),
     "train": ("train", "Train a model on text files."),
 }

@@ -42,8 +42,8 @@ def slots_for(model: Model, prompts: list[list[int]], options: dict[str, Any]) -
     return min(-(-(longest + wanted) // SLOTS) * SLOTS, limit)
 
 
-class Decoder:
-    """A model with a cache of its own.
+class Positions:
+    """Where the tokens of the active sequences lie in a cache.
 
     Attributes:
         slots: positions of a sequence that the cache holds.
@@ -51,16 +51,24 @@ class Decoder:
         rows: in which cache row each position of each active sequence lies, int32[A, S].
     """
 
-    def __init__(self, model: Model, sequences: int, cache_rows: int, slots: int):
-        self.model, self.slots, self.cache_rows = model, slots, cache_rows
+    def __init__(self, sequences: int, slots: int):
+        self.slots = slots
         self.lengths: Ints = np.zeros(sequences, np.int32)
         self.rows: Ints = np.zeros((sequences, slots), np.int32)
-        self.cache = model.take_cache(cache_rows, slots)
-        weakref.finalize(self, model.give_cache, self.cache, cache_rows, slots).atexit = False
 
     def follow(self, parents: Ints) -> None:
         """Makes the i-th active sequence the continuation of what was number ``parents[i]``."""
         self.rows, self.lengths = self.rows[parents], self.lengths[parents]
+
+
+class Decoder(Positions):
+    """A model with a cache of its own."""
+
+    def __init__(self, model: Model, sequences: int, cache_rows: int, slots: int):
+        super().__init__(sequences, slots)
+        self.model, self.cache_rows = model, cache_rows
+        self.cache = model.take_cache(cache_rows, slots)
+        weakref.finalize(self, model.give_cache, self.cache, cache_rows, slots).atexit = False
 
     def read(
         self, feeds: list[list[int]], into: Ints, *, outputs: int = 1, hidden: bool = False

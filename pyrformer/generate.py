@@ -168,9 +168,9 @@ class _Call:
         criterion, self.assistant = given.pop("stopping_criteria", None), given.pop("assistant_model", None)
         watched = given.pop("output_steps", None)
         stored = config.options if isinstance(config, GenerationConfig) else config
-        self.options = options = _options(model, stored, given)
+        self.options = options = merged_options(model, stored, given)
         stop_strings, self.max_time = _stops(options)
-        self.ends = _ending(model, stop_strings, criterion) if stop_strings or criterion else None
+        self.ends = ending(model, stop_strings, criterion) if stop_strings or criterion else None
         self.lookup = _taken(options, "prompt_lookup_num_tokens", 1)
         self.ngram = _taken(options, "max_matching_ngram_size", 1)
         self.drafted = _taken(options, "num_assistant_tokens", 1)
@@ -266,7 +266,7 @@ class _Call:
         return [result for search in self.searches for result in search.finish()]
 
 
-def _ending(
+def ending(
     model: Model, stop_strings: list[str], criterion: Callable[[list[int]], bool] | None
 ) -> Callable[[int, list[int]], bool]:
     """Whether a sequence, of which the first so many ids are its prompt, ends here."""
@@ -306,7 +306,7 @@ def _stops(options: dict[str, Any]) -> tuple[list[str], float | None]:
     return stops, seconds
 
 
-def _options(model: Model, config: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
+def merged_options(model: Model, config: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
     """All options of a call, the model's own defaults first."""
     if model.family.objective != "ar":
         raise InputError(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.decoder import Decoder, Floats, Ints
+from pyrformer.decoder import Decoder, Floats, Ints, Positions
 from pyrformer.errors import InputError
 from pyrformer.model import Model
 
@@ -31,8 +31,44 @@ class Strategy(Protocol):
     def step(self) -> Emitted | None: ...
 
 
-class Lockstep:
-    """All sequences get one token a step: greedy search, sampling, beams."""
+class Sequences:
+    """The active sequences of a search whose steps all append one token: greedy search, sampling, beams.
+
+    Attributes:
+        texts: prompt and new tokens of each active sequence.
+        wanted: the step of the search under way.
+    """
+
+    def __init__(self, prompts: list[list[int]], search: _core.Search, positions: Positions):
+        self.search, self.positions = search, positions
+        self.texts = [list(p) for p in prompts]
+        self.wanted: tuple[int, Ints, Ints, Ints] | None = None
+
+    def feeds(self) -> tuple[list[list[int]], Ints] | None:
+        """What the active sequences read next, and their numbers int32[A]; None at the end."""
+        self.wanted = self.search.step()
+        if self.wanted is None:
+            return None
+        index, tokens, parents, sequences = self.wanted
+        feeds, positions = list(self.texts), self.positions
+        if index > 0:
+            self.texts = [[*self.texts[p], t] for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
+            positions.follow(parents)
+            feeds = [text[-1:] for text in self.texts]
+        # Where the positions are used up, the newer half of the text is read again from position 0.
+        for i in np.flatnonzero(positions.lengths + [len(f) for f in feeds] > positions.slots):
+            feeds[i] = self.texts[i][-(positions.slots // 2) :]
+            positions.lengths[i] = 0
+        return feeds, sequences
+
+    def take(self, logits: Floats) -> Emitted:
+        """Goes on with the logits [A, V] behind the feeds; gives what became certain."""
+        self.search.advance(np.ascontiguousarray(logits))
+        return self.search.emitted()
+
+
+class Lockstep(Sequences):
+    """A search with a model to itself."""
 
     def __init__(
         self,
@@ -43,32 +79,18 @@ class Lockstep:
         cache_rows: int,
         watch: Watch | None,
     ):
-        self.search, self.watch = search, watch
-        self.decoder = Decoder(model, len(prompts), cache_rows, slots)
-        #: Prompt and new tokens of each active sequence.
-        self.texts = [list(p) for p in prompts]
+        self.decoder, self.watch = Decoder(model, len(prompts), cache_rows, slots), watch
+        super().__init__(prompts, search, self.decoder)
 
     def step(self) -> Emitted | None:
-        wanted = self.search.step()
-        if wanted is None:
+        found = self.feeds()
+        if found is None:
             return None
-        index, tokens, parents, sequences = wanted
-        feeds, decoder = self.texts, self.decoder
-        if index > 0:
-            self.texts = [[*self.texts[p], t] for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
-            decoder.follow(parents)
-            feeds = [text[-1:] for text in self.texts]
-        # Where the positions are used up, the newer half of the text is read again from position 0.
-        for i in np.flatnonzero(decoder.lengths + [len(f) for f in feeds] > decoder.slots):
-            feeds[i] = self.texts[i][-(decoder.slots // 2) :]
-            decoder.lengths[i] = 0
         # A sequence writes to the cache row of its own number: no other one ever needs that row at this position.
-        logits, _ = decoder.read(feeds, sequences)
-        logits = logits[:, 0]
-        if self.watch is not None:
-            self.watch(self.search, wanted, logits)
-        self.search.advance(np.ascontiguousarray(logits))
-        return self.search.emitted()
+        logits = self.decoder.read(*found)[0][:, 0]
+        if self.watch is not None and self.wanted is not None:
+            self.watch(self.search, self.wanted, logits)
+        return self.take(logits)
 
 
 class Proposer(Protocol):

@@ -14,7 +14,12 @@ THIRD_PARTY = {"pyrformer": {"numpy", "tomli"}, "cli": {"click", "rich", "numpy"
 
 
 #: Optional packages, each with the one module that imports it, late.
-OPTIONAL = {("torch", "pyrformer.bench.torch_peer"), ("pyarrow", "pyrformer.arrow")}
+OPTIONAL = {
+    ("torch", "pyrformer.bench.torch_peer"),
+    ("pyarrow", "pyrformer.arrow"),
+    ("starlette", "pyrformer.serve.app"),
+    ("uvicorn", "pyrformer.serve.server"),
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

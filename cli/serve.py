@@ -1,0 +1,89 @@
+"""``pyrformer serve``: a model behind HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import pyrformer as pf
+
+
+@click.command()
+@click.argument("run", type=click.Path())
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."
+)
+@click.option(
+    "--api-key",
+    envvar="PYRFORMER_API_KEY",
+    help="What clients must send; needed where others can reach the host.",
+)
+@click.option("--name", help="The model's name for clients.  [default: the folder's]")
+@click.option(
+    "--max-length", type=click.IntRange(2), default=2048, show_default=True, help="Tokens, prompt included."
+)
+@click.option(
+    "--max-rows", type=click.IntRange(1), default=8, show_default=True, help="Sequences decoded together."
+)
+@click.option(
+    "--max-waiting", type=click.IntRange(1), default=64, show_default=True, help="Prompts in the queue."
+)
+@click.option(
+    "--max-body", type=click.IntRange(1), default=1 << 20, show_default=True, help="Bytes of a request."
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds a request may take.",
+)
+@click.option(
+    "--stop-seconds", type=click.IntRange(0), default=30, show_default=True, help="Seconds to finish in."
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads to use.")
+def command(
+    run: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    name: str | None,
+    max_length: int,
+    max_rows: int,
+    max_waiting: int,
+    max_body: int,
+    timeout: float,
+    stop_seconds: int,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Serve the model in the folder RUN, in the manner of OpenAI's API: /v1/completions, /v1/embeddings, /v1/models,
+    /health.
+
+    Needs `pip install pyrformer[serve]`. SIGTERM and Ctrl-C finish what was asked, then end.
+    """
+    from pyrformer.serve.server import Settings, serve
+
+    settings = Settings(
+        name or Path(run).absolute().name,
+        api_key or None,
+        max_length,
+        max_rows,
+        max_waiting,
+        max_body,
+        timeout,
+    )
+    model = pf.load(run, device=device, threads=threads)
+    serve(
+        model,
+        settings,
+        host=host,
+        port=port,
+        stop_seconds=stop_seconds,
+        on_ready=lambda url: click.echo(f"{settings.name} is served at {url}/v1; Ctrl-C ends it"),
+    )

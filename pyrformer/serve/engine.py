@@ -1,0 +1,317 @@
+"""One thread that decodes all requests under way together: continuous batching.
+
+A request is a search of its own, with options of its own, and takes as many rows of the key-value cache as it returns
+sequences. Before each step the thread admits waiting requests, in their order, while rows are free; then the model
+reads the last tokens of all sequences under way in one pass, after the prompts of those that are new. So a request
+enters while others run, and leaves when it ends.
+
+A sequence's tokens are those of ``model.generate`` alone, up to rounding: which others it runs with changes the shape
+of matrix products, and with it the order of additions.
+
+Letters: A active sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyrformer import _core
+from pyrformer.decoder import Decoder, Floats, Ints, Positions
+from pyrformer.errors import Error, InternalError
+from pyrformer.generate import ending
+from pyrformer.model import Model
+from pyrformer.strategies import Sequences
+
+#: Texts that are embedded between two decoding steps.
+EMBEDDED = 64
+
+
+class Full(Error, RuntimeError):
+    """The queue has no room.
+
+    Attributes:
+        seconds: after so many it may have.
+    """
+
+    def __init__(self, seconds: int):
+        super().__init__("[serve] too many requests are waiting; try again later")
+        self.seconds = seconds
+
+
+class Stopping(Error, RuntimeError):
+    """The server is about to end."""
+
+
+class TimedOut(Error, TimeoutError):
+    """A request took longer than it may."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a completion.
+
+    Attributes:
+        sequence: which of the request's completions it belongs to.
+        id: the token.
+        logprob: the model's own log-probability, nats.
+        top: the most probable tokens at its place with their log-probabilities, as many as were asked for.
+    """
+
+    sequence: int
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False)
+class Completion:
+    """A request to continue one prompt.
+
+    Attributes:
+        prompt: its ids.
+        options: of :func:`pyrformer.generate.generate`, ready for the search.
+        stops: strings that end a sequence.
+        first: the number of its first sequence in the coordinates of draws.
+        top: how many alternatives of each token to report.
+        seconds: how long it may take, waiting included.
+        tell: called by the engine's thread with tokens as they become certain; then once with the finish reason of
+            each sequence, or with the error that ended the request.
+    """
+
+    prompt: list[int]
+    options: dict[str, Any]
+    stops: list[str]
+    first: int
+    top: int
+    seconds: float
+    tell: Callable[[list[Token] | list[str] | Error], None]
+    cancelled: bool = False
+    deadline: float = field(default=math.inf, init=False)
+
+    @property
+    def rows(self) -> int:
+        """Cache rows that it needs."""
+        return int(self.options.get("num_return_sequences", 1))
+
+
+@dataclass(eq=False)
+class Embedding:
+    """A request for the vectors of texts, which are ids; ``tell`` gets float32 ``[N, C]``, or the error."""
+
+    texts: list[list[int]]
+    seconds: float
+    tell: Callable[[npt.NDArray[np.float32] | Error], None]
+    cancelled: bool = False
+    deadline: float = field(default=math.inf, init=False)
+
+
+class Running:
+    """A completion under way."""
+
+    def __init__(self, request: Completion, model: Model, slots: int, rows: Ints):
+        self.request, self.rows = request, rows
+        place = (request.prompt, 0, request.first)
+        ends = ending(model, request.stops, None) if request.stops else None
+        search = _core.Search(request.options, [place], model.family.config.vocab_size, None, None, ends)
+        self.sequences = Sequences([request.prompt], search, Positions(1, slots))
+        self.began = time.monotonic()
+
+    def tokens(self, logits: Floats) -> list[Token]:
+        """Goes on with logits [A, V]."""
+        wanted = self.sequences.wanted
+        emitted = self.sequences.take(logits)
+        if not self.request.top or wanted is None:
+            return [Token(*e) for e in emitted]
+        # At the first step one row, the prompt's, speaks for all sequences.
+        row = {int(s): i for i, s in enumerate(wanted[3])} if wanted[0] > 0 else {}
+        return [Token(*e, _top(logits[row.get(e[0], 0)], self.request.top)) for e in emitted]
+
+    def reasons(self) -> list[str]:
+        """Why each sequence ended."""
+        return [r["finish_reason"] for r in self.sequences.search.finish()]
+
+
+def _top(logits: Floats, k: int) -> tuple[tuple[int, float], ...]:
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values -= np.log(np.exp(values).sum())
+    return tuple((int(i), float(values[i])) for i in np.argsort(-values, kind="stable")[:k])
+
+
+class Engine:
+    """The thread and its queue.
+
+    Args:
+        model: what it serves.
+        rows: sequences that are decoded together at most.
+        slots: tokens of a sequence, prompt included, at most.
+        waiting: requests that wait at most.
+    """
+
+    def __init__(self, model: Model, *, rows: int, slots: int, waiting: int):
+        self.model, self.rows, self.slots, self.room = model, rows, slots, waiting
+        self._decoder = Decoder(model, 0, rows, slots) if model.family.objective == "ar" else None
+        self._free = list(range(rows))
+        self._running: list[Running] = []
+        self._waiting: deque[Completion] = deque()
+        self._embeddings: deque[Embedding] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        #: Seconds that a completion takes from its first step to its last, averaged over the latest ones.
+        self._seconds = 1.0
+        self._thread = threading.Thread(target=self._work, name="pyrformer-serve", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Completion | Embedding]) -> None:
+        """Takes requests into the queue, all or none.
+
+        Raises:
+            Full: there is no room.
+            Stopping: :meth:`stop` was called.
+        """
+        with self._changed:
+            if self._stopping:
+                raise Stopping("[serve] the server is stopping")
+            if self.waiting + len(requests) > self.room:
+                raise Full(max(1, math.ceil(self._seconds * self.waiting / self.rows)))
+            for request in requests:
+                request.deadline = time.monotonic() + request.seconds
+                if isinstance(request, Embedding):
+                    self._embeddings.append(request)
+                else:
+                    self._waiting.append(request)
+            self._changed.notify()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting) + len(self._embeddings)
+
+    @property
+    def running(self) -> int:
+        """Completions under way."""
+        return len(self._running)
+
+    def stop(self) -> None:
+        """Finishes what runs and what waits, takes nothing new, and returns when all is done."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._running or self.waiting or self._stopping):
+                    self._changed.wait()
+                if not (self._running or self.waiting):
+                    return
+                embeddings = self._admit()
+            if embeddings:
+                self._embed(embeddings)
+            if self._running:
+                self._step()
+
+    def _admit(self) -> list[Embedding]:
+        """Lets waiting completions run while there are rows; gives the embeddings that come next."""
+        now = time.monotonic()
+        self._waiting = deque(r for r in self._waiting if not _given_up(r, now))
+        self._embeddings = deque(r for r in self._embeddings if not _given_up(r, now))
+        while self._waiting and self._waiting[0].rows <= len(self._free):
+            request = self._waiting.popleft()
+            rows = np.array([self._free.pop() for _ in range(request.rows)], np.int32)
+            try:
+                self._running.append(Running(request, self.model, self.slots, rows))
+            except Error as e:
+                self._free += rows.tolist()
+                request.tell(e)
+        taken: list[Embedding] = []
+        while self._embeddings and sum(len(e.texts) for e in taken) < EMBEDDED:
+            taken.append(self._embeddings.popleft())
+        return taken
+
+    def _embed(self, requests: list[Embedding]) -> None:
+        """All texts go through the model together: no text's vector depends on the others."""
+        try:
+            vectors = self.model.embed([text for r in requests for text in r.texts])
+        except Exception as e:
+            for request in requests:
+                request.tell(_as_error(e))
+            return
+        ends = np.cumsum([len(r.texts) for r in requests])
+        for request, part in zip(requests, np.split(vectors, ends[:-1]), strict=True):
+            request.tell(part)
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        reading: dict[bool, list[tuple[Running, list[list[int]], Ints]]] = {True: [], False: []}
+        for job in list(self._running):
+            if _given_up(job.request, now):
+                self._leave(job)
+                continue
+            found = job.sequences.feeds()
+            if found is None:
+                self._leave(job)
+                self._seconds += 0.1 * (now - job.began - self._seconds)
+                job.request.tell(job.reasons())
+                continue
+            feeds, sequences = found
+            reading[max(map(len, feeds)) > 1].append((job, feeds, job.rows[sequences]))
+        # Prompts one by one: together, the short ones would be padded to the longest.
+        for group in [*([one] for one in reading[True]), reading[False]]:
+            if group:
+                self._read(group)
+
+    def _read(self, group: list[tuple[Running, list[list[int]], Ints]]) -> None:
+        """One pass of the model for the active sequences of some completions."""
+        decoder = self._decoder
+        if decoder is None:
+            raise RuntimeError("completions of a model that does not continue text are never admitted")
+        positions = [job.sequences.positions for job, _, _ in group]
+        decoder.rows = np.concatenate([p.rows for p in positions])
+        decoder.lengths = np.concatenate([p.lengths for p in positions])
+        ends = np.cumsum([len(p.lengths) for p in positions])[:-1]
+        try:
+            feeds = [feed for _, feeds, _ in group for feed in feeds]
+            logits, _ = decoder.read(feeds, np.concatenate([into for _, _, into in group]))
+        except Exception as e:
+            for job, _, _ in group:
+                self._leave(job)
+                job.request.tell(_as_error(e))
+            return
+        parts = (np.split(x, ends) for x in (decoder.rows, decoder.lengths, logits[:, 0]))
+        for (job, _, _), place, rows, lengths, part in zip(group, positions, *parts, strict=True):
+            place.rows, place.lengths = rows, lengths
+            try:
+                tokens = job.tokens(part)
+            except Exception as e:
+                self._leave(job)
+                job.request.tell(_as_error(e))
+                continue
+            if tokens:
+                job.request.tell(tokens)
+
+    def _leave(self, job: Running) -> None:
+        self._running.remove(job)
+        self._free += job.rows.tolist()
+
+
+def _given_up(request: Completion | Embedding, now: float) -> bool:
+    """Whether a request is over before its end: its client went away, or its time is used up, which it is told."""
+    late = now >= request.deadline
+    if late and not request.cancelled:
+        request.tell(TimedOut(f"[serve] the request took more than {request.seconds:g} seconds"))
+    return late or request.cancelled
+
+
+def _as_error(e: Exception) -> Error:
+    return e if isinstance(e, Error) else InternalError(f"[serve] {type(e).__name__}: {e}")

@@ -1,0 +1,98 @@
+"""The process that serves: a socket, signals, a graceful end."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyrformer.errors import FileError, InputError
+
+if TYPE_CHECKING:
+    from pyrformer.model import Model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is served.
+
+    Attributes:
+        name: the model's, for clients.
+        api_key: what clients must show; None: nothing.
+        max_length: tokens of a sequence, prompt included.
+        max_rows: sequences that are decoded together.
+        max_waiting: prompts and embedding requests that wait.
+        max_body: bytes of a request.
+        timeout: seconds that a request may take, waiting included.
+    """
+
+    name: str
+    api_key: str | None = None
+    max_length: int = 2048
+    max_rows: int = 8
+    max_waiting: int = 64
+    max_body: int = 1 << 20
+    timeout: float = 120.0
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(
+    model: Model,
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    stop_seconds: int = 30,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serves a model until SIGTERM or SIGINT; then takes no new connection and finishes what was asked.
+
+    Args:
+        host: address to listen on.
+        port: 0 takes a free one.
+        stop_seconds: how long finishing may take.
+        on_ready: called with the URL once connections are taken.
+
+    Raises:
+        InputError: uvicorn or starlette is not installed; or others than this machine could ask without a key.
+        FileError: the address cannot be listened on.
+    """
+    try:
+        import uvicorn
+
+        from pyrformer.serve.app import Server
+    except ImportError as e:
+        raise InputError(
+            "[serve] this needs uvicorn and starlette; run: pip install 'pyrformer[serve]'"
+        ) from e
+    if not is_local(host) and not settings.api_key:
+        raise InputError(f"[serve] {host} can be reached by others: set an API key, or listen on 127.0.0.1")
+
+    class Ready(uvicorn.Server):
+        async def startup(self, sockets: object = None) -> None:
+            await super().startup(sockets)  # type: ignore[arg-type]
+            if self.started:
+                bound = self.servers[0].sockets[0].getsockname()[1]
+                on_ready(f"http://{f'[{host}]' if ':' in host else host}:{bound}")
+
+    config = uvicorn.Config(
+        Server(model, settings).app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=stop_seconds,
+    )
+    try:
+        Ready(config).run()
+    except SystemExit as e:
+        raise FileError(f"[serve] cannot listen on {host}:{port}; is it in use?") from e

@@ -1,0 +1,431 @@
+"""The server over real sockets: answers are those of the model alone, limits hold, nothing is lost."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyrformer as pf
+from pyrformer.errors import InputError
+
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install pyrformer[serve]")
+pytest.importorskip("starlette", reason="starlette is not installed: pip install pyrformer[serve]")
+
+from pyrformer.serve.app import Server  # noqa: E402
+from pyrformer.serve.server import Settings, is_local, serve  # noqa: E402
+
+TEXTS = ["the cat sat", "on the mat the king slept", "a cat", "the mat on the mat — naïve!"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = pf.Tokenizer.train(iter(TEXTS * 9), kind="bpe", vocab_size=280)
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    model = pf.Model.from_config({**config, "vocab_size": tokenizer.vocab_size}, seed=1, tokenizer=tokenizer)
+    model.load_state_dict({k: v * 8 if v.ndim > 1 else v for k, v in model.state_dict().items()})
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> pf.Model:
+    # In float64 the order of additions, which depends on the batch, chooses no token.
+    return pf.load(folder, dtype="float64", threads=2)
+
+
+class Client:
+    """A server in a thread of this process."""
+
+    def __init__(self, model: pf.Model, **settings: Any):
+        self.server = Server(model, Settings(name="tiny", **settings))
+        config = uvicorn.Config(self.server.app, port=0, log_level="error")
+        self.uvicorn = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.uvicorn.run)
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+        self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    def fetch(
+        self, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, str, http.client.HTTPMessage]:
+        given = {"Content-Type": "application/json", **(headers or {})}
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request(
+                "GET" if body is None else "POST", path, data if body is not None else None, given
+            )
+            with connection.getresponse() as response:
+                return response.status, response.read().decode(), response.headers
+
+    def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        status, answer, _ = self.fetch(path, body, headers)
+        return status, json.loads(answer)
+
+    def complete(self, **body: Any) -> Any:
+        status, answer = self.ask("/v1/completions", body)
+        assert status == 200, answer
+        return answer
+
+    def stream(self, **body: Any) -> list[Any]:
+        lines = self.fetch("/v1/completions", {**body, "stream": True})[1].split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+@pytest.fixture(scope="module")
+def client(model: pf.Model) -> Iterator[Client]:
+    client = Client(model, max_rows=4, max_waiting=64)
+    yield client
+    client.stop()
+
+
+def texts_of(answer: Any) -> list[str]:
+    assert [c["index"] for c in answer["choices"]] == list(range(len(answer["choices"])))
+    return [c["text"] for c in answer["choices"]]
+
+
+def test_greedy_completions_are_those_of_the_model(client: Client, model: pf.Model) -> None:
+    want = model.generate(TEXTS, max_new_tokens=12)
+    answer = client.complete(model="tiny", prompt=TEXTS, max_tokens=12, temperature=0)
+    assert texts_of(answer) == want.texts
+    assert [c["finish_reason"] for c in answer["choices"]] == want.finish_reasons
+    read = sum(len(model.require_tokenizer().encode(t).ids) for t in TEXTS)
+    made = sum(map(len, want.ids))
+    assert answer["usage"] == {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    assert answer["object"] == "text_completion"
+
+
+def test_drawn_completions_are_those_of_the_model(client: Client, model: pf.Model) -> None:
+    options = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
+    want = model.generate(TEXTS[:2], max_new_tokens=10, do_sample=True, num_return_sequences=3, **options)
+    answer = client.complete(prompt=TEXTS[:2], max_tokens=10, n=3, frequency_penalty=0.0, **options)
+    assert texts_of(answer) == want.texts
+    ids = [model.require_tokenizer().encode(t).ids for t in TEXTS[:2]]
+    assert texts_of(client.complete(prompt=ids, max_tokens=10, n=3, **options)) == want.texts
+
+
+def test_without_a_seed_draws_differ(client: Client) -> None:
+    first, second = (texts_of(client.complete(prompt="a", max_tokens=40)) for _ in range(2))
+    assert first != second
+
+
+def test_logit_bias(client: Client, model: pf.Model) -> None:
+    token = model.require_tokenizer().encode("cat").ids[0]
+    answer = client.complete(prompt="a", max_tokens=3, temperature=0, logit_bias={str(token): 1000})
+    assert texts_of(answer) == [model.require_tokenizer().decode([token] * 3)]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"n": 3, "seed": 1}, {"seed": 2, "logprobs": 2}])
+def test_streams_join_to_the_whole_answer(client: Client, options: dict[str, Any]) -> None:
+    whole = client.complete(prompt=TEXTS[:2], max_tokens=12, **options)
+    events = client.stream(prompt=TEXTS[:2], max_tokens=12, stream_options={"include_usage": True}, **options)
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"] == whole["usage"]
+    assert len(events) > len(whole["choices"]) + 1
+    for choice in whole["choices"]:
+        parts = [c for e in events for c in e["choices"] if c["index"] == choice["index"]]
+        assert "".join(p["text"] for p in parts) == choice["text"]
+        assert [p["finish_reason"] for p in parts if p["finish_reason"]] == [choice["finish_reason"]]
+        if choice["logprobs"]:
+            for name, column in choice["logprobs"].items():
+                assert [x for p in parts for x in p["logprobs"][name]] == column
+
+
+def test_logprobs(client: Client, model: pf.Model) -> None:
+    want = model.generate("the cat", max_new_tokens=6)
+    found = client.complete(prompt="the cat", max_tokens=6, temperature=0, logprobs=3)["choices"][0]
+    columns = found["logprobs"]
+    np.testing.assert_allclose(columns["token_logprobs"], want.token_logprobs[0], rtol=1e-5, atol=1e-6)
+    for token, logprob, top in zip(
+        columns["tokens"], columns["token_logprobs"], columns["top_logprobs"], strict=True
+    ):
+        assert max(top, key=top.get) == token
+        assert top[token] == pytest.approx(logprob, abs=1e-5)
+        assert len(top) <= 3
+    assert columns["text_offset"][0] == 0
+    assert columns["text_offset"] == sorted(columns["text_offset"])
+
+
+def test_text_ends_before_a_stop_string(client: Client, model: pf.Model) -> None:
+    whole = model.generate("the cat", max_new_tokens=30).texts[0]
+    for stop in (whole[4:9], whole[10:11]):
+        want = whole[: whole.index(stop)]
+        answer = client.complete(prompt="the cat", max_tokens=30, temperature=0, stop=["~~", stop])
+        assert texts_of(answer) == [want]
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        events = client.stream(prompt="the cat", max_tokens=30, temperature=0, stop=stop)
+        assert "".join(c["text"] for e in events for c in e["choices"]) == want
+
+
+def test_embeddings(client: Client, model: pf.Model) -> None:
+    want = model.embed(TEXTS)
+    status, answer = client.ask("/v1/embeddings", {"model": "tiny", "input": TEXTS})
+    assert status == 200
+    got = np.array([d["embedding"] for d in answer["data"]], np.float32)
+    np.testing.assert_array_equal(got, want)
+    _, answer = client.ask("/v1/embeddings", {"input": TEXTS[1], "encoding_format": "base64"})
+    got = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
+    np.testing.assert_array_equal(got, want[1])
+
+
+def test_models_and_health(client: Client) -> None:
+    status, answer = client.ask("/v1/models")
+    assert (status, answer["data"][0]["id"]) == (200, "tiny")
+    assert client.ask("/v1/models/tiny")[1] == answer["data"][0]
+    assert client.ask("/v1/models/other")[0] == 404
+    assert client.ask("/health") == (200, {"status": "ok", "running": 0, "waiting": 0})
+
+
+def test_many_clients_at_once(client: Client, model: pf.Model) -> None:
+    def ask(i: int) -> list[str]:
+        body = {"prompt": TEXTS[i % 4], "max_tokens": 5 + i % 7, "seed": i, "n": 1 + i % 2}
+        if i % 5 == 0:
+            vector = client.ask("/v1/embeddings", {"input": TEXTS[i % 4]})[1]["data"][0]["embedding"]
+            return [str(np.float32(vector[0]))]
+        if i % 3:
+            return texts_of(client.complete(**body))
+        parts = [c for e in client.stream(**body) for c in e["choices"]]
+        return ["".join(p["text"] for p in parts if p["index"] == j) for j in range(body["n"])]  # type: ignore[call-overload]
+
+    def want(i: int) -> list[str]:
+        if i % 5 == 0:
+            return [str(model.embed([TEXTS[i % 4]])[0, 0])]
+        options = {"max_new_tokens": 5 + i % 7, "seed": i, "num_return_sequences": 1 + i % 2}
+        return model.generate(TEXTS[i % 4], do_sample=True, **options).texts
+
+    with ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(ask, range(60)))
+    assert found == [want(i) for i in range(60)]
+    assert client.server.engine.running == client.server.engine.waiting == 0
+    assert sorted(client.server.engine._free) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "said"),
+    [
+        ([], 400, None, "JSON object"),
+        ({}, 400, "prompt", "must be a text"),
+        ({"prompt": [[1], ["a"]]}, 400, "prompt", r"prompt[1]"),
+        ({"prompt": [[9999]]}, 400, "prompt", "outside"),
+        ({"prompt": ""}, 400, "prompt", "is empty"),
+        ({"prompt": "a", "max_token": 3}, 400, "max_token", "unknown field"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "from 1"),
+        ({"prompt": "a", "max_tokens": 128}, 400, "prompt", "allowed"),
+        ({"prompt": "a", "max_tokens": True}, 400, "max_tokens", "whole number"),
+        ({"prompt": "a", "temperature": "hot"}, 400, "temperature", "a number"),
+        ({"prompt": "a", "temperature": float("nan")}, 400, "temperature", "a number"),
+        ({"prompt": "a", "n": 5}, 400, "n", "from 1 to 4"),
+        ({"prompt": "a", "n": 2, "temperature": 0}, 400, "n", "above 0"),
+        ({"prompt": "a", "best_of": 2}, 400, "best_of", "equal n"),
+        ({"prompt": "a", "echo": True}, 400, "echo", "not supported"),
+        ({"prompt": "a", "stop": [""]}, 400, "stop", "at most 4"),
+        ({"prompt": "a", "logprobs": 6}, 400, "logprobs", "from 0 to 5"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "token ids"),
+        ({"prompt": "a", "logit_bias": {"-1": 1}}, 400, None, ""),
+        ({"prompt": "a", "top_p": 7}, 400, None, "top_p"),
+        ({"prompt": "a", "stream": 1.5}, 400, "stream", "true or false"),
+        ({"prompt": ["a"] * 65}, 400, "prompt", "64 prompts"),
+        ({"prompt": "a", "model": "gpt-5"}, 404, "model", "no model"),
+    ],
+)
+def test_refusals(client: Client, body: Any, status: int, param: str | None, said: str) -> None:
+    for more in ({}, {"stream": True}) if isinstance(body, dict) and "stream" not in body else ({},):
+        got, answer = client.ask("/v1/completions", {**body, **more} if more else body)
+        assert got == status, answer
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        assert answer["error"]["type"] == "invalid_request_error"
+        assert answer["error"]["param"] == param
+        assert said in answer["error"]["message"]
+
+
+def test_bodies_that_are_no_requests(client: Client) -> None:
+    assert client.ask("/v1/completions", b"{")[0] == 400
+    assert client.ask("/v1/completions", b"[" * 100_000)[0] == 400
+    assert client.ask("/v1/completions", b"\xff")[0] == 400
+    assert client.ask("/v1/completions", b"{}", {"Content-Type": "text/plain"})[0] == 415
+    assert client.ask("/v1/completions", b" " * (1 << 20) + b"{}")[0] == 413
+    status, answer = client.ask("/v1/nothing")
+    assert (status, answer["error"]["type"]) == (404, "invalid_request_error")
+    assert client.ask("/v1/completions")[0] == 405
+    assert client.ask("/v1/models", headers={"Host": "evil.example"})[0] == 403
+
+
+def slow(model: pf.Model, client: Client) -> None:
+    """Makes each step of the engine take a while."""
+    read = client.server.engine._decoder.read  # type: ignore[union-attr]
+
+    def later(*args: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return read(*args, **options)
+
+    client.server.engine._decoder.read = later  # type: ignore[union-attr, method-assign]
+
+
+def test_a_full_queue_says_when_to_come_back(model: pf.Model) -> None:
+    client = Client(model, max_rows=1, max_waiting=2)
+    try:
+        slow(model, client)
+        body = {"prompt": "the cat", "max_tokens": 12, "temperature": 0}
+        want = texts_of(client.complete(**body))
+
+        def ask(_: int) -> tuple[int, Any, str | None]:
+            status, answer, headers = client.fetch("/v1/completions", body)
+            return status, json.loads(answer), headers["Retry-After"]
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(8)))
+        served = [texts_of(a) for status, a, _ in answers if status == 200]
+        refused = [(a, after) for status, a, after in answers if status == 429]
+        assert len(served) + len(refused) == 8
+        assert 3 <= len(served) < 8
+        assert all(found == want for found in served)
+        assert all(a["error"]["code"] == "queue_full" and int(after or 0) >= 1 for a, after in refused)
+    finally:
+        client.stop()
+
+
+def test_requests_end_in_time_and_with_their_clients(model: pf.Model) -> None:
+    client = Client(model, max_rows=1, timeout=0.5)
+    try:
+        slow(model, client)
+        body = {"prompt": "the cat", "max_tokens": 100, "temperature": 0}
+        status, answer = client.ask("/v1/completions", body)
+        assert (status, answer["error"]["code"]) == (504, "timeout")
+        events = client.fetch("/v1/completions", {**body, "stream": True})[1].split("\n\n")
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        engine = client.server.engine
+        object.__setattr__(client.server.settings, "timeout", 60.0)
+        for streamed in (True, False):
+            connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+            data = json.dumps({**body, "stream": streamed})
+            connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
+            while not engine.running:
+                time.sleep(0.01)
+            if streamed:
+                with connection.getresponse() as response:
+                    response.read(10)
+            connection.close()
+            began = time.monotonic()
+            while engine.running:
+                assert time.monotonic() - began < 4
+                time.sleep(0.01)
+        assert len(texts_of(client.complete(prompt="a", max_tokens=1))) == 1
+    finally:
+        client.stop()
+
+
+def test_a_fault_of_one_step_ends_its_requests_only(model: pf.Model) -> None:
+    client = Client(model)
+    try:
+        decoder = client.server.engine._decoder
+        assert decoder is not None
+        read = decoder.read
+        decoder.read = lambda *_, **__: 1 / 0  # type: ignore[method-assign, return-value, assignment]
+        status, answer = client.ask("/v1/completions", {"prompt": "a"})
+        assert (status, answer["error"]["type"]) == (500, "server_error")
+        decoder.read = read  # type: ignore[method-assign]
+        assert len(texts_of(client.complete(prompt="a", max_tokens=1))) == 1
+    finally:
+        client.stop()
+
+
+def test_keys(model: pf.Model) -> None:
+    client = Client(model, api_key="s3cret")
+    try:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
+            status, answer = client.ask("/v1/models", headers=headers)
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        right = {"Authorization": "Bearer s3cret", "Host": "models.example"}
+        assert client.ask("/v1/models", headers=right)[0] == 200
+        assert client.ask("/health")[0] == 200
+    finally:
+        client.stop()
+
+
+def test_masked_models_embed_only() -> None:
+    tokenizer = pf.Tokenizer.train(iter(TEXTS * 9), preset="bert-uncased", vocab_size=60)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {
+        "model_type": "bert",
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": 24,
+        **sizes,
+    }
+    model = pf.Model.from_config(config, tokenizer=tokenizer)
+    client = Client(model)
+    try:
+        status, answer = client.ask("/v1/embeddings", {"input": TEXTS})
+        assert status == 200
+        np.testing.assert_array_equal(
+            np.array([d["embedding"] for d in answer["data"]], np.float32), model.embed(TEXTS)
+        )
+        status, answer = client.ask("/v1/completions", {"prompt": "a"})
+        assert (status, answer["error"]["message"]) == (
+            400,
+            "this model does not continue text; use /v1/embeddings",
+        )
+    finally:
+        client.stop()
+
+
+def test_only_local_addresses_go_without_a_key(model: pf.Model) -> None:
+    assert [is_local(h) for h in ("127.0.0.1", "::1", "localhost")] == [True] * 3
+    assert [is_local(h) for h in ("0.0.0.0", "::", "example.org", "")] == [False] * 4
+    with pytest.raises(InputError, match="set an API key"):
+        serve(model, Settings(name="tiny"), host="0.0.0.0")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_command_finishes_what_was_asked(folder: Path, tmp_path: Path) -> None:
+    code = "import sys; from pyrformer.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "serve", str(folder), "--port", "0", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        try:
+            ready = server.stdout.readline()
+            assert "tiny is served at http://127.0.0.1:" in ready, server.stderr.read()
+            port = int(ready.split("/v1")[0].rsplit(":", 1)[1])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            body = {"prompt": "the cat", "max_tokens": 120, "temperature": 0, "stream": True}
+            connection.request(
+                "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+            )
+            with connection.getresponse() as response:
+                assert response.status == 200
+                first = response.read(1)
+                server.send_signal(signal.SIGTERM)
+                rest = (first + response.read()).decode()
+            connection.close()
+            assert rest.endswith("data: [DONE]\n\n")
+            assert server.wait(30) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+            assert server.stderr.read() == ""
+            with pytest.raises(OSError, match="refused"):
+                connection.request("GET", "/health")
+        finally:
+            server.kill()
