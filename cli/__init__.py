@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": ("bench", "Measure this machine."),
     "classify": ("classify", "Print the classes of texts."),
     "compare": ("compare", "Compare two models on a text."),
+    "convert": ("convert", "Write a model in another form: half precision, shards, GGUF."),
     "data": ("data", "Look at text and batches."),
     "doctor": ("doctor", "Say what works on this machine, and what is missing."),
     "embed": ("embed", "Print vectors of texts."),

@@ -224,9 +224,14 @@ class SafeTensors:
         """Name, element type as the format names it, and shape of each."""
     def get(self, name: str) -> _Floats:
         """A tensor as float32."""
+    def load_into(
+        self, store: Store, names: list[tuple[str, str]], dtype: str, threads: int | None = None
+    ) -> None:
+        """Copies tensors into a store as "float32" or "float64": pairs of the name there and the name here."""
 
-def write_safetensors(path: _Path, tensors: dict[str, _Array]) -> None:
-    """Writes arrays by name to a file that appears whole or not at all."""
+def write_safetensors(path: _Path, tensors: dict[str, _Array], dtype: str = "float32") -> None:
+    """Writes arrays by name to a file that appears whole or not at all, those of float32 as ``dtype``: "float32",
+    "float16" or "bfloat16"."""
 
 def write_file(path: _Path, data: bytes) -> None:
     """Writes bytes to a file that appears whole or not at all."""

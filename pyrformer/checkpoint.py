@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,11 @@ from pyrformer.models import build
 from pyrformer.models.base import Family
 from pyrformer.origin import Origin
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+#: Element types of a folder's weights, and their bytes.
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+#: Where weights are cut into several files.
+MAX_SHARD_SIZE = "5GB"
 #: What holds a tokenizer, in a folder without a ``tokenizer.json`` of ours.
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "merges.txt")
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
@@ -94,10 +100,17 @@ def load(
         tokenizer = Tokenizer.load(folder)
     loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder), "device": device}
     model = Model(family, tokenizer, dtype or "float32", threads, origin=origin, **loaded)
-    stored, names = _tensors(folder, family)
+    copy_into(model, *_tensors(folder, family))
+    return model
+
+
+def copy_into(model: Model, stored: _core.SafeTensors, names: dict[str, str]) -> None:
+    """Sets a model's states by their names from the tensors of files, each copied once, from the memory map."""
+    if isinstance(model.store, _core.Store):
+        stored.load_into(model.store, list(names.items()), model.dtype, model.threads)
+        return
     for name, there in names.items():
         model.store.set(name, stored.get(there).astype(model.dtype, copy=False))
-    return model
 
 
 def _load_gguf(path: Path, dtype: str, threads: int | None, device: str, origin: Origin) -> Model:
@@ -199,27 +212,84 @@ def stored_tensors(model: Model, state: dict[str, Any] | None = None) -> dict[st
     return tensors | {name: np.zeros(shape, np.float32) for name, shape in model.family.absent_tensors()}
 
 
-def save(model: Model, folder: str | Path, tensors: dict[str, Any] | None = None) -> None:
+def save(
+    model: Model,
+    folder: str | Path,
+    tensors: dict[str, Any] | None = None,
+    *,
+    dtype: str = "float32",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
     """Writes a model folder; each file appears whole or not at all. See :meth:`pyrformer.model.Model.save`.
 
     Args:
         tensors: of :func:`stored_tensors`, taken earlier; default: taken here.
     """
     folder = Path(folder)
+    if dtype not in DTYPES:
+        raise InputError(f"[save] a folder holds {', '.join(DTYPES)}; got dtype {dtype!r}")
+    limit = parsed_size(max_shard_size)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise FileError(f"[save] {folder}: {e.strerror}") from None
-    _core.write_safetensors(folder / WEIGHTS, stored_tensors(model) if tensors is None else tensors)
-    save_config(model, folder)
+    tensors = stored_tensors(model) if tensors is None else tensors
+    parts = shards({name: math.prod(t.shape) * DTYPES[dtype] for name, t in tensors.items()}, limit)
+    names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    if len(parts) == 1:
+        names = [WEIGHTS]
+    if any((folder / name).exists() for name in names if name != WEIGHTS):
+        # Better no model than, after a power cut, one half of each.
+        (folder / INDEX).unlink(missing_ok=True)
+    for name, part in zip(names, parts, strict=True):
+        _core.write_safetensors(folder / name, {key: tensors[key] for key in part}, dtype)
+    if len(parts) > 1:
+        where = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+        total = sum(math.prod(t.shape) for t in tensors.values())
+        metadata = {"total_parameters": total, "total_size": total * DTYPES[dtype]}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+        names.append(INDEX)
+    # What an earlier model left: a single file is read before an index, and an index before loose shards.
+    for path in [folder / WEIGHTS, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+    save_config(model, folder, dtype)
 
 
-def save_config(model: Model, folder: Path) -> None:
-    """Writes what a model folder holds beside the weights."""
+def parsed_size(size: int | str) -> int:
+    """Bytes of a size such as "5GB" (10⁹ bytes) or "500MiB" (2²⁰ bytes).
+
+    Raises:
+        InputError: it is no positive number of bytes.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", str(size), re.IGNORECASE)
+    unit = (found[2] or "").lower() if found else ""
+    power = " kmgt".index(unit[:1] or " ")
+    number = int(float(found[1]) * (1024 if unit.endswith("i") else 1000) ** power) if found else 0
+    if number < 1:
+        raise InputError(f"[save] max_shard_size must be like '5GB' or a number of bytes, got {size!r}")
+    return number
+
+
+def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut into parts of at most ``limit`` bytes; a larger tensor is alone in its part."""
+    parts: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if parts[-1] and held + size > limit:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += size
+    return parts
+
+
+def save_config(model: Model, folder: Path, dtype: str = "float32") -> None:
+    """Writes what a model folder holds beside the weights, which are of ``dtype``."""
     if model.tokenizer is not None:
         model.tokenizer.save(folder / TOKENIZER)
     config = model.family.config
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {**{k: v for k, v in ids.items() if v is not None}, **model.generation_config}
     write_json(folder / GENERATION, generation)
-    write_json(folder / CONFIG, {**model.config, "dtype": "float32"})
+    write_json(folder / CONFIG, {**model.config, "dtype": dtype})

@@ -133,7 +133,9 @@ BLOCKS = {
 
 
 #: Element types that can be written.
-KINDS = {"f32": 0, "f16": 1, "q8_0": 8}
+KINDS = {"float32": 0, "float16": 1, "bfloat16": 30, "q8_0": 8}
+#: llama.cpp's own names of some.
+ALIASES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 def _stored(value: Floats, kind: int) -> bytes:
@@ -142,6 +144,10 @@ def _stored(value: Floats, kind: int) -> bytes:
         return value.tobytes()
     if kind == 1:
         return value.astype(np.float16).tobytes()
+    if kind == 30:
+        bits = value.view(np.uint32)
+        # Half a unit of the last place, a little less where the result would be odd: ties go to even.
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
     # Q8_0: d is the largest magnitude / 127, rounded to float16 after the division by it.
     blocks = value.reshape(-1, 32)
     d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pyrformer.errors import FileError, InputError
 from pyrformer.finetune import merged
-from pyrformer.gguf import KINDS, Array, Gguf, write_gguf
+from pyrformer.gguf import ALIASES, KINDS, Array, Gguf, write_gguf
 
 if TYPE_CHECKING:
     from pyrformer.model import Model
@@ -195,11 +195,11 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
 # -- Writing ----------------------------------------------------------------------------------------------------------
 
 
-def save_gguf(model: Model, path: str | Path, dtype: str = "f16") -> None:
+def save_gguf(model: Model, path: str | Path, dtype: str = "float16") -> None:
     """Writes a model and its tokenizer as GGUF; the file appears whole or not at all.
 
     Args:
-        dtype: "f32", "f16" or "q8_0", for matrices; vectors are float32 always.
+        dtype: "float32", "float16", "bfloat16" or "q8_0", for matrices; vectors are float32 always.
 
     Raises:
         InputError: the family or its tokenizer cannot be written, or the dtype is unknown.
@@ -208,6 +208,7 @@ def save_gguf(model: Model, path: str | Path, dtype: str = "f16") -> None:
     kind = model.config["model_type"]
     if kind not in ("llama", "qwen2", "qwen3", "gpt2"):
         raise InputError(f"[gguf] a {kind} model cannot be written; llama, qwen2, qwen3 and gpt2 can")
+    dtype = ALIASES.get(dtype, dtype)
     if dtype not in KINDS:
         raise InputError(f"[gguf] dtype must be one of {', '.join(KINDS)}, got {dtype!r}")
     gpt2 = kind == "gpt2"
@@ -261,7 +262,7 @@ def _described(model: Model, dtype: str) -> dict[str, Any]:
     general = {
         "general.architecture": kind,
         "general.name": kind,
-        "general.file_type": {"f32": 0, "f16": 1, "q8_0": 7}[dtype],
+        "general.file_type": {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}[dtype],
     }
     if kind == "gpt2":
         sizes: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pyrformer.checkpoint import load
 from pyrformer.errors import ConfigError
 from pyrformer.finetune import LoraConfig
 from pyrformer.model import Model
-from pyrformer.models import FAMILIES
+from pyrformer.models import FAMILIES, build
 
 if TYPE_CHECKING:
     from pyrformer.tokenizers import Tokenizer
@@ -92,7 +92,7 @@ def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mode
 
 def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
     """The model of ``init_from``, with the fields of ``model`` on top; a classifier gets a fresh head."""
-    base = load(config.init_from, threads=config.threads or None)
+    base = load(config.init_from, threads=config.threads or None, device=config.device)
     if base.family.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"[train] the tokenizer's {tokenizer.vocab_size} tokens are more than the "
@@ -101,16 +101,23 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
     fields = {**base.config, **config.model}
     if labels:
         fields |= _classes(type(base.family.config).ARCHITECTURES, labels)
-    model = Model.from_config(
-        fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None, device=config.device
+    model = Model(
+        build(fields),
+        tokenizer,
+        threads=base.threads,
+        generation_config=base.generation_config,
+        device=base.device,
+        store=base.store,
     )
-    known = base.state_dict()
-    for name, parameter in model.family.named_parameters():
-        if name in known and known[name].shape == parameter.shape:
-            model.store.set(name, known[name])
-        elif config.objective != "sentence":
+    parameters = dict(model.family.named_parameters())
+    known = {name: tuple(shape) for name, _, shape in model.store.types()}
+    for name, parameter in parameters.items():
+        if known.get(name) != parameter.shape and config.objective != "sentence":
             raise ConfigError(f"[train] {config.init_from} has no tensor {name!r} of the configured shape")
-    model.generation_config = base.generation_config
+    for name, shape in known.items():
+        if name not in parameters or parameters[name].shape != shape:
+            model.store.remove(name)
+    model.initialise(config.seed)
     return model
 
 

@@ -149,10 +149,16 @@ class Model:
             ConfigError: the family is unknown or the configuration contradictory.
         """
         model = cls(build(config), **options)
-        for index, (name, parameter) in enumerate(model.family.named_parameters()):
-            values = parameter.init.values(parameter.shape, seed, index)
-            model.store.set(name, np.ascontiguousarray(values, dtype=model.dtype))
+        model.initialise(seed)
         return model
+
+    def initialise(self, seed: int) -> None:
+        """Sets the parameters that the store does not hold as a fresh model has them."""
+        held = {name for name, _, _ in self.store.types()}
+        for index, (name, parameter) in enumerate(self.family.named_parameters()):
+            if name not in held:
+                values = parameter.init.values(parameter.shape, seed, index)
+                self.store.set(name, np.ascontiguousarray(values, dtype=self.dtype))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -190,28 +196,33 @@ class Model:
         for name in parameters:
             self.store.set(name, np.ascontiguousarray(tensors[name], dtype=self.dtype))
 
-    def save(self, folder: str | Path, dtype: str | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        dtype: str | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
         """Writes Hugging Face's layout: ``config.json``, ``model.safetensors``, ``tokenizer.json``,
         ``generation_config.json``; or, where the name ends in ``.gguf``, one file for llama.cpp. Each file appears
         whole or not at all.
 
         Args:
-            dtype: of a GGUF file: "f32", "f16" (the default) or "q8_0". A folder holds float32.
+            dtype: of a folder's weights: "float32" (the default), "float16" or "bfloat16", rounded to nearest even; of
+                a GGUF file: also "q8_0", and "float16" is the default.
+            max_shard_size: weights beyond this many bytes ("500MB", "2GiB") go into several files, with an index.
 
         Raises:
-            FileError: the folder cannot be written.
-            InputError: the dtype or, for GGUF, the family is not one that can be written.
+            FileError: the folder cannot be written, or a number is too large for float16; the tensor is named.
+            InputError: the dtype or the size, or, for GGUF, the family is not one that can be written.
         """
         if str(folder).endswith(".gguf"):
             from pyrformer.gguf_model import save_gguf
 
-            save_gguf(self, folder, dtype or "f16")
+            save_gguf(self, folder, dtype or "float16")
             return
-        if dtype not in (None, "float32"):
-            raise InputError(f"[save] a folder holds float32, got dtype {dtype!r}")
         from pyrformer.checkpoint import save
 
-        save(self, folder)
+        save(self, folder, dtype=dtype or "float32", max_shard_size=max_shard_size)
 
     def program(self, key: tuple[Any, ...], trace: Callable[[], Traced]) -> Compiled:
         """The compiled program of this key, made on first use."""

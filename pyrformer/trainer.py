@@ -30,6 +30,7 @@ from pyrformer.checkpoint import CONFIG, read_json, save_config, write_json
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
+from pyrformer.models import build
 from pyrformer.programs import AdamW
 from pyrformer.schedules import learning_rate
 from pyrformer.tokenizers import Tokenizer
@@ -169,13 +170,8 @@ class _Trainer:
         c, tokenizer = self.config, self.source.tokenizer
         if before is None:
             return initial_model(c, tokenizer, self.source.labels)
-        model = Model.from_config(
-            read_json(before / CONFIG),
-            seed=c.seed,
-            tokenizer=tokenizer,
-            threads=c.threads or None,
-            device=c.device,
-        )
+        family = build(read_json(before / CONFIG))
+        model = Model(family, tokenizer, threads=c.threads or None, device=c.device)
         apply_changes(model, c)
         return model
 

@@ -22,6 +22,7 @@ from pyrformer.checkpoint import (
     CONFIG,
     TOKENIZER,
     WEIGHTS,
+    copy_into,
     digest,
     read_json,
     save,
@@ -127,10 +128,17 @@ class Checkpoints:
             FileError, StateError: a file cannot be read or does not fit the model.
         """
         weights = _core.SafeTensors(self.path(step) / WEIGHTS)
-        model.load_state_dict({name: weights.get(name) for name, _, _ in weights.tensors()})
+        stored = {name: tuple(shape) for name, _, shape in weights.tensors()}
+        wanted = {name: p.shape for name, p in model.family.named_parameters()}
+        if stored != wanted:
+            differ = next(n for n in {**wanted, **stored} if stored.get(n) != wanted.get(n))
+            raise FileError(
+                f"[train] {self.path(step) / WEIGHTS} does not fit the configuration at {differ!r}; "
+                "resume from another checkpoint"
+            )
+        copy_into(model, weights, {name: name for name in stored})
         moments = _core.SafeTensors(self.path(step) / OPTIMIZER)
-        for name, _, _ in moments.tensors():
-            model.store.set(name, moments.get(name))
+        copy_into(model, moments, {name: name for name, _, _ in moments.tensors()})
 
     def save(self, snapshot: Snapshot, model: Model, best: int, then: Callable[[], None]) -> None:
         """Begins to write a checkpoint, and the run folder's own model after it; waits for the one before.

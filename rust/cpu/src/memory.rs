@@ -3,6 +3,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use pyrformer_graph::{Plan, TensorType};
@@ -113,11 +114,35 @@ impl Store {
             let want = ty.bytes();
             return Err(Error::State(format!("state {name:?} takes {want} bytes, got {}", bytes.len())));
         }
-        let state = self.ensure(name, ty)?;
-        let _alone = write(&self.access);
-        // SAFETY: the block holds `ty.bytes()` bytes, and nobody else has access.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), state.block.as_ptr(), bytes.len()) };
-        Ok(())
+        self.fill(name, ty, |to| to.copy_from_slice(bytes))
+    }
+
+    /// Sets a state, making it if there is none, by what `put` writes into all of its bytes. Threads may make several
+    /// at once.
+    ///
+    /// # Errors
+    /// When it exists with another type.
+    pub fn fill(&self, name: &str, ty: &TensorType, put: impl FnOnce(&mut [u8])) -> Result<()> {
+        if read(&self.states).contains_key(name) {
+            let state = self.ensure(name, ty)?;
+            let _alone = write(&self.access);
+            // SAFETY: the block holds `ty.bytes()` initialised bytes, and nobody else has access.
+            put(unsafe { std::slice::from_raw_parts_mut(state.block.as_ptr(), ty.bytes()) });
+            return Ok(());
+        }
+        let block = Block::new(ty.bytes())?;
+        // SAFETY: the block holds `ty.bytes()` initialised bytes, and nobody else knows it.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(block.as_ptr(), ty.bytes()) };
+        put(bytes);
+        match write(&self.states).entry(name.to_owned()) {
+            Entry::Vacant(place) => {
+                place.insert(Arc::new(State { ty: ty.clone(), block }));
+                return Ok(());
+            }
+            Entry::Occupied(_) => {}
+        }
+        // Made by another thread meanwhile, and perhaps held by a plan.
+        self.set(name, ty, bytes)
     }
 
     /// A copy of a state's type and bytes.

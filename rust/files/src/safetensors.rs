@@ -90,19 +90,16 @@ pub struct TensorView<'a> {
     pub bytes: Cow<'a, [u8]>,
 }
 
+/// Elements that are converted at a time while a file is written.
+const PIECE: usize = 1 << 16;
+
 impl<'a> TensorView<'a> {
     /// A float32 tensor stored as `dtype`: F32 as it is, F16 and BF16 rounded to nearest even, F64 widened.
     ///
     /// `None` for a type that does not hold real numbers of these widths.
     #[must_use]
     pub fn from_f32(dtype: DType, shape: &'a [usize], values: &[f32]) -> Option<Self> {
-        let bytes = match dtype {
-            DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            DType::F16 => values.iter().flat_map(|&x| f32_to_f16(x).to_le_bytes()).collect(),
-            DType::BF16 => values.iter().flat_map(|&x| f32_to_bf16(x).to_le_bytes()).collect(),
-            DType::F64 => values.iter().flat_map(|&x| f64::from(x).to_le_bytes()).collect(),
-            _ => return None,
-        };
+        let bytes = f32_as(dtype, values.iter().copied())?;
         Some(Self { dtype, shape: Cow::Borrowed(shape), bytes: Cow::Owned(bytes) })
     }
 
@@ -111,15 +108,82 @@ impl<'a> TensorView<'a> {
     /// `None` for any other type.
     #[must_use]
     pub fn to_f32(&self) -> Option<Vec<f32>> {
-        let bytes = &self.bytes;
-        Some(match self.dtype {
-            DType::F32 => bytes.as_chunks().0.iter().map(|&c| f32::from_le_bytes(c)).collect(),
-            DType::F16 => bytes.as_chunks().0.iter().map(|&c| f16_to_f32(u16::from_le_bytes(c))).collect(),
-            DType::BF16 => bytes.as_chunks().0.iter().map(|&c| bf16_to_f32(u16::from_le_bytes(c))).collect(),
-            DType::F64 => bytes.as_chunks().0.iter().map(|&c| f64::from_le_bytes(c) as f32).collect(),
-            _ => return None,
+        self.is_real().then(|| {
+            let mut out = vec![0.0; self.bytes.len() / self.dtype.size()];
+            self.each(out.iter_mut(), |to, x| *to = x, |to, x| *to = x as f32);
+            out
         })
     }
+
+    /// Whether the elements are real numbers that [`TensorView::to_f32`] and [`TensorView::copy_to`] convert.
+    #[must_use]
+    pub fn is_real(&self) -> bool {
+        matches!(self.dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
+    }
+
+    /// Writes the elements to `out` as F32 or F64 in the machine's byte order, converted as by [`TensorView::to_f32`]
+    /// (F64 to F64 as it is).
+    ///
+    /// `None`, and nothing is written, for other types or where `out` has not the size of all elements.
+    pub fn copy_to(&self, dtype: DType, out: &mut [u8]) -> Option<()> {
+        if !self.is_real() || out.len() / dtype.size() != self.bytes.len() / self.dtype.size() {
+            return None;
+        }
+        if self.dtype == dtype && cfg!(target_endian = "little") {
+            out.copy_from_slice(&self.bytes);
+            return Some(());
+        }
+        match dtype {
+            DType::F32 => {
+                let out = out.as_chunks_mut().0.iter_mut();
+                self.each(out, |to, x| *to = x.to_ne_bytes(), |to, x| *to = (x as f32).to_ne_bytes());
+            }
+            DType::F64 => {
+                let out = out.as_chunks_mut().0.iter_mut();
+                self.each(out, |to, x| *to = f64::from(x).to_ne_bytes(), |to, x| *to = x.to_ne_bytes());
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// Gives each place of `out` an element: by `narrow` where float32 holds it exactly, by `wide` from F64.
+    fn each<T>(&self, out: impl Iterator<Item = T>, narrow: impl Fn(T, f32), wide: impl Fn(T, f64)) {
+        fn both<T, const N: usize>(bytes: &[u8], out: impl Iterator<Item = T>, item: impl Fn(T, [u8; N])) {
+            out.zip(bytes.as_chunks().0).for_each(|(to, &raw)| item(to, raw));
+        }
+        match self.dtype {
+            DType::F32 => both(&self.bytes, out, |to, c| narrow(to, f32::from_le_bytes(c))),
+            DType::F16 => both(&self.bytes, out, |to, c| narrow(to, f16_to_f32(u16::from_le_bytes(c)))),
+            DType::BF16 => both(&self.bytes, out, |to, c| narrow(to, bf16_to_f32(u16::from_le_bytes(c)))),
+            DType::F64 => both(&self.bytes, out, |to, c| wide(to, f64::from_le_bytes(c))),
+            _ => {}
+        }
+    }
+
+    /// The first finite element of a float32 tensor that `dtype` would round to infinity, and its number.
+    fn overflow(&self, dtype: DType) -> Option<(usize, f32)> {
+        // Half a unit in the last place above the largest finite value: a tie there rounds up, to the even side.
+        let bound: u32 = match dtype {
+            DType::F16 => 65520.0_f32.to_bits(),
+            DType::BF16 => 0x7F7F_8000,
+            _ => return None,
+        };
+        let values = self.bytes.as_chunks().0.iter().map(|&c| u32::from_le_bytes(c));
+        let beyond = |bits: &u32| (bound..f32::INFINITY.to_bits()).contains(&(bits & 0x7FFF_FFFF));
+        values.enumerate().find(|(_, bits)| beyond(bits)).map(|(i, bits)| (i, f32::from_bits(bits)))
+    }
+}
+
+/// Float32 values as the little-endian bytes of `dtype`: F32, F16 and BF16 (rounded to nearest even), F64.
+fn f32_as(dtype: DType, values: impl Iterator<Item = f32>) -> Option<Vec<u8>> {
+    Some(match dtype {
+        DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
+        DType::F16 => values.flat_map(|x| f32_to_f16(x).to_le_bytes()).collect(),
+        DType::BF16 => values.flat_map(|x| f32_to_bf16(x).to_le_bytes()).collect(),
+        DType::F64 => values.flat_map(|x| f64::from(x).to_le_bytes()).collect(),
+        _ => return None,
+    })
 }
 
 /// One or several memory-mapped safetensors files, seen as one table of tensors.
@@ -450,17 +514,28 @@ fn check_layout(path: &Path, tensors: &mut [(String, Entry)], data: Range<usize>
     Ok(())
 }
 
-/// Writes `tensors` to `path` as one file, atomically (see [`crate::write_file`]).
+/// Writes `tensors` to `path` as one file, atomically (see [`crate::write_file`]); those of float32 as `float`, one of
+/// F32, F16, BF16 and F64, rounded to nearest even.
 ///
 /// The widest types come first, then names ascend; the header is padded so that data begin at a multiple of 8 bytes:
 /// every tensor is aligned to its element. The metadata are `{"format": "pt"}`, which Hugging Face's loader asks for.
 ///
 /// # Errors
-/// [`Error::Tensor`] for a repeated or reserved name or for bytes that do not fit the shape; [`Error::Io`].
-pub fn write_safetensors(path: impl AsRef<Path>, tensors: &[(&str, TensorView<'_>)]) -> Result<()> {
+/// [`Error::Tensor`] for a repeated or reserved name, for bytes that do not fit the shape, or for a finite number that
+/// `float` would make infinite; [`Error::Format`] where `float` is another type; [`Error::Io`].
+pub fn write_safetensors(
+    path: impl AsRef<Path>,
+    tensors: &[(&str, TensorView<'_>)],
+    float: DType,
+) -> Result<()> {
     let path = path.as_ref();
+    if f32_as(float, std::iter::empty()).is_none() {
+        let problem = format!("float32 cannot be stored as {}; name F32, F16, BF16 or F64", float.name());
+        return Err(Error::format(path, problem));
+    }
+    let stored = |t: &TensorView<'_>| if t.dtype == DType::F32 { float } else { t.dtype };
     let mut order: Vec<_> = tensors.iter().collect();
-    order.sort_by(|(a, x), (b, y)| y.dtype.size().cmp(&x.dtype.size()).then(a.cmp(b)));
+    order.sort_by(|(a, x), (b, y)| stored(y).size().cmp(&stored(x).size()).then(a.cmp(b)));
 
     let mut seen = std::collections::BTreeSet::new();
     let mut header = String::from(r#"{"__metadata__":{"format":"pt"}"#);
@@ -475,9 +550,17 @@ pub fn write_safetensors(path: impl AsRef<Path>, tensors: &[(&str, TensorView<'_
             let (shape, dtype, given) = (&tensor.shape, tensor.dtype.name(), tensor.bytes.len());
             return fail(&format!("{given} bytes were given for shape {shape:?} of {dtype}"));
         }
-        let end = begin + tensor.bytes.len();
+        let dtype = stored(tensor);
+        if let Some((i, value)) = tensor.overflow(dtype).filter(|_| tensor.dtype == DType::F32) {
+            let problem = format!(
+                "its element {i} is {value:e}, beyond the largest number of {}; store it as BF16 or F32",
+                dtype.name()
+            );
+            return fail(&problem);
+        }
+        let end = begin + tensor.bytes.len() / tensor.dtype.size() * dtype.size();
         let info = TensorInfo {
-            dtype: tensor.dtype.name().to_owned(),
+            dtype: dtype.name().to_owned(),
             shape: tensor.shape.to_vec(),
             data_offsets: (begin, end),
         };
@@ -499,6 +582,16 @@ pub fn write_safetensors(path: impl AsRef<Path>, tensors: &[(&str, TensorView<'_
     atomic::write_file_with(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
-        order.iter().try_for_each(|(_, tensor)| file.write_all(&tensor.bytes))
+        for (_, tensor) in &order {
+            if stored(tensor) == tensor.dtype {
+                file.write_all(&tensor.bytes)?;
+                continue;
+            }
+            for piece in tensor.bytes.as_chunks().0.chunks(PIECE) {
+                let values = piece.iter().map(|&c| f32::from_le_bytes(c));
+                file.write_all(&f32_as(float, values).unwrap_or_default())?;
+            }
+        }
+        Ok(())
     })
 }

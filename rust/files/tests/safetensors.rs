@@ -104,7 +104,7 @@ fn the_writer_lays_out_as_the_reference_does() {
         ("a", view(DType::F32, &[1, 1], &[1; 4])),
         ("c", view(DType::I64, &[], &[0; 8])),
     ];
-    write_safetensors(&path, &tensors).unwrap();
+    write_safetensors(&path, &tensors, DType::F32).unwrap();
     let bytes = fs::read(&path).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     assert_eq!(header % 8, 0);
@@ -122,14 +122,68 @@ fn the_writer_lays_out_as_the_reference_does() {
         vec![("__metadata__", view(DType::U8, &[1], &[0]))],
         vec![("a", view(DType::U8, &[1], &[0])), ("a", view(DType::U8, &[1], &[0]))],
     ] {
-        assert!(matches!(write_safetensors(&path, &bad), Err(Error::Tensor { .. })));
+        assert!(matches!(write_safetensors(&path, &bad, DType::F32), Err(Error::Tensor { .. })));
     }
     assert_eq!(fs::read(&path).unwrap(), bytes, "a refused write must not touch the file");
 }
 
+#[test]
+fn floats_are_stored_as_asked_and_converted_on_the_way_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("w.safetensors");
+    // More than a piece, so that pieces meet.
+    let values: Vec<f32> = (0..70_001).map(|i| (i as f32 - 35_000.0) * 1.37).collect();
+    let shape = [values.len()];
+    let whole = TensorView::from_f32(DType::F32, &shape, &values).unwrap();
+    let tensors = [("x", whole), ("n", view(DType::U8, &[1], &[7]))];
+    for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+        write_safetensors(&path, &tensors, dtype).unwrap();
+        let back = SafeTensors::open(&path).unwrap();
+        let x = back.get("x").unwrap();
+        assert_eq!(x, TensorView::from_f32(dtype, &shape, &values).unwrap());
+        assert_eq!(back.get("n").unwrap(), tensors[1].1);
+        for (wanted, size) in [(DType::F32, 4), (DType::F64, 8)] {
+            let mut bytes = vec![0; values.len() * size];
+            x.copy_to(wanted, &mut bytes).unwrap();
+            let narrow = x.to_f32().unwrap();
+            let same = match wanted {
+                DType::F32 => narrow.iter().flat_map(|v| v.to_ne_bytes()).collect::<Vec<_>>(),
+                _ => narrow.iter().flat_map(|&v| f64::from(v).to_ne_bytes()).collect(),
+            };
+            assert_eq!(bytes, same);
+            assert!(x.copy_to(wanted, &mut bytes[size..]).is_none());
+            assert!(x.copy_to(DType::I32, &mut bytes[..4 * values.len()]).is_none());
+        }
+    }
+    assert!(matches!(write_safetensors(&path, &tensors, DType::U8), Err(Error::Format { .. })));
+}
+
+#[test]
+fn what_would_become_infinite_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("w.safetensors");
+    let largest_bf16 = f32::from_bits(0x7F7F_0000);
+    for (dtype, fits, not) in [
+        (DType::F16, 65_519.996, 65_520.0),
+        (DType::BF16, f32::from_bits(0x7F7F_7FFF), f32::from_bits(0x7F7F_8000)),
+    ] {
+        for sign in [1.0, -1.0] {
+            let good = [sign * fits, f32::INFINITY, f32::NAN, 0.0];
+            let good = TensorView::from_f32(DType::F32, &[4], &good).unwrap();
+            write_safetensors(&path, &[("w", good)], dtype).unwrap();
+            let back = SafeTensors::open(&path).unwrap().get("w").unwrap().to_f32().unwrap();
+            assert_eq!(back[0], sign * if dtype == DType::F16 { 65504.0 } else { largest_bf16 });
+            let bad = [1.0, sign * not];
+            let bad = TensorView::from_f32(DType::F32, &[2], &bad).unwrap();
+            let error = write_safetensors(&path, &[("w", bad)], dtype).unwrap_err().to_string();
+            assert!(error.contains("'w'") && error.contains("element 1"), "{error}");
+        }
+    }
+}
+
 fn write_model(directory: &Path, file: &str, names: &[&str]) {
     let tensors: Vec<_> = names.iter().map(|n| (*n, view(DType::U8, &[1], &n.as_bytes()[..1]))).collect();
-    write_safetensors(directory.join(file), &tensors).unwrap();
+    write_safetensors(directory.join(file), &tensors, DType::F32).unwrap();
 }
 
 fn write_index(directory: &Path, pairs: &[(&str, &str)]) {
@@ -213,7 +267,7 @@ fn a_reference_file_is_reproduced_byte_for_byte() {
     let views: Vec<_> = tensors.names().map(|n| (n, tensors.get(n).unwrap())).collect();
     let directory = tempfile::tempdir().unwrap();
     let copy = directory.path().join("copy.safetensors");
-    write_safetensors(&copy, &views).unwrap();
+    write_safetensors(&copy, &views, DType::F32).unwrap();
     let (source, copy) = (fs::read(source).unwrap(), fs::read(copy).unwrap());
     let header = |b: &[u8]| String::from_utf8_lossy(&b[..300]).into_owned();
     assert!(source == copy, "{} / {}", header(&source), header(&copy));
@@ -247,7 +301,7 @@ fn written(list: &[(String, DType, Vec<usize>, Vec<u8>)]) -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("t.safetensors");
     let views: Vec<_> = list.iter().map(|(n, d, s, b)| (n.as_str(), view(*d, s, b))).collect();
-    write_safetensors(&path, &views).unwrap();
+    write_safetensors(&path, &views, DType::F32).unwrap();
     fs::read(&path).unwrap()
 }
 

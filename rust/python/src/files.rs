@@ -2,18 +2,22 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use pyrformer_files::{DType as Stored, GgufValue, TensorView};
-use pyrformer_graph::{DType, TensorType};
+use pyrformer_graph::{DType, Shape, TensorType};
 
 use crate::array::Given;
 use crate::enter::{Failure, enter};
+use crate::graph::Store;
 
 impl From<pyrformer_files::Error> for Failure {
     fn from(e: pyrformer_files::Error) -> Self {
@@ -52,12 +56,70 @@ impl SafeTensors {
 
     /// A tensor as float32.
     fn get<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
-        let missing = |what: &str| Failure::new("FileError", format!("[safetensors] tensor {name:?} {what}"));
-        let tensor = self.inner.get(name).ok_or_else(|| missing("is not in the file"))?;
+        let tensor = self.tensor(name)?;
         let shape = tensor.shape.to_vec();
-        let values = enter(py, || tensor.to_f32().ok_or_else(|| missing("does not hold real numbers")))?;
+        let values = enter(py, || tensor.to_f32().ok_or_else(|| not_real(name)))?;
         Ok(PyArray1::from_vec(py, values).reshape(shape)?.into_any())
     }
+
+    /// Copies tensors into a store as `dtype`, each under the first name of its pair, from the second.
+    #[pyo3(signature = (store, names, dtype, threads=None))]
+    fn load_into(
+        &self,
+        py: Python<'_>,
+        store: &Store,
+        names: Vec<(String, String)>,
+        dtype: &str,
+        threads: Option<usize>,
+    ) -> PyResult<()> {
+        let (dtype, stored) = match dtype {
+            "float64" => (DType::F64, Stored::F64),
+            _ => (DType::F32, Stored::F32),
+        };
+        let mut tensors = Vec::with_capacity(names.len());
+        for (ours, theirs) in &names {
+            let tensor = self.tensor(theirs)?;
+            if !tensor.is_real() {
+                return Err(not_real(theirs).into());
+            }
+            tensors.push((ours, tensor));
+        }
+        // The largest first: no thread is left with one at the end.
+        tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.bytes.len()));
+        let threads = match threads {
+            Some(n) => n,
+            None => pyrformer_cpu::threads::default_threads().map_err(|e| Failure::new("InputError", e))?,
+        };
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<(), Failure> {
+            while let Some((name, tensor)) = tensors.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let ty = TensorType::new(dtype, Shape(tensor.shape.to_vec()));
+                store.inner.fill(name, &ty, |bytes| {
+                    tensor.copy_to(stored, bytes).expect("the type and the size were checked");
+                })?;
+            }
+            Ok(())
+        };
+        enter(py, || {
+            thread::scope(|scope| {
+                let others: Vec<_> = (1..threads.min(tensors.len())).map(|_| scope.spawn(work)).collect();
+                let own = work();
+                let rest = others.into_iter().map(|t| t.join().unwrap_or_else(|p| resume_unwind(p)));
+                rest.fold(own, Result::and)
+            })
+        })
+    }
+}
+
+impl SafeTensors {
+    fn tensor(&self, name: &str) -> PyResult<TensorView<'_>> {
+        let missing = || Failure::new("FileError", format!("[safetensors] no file has a tensor {name:?}"));
+        Ok(self.inner.get(name).ok_or_else(missing)?)
+    }
+}
+
+fn not_real(name: &str) -> Failure {
+    Failure::new("FileError", format!("[safetensors] tensor {name:?} does not hold real numbers"))
 }
 
 /// A GGUF file: metadata, and tensors as the bytes of their blocks.
@@ -112,9 +174,25 @@ fn gguf_value<'py>(py: Python<'py>, value: &GgufValue) -> PyResult<Bound<'py, Py
     })
 }
 
-/// Writes arrays by name to a file that appears whole or not at all.
+/// Writes arrays by name to a file that appears whole or not at all, those of float32 as `dtype`: "float32", "float16" or
+/// "bfloat16".
 #[pyfunction]
-pub(crate) fn write_safetensors(py: Python<'_>, path: PathBuf, tensors: &Bound<'_, PyDict>) -> PyResult<()> {
+#[pyo3(signature = (path, tensors, dtype="float32"))]
+pub(crate) fn write_safetensors(
+    py: Python<'_>,
+    path: PathBuf,
+    tensors: &Bound<'_, PyDict>,
+    dtype: &str,
+) -> PyResult<()> {
+    let float = match dtype {
+        "float32" => Stored::F32,
+        "float16" => Stored::F16,
+        "bfloat16" => Stored::BF16,
+        _ => {
+            let message = format!("[save] dtype must be 'float32', 'float16' or 'bfloat16', got {dtype:?}");
+            return Err(Failure::new("InputError", message).into());
+        }
+    };
     let given: Vec<(String, Given<'_>)> = tensors
         .iter()
         .map(|(name, value)| {
@@ -137,7 +215,7 @@ pub(crate) fn write_safetensors(py: Python<'_>, path: PathBuf, tensors: &Bound<'
             (name.as_str(), TensorView { dtype, shape: Cow::Borrowed(&ty.shape.0[..]), bytes })
         })
         .collect();
-    enter(py, || pyrformer_files::write_safetensors(&path, &views))
+    enter(py, || pyrformer_files::write_safetensors(&path, &views, float))
 }
 
 /// Writes bytes to a file that appears whole or not at all.

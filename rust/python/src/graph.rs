@@ -223,7 +223,7 @@ impl Plan {
 /// Named tensors that plans share.
 #[pyclass(frozen, module = "pyrformer._core")]
 pub(crate) struct Store {
-    inner: Arc<pyrformer_cpu::Store>,
+    pub(crate) inner: Arc<pyrformer_cpu::Store>,
 }
 
 #[pymethods]
