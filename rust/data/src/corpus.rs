@@ -214,7 +214,7 @@ pub fn write_shard(path: &Path, ids: &[u32], offsets: &[u64], vocab_size: usize)
         (IDS, tensor(if narrow { DType::U16 } else { DType::U32 }, ids.len(), bytes)),
         (OFFSETS, tensor(DType::I64, offsets.len(), starts)),
     ];
-    Ok(write_safetensors(path, &tensors)?)
+    Ok(write_safetensors(path, &tensors, DType::F32)?)
 }
 
 /// The file of a shard, the number of its ids, and its offsets.
@@ -298,7 +298,7 @@ mod tests {
         assert!(write_shard(&path, &[1, 2], &[0, 3], 10).is_err());
         assert!(write_shard(&path, &[1, 12], &[0, 2], 10).is_err());
         assert!(!path.exists());
-        write_safetensors(&path, &[]).unwrap();
+        write_safetensors(&path, &[], DType::F32).unwrap();
         let text = Corpus::open(&[path]).unwrap_err().to_string();
         assert!(text.contains("a.safetensors") && text.contains("offsets"), "{text}");
     }
