@@ -139,6 +139,9 @@ def _permutation(
         hidden |= mask[:, None, :] == 0
     if perm_mask is not None:
         hidden |= _floats("perm_mask", perm_mask, (b, t, t)) > 0
+    unseen = family.unseen(t)
+    if unseen is not None:
+        hidden |= unseen > 0
     if hidden.any():
         arrays["hidden"], sizes["hidden"] = hidden.astype(np.int32), True
     if target_mapping is not None:

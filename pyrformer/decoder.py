@@ -121,6 +121,46 @@ class Decoder(Positions):
         return self.model.program(("decode", self.cache, batch, width, outputs, hidden), make)
 
 
+class Rereader(Positions):
+    """A permutation model, which keeps no keys: each step reads the whole text again, and one place more, which no
+    token sees and whose token is sought.
+
+    Source: ``prepare_inputs_for_generation`` of transformers' ``modeling_xlnet.py``, with ``use_mems=False``.
+    """
+
+    def __init__(self, model: Model, sequences: int, slots: int):
+        super().__init__(sequences, slots)
+        self.model = model
+        self.texts: list[list[int]] = [[] for _ in range(sequences)]
+
+    def follow(self, parents: Ints) -> None:
+        super().follow(parents)
+        self.texts = [self.texts[p] for p in parents.tolist()]
+
+    def read(self, feeds: list[list[int]], into: Ints) -> tuple[Floats, None]:
+        """The logits, float32 ``[A, 1, V]``, behind ``feeds``, as :meth:`Decoder.read` has them."""
+        del into  # Nothing is kept.
+        self.texts = [t[:n] + f for t, n, f in zip(self.texts, self.lengths.tolist(), feeds, strict=True)]
+        self.lengths = np.array([len(t) for t in self.texts], np.int32)
+        batch, width = _bucket(len(feeds)), _bucket(int(self.lengths.max()) + 1)
+        ids, targets = np.zeros((batch, width), np.int32), np.zeros((batch, 1), np.int32)
+        hidden = np.ones((batch, width, width), np.int32)
+        for i, text in enumerate(self.texts):
+            n = len(text)
+            ids[i, :n], targets[i], hidden[i, :, :n] = text, n, 0
+        unseen = self.model.family.unseen(width)
+        sizes = programs.Sizes(batch, width, targets=1, hidden=True)
+        make = partial(programs.forward, self.model.family, sizes, self.model.dtype)
+        out = self.model.program(("forward", sizes, False, False), make)(
+            input_ids=ids,
+            position_ids=np.ascontiguousarray(np.broadcast_to(np.arange(width, dtype=np.int32), ids.shape)),
+            token_type_ids=np.zeros_like(ids),
+            targets=targets,
+            hidden=hidden if unseen is None else hidden | unseen,
+        )
+        return np.ascontiguousarray(out["logits"][: len(feeds)], dtype=np.float32), None
+
+
 def _bucket(n: int) -> int:
     """The next power of two, so that few programs serve all sizes."""
     return 1 << (n - 1).bit_length()

@@ -181,6 +181,8 @@ class _Call:
         self.slots = slots_for(model, ids, options)
         self.recorder = None if watched is None else Recorder(_whole("output_steps", watched, 1))
         firsts = [None if first is None else first + i * number for i in range(len(ids))]
+        if model.family.objective == "plm":
+            self._check_plain()
         if self.lookup or self.assistant is not None:
             self._check_drafts()
             options["num_return_sequences"] = 1
@@ -206,6 +208,17 @@ class _Call:
     def _search(self, places: list[tuple[list[int], int, int | None]]) -> _core.Search:
         vocabulary = self.model.family.config.vocab_size
         return _core.Search(self.options, places, vocabulary, *self.functions, self.ends)
+
+    def _check_plain(self) -> None:
+        for name, value in (
+            ("prompt_lookup_num_tokens", self.lookup),
+            ("assistant_model", self.assistant),
+            ("penalty_alpha", self.alpha),
+        ):
+            if value is not None:
+                raise InputError(
+                    f"[generate] {name} needs a model with a cache, which permutation models lack"
+                )
 
     def _check_drafts(self) -> None:
         options, assistant = self.options, self.assistant
@@ -308,7 +321,7 @@ def _stops(options: dict[str, Any]) -> tuple[list[str], float | None]:
 
 def merged_options(model: Model, config: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
     """All options of a call, the model's own defaults first."""
-    if model.family.objective != "ar":
+    if model.family.objective not in ("ar", "plm"):
         raise InputError(
             "[generate] this model does not continue text; one for masked tokens has fill_mask, mask_predict and gibbs"
         )
@@ -339,9 +352,11 @@ def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> tuple
     if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
         return [[int(p) for p in prompts]], [0]
     ids = []
+    # What XLNet's template adds stands at the end.
+    framed = model.family.objective == "ar"
     for i, prompt in enumerate(prompts):
         found = (
-            model.require_tokenizer().encode(prompt).ids
+            model.require_tokenizer().encode(prompt, add_special_tokens=framed).ids
             if isinstance(prompt, str)
             else [int(t) for t in prompt]
         )

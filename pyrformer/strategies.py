@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.decoder import Decoder, Floats, Ints, Positions
+from pyrformer.decoder import Decoder, Floats, Ints, Positions, Rereader
 from pyrformer.errors import InputError
 from pyrformer.model import Model
 
@@ -79,7 +79,12 @@ class Lockstep(Sequences):
         cache_rows: int,
         watch: Watch | None,
     ):
-        self.decoder, self.watch = Decoder(model, len(prompts), cache_rows, slots), watch
+        self.watch = watch
+        self.decoder: Decoder | Rereader = (
+            Rereader(model, len(prompts), slots)
+            if model.family.objective == "plm"
+            else Decoder(model, len(prompts), cache_rows, slots)
+        )
         super().__init__(prompts, search, self.decoder)
 
     def step(self) -> Emitted | None:

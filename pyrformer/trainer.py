@@ -451,6 +451,9 @@ class _Trainer:
         """A batch's arrays as the family takes them: positions from its first row on, types only where it has some."""
         arrays = dict(batch.arrays)
         arrays["position_ids"] = arrays["position_ids"] + np.int32(self.model.family.position_offset)
+        unseen = self.model.family.unseen(batch.sizes.tokens) if "hidden" in arrays else None
+        if unseen is not None:
+            arrays["hidden"] = arrays["hidden"] | unseen
         if not self.model.family.uses_token_types:
             arrays.pop("token_type_ids", None)
         elif "token_type_ids" not in arrays:

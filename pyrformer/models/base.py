@@ -336,6 +336,10 @@ class Family(Module):
             return given
         return np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
 
+    def unseen(self, length: int) -> Ints | None:
+        """Of permutation models: 1 where the first place never sees the second, int32[T, T]; None: all may be seen."""
+        return None
+
     def absent_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Tensors that Hugging Face's layout has and this configuration leaves out; files hold zeros for them."""
         return []

@@ -9,8 +9,8 @@ contents, distances and kinds of tokens::
     score(i, j) = (q + r_w)·k_j + (q + r_r)·R_{i−j} + (q + r_s)·kinds[i, j],  R_δ = Wr·sinusoids(δ)
     logits = g·wordsᵀ + b                                           (h·wordsᵀ + b without targets)
 
-``perm_mask`` says what is hidden from whom, ``target_mapping`` which places are predicted, ``mems`` are the states of
-an earlier part of the text.
+``attn_type`` "uni" hides later tokens, ``clamp_len`` bounds distances; ``perm_mask`` says what else is hidden,
+``target_mapping`` which places are predicted, ``mems`` are the states of an earlier part of the text.
 
 Letters: B batch, T tokens, P targets, S keys (remembered ones and T), C d_model, H heads, D d_head, V vocab_size.
 """
@@ -23,14 +23,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyrformer.errors import InputError
-from pyrformer.models.base import Attended, Family, Inputs, ModelConfig
+from pyrformer.models.base import Attended, Family, Inputs, Ints, ModelConfig
 from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
 class XLNetConfig(ModelConfig):
-    """Hugging Face's ``XLNetConfig``. ``attn_type`` "uni", ``bi_data`` and ``clamp_len`` are refused."""
+    """Hugging Face's ``XLNetConfig``. ``bi_data``, which mirrors half of a batch, is refused."""
 
     model_type: ClassVar[str] = "xlnet"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("XLNetLMHeadModel",)
@@ -69,9 +69,10 @@ class XLNetConfig(ModelConfig):
         self.check_heads("d_model", self.d_model, "n_head", self.n_head)
         self.check_probabilities(dropout=self.dropout)
         self.require(self.d_model % 2 == 0, f"d_model must be even, got {self.d_model}")
-        self.require(self.attn_type == "bi", f"attn_type must be 'bi', got {self.attn_type!r}")
+        self.require(
+            self.attn_type in ("bi", "uni"), f"attn_type must be 'bi' or 'uni', got {self.attn_type!r}"
+        )
         self.require(not self.bi_data, "bi_data is not supported")
-        self.require(self.clamp_len <= 0, f"clamp_len is not supported, got {self.clamp_len}")
         self.fill(d_head=self.d_head or self.d_model // self.n_head)
 
 
@@ -246,16 +247,33 @@ class XLNet(Family):
     def _context(self, x: Inputs) -> Context:
         trace, t = x.trace, x.input_ids.shape[1]
         m = x.mems[0].shape[1] if x.mems else 0
-        # Row p of the table stands for the distance S − p.
-        places = F.iota(trace, m + 2 * t, m + t, -1)
-        half = np.arange(0, self.config.d_model, 2) / self.config.d_model
-        cos, sin = F.split(F.rope_table(places, (10000.0**-half).tolist()), 2)
+        cos, sin = F.split(self._distances(trace, m + t, t), 2)
         assert x.token_type_ids is not None
         kinds = x.token_type_ids
         distances = F.dropout(F.concat([sin, cos]), self.config.dropout)
         return Context(
             distances, x.position_ids, x.targets, kinds, x.key_types or kinds, x.hidden, x.mems, x.seen
         )
+
+    def _distances(self, trace: Trace, keys: int, rows: int) -> Tensor:
+        """Cosines and sines of the distances ``keys`` to 1 − ``rows``, descending, clamped to ±``clamp_len`` where it
+        is above 0: ``[keys + rows, C]``."""
+        limit = self.config.clamp_len if self.config.clamp_len > 0 else keys + rows
+        first, last = min(keys, limit), max(1 - rows, -limit)
+        half = np.arange(0, self.config.d_model, 2) / self.config.d_model
+        runs = [(keys - first, first, 0), (first - last + 1, first, -1), (last - (1 - rows), last, 0)]
+        tables = [
+            F.rope_table(F.iota(trace, n, start, step), (10000.0**-half).tolist())
+            for n, start, step in runs
+            if n
+        ]
+        flat = F.concat([F.reshape(table, (table.shape[0] * table.shape[1],)) for table in tables])
+        return F.reshape(flat, (keys + rows, self.config.d_model))
+
+    def unseen(self, length: int) -> Ints | None:
+        if self.config.attn_type == "bi":
+            return None
+        return np.triu(np.ones((length, length), np.int32), 1)
 
     def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
         return self.lm_loss.weight, trace.parameter(self.lm_loss.bias)
