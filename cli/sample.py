@@ -119,6 +119,12 @@ def generation_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--iterations", type=int, help="Masked models: visits to each mask.  [default: 10, drawing 20]")
 @click.option("--stop-strings", multiple=True, help="End at this text; may be given several times.")
 @click.option("--assistant-model", type=click.Path(), help="A run whose model drafts tokens.")
+@click.option("--regex", help="The text follows this regular expression.")
+@click.option("--json-schema", type=click.Path(), help="The text is JSON that fits the schema in this file.")
+@click.option("--grammar", type=click.Path(), help="The text follows the Lark grammar in this file.")
+@click.option(
+    "--mbr", type=click.Choice(["chrf", "f1"]), help="Of -n texts, print the one most like the others."
+)
 @click.option("--generation-config", type=click.Path(), help="A generation_config.json; options override it.")
 @click.option("--show-beams", is_flag=True, help="Draw the tree of hypotheses.")
 @click.option("--show-probs", is_flag=True, help="Show what could have come at each step.")
@@ -138,6 +144,10 @@ def command(
     iterations: int | None,
     stop_strings: tuple[str, ...],
     assistant_model: str | None,
+    regex: str | None,
+    json_schema: str | None,
+    grammar: str | None,
+    mbr: str | None,
     generation_config: str | None,
     show_beams: bool,
     show_probs: bool,
@@ -166,6 +176,13 @@ def command(
         settings["stop_strings"] = list(stop_strings)
     if num_return_sequences != 1:
         settings["num_return_sequences"] = num_return_sequences
+    if regex is not None:
+        settings["regex"] = regex
+    for name, path in (("json_schema", json_schema), ("grammar", grammar)):
+        if path is not None:
+            settings[name] = _text(path)
+    if mbr is not None and (num_return_sequences < 2 or show_beams or show_probs):
+        raise click.UsageError("--mbr chooses among several continuations: give -n above 1, and no view")
     as_json = as_json or bool(file and file.endswith(".jsonl"))
     model = pf.load(run, device=device, threads=threads)
     if model.family.objective == "mlm":
@@ -173,6 +190,7 @@ def command(
             "iterations": iterations,
             "assistant_model": assistant_model,
             "generation_config": generation_config,
+            "mbr": mbr,
             "show_beams": show_beams or None,
             "show_probs": show_probs or None,
         }
@@ -190,11 +208,11 @@ def command(
     if assistant_model is not None:
         settings["assistant_model"] = pf.load(assistant_model, device=device, threads=threads)
     if prompt is None:
-        _many(model, file or "-", column, batch_size, settings, as_json)
+        _many(model, file or "-", column, batch_size, settings, as_json, mbr)
     elif show_beams or show_probs:
         _show(model, prompt, settings, show_beams, show_probs, html_file)
     elif as_json or settings.get("num_beams", 1) != 1 or settings.get("num_return_sequences", 1) != 1:
-        _print(prompt, model.generate(prompt, **settings), as_json)
+        _print(prompt, model.generate(prompt, **settings), as_json, mbr)
     else:
         pieces = model.stream(prompt, **settings)
         first = next(pieces, "")
@@ -221,7 +239,19 @@ def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _print(prompt: str, out: pf.Generation, as_json: bool) -> None:
+def _text(path: str) -> str:
+    """The contents of a file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise click.UsageError(f"{path} cannot be read: {e}") from None
+
+
+def _print(prompt: str, out: pf.Generation, as_json: bool, mbr: str | None = None) -> None:
+    """Prints continuations of a prompt, or the best of them."""
+    if mbr is not None:
+        best = pf.mbr(out.texts, mbr).best
+        out = _part(out, slice(best, best + 1))
     for i, text in enumerate(out.texts):
         score = out.scores[i]
         if as_json:
@@ -241,7 +271,13 @@ def _print(prompt: str, out: pf.Generation, as_json: bool) -> None:
 
 
 def _many(
-    model: pf.Model, file: str, column: str, batch_size: int, settings: dict[str, Any], as_json: bool
+    model: pf.Model,
+    file: str,
+    column: str,
+    batch_size: int,
+    settings: dict[str, Any],
+    as_json: bool,
+    mbr: str | None,
 ) -> None:
     """Continues the prompts of a file. What is drawn depends on a prompt's place in it, not on the batch."""
     prompts = list(rows(file, column))
@@ -250,7 +286,7 @@ def _many(
         batch = prompts[at : at + batch_size]
         out = model.generate(batch, **settings, first_sequence=at * number)
         for i, prompt in enumerate(batch):
-            _print(prompt, _part(out, slice(i * number, (i + 1) * number)), as_json)
+            _print(prompt, _part(out, slice(i * number, (i + 1) * number)), as_json, mbr)
 
 
 def _part(out: pf.Generation, part: slice) -> pf.Generation:

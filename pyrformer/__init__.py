@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyrformer.generation_config import GenerationConfig
     from pyrformer.model import Model
     from pyrformer.prepared import Prepared, prepare
+    from pyrformer.rerank import mbr
     from pyrformer.tokenizers import Tokenizer
     from pyrformer.trainer import Run, TrainConfig, train
 
@@ -39,6 +40,7 @@ _HOME = {
     "TrainConfig": "trainer",
     "filter_logits": "generate",
     "load": "checkpoint",
+    "mbr": "rerank",
     "prepare": "prepared",
     "train": "trainer",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "__version__",
     "filter_logits",
     "load",
+    "mbr",
     "prepare",
     "train",
 ]

@@ -15,6 +15,7 @@ from pyrformer.arrow import Columns
 from pyrformer.decoder import slots_for
 from pyrformer.errors import InputError
 from pyrformer.generation_config import STORED, GenerationConfig
+from pyrformer.grammar import KINDS, Grammar
 from pyrformer.model import Model
 from pyrformer.steps import Recorder, Step
 from pyrformer.strategies import (
@@ -94,6 +95,8 @@ def generate(
             of the same vocabulary; with ``num_assistant_tokens``, default 5) draft tokens that one pass checks: faster
             where they are often right, with the same distribution of results, one sequence after the other.
             ``penalty_alpha`` with ``top_k`` (from 2 on) is contrastive search.
+            ``regex``, ``json_schema`` or ``grammar`` (Lark's syntax): the text follows it, and ends where nothing else
+            can follow; see :class:`pyrformer.grammar.Grammar`.
 
     A text longer than the model's positions goes on: when they are used up, the older half is dropped from view.
 
@@ -164,20 +167,30 @@ class _Call:
     def __init__(self, model: Model, prompts: Any, config: Any, given: dict[str, Any]):
         given = dict(given)
         mask, first = given.pop("attention_mask", None), given.pop("first_sequence", None)
-        self.functions = (given.pop("prefix_allowed_tokens_fn", None), given.pop("logits_processor", None))
+        self.allowed = given.pop("prefix_allowed_tokens_fn", None)
+        self.processor = given.pop("logits_processor", None)
+        rules = {kind: given.pop(kind) for kind in KINDS if given.get(kind) is not None}
         criterion, self.assistant = given.pop("stopping_criteria", None), given.pop("assistant_model", None)
         watched = given.pop("output_steps", None)
         stored = config.options if isinstance(config, GenerationConfig) else config
         self.options = options = merged_options(model, stored, given)
         stop_strings, self.max_time = _stops(options)
-        self.ends = ending(model, stop_strings, criterion) if stop_strings or criterion else None
+        self.model = model
+        ids, padding = _prompt_ids(model, prompts, mask)
+        grammar = self._grammar(rules) if rules else None
+        if grammar is not None:
+            starts = [len(p) for p in ids]
+            self.allowed = lambda prompt, ids: grammar.allowed(ids[starts[prompt] :])
+        if stop_strings or criterion or grammar:
+            self.ends = ending(model, stop_strings, criterion, grammar)
+        else:
+            self.ends = None
         self.lookup = _taken(options, "prompt_lookup_num_tokens", 1)
         self.ngram = _taken(options, "max_matching_ngram_size", 1)
         self.drafted = _taken(options, "num_assistant_tokens", 1)
         self.alpha = options.pop("penalty_alpha", None)
-        ids, padding = _prompt_ids(model, prompts, mask)
         number = options.get("num_return_sequences", 1)
-        self.prompts, self.model, self.started = len(ids), model, time.monotonic()
+        self.prompts, self.started = len(ids), time.monotonic()
         self.slots = slots_for(model, ids, options)
         self.recorder = None if watched is None else Recorder(_whole("output_steps", watched, 1))
         firsts = [None if first is None else first + i * number for i in range(len(ids))]
@@ -186,12 +199,11 @@ class _Call:
         if self.lookup or self.assistant is not None:
             self._check_drafts()
             options["num_return_sequences"] = 1
-            places = [
-                (p, pad, (first or 0) + i * number + j)
+            self.searches = [
+                self._search([(p, pad, (first or 0) + i * number + j)], i)
                 for i, (p, pad) in enumerate(zip(ids, padding, strict=True))
                 for j in range(number)
             ]
-            self.searches = [self._search([place]) for place in places]
         else:
             for name, value in (
                 ("max_matching_ngram_size", self.ngram),
@@ -205,9 +217,23 @@ class _Call:
             self.searches = [self._search(list(zip(ids, padding, firsts, strict=True)))]
         self.ids = ids if len(self.searches) == 1 else [list(p) for p in ids for _ in range(number)]
 
-    def _search(self, places: list[tuple[list[int], int, int | None]]) -> _core.Search:
-        vocabulary = self.model.family.config.vocab_size
-        return _core.Search(self.options, places, vocabulary, *self.functions, self.ends)
+    def _search(self, places: list[tuple[list[int], int, int | None]], number: int = 0) -> _core.Search:
+        """A search over prompts, the first of which is number ``number`` of the call."""
+        vocabulary, allowed = self.model.family.config.vocab_size, self.allowed
+        if allowed is not None and number > 0:
+            function = allowed
+            allowed = lambda prompt, ids: function(number + prompt, ids)  # noqa: E731
+        return _core.Search(self.options, places, vocabulary, allowed, self.processor, self.ends)
+
+    def _grammar(self, rules: dict[str, Any]) -> Grammar:
+        if len(rules) > 1 or self.allowed is not None:
+            first, second = [*rules, "prefix_allowed_tokens_fn"][:2]
+            raise InputError(f"[generate] {first} and {second} exclude each other")
+        [(kind, source)] = rules.items()
+        eos = self.options.get("eos_token_id", [])
+        model = self.model
+        ends = [eos] if isinstance(eos, int) else list(eos)
+        return Grammar(model.require_tokenizer(), kind, source, ends, model.family.config.vocab_size)
 
     def _check_plain(self) -> None:
         for name, value in (
@@ -280,13 +306,18 @@ class _Call:
 
 
 def ending(
-    model: Model, stop_strings: list[str], criterion: Callable[[list[int]], bool] | None
+    model: Model,
+    stop_strings: list[str],
+    criterion: Callable[[list[int]], bool] | None,
+    grammar: Grammar | None = None,
 ) -> Callable[[int, list[int]], bool]:
     """Whether a sequence, of which the first so many ids are its prompt, ends here."""
     tokenizer = model.require_tokenizer() if stop_strings else None
 
     def ends(prompt: int, ids: list[int]) -> bool:
         if criterion is not None and criterion(ids):
+            return True
+        if grammar is not None and grammar.is_over(ids[prompt:]):
             return True
         if tokenizer is None:
             return False

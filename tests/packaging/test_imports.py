@@ -19,6 +19,7 @@ OPTIONAL = {
     ("pyarrow", "pyrformer.arrow"),
     ("starlette", "pyrformer.serve.app"),
     ("uvicorn", "pyrformer.serve.server"),
+    ("llguidance", "pyrformer.grammar"),
 }
 
 

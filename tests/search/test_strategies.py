@@ -212,3 +212,13 @@ def test_stop_strings_end_beams(model: pf.Model, tmp_path: Path) -> None:
     for text, reason in zip(cut.texts, cut.finish_reasons, strict=True):
         assert stop not in text[:-1]
         assert text.endswith(stop) == (reason == "stop")
+
+
+def test_functions_of_the_caller_know_their_prompt(model: pf.Model) -> None:
+    def allowed(prompt: int, ids: list[int]) -> list[int]:
+        return [10 + prompt, 20 + prompt]
+
+    plain = model.generate(PROMPTS, prefix_allowed_tokens_fn=allowed, **GREEDY)
+    assert set(plain.ids[1]) <= {11, 21}
+    drafted = model.generate(PROMPTS, prefix_allowed_tokens_fn=allowed, prompt_lookup_num_tokens=3, **GREEDY)
+    assert drafted.ids == plain.ids

@@ -85,7 +85,11 @@ fn hooks(allowed: Option<Py<PyAny>>, processor: Option<Py<PyAny>>, ends: Option<
         hooks.allowed_tokens = Some(Box::new(move |prompt, ids| {
             Python::attach(|py| {
                 let tokens = function.call1(py, (prompt, ids.to_vec()))?;
-                let tokens = tokens.bind(py).try_iter()?.map(|token| token?.extract::<u32>());
+                let tokens = tokens.bind(py);
+                if let Ok(array) = tokens.extract::<PyReadonlyArray1<'_, u32>>() {
+                    return Ok(array.as_array().to_vec());
+                }
+                let tokens = tokens.try_iter()?.map(|token| token?.extract::<u32>());
                 tokens.collect::<PyResult<_>>()
             })
             .map_err(|e| e.to_string())
@@ -96,8 +100,11 @@ fn hooks(allowed: Option<Py<PyAny>>, processor: Option<Py<PyAny>>, ends: Option<
             Python::attach(|py| {
                 let scores = PyArray1::from_slice(py, row);
                 let changed = function.call1(py, (ids.to_vec(), scores))?;
-                let changed: Vec<f32> =
-                    changed.bind(py).try_iter()?.map(|x| x?.extract()).collect::<PyResult<_>>()?;
+                let changed = changed.bind(py);
+                if let Ok(array) = changed.extract::<PyReadonlyArray1<'_, f32>>() {
+                    return Ok(array.as_array().to_vec());
+                }
+                let changed: Vec<f32> = changed.try_iter()?.map(|x| x?.extract()).collect::<PyResult<_>>()?;
                 Ok::<_, PyErr>(changed)
             })
             .map_err(|e| e.to_string())
