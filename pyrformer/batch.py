@@ -38,6 +38,11 @@ class Batch:
         counts = {"loss_scale": self.labels, "sentence_scale": self.sentence_labels}
         return {name: 1.0 / count for name, count in counts.items() if count}
 
+    def _repr_html_(self) -> str:
+        from pyrformer import display
+
+        return display.batch(self)
+
     def mean(self, out: dict[str, Array]) -> float:
         """The loss of a run's outputs: the mean over tokens plus the mean over sequences."""
         scales = self.scales

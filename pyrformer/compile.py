@@ -46,6 +46,11 @@ class Lowered:
     graph: _core.Graph
     plan: _core.Plan
 
+    def _repr_html_(self) -> str:
+        from pyrformer import display
+
+        return display.plan(self.name, self.plan)
+
     def compile(self, store: AnyStore, threads: int | None = None) -> Compiled:
         """Binds the plan to states, memory and threads (default: ``PYRFORMER_NUM_THREADS``, or all the machine has;
         devices have none to choose).
@@ -66,6 +71,11 @@ class Compiled:
     name: str
     plan: _core.Plan
     executor: AnyExecutor
+
+    def _repr_html_(self) -> str:
+        from pyrformer import display
+
+        return display.plan(self.name, self.plan)
 
     def __call__(self, **inputs: Any) -> dict[str, Array]:
         """Runs once. Each input is converted to the type that the plan declares; outputs are new arrays by name.

@@ -66,6 +66,11 @@ class Generation(Columns):
     finish_reasons: list[str]
     steps: list[Step] = field(default_factory=list)
 
+    def _repr_html_(self) -> str:
+        from pyrformer import display
+
+        return display.generation(self)
+
     def _columns(self) -> Iterator[tuple[str, Any]]:
         for column in ("text", "ids", "score", "token_logprobs", "finish_reason"):
             yield column, getattr(self, column if column in ("ids", "token_logprobs") else f"{column}s")

@@ -174,6 +174,11 @@ class Model:
         """Copies of all parameters by Hugging Face's names, tied ones under their first name."""
         return {name: self.store.get(name) for name, _ in self.family.named_parameters()}
 
+    def _repr_html_(self) -> str:
+        from pyrformer import display
+
+        return display.model(self)
+
     def load_state_dict(self, tensors: dict[str, Array]) -> None:
         """Sets parameters from arrays by name.
 

@@ -41,6 +41,11 @@ class Encoding:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _repr_html_(self) -> str:
+        from pyrformer import display
+
+        return display.encoding(self)
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -249,6 +254,11 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size})"
+
+    def _repr_html_(self) -> str:
+        from pyrformer import display
+
+        return display.tokenizer(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_json, (self.to_json(),)
