@@ -1,9 +1,8 @@
-"""Generation: options, prompts and results around the strategies of :mod:`pyrformer.strategies`."""
+"""Generation: continuing prompts, whole or as a stream, and what comes of it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,37 +11,11 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.arrow import Columns
-from pyrformer.decoder import slots_for
+from pyrformer.call import Call
 from pyrformer.errors import InputError
-from pyrformer.generation_config import STORED, GenerationConfig
-from pyrformer.grammar import KINDS, Grammar
+from pyrformer.generation_config import GenerationConfig
 from pyrformer.model import Model
-from pyrformer.steps import Recorder, Step
-from pyrformer.strategies import (
-    Assistant,
-    Contrastive,
-    Emitted,
-    Lockstep,
-    Lookup,
-    Proposer,
-    Speculative,
-    Strategy,
-)
-
-#: Options that mean nothing without sampling, or without beams.
-SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-BEAMS = {
-    "length_penalty",
-    "early_stopping",
-    "num_beam_groups",
-    "diversity_penalty",
-    "patience",
-    "stochastic_beams",
-    "force_words_ids",
-    "ordered_constraints",
-}
-#: Tokens that an assistant drafts at once, unless ``num_assistant_tokens`` says otherwise.
-DRAFTED = 5
+from pyrformer.steps import Step
 
 
 @dataclass(frozen=True)
@@ -108,7 +81,7 @@ def generate(
     Raises:
         InputError: an option is unknown or contradictory, a prompt is empty or too long, or a function failed.
     """
-    call = _Call(model, prompts, config, options)
+    call = Call(model, prompts, config, options)
     for _ in call.run():
         pass
     results = call.finish()
@@ -135,7 +108,7 @@ def stream(
         InputError: as :func:`generate`; also for several prompts or sequences, and for beam search.
     """
     model.require_tokenizer()
-    call = _Call(model, prompt, config, options)
+    call = Call(model, prompt, config, options)
     if (
         call.prompts != 1
         or call.options.get("num_beams", 1) != 1
@@ -164,246 +137,6 @@ async def astream(
     pieces = stream(model, prompt, config, **options)
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         yield piece
-
-
-class _Call:
-    """One generation: its options, its searches, and when it stops."""
-
-    def __init__(self, model: Model, prompts: Any, config: Any, given: dict[str, Any]):
-        given = dict(given)
-        mask, first = given.pop("attention_mask", None), given.pop("first_sequence", None)
-        self.allowed = given.pop("prefix_allowed_tokens_fn", None)
-        self.processor = given.pop("logits_processor", None)
-        rules = {kind: given.pop(kind) for kind in KINDS if given.get(kind) is not None}
-        criterion, self.assistant = given.pop("stopping_criteria", None), given.pop("assistant_model", None)
-        watched = given.pop("output_steps", None)
-        stored = config.options if isinstance(config, GenerationConfig) else config
-        self.options = options = merged_options(model, stored, given)
-        stop_strings, self.max_time = _stops(options)
-        self.model = model
-        ids, padding = _prompt_ids(model, prompts, mask)
-        grammar = self._grammar(rules) if rules else None
-        if grammar is not None:
-            starts = [len(p) for p in ids]
-            self.allowed = lambda prompt, ids: grammar.allowed(ids[starts[prompt] :])
-        if stop_strings or criterion or grammar:
-            self.ends = ending(model, stop_strings, criterion, grammar)
-        else:
-            self.ends = None
-        self.lookup = _taken(options, "prompt_lookup_num_tokens", 1)
-        self.ngram = _taken(options, "max_matching_ngram_size", 1)
-        self.drafted = _taken(options, "num_assistant_tokens", 1)
-        self.alpha = options.pop("penalty_alpha", None)
-        number = options.get("num_return_sequences", 1)
-        self.prompts, self.started = len(ids), time.monotonic()
-        self.slots = slots_for(model, ids, options)
-        self.recorder = None if watched is None else Recorder(_whole("output_steps", watched, 1))
-        firsts = [None if first is None else first + i * number for i in range(len(ids))]
-        if model.family.objective == "plm":
-            self._check_plain()
-        if self.lookup or self.assistant is not None:
-            self._check_drafts()
-            options["num_return_sequences"] = 1
-            self.searches = [
-                self._search([(p, pad, (first or 0) + i * number + j)], i)
-                for i, (p, pad) in enumerate(zip(ids, padding, strict=True))
-                for j in range(number)
-            ]
-        else:
-            for name, value in (
-                ("max_matching_ngram_size", self.ngram),
-                ("num_assistant_tokens", self.drafted),
-            ):
-                if value is not None and name in given:
-                    needed = "prompt_lookup_num_tokens" if name.startswith("max") else "assistant_model"
-                    raise InputError(f"[generate] {name} needs {needed}; give that or leave it out")
-            if self.alpha is not None:
-                self._check_contrast()
-            self.searches = [self._search(list(zip(ids, padding, firsts, strict=True)))]
-        self.ids = ids if len(self.searches) == 1 else [list(p) for p in ids for _ in range(number)]
-
-    def _search(self, places: list[tuple[list[int], int, int | None]], number: int = 0) -> _core.Search:
-        """A search over prompts, the first of which is number ``number`` of the call."""
-        vocabulary, allowed = self.model.family.config.vocab_size, self.allowed
-        if allowed is not None and number > 0:
-            function = allowed
-            allowed = lambda prompt, ids: function(number + prompt, ids)  # noqa: E731
-        return _core.Search(self.options, places, vocabulary, allowed, self.processor, self.ends)
-
-    def _grammar(self, rules: dict[str, Any]) -> Grammar:
-        if len(rules) > 1 or self.allowed is not None:
-            first, second = [*rules, "prefix_allowed_tokens_fn"][:2]
-            raise InputError(f"[generate] {first} and {second} exclude each other")
-        [(kind, source)] = rules.items()
-        eos = self.options.get("eos_token_id", [])
-        model = self.model
-        ends = [eos] if isinstance(eos, int) else list(eos)
-        return Grammar(model.require_tokenizer(), kind, source, ends, model.family.config.vocab_size)
-
-    def _check_plain(self) -> None:
-        for name, value in (
-            ("prompt_lookup_num_tokens", self.lookup),
-            ("assistant_model", self.assistant),
-            ("penalty_alpha", self.alpha),
-        ):
-            if value is not None:
-                raise InputError(
-                    f"[generate] {name} needs a model with a cache, which permutation models lack"
-                )
-
-    def _check_drafts(self) -> None:
-        options, assistant = self.options, self.assistant
-        if self.lookup and assistant is not None:
-            raise InputError("[generate] prompt_lookup_num_tokens and assistant_model exclude each other")
-        name = "assistant_model" if assistant is not None else "prompt_lookup_num_tokens"
-        if options.get("num_beams", 1) != 1:
-            raise InputError(f"[generate] {name} needs num_beams=1; leave one of them out")
-        if self.alpha is not None or self.recorder is not None:
-            other = "penalty_alpha" if self.alpha is not None else "output_steps"
-            raise InputError(f"[generate] {name} and {other} exclude each other")
-        if assistant is None:
-            return
-        vocabulary = self.model.family.config.vocab_size
-        if assistant is self.model or assistant.family.objective != "ar":
-            raise InputError("[generate] assistant_model must be another model that continues text")
-        if assistant.family.config.vocab_size != vocabulary:
-            theirs = assistant.family.config.vocab_size
-            raise InputError(
-                f"[generate] assistant_model has a vocabulary of {theirs} tokens, the model one of {vocabulary}"
-            )
-
-    def _check_contrast(self) -> None:
-        options = self.options
-        if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1):
-            raise InputError(f"[generate] penalty_alpha must be in 0..1, got {self.alpha!r}")
-        if options.get("do_sample") or options.get("num_beams", 1) != 1:
-            raise InputError("[generate] penalty_alpha needs do_sample=False and num_beams=1")
-        self.candidates = _whole("top_k", options.pop("top_k", None), 2)
-        self.candidates = min(self.candidates, self.model.family.config.vocab_size)
-
-    def run(self) -> Iterator[Emitted]:
-        """Steps until the searches or the time are over; gives the tokens that each step made certain."""
-        for number, search in enumerate(self.searches):
-            strategy = self._strategy(number, search)
-            while (emitted := strategy.step()) is not None:
-                yield emitted
-                if self.max_time is not None and time.monotonic() - self.started >= self.max_time:
-                    break
-
-    def _strategy(self, number: int, search: _core.Search) -> Strategy:
-        model, slots, options = self.model, self.slots, self.options
-        if self.lookup or self.assistant is not None:
-            proposer: Proposer
-            if self.assistant is not None:
-                proposer = Assistant(self.assistant, self.drafted or DRAFTED, slots)
-            else:
-                proposer = Lookup(self.lookup or 0, self.ngram or 2)
-            sampled = options.get("do_sample", False)
-            return Speculative(model, self.ids[number], search, slots, proposer, sampled)
-        if self.alpha is not None:
-            return Contrastive(model, self.ids, search, slots, self.alpha, self.candidates, self.recorder)
-        rows = len(self.ids) * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
-        return Lockstep(model, self.ids, search, slots, rows, self.recorder)
-
-    def finish(self) -> list[Any]:
-        """The results, prompts in order."""
-        return [result for search in self.searches for result in search.finish()]
-
-
-def ending(
-    model: Model,
-    stop_strings: list[str],
-    criterion: Callable[[list[int]], bool] | None,
-    grammar: Grammar | None = None,
-) -> Callable[[int, list[int]], bool]:
-    """Whether a sequence, of which the first so many ids are its prompt, ends here."""
-    tokenizer = model.require_tokenizer() if stop_strings else None
-
-    def ends(prompt: int, ids: list[int]) -> bool:
-        if criterion is not None and criterion(ids):
-            return True
-        if grammar is not None and grammar.is_over(ids[prompt:]):
-            return True
-        if tokenizer is None:
-            return False
-        text = tokenizer.decode(ids[prompt:], skip_special_tokens=True)
-        return any(stop in text for stop in stop_strings)
-
-    return ends
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"[generate] {name} must be a whole number of {least} or more, got {value!r}")
-    return value
-
-
-def _taken(options: dict[str, Any], name: str, least: int) -> int | None:
-    """Takes a whole number out of the options."""
-    value = options.pop(name, None)
-    return None if value is None else _whole(name, value, least)
-
-
-def _stops(options: dict[str, Any]) -> tuple[list[str], float | None]:
-    """Takes out what the search does not know: stop strings, and the time in seconds."""
-    stops, seconds = options.pop("stop_strings", []), options.pop("max_time", None)
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    if not all(isinstance(s, str) and s for s in stops):
-        raise InputError(f"[generate] stop_strings must be non-empty strings, got {stops!r}")
-    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
-        raise InputError(f"[generate] max_time must be a number of seconds above 0, got {seconds!r}")
-    return stops, seconds
-
-
-def merged_options(model: Model, config: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
-    """All options of a call, the model's own defaults first."""
-    if model.family.objective not in ("ar", "plm"):
-        raise InputError(
-            "[generate] this model does not continue text; one for masked tokens has fill_mask, mask_predict and gibbs"
-        )
-    stored = {k: v for k, v in model.generation_config.items() if k in STORED}
-    eos = {"eos_token_id": model.family.config.eos_token_id}
-    asked = {**(config or {}), **options}
-    # A stored default that the caller's own choice makes meaningless is not the caller's mistake.
-    if not asked.get("do_sample", stored.get("do_sample", False)):
-        stored = {k: v for k, v in stored.items() if k not in SAMPLING}
-    if asked.get("num_beams", stored.get("num_beams", 1)) == 1:
-        stored = {k: v for k, v in stored.items() if k not in BEAMS}
-    return {k: v for k, v in {**eos, **stored, **asked}.items() if v is not None}
-
-
-def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> tuple[list[list[int]], list[int]]:
-    """The ids of each prompt, and how many padding tokens stood among them."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if isinstance(prompts, np.ndarray):
-        keep = np.ones(prompts.shape, bool) if mask is None else np.asarray(mask) != 0
-        if prompts.ndim != 2 or keep.shape != prompts.shape:
-            raise InputError(
-                f"[generate] prompts and attention_mask must be arrays [B, T], got {list(prompts.shape)}"
-            )
-        ids = [row[k].tolist() for row, k in zip(prompts, keep, strict=True)]
-        return ids, (~keep).sum(1).tolist()
-    prompts = list(prompts)
-    if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
-        return [[int(p) for p in prompts]], [0]
-    ids = []
-    # What XLNet's template adds stands at the end.
-    framed = model.family.objective == "ar"
-    for i, prompt in enumerate(prompts):
-        found = (
-            model.require_tokenizer().encode(prompt, add_special_tokens=framed).ids
-            if isinstance(prompt, str)
-            else [int(t) for t in prompt]
-        )
-        if not found and model.family.config.bos_token_id is not None:
-            found = [model.family.config.bos_token_id]
-        if not found:
-            raise InputError(f"[generate] prompt {i} is empty; give at least one token to continue")
-        ids.append(found)
-    if not ids:
-        raise InputError("[generate] there is no prompt")
-    return ids, [0] * len(ids)
 
 
 def filter_logits(logits: npt.ArrayLike, **options: Any) -> npt.NDArray[np.float32]:

@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
+from pyrformer.call import ending
 from pyrformer.decoder import Decoder, Floats, Ints, Positions
 from pyrformer.errors import Error, InternalError
-from pyrformer.generate import ending
 from pyrformer.model import Model
 from pyrformer.strategies import Sequences
 
