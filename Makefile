@@ -83,6 +83,10 @@ demo: build ## Train a small model on eight plays of Shakespeare and let it spea
 		--config examples/shakespeare/char.toml --out runs/shakespeare --overwrite
 	$(BIN)/pyrformer sample runs/shakespeare $$'OTHELLO.\n' --max-new-tokens 300 --seed 1
 
+.PHONY: same-or-not
+same-or-not: build ## Train a GPT, a BERT and an XLNet on one text and compare them: docs/same-or-not.md
+	PATH="$(BIN):$$PATH" examples/same-or-not/run.sh
+
 .PHONY: examples
 examples: build ## Run the examples with polars, pandas, DuckDB and datasets, which this installs
 	$(BIN)/python -m pip install --quiet --group examples

@@ -195,7 +195,10 @@ def _token(tokenizer: Tokenizer, token: int, offsets: tuple[int, int], added: bo
 
 def label(tokenizer: Tokenizer, token: int) -> str:
     """A short name of a token: its text, with a dot for a space before it and signs for line ends and tabs."""
-    string = tokenizer.id_to_token(token) or f"#{token}"
+    string = tokenizer.id_to_token(token)
+    if string is None:
+        # Models may have more rows than their tokenizer has tokens.
+        return f"#{token}"
     if tokenizer.is_special(token) or string.startswith("##"):
         return string
     text = tokenizer.decode([token], skip_special_tokens=False)
