@@ -81,7 +81,8 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option(
     "--objective",
     type=click.Choice(OBJECTIVES),
-    help="Next token, masked tokens, permuted tokens, or a class of each text.  [default: ar]",
+    help="Next token, also behind a prefix; masked tokens, also with pairs of texts; permuted tokens; a class of each "
+    "text.  [default: ar]",
 )
 @click.option("--family", help="gpt2, llama, falcon, bert, xlnet, …  [default: by the objective]")
 @click.option("--init-from", help="A model folder to begin with.")

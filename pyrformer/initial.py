@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from pyrformer.trainer import TrainConfig
 
 #: The family of an objective where none is configured.
-DEFAULT_FAMILY = {"ar": "gpt2", "mlm": "bert", "plm": "xlnet", "sentence": "bert"}
+DEFAULT_FAMILY = {
+    "ar": "gpt2",
+    "prefix": "gpt2",
+    "mlm": "bert",
+    "mlm+nsp": "bert",
+    "plm": "xlnet",
+    "sentence": "bert",
+}
+#: What a model learns (``Family.objective``), where the run's objective has a name of its own.
+LEARNS = {"prefix": "ar", "mlm+nsp": "mlm"}
+#: The head of "mlm+nsp", and its parameters beyond those of a head for masked tokens.
+PRETRAINING, PAIR_HEAD = "ForPreTraining", (".pooler.", ".seq_relationship.")
 
 
 def initial_model(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
@@ -31,12 +42,14 @@ def initial_model(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) 
     """
     model = _opened(config, tokenizer, labels) if config.init_from else _fresh(config, tokenizer, labels)
     learns = model.family.objective
-    if learns != config.objective:
+    if learns != LEARNS.get(config.objective, config.objective):
         kind = model.family.config.model_type
         raise ConfigError(
             f"[train] a {kind} model learns {learns!r}, not {config.objective!r}; "
             f"set objective to {learns!r} or choose another model_type"
         )
+    if config.objective == "mlm+nsp" and not model.family.config.architecture.endswith(PRETRAINING):
+        raise ConfigError("[train] the objective 'mlm+nsp' needs the architecture BertForPreTraining")
     apply_changes(model, config)
     return model
 
@@ -83,8 +96,7 @@ def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mode
         # RoBERTa counts positions from the padding's id.
         before = (fields["pad_token_id"] or 0) + 1 if kind == "roberta" else 0
         fields.setdefault(family.SIZES["positions"], config.seq_len + before)
-    if labels:
-        fields |= _classes(family.ARCHITECTURES, labels)
+    fields |= _head(config.objective, family.ARCHITECTURES, labels)
     return Model.from_config(
         fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None, device=config.device
     )
@@ -99,8 +111,7 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
             f"{base.family.config.vocab_size} of {config.init_from}"
         )
     fields = {**base.config, **config.model}
-    if labels:
-        fields |= _classes(type(base.family.config).ARCHITECTURES, labels)
+    fields |= _head(config.objective, type(base.family.config).ARCHITECTURES, labels)
     model = Model(
         build(fields),
         tokenizer,
@@ -112,7 +123,10 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
     parameters = dict(model.family.named_parameters())
     known = {name: tuple(shape) for name, _, shape in model.store.types()}
     for name, parameter in parameters.items():
-        if known.get(name) != parameter.shape and config.objective != "sentence":
+        fresh = config.objective == "sentence" or (
+            config.objective == "mlm+nsp" and any(part in f".{name}" for part in PAIR_HEAD)
+        )
+        if known.get(name) != parameter.shape and not fresh:
             raise ConfigError(f"[train] {config.init_from} has no tensor {name!r} of the configured shape")
     for name, shape in known.items():
         if name not in parameters or parameters[name].shape != shape:
@@ -121,7 +135,12 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
     return model
 
 
-def _classes(architectures: tuple[str, ...], labels: list[str]) -> dict[str, Any]:
+def _head(objective: str, architectures: tuple[str, ...], labels: list[str]) -> dict[str, Any]:
+    """The fields that give a model the objective's head."""
+    if objective == "mlm+nsp":
+        return {"architectures": [a for a in architectures if a.endswith(PRETRAINING)][:1]}
+    if not labels:
+        return {}
     found = [a for a in architectures if a.endswith("ForSequenceClassification")]
     if not found:
         raise ConfigError("[train] this family has no head that classifies texts")

@@ -1,4 +1,4 @@
-"""Batches beyond plain text: permutation language modelling, and texts with a class.
+"""Batches beyond plain text: prefix and permutation language modelling, and texts with a class.
 
 As everywhere, the batch of a step is a pure function of (seed, step). Letters: B rows, T tokens, P targets.
 """
@@ -7,26 +7,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.batch import Batch
-from pyrformer.data import as_corpus
+from pyrformer.batch import IGNORE, Batch
+from pyrformer.data import Batches, as_corpus
 from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
 
-#: Purposes of random draws, so that order and permutations are independent.
-ORDER, PERMUTE = 11, 12
+#: Purposes of random draws, so that order, permutations and prefixes are independent.
+ORDER, PERMUTE, PREFIX = 11, 12, 14
 
 
-def _draws(seed: int, purpose: int, step: int) -> np.random.Generator:
+def draws_of(seed: int, purpose: int, step: int) -> np.random.Generator:
     """A generator that depends on its arguments alone: Philox, keyed by (seed, purpose), counted from the step."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, step]))
+
+
+class PrefixBatches:
+    """Packed rows that begin with a prefix all of whose tokens see each other; what follows is predicted, from left to
+    right. Source: Raffel et al. 2020, section 3.2.1. A prefix has 1 … T − 1 tokens, each number as probable."""
+
+    def __init__(self, rows: Batches, seed: int = 0):
+        self._rows, self._seed = rows, seed
+
+    @property
+    def batches_per_pass(self) -> int:
+        """How many batches visit the whole corpus once."""
+        return self._rows.batches_per_pass
+
+    def ready(self, step: int) -> Batch:
+        """The batch of a step under the names that the programs take."""
+        rows = self._rows.ready(step)
+        b, t = rows.arrays["input_ids"].shape
+        prefix = draws_of(self._seed, PREFIX, step).integers(1, max(t, 2), size=b).astype(np.int32)
+        # The prefix's last token does not see the next one, those before it do.
+        inside = np.arange(t) < prefix[:, None] - 1
+        labels = np.where(inside, IGNORE, rows.arrays["labels"])
+        arrays = {**rows.arrays, "prefix": prefix, "labels": labels.astype(np.int32)}
+        return Batch(replace(rows.sizes, prefix=True), arrays, int((labels >= 0).sum()))
 
 
 class PermutationBatches:
@@ -66,7 +90,7 @@ class PermutationBatches:
         arrays, _ = self._rows.batch(step)
         ids = arrays["input_ids"]
         b, t = ids.shape
-        draws = _draws(self._seed, PERMUTE, step)
+        draws = draws_of(self._seed, PERMUTE, step)
         sought = np.zeros((b, t), bool)
         for row in sought:
             at = 0
@@ -208,7 +232,7 @@ class LabelledBatches:
         """The batch of a step under the names that the programs take."""
         count = len(self._corpus.classes)
         epoch, at = divmod(step, self.batches_per_pass)
-        order = _draws(self._seed, ORDER, epoch).permutation(count) if self._shuffle else np.arange(count)
+        order = draws_of(self._seed, ORDER, epoch).permutation(count) if self._shuffle else np.arange(count)
         chosen = order[at * self._size : (at + 1) * self._size]
         offsets = self._corpus.texts.offsets
         lengths = offsets[chosen + 1] - offsets[chosen]

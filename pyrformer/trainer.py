@@ -17,7 +17,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -47,6 +47,8 @@ Event = Callable[[str, dict[str, Any]], None]
 
 #: Rollbacks to one and the same checkpoint after which a run stops.
 MOST_ROLLBACKS = 5
+#: The losses of objectives that have others than that of tokens.
+LOSSES = {"sentence": ("sentence_loss",), "mlm+nsp": ("loss", "sentence_loss")}
 
 
 class Callback(Protocol):
@@ -119,7 +121,8 @@ class _Trainer:
             config.max_grad_norm,
         )
         self.loss_options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
-        self.loss = "sentence_loss" if config.objective == "sentence" else "loss"
+        #: The losses whose means are added.
+        self.losses = LOSSES.get(config.objective, ("loss",))
         self.ratio = UpdateRatio(self.model)
         #: Updates in the newest checkpoint, when it was begun, and the seconds that training waited for checkpoints.
         self.saved, self.saved_at, self.stall = self.start, 0.0, 0.0
@@ -411,8 +414,9 @@ class _Trainer:
         parts = c.gradient_accumulation_steps
         batches = [self.batches.ready(step * parts + i) for i in range(parts)]
         loaded = time.perf_counter()
-        labels = max(1, sum(b.labels + b.sentence_labels for b in batches))
-        losses = [self._run(batch, step * parts + i, labels, step, lr) for i, batch in enumerate(batches)]
+        counts = _counts(batches)
+        scales = {programs.SCALES[name]: 1.0 / counts[name] for name in self.losses}
+        losses = [self._run(batch, step * parts + i, scales, step, lr) for i, batch in enumerate(batches)]
         out = losses[-1]
         if parts > 1:
             make = partial(programs.apply_step, self.model.family, self.optimizer)
@@ -421,7 +425,7 @@ class _Trainer:
         self.seconds += ended - began
         tokens = sum(b.sizes.batch * b.sizes.tokens for b in batches)
         return {
-            "loss": sum(float(o[self.loss]) for o in losses) / labels,
+            "loss": sum(sum(float(o[name]) for o in losses) / counts[name] for name in self.losses),
             "learning_rate": lr,
             "grad_norm": float(out["grad_norm"]),
             "tokens_per_s": tokens / (ended - began),
@@ -429,9 +433,9 @@ class _Trainer:
             "loader_wait_seconds": loaded - began,
         }
 
-    def _run(self, batch: Batch, draw: int, labels: int, step: int, lr: float) -> dict[str, Any]:
+    def _run(self, batch: Batch, draw: int, scales: dict[str, float], step: int, lr: float) -> dict[str, Any]:
         """One forward and backward pass, with the update where it is the step's only one."""
-        inputs: dict[str, Any] = {**self._arrays(batch), programs.SCALES[self.loss]: 1.0 / labels}
+        inputs: dict[str, Any] = {**self._arrays(batch), **scales}
         if self.config.gradient_accumulation_steps == 1:
             make = partial(
                 programs.train_step, self.model.family, batch.sizes, self.optimizer, options=self.loss_options
@@ -462,15 +466,21 @@ class _Trainer:
 
     def _evaluate(self) -> float:
         """Measures the loss over the whole held-out text, always the same batches."""
-        total, labels = 0.0, 0
+        totals, batches = dict.fromkeys(self.losses, 0.0), []
         for i in range(self.evaluation.batches_per_pass):
             batch = self.evaluation.ready(i)
             make = partial(programs.evaluate, self.model.family, batch.sizes)
             run = self.model.program(("evaluate", batch.sizes), make)
-            total += float(run(**self._arrays(batch))[self.loss])
-            labels += batch.labels + batch.sentence_labels
-        loss = total / max(1, labels)
-        numbers = {"step": self.step, "valid_loss": loss, "valid_labels": labels}
+            out = run(**self._arrays(batch))
+            for name in self.losses:
+                totals[name] += float(out[name])
+            batches.append(replace(batch, arrays={}))
+        counts = _counts(batches)
+        means = {name: totals[name] / counts[name] for name in self.losses}
+        loss = sum(means.values())
+        numbers = {"step": self.step, "valid_loss": loss, "valid_labels": counts[self.losses[0]]}
+        if len(means) > 1:
+            numbers |= {f"valid_{name}": mean for name, mean in means.items() if name != "loss"}
         self.metrics.write(numbers)
         self.on_event("eval", numbers)
         if loss < self.best:
@@ -478,6 +488,14 @@ class _Trainer:
             if self.config.load_best_model_at_end:
                 self._save()
         return loss
+
+
+def _counts(batches: Sequence[Batch]) -> dict[str, int]:
+    """How many labels each loss of some batches is summed over, at least 1."""
+    return {
+        "loss": max(1, sum(b.labels for b in batches)),
+        "sentence_loss": max(1, sum(b.sentence_labels for b in batches)),
+    }
 
 
 class _Metrics:

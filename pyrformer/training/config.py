@@ -13,7 +13,7 @@ from pyrformer.executors import DEVICES
 from pyrformer.fields import check_types
 from pyrformer.schedules import SCHEDULES, check_settings
 
-OBJECTIVES = ("ar", "mlm", "plm", "sentence")
+OBJECTIVES = ("ar", "prefix", "mlm", "mlm+nsp", "plm", "sentence")
 ON_NONFINITE = ("stop", "rollback")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -26,8 +26,9 @@ class TrainConfig:
         files: paths to learn from, as :class:`pyrformer.data.Documents` takes them.
         out: the run folder.
         valid: files to measure on; without any, ``valid_fraction`` of the text is held out.
-        objective: "ar" (next token), "mlm" (masked tokens), "plm" (tokens in a random order) or "sentence" (a class
-            of each text, from field ``label_column`` of ``.jsonl`` files).
+        objective: "ar" (next token), "prefix" (the same behind a prefix that is read both ways), "mlm" (masked tokens),
+            "mlm+nsp" (and whether one text follows another; see :mod:`pyrformer.pairs`), "plm" (tokens in a random
+            order) or "sentence" (a class of each text, from field ``label_column`` of ``.jsonl`` files).
         model: fields of ``config.json``; sizes of the vocabulary and special ids come from the tokenizer.
         init_from: a model folder to begin with; its tokenizer is used unless another is given.
         freeze: names of parameters that stay as they are; see :func:`pyrformer.finetune.freeze`.

@@ -12,19 +12,30 @@ import numpy as np
 from pyrformer import _core
 from pyrformer.data import Batches, Masking, read_documents, tokenize
 from pyrformer.errors import ConfigError
+from pyrformer.pairs import PairBatches, Sentences, sentences
 from pyrformer.prepared import Prepared, is_prepared
-from pyrformer.supervised import Labelled, LabelledBatches, PermutationBatches, labelled, read_labelled
+from pyrformer.supervised import (
+    Labelled,
+    LabelledBatches,
+    PermutationBatches,
+    PrefixBatches,
+    labelled,
+    read_labelled,
+)
 from pyrformer.tokenizers import Ragged, Tokenizer
 from pyrformer.training.config import TrainConfig
 
-AnyBatches = Batches | PermutationBatches | LabelledBatches
+AnyBatches = Batches | PrefixBatches | PermutationBatches | PairBatches | LabelledBatches
+AnyCorpus = Ragged | Sentences | Labelled
 #: A corpus, its number of tokens, and the SHA-256 of what it was made of.
-_Identified = tuple[Ragged | Labelled | _core.Corpus, int, str]
+_Identified = tuple[AnyCorpus | _core.Corpus, int, str]
 
 #: The tokenizer of an objective where none is configured.
 DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
     "ar": {"preset": "gpt2", "vocab_size": 4096},
+    "prefix": {"preset": "gpt2", "vocab_size": 4096},
     "mlm": {"preset": "bert-uncased", "vocab_size": 4096},
+    "mlm+nsp": {"preset": "bert-uncased", "vocab_size": 4096},
     "plm": {"preset": "gpt2", "vocab_size": 4096},
     "sentence": {"preset": "bert-uncased", "vocab_size": 4096},
 }
@@ -89,11 +100,12 @@ class Source:
             made.append(self._batches(corpus, seq_len, shuffle=name == "train"))
         return made[0], made[1], facts
 
-    def _identified(self, corpus: Ragged | Labelled) -> _Identified:
-        texts = corpus.texts if isinstance(corpus, Labelled) else corpus
+    def _identified(self, corpus: AnyCorpus) -> _Identified:
+        texts = corpus if isinstance(corpus, Ragged) else corpus.texts
         labels = corpus.classes.tolist() if isinstance(corpus, Labelled) else []
         sha = hashlib.sha256("\n".join(self.labels[i] for i in labels).encode())
-        for array in (texts.ids, texts.offsets):
+        documents = [corpus.documents] if isinstance(corpus, Sentences) else []
+        for array in (texts.ids, texts.offsets, *documents):
             sha.update(np.ascontiguousarray(array).data)
         return corpus, len(texts.ids), sha.hexdigest()
 
@@ -108,7 +120,7 @@ class Source:
                 "[train] a prepared folder is the only thing to learn from; prepare all text into one"
             )
         prepared = Prepared.open(files[0])
-        wanted = {"ar": "ar", "plm": "ar", "mlm": "mlm"}.get(self.config.objective)
+        wanted = {"ar": "ar", "prefix": "ar", "plm": "ar", "mlm": "mlm"}.get(self.config.objective)
         made = prepared.manifest["options"].get("objective")
         if wanted != made:
             needs = (
@@ -181,10 +193,12 @@ class Source:
             return _Documents(*read_labelled(files, column=c.column, label_column=c.label_column))
         return _Documents(read_documents(files, column=c.column, errors=c.errors, clean=c.clean), [])
 
-    def _tokenized(self, documents: _Documents, seq_len: int) -> Ragged | Labelled:
+    def _tokenized(self, documents: _Documents, seq_len: int) -> AnyCorpus:
         c, texts = self.config, documents.texts
         if c.objective == "sentence":
             return labelled(self.tokenizer, texts, documents.labels, self.labels, seq_len)
+        if c.objective == "mlm+nsp":
+            return sentences(self.tokenizer, texts, c.threads or None)
         kind = "mlm" if c.objective == "mlm" else "ar"
         return tokenize(self.tokenizer, texts, objective=kind, threads=c.threads or None)
 
@@ -218,9 +232,7 @@ class Source:
             documents = documents + held_out
         return Tokenizer.train(iter(documents), **{**defaults, **options})
 
-    def _batches(
-        self, corpus: Ragged | Labelled | _core.Corpus, seq_len: int, *, shuffle: bool
-    ) -> AnyBatches:
+    def _batches(self, corpus: AnyCorpus | _core.Corpus, seq_len: int, *, shuffle: bool) -> AnyBatches:
         c = self.config
         shared: dict[str, Any] = {
             "seq_len": seq_len,
@@ -230,15 +242,20 @@ class Source:
         }
         if isinstance(corpus, Labelled):
             return LabelledBatches(corpus, pad_token_id=self.tokenizer.pad_token_id, **shared)
+        masking = Masking(c.mlm_probability, whole_word=c.whole_word_mask)
+        if isinstance(corpus, Sentences):
+            return PairBatches(corpus, tokenizer=self.tokenizer, masking=masking, **shared)
         if c.objective == "plm":
             return PermutationBatches(
                 corpus, **shared, plm_probability=c.plm_probability, max_span_length=c.max_span_length
             )
-        return Batches(
+        prefix = c.objective == "prefix"
+        batches = Batches(
             corpus,
-            c.objective,
+            "ar" if prefix else c.objective,
             **shared,
             tokenizer=self.tokenizer,
             cross_documents=c.cross_documents,
-            masking=Masking(c.mlm_probability, whole_word=c.whole_word_mask),
+            masking=masking,
         )
+        return PrefixBatches(batches, c.seed) if prefix else batches
