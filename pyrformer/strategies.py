@@ -123,8 +123,11 @@ class Lookup:
             windows = np.lib.stride_tricks.sliding_window_view(array[:-1], n)
             found = np.flatnonzero((windows == array[-n:]).all(1))
             if len(found):
-                at = int(found[-1]) + n
-                return [(t, None) for t in ids[at : at + min(self.tokens, most)]]
+                # The latest that leaves as many tokens as wanted; if none does, the first leaves the most.
+                count = min(self.tokens, most)
+                full = found[found + n + count <= len(ids)]
+                at = int(full[-1] if len(full) else found[0]) + n
+                return [(t, None) for t in ids[at : at + count]]
         return []
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import pyrformer as pf
+from pyrformer.strategies import Lookup
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +223,21 @@ def test_functions_of_the_caller_know_their_prompt(model: pf.Model) -> None:
     assert set(plain.ids[1]) <= {11, 21}
     drafted = model.generate(PROMPTS, prefix_allowed_tokens_fn=allowed, prompt_lookup_num_tokens=3, **GREEDY)
     assert drafted.ids == plain.ids
+
+
+@pytest.mark.parametrize(
+    ("ids", "most", "drafted"),
+    [
+        ([1, 2, 3, 4, 1, 2], 9, [3, 4, 1]),
+        ([1, 2, 3, 4, 1, 2], 2, [3, 4]),
+        ([1, 2, 9, 9, 9, 1, 2, 8, 8, 8, 1, 2], 9, [8, 8, 8]),  # the latest that is long enough
+        ([7, 7, 7, 7, 7, 7], 9, [7, 7, 7]),
+        ([5, 7, 7], 9, [7]),  # too near the end: what there is
+        ([1, 2, 3, 9, 2], 9, [3, 9, 2]),  # no pair, so one token
+        ([1, 2, 3], 9, []),
+        ([1], 9, []),
+    ],
+)
+def test_lookup_proposes_what_followed_before(ids: list[int], most: int, drafted: list[int]) -> None:
+    proposer: Any = Lookup(3, 2)
+    assert [token for token, _ in proposer.propose(None, ids, most)] == drafted
