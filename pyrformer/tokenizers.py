@@ -5,7 +5,8 @@ Letters: N ids of a batch, B texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, cpu_count
 from pathlib import Path
@@ -162,15 +163,19 @@ class Tokenizer:
         """Encodes a text, or a pair of texts, with offsets.
 
         Raises:
-            TokenizerError: a character is unknown and there is no unknown token.
+            TokenizerError: a character is unknown and there is no unknown token, or half a character is there.
         """
-        return Encoding(**self._core.encode(text, pair, add_special_tokens))
+        with _whole_characters():
+            return Encoding(**self._core.encode(text, pair, add_special_tokens))
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True, threads: int | None = None
     ) -> Ragged:
-        """Encodes many texts on all cores into flat arrays; no Python object per token."""
-        return Ragged(*self._core.encode_batch(list(texts), add_special_tokens, threads or cpu_count() or 1))
+        """Encodes many texts on all cores into flat arrays; no Python object per token. Errors as in :meth:`encode`."""
+        with _whole_characters():
+            return Ragged(
+                *self._core.encode_batch(list(texts), add_special_tokens, threads or cpu_count() or 1)
+            )
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD.
@@ -262,6 +267,17 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_json, (self.to_json(),)
+
+
+@contextmanager
+def _whole_characters() -> Iterator[None]:
+    """Surrogates without their other half, which a command line that is no UTF-8 leads to, are no text."""
+    try:
+        yield
+    except UnicodeEncodeError as e:
+        raise TokenizerError(
+            f"[tokenizer] character {e.start} of the text is half a surrogate pair (was its source UTF-8?)"
+        ) from None
 
 
 def _from_json(text: str) -> Tokenizer:

@@ -269,6 +269,10 @@ def test_refusals(gpt: Model, tmp_path: Path) -> None:
         gpt.explain(TEXT * 9, max_tokens=100)
     with pytest.raises(InputError, match="no tokens"):
         gpt.explain("")
+    with pytest.raises(InputError, match="character 4 of the text is half a surrogate pair"):
+        gpt.explain("fox \udcff")
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        gpt.require_tokenizer().encode_batch(["fox \udcff"])
     with pytest.raises(InputError, match=r"1\.\.256"):
         gpt.explain(TEXT, max_tokens=0)
     with pytest.raises(InputError, match=r"tokenizer\.json"):
