@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,13 @@ def command(files: tuple[str, ...], config_file: str | None, print_config: bool,
     if print_config:
         click.echo(json.dumps(dataclasses.asdict(config), indent=2))
         return
+    from pyrformer.training.comm import launched_rank
+
     from ._progress import Display
 
+    if launched_rank() > 0:
+        # The first of several processes speaks for all.
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     with Display(config.log_every) as display:
         run = pf.train(config, display.event)
     click.echo(

@@ -202,10 +202,17 @@ def _backward(
     return parameters, trace.gradients(total, [trace.parameter(p) for p in parameters])
 
 
-def gradients(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
-    """Outputs the summed ``loss []`` and ``grad.<parameter>`` of loss · loss_scale."""
-    trace = Trace(dtype)
-    parameters, grads = _backward(trace, model, s)
+def gradients(
+    model: Family,
+    s: Sizes,
+    dtype: str = "float32",
+    options: LossOptions | None = None,
+    *,
+    training: bool = False,
+) -> Traced:
+    """Outputs the summed ``loss []`` and ``grad.<parameter>`` of loss · loss_scale; with ``training`` under dropout."""
+    trace = Trace(dtype, training=training)
+    parameters, grads = _backward(trace, model, s, options)
     for parameter, grad in zip(parameters, grads, strict=True):
         trace.output(f"grad.{parameter.name}", grad)
     return Traced("gradients", trace)

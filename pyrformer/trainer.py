@@ -13,12 +13,15 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -35,6 +38,7 @@ from pyrformer.programs import AdamW
 from pyrformer.schedules import learning_rate
 from pyrformer.tokenizers import Tokenizer
 from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_rows, read_state
+from pyrformer.training.comm import Comm, GradientSum, Mpi, share, world
 from pyrformer.training.config import OBJECTIVES, TrainConfig, seconds, steps_or_seconds
 from pyrformer.training.signals import Signals
 from pyrformer.training.source import Source
@@ -82,6 +86,9 @@ class Run:
 def train(config: TrainConfig, on_event: Event | None = None, callbacks: Sequence[Callback] = ()) -> Run:
     """Trains a model and writes its run folder.
 
+    Started N times by ``mpiexec``, the processes train one model: each computes its share of an update's
+    ``gradient_accumulation_steps`` batches; the first one writes and tells. See :mod:`pyrformer.training.comm`.
+
     Args:
         config: all options.
         on_event: called with what happens, for progress displays.
@@ -94,15 +101,26 @@ def train(config: TrainConfig, on_event: Event | None = None, callbacks: Sequenc
         Stopped: SIGINT or SIGTERM; the state was saved.
         KeyboardInterrupt: one raised by ``on_event`` is passed on after the state was saved.
     """
-    return _Trainer(config, on_event or (lambda _kind, _numbers: None), callbacks).run()
+    comm = world()
+    with comm.ending_together() if isinstance(comm, Mpi) else nullcontext():
+        return _Trainer(config, on_event or (lambda _kind, _numbers: None), callbacks, comm).run()
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, on_event: Event, callbacks: Sequence[Callback] = ()):
-        self.config, self.on_event, self.callbacks = config, on_event, callbacks
+    def __init__(self, config: TrainConfig, on_event: Event, callbacks: Sequence[Callback], comm: Comm):
+        self.comm, self.leads = comm, comm.rank == 0
+        if config.gradient_accumulation_steps % comm.size:
+            raise ConfigError(
+                f"[train] {comm.size} processes share the batches of an update: gradient_accumulation_steps "
+                f"({config.gradient_accumulation_steps}) must be a multiple of {comm.size}"
+            )
+        if comm.cores and not config.threads and "PYRFORMER_NUM_THREADS" not in os.environ:
+            config = dataclasses.replace(config, threads=comm.cores)
+        self.config, self.callbacks = config, callbacks
+        self.on_event: Event = on_event if self.leads else lambda _kind, _numbers: None
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(self.folder, config.save_total_limit)
-        self.start = self._prepare_folder()
+        self.start = share(comm, self._prepare_folder)
         before = self.checkpoints.path(self.start) if self.start else None
         stage: Callable[[str], None] = lambda what: self.on_event("stage", {"what": what})  # noqa: E731
         self.source = Source(config, Tokenizer.load(before) if before else None, stage)
@@ -124,6 +142,10 @@ class _Trainer:
         #: The losses whose means are added.
         self.losses = LOSSES.get(config.objective, ("loss",))
         self.ratio = UpdateRatio(self.model)
+        self.gradients: GradientSum | None = None
+        if comm.size > 1:
+            shapes = {p.name: p.shape for p in programs.trainable(self.model.family)}
+            self.gradients = GradientSum(comm, shapes)
         #: Updates in the newest checkpoint, when it was begun, and the seconds that training waited for checkpoints.
         self.saved, self.saved_at, self.stall = self.start, 0.0, 0.0
         self.rollbacks = 0
@@ -178,6 +200,20 @@ class _Trainer:
         apply_changes(model, c)
         return model
 
+    def _open_folder(self) -> None:
+        """Makes the folder ready for this run."""
+        try:
+            if self.start:
+                self.checkpoints.clean()
+                facts = {**dataclasses.asdict(self.config), "data": self.data}
+                write_json(self.folder / "training.json", facts)
+            else:
+                self._create_folder()
+        except OSError as e:
+            if isinstance(e, FileError):
+                raise
+            raise FileError(f"[train] {self.folder}: {e.strerror or e}") from None
+
     def _create_folder(self) -> None:
         """Makes the folder of a new run appear at once, with all but weights and numbers."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -199,14 +235,10 @@ class _Trainer:
 
     def run(self) -> Run:
         try:
-            if self.start:
-                self.checkpoints.clean()
-                write_json(
-                    self.folder / "training.json", {**dataclasses.asdict(self.config), "data": self.data}
-                )
-            else:
-                self._create_folder()
-            with _Metrics(self.folder / "metrics.jsonl", self.start, self.callbacks) as self.metrics:
+            share(self.comm, self._open_folder)
+            with _Metrics(
+                self.folder / "metrics.jsonl", self.start, self.callbacks, self.leads
+            ) as self.metrics:
                 try:
                     return self._loop()
                 finally:
@@ -222,7 +254,7 @@ class _Trainer:
 
     def _discard(self) -> None:
         """Removes a run folder in which no update was made."""
-        if self.step == 0 and not self.checkpoints.steps():
+        if self.leads and self.step == 0 and not self.checkpoints.steps():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- State ------------------------------------------------------------------------------------------------------
@@ -261,7 +293,7 @@ class _Trainer:
 
     def _save(self) -> None:
         """Begins to write a checkpoint of this step, unless it is there."""
-        if self.saved == self.step:
+        if self.saved == self.step or not self.leads:
             return
         began = time.perf_counter()
         self.checkpoints.wait()
@@ -298,8 +330,9 @@ class _Trainer:
         every, pause = steps_or_seconds(c.save_every)
         end = began + seconds(c.max_time) if c.max_time else math.inf
         interrupt: KeyboardInterrupt | None = None
+        over = False
         with Signals() as signals:
-            while self.step < c.max_steps and time.monotonic() < end:
+            while self.step < c.max_steps and not over:
                 numbers = self._update()
                 if numbers is None:
                     continue
@@ -315,8 +348,12 @@ class _Trainer:
                 )
                 if due and not last:
                     self._save()
-                if signals.first and interrupt is None:
-                    interrupt = Stopped(signals.first, step, self.folder)
+                # Signals and clocks differ between processes; all go by the first that has something.
+                mine = (signals.first or (signal.SIGINT if interrupt else 0), time.monotonic() >= end)
+                told, late = zip(*self.comm.gather(mine), strict=True)
+                over = any(late)
+                if any(told) and interrupt is None:
+                    interrupt = Stopped(next(filter(None, told)), step, self.folder)
                 if interrupt is not None:
                     self._save()
                     self.checkpoints.wait()
@@ -326,8 +363,10 @@ class _Trainer:
             self._save()
             self.checkpoints.wait()
             if c.load_best_model_at_end and self.best_step not in (0, self.step):
+                share(self.comm, lambda: None)  # the checkpoint is on disk
                 self.checkpoints.load(self.best_step, self.model)
-                self.model.save(self.folder)
+                if self.leads:
+                    self.model.save(self.folder)
                 valid_loss = self.best
         train_loss = statistics.fmean(self.recent) if self.recent else math.nan
         run = Run(self.folder, self.model, self.step, train_loss, valid_loss, self.seconds)
@@ -349,7 +388,7 @@ class _Trainer:
         if self.step in self.left_out:
             self.step += 1
             return None
-        logged = bool(c.log_every) and (self.step + 1) % c.log_every == 0
+        logged = self.leads and bool(c.log_every) and (self.step + 1) % c.log_every == 0
         before = self.ratio.weights() if logged else {}
         numbers = self._compute(self.step)
         loss, norm = numbers["loss"], numbers["grad_norm"]
@@ -384,9 +423,13 @@ class _Trainer:
             "grad_norm": repr(norm),
             "left_out": sorted(self.left_out),
         }
-        write_json(self.folder / "nonfinite.json", numbers)
-        self.checkpoints.wait()
-        step, _ = self.checkpoints.newest()
+
+        def newest() -> int | None:
+            write_json(self.folder / "nonfinite.json", numbers)
+            self.checkpoints.wait()
+            return self.checkpoints.newest()[0]
+
+        step = share(self.comm, newest)
         what = f"step {bad + 1}: the loss is {loss} and the gradient norm {norm}"
         if self.config.on_nonfinite == "stop" or step is None or self.rollbacks == MOST_ROLLBACKS:
             raise NonFiniteError(
@@ -412,20 +455,29 @@ class _Trainer:
             settings=c.lr_scheduler_kwargs,
         )
         parts = c.gradient_accumulation_steps
-        batches = [self.batches.ready(step * parts + i) for i in range(parts)]
+        # Batch i is that of process i modulo their number.
+        mine = range(step * parts + self.comm.rank, (step + 1) * parts, self.comm.size)
+        batches = [self.batches.ready(i) for i in mine]
         loaded = time.perf_counter()
-        counts = _counts(batches)
+        counts = self._counts(batches)
         scales = {programs.SCALES[name]: 1.0 / counts[name] for name in self.losses}
-        losses = [self._run(batch, step * parts + i, scales, step, lr) for i, batch in enumerate(batches)]
-        out = losses[-1]
+        losses = []
+        for i, batch in zip(mine, batches, strict=True):
+            out = self._run(batch, i, scales, step, lr)
+            losses.append({name: float(out[name]) for name in self.losses})
+            if self.gradients:
+                self.gradients.add({n: out[f"grad.{n}"] for n in self.gradients.shapes})
+        if self.gradients:
+            for name, grad in self.gradients.take().items():
+                self.model.store.set(f"grad_sum.{name}", grad)
         if parts > 1:
             make = partial(programs.apply_step, self.model.family, self.optimizer)
             out = self.model.program(("apply_step",), make)(lr=lr, step=step + 1)
         ended = time.perf_counter()
         self.seconds += ended - began
-        tokens = sum(b.sizes.batch * b.sizes.tokens for b in batches)
+        tokens = sum(self.comm.gather(sum(b.sizes.batch * b.sizes.tokens for b in batches)))
         return {
-            "loss": sum(sum(float(o[name]) for o in losses) / counts[name] for name in self.losses),
+            "loss": sum(self._means(losses, counts).values()),
             "learning_rate": lr,
             "grad_norm": float(out["grad_norm"]),
             "tokens_per_s": tokens / (ended - began),
@@ -433,8 +485,21 @@ class _Trainer:
             "loader_wait_seconds": loaded - began,
         }
 
+    def _counts(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """How many labels each loss of all processes' batches is summed over, at least 1."""
+        mine = (sum(b.labels for b in batches), sum(b.sentence_labels for b in batches))
+        labels, sentences = map(sum, zip(*self.comm.gather(mine), strict=True))
+        return {"loss": max(1, labels), "sentence_loss": max(1, sentences)}
+
+    def _means(self, losses: list[dict[str, float]], counts: dict[str, int]) -> dict[str, float]:
+        """The means of summed losses, added over all processes' batches in the order of the batches."""
+        rounds = zip_longest(*self.comm.gather(losses))
+        every = [one for some in rounds for one in some if one is not None]
+        return {name: sum(one[name] for one in every) / counts[name] for name in self.losses}
+
     def _run(self, batch: Batch, draw: int, scales: dict[str, float], step: int, lr: float) -> dict[str, Any]:
-        """One forward and backward pass, with the update where it is the step's only one."""
+        """One forward and backward pass; with the update where it is the step's only one, and with the gradients as
+        outputs where there are other processes."""
         inputs: dict[str, Any] = {**self._arrays(batch), **scales}
         if self.config.gradient_accumulation_steps == 1:
             make = partial(
@@ -442,6 +507,15 @@ class _Trainer:
             )
             program = self.model.program(("train_step", batch.sizes), make)
             inputs |= {"lr": lr, "step": step + 1}
+        elif self.gradients:
+            make = partial(
+                programs.gradients,
+                self.model.family,
+                batch.sizes,
+                options=self.loss_options,
+                training=True,
+            )
+            program = self.model.program(("gradient_step", batch.sizes), make)
         else:
             make = partial(
                 programs.accumulate_step, self.model.family, batch.sizes, options=self.loss_options
@@ -466,17 +540,16 @@ class _Trainer:
 
     def _evaluate(self) -> float:
         """Measures the loss over the whole held-out text, always the same batches."""
-        totals, batches = dict.fromkeys(self.losses, 0.0), []
-        for i in range(self.evaluation.batches_per_pass):
+        losses, batches = [], []
+        for i in range(self.comm.rank, self.evaluation.batches_per_pass, self.comm.size):
             batch = self.evaluation.ready(i)
             make = partial(programs.evaluate, self.model.family, batch.sizes)
             run = self.model.program(("evaluate", batch.sizes), make)
             out = run(**self._arrays(batch))
-            for name in self.losses:
-                totals[name] += float(out[name])
+            losses.append({name: float(out[name]) for name in self.losses})
             batches.append(replace(batch, arrays={}))
-        counts = _counts(batches)
-        means = {name: totals[name] / counts[name] for name in self.losses}
+        counts = self._counts(batches)
+        means = self._means(losses, counts)
         loss = sum(means.values())
         numbers = {"step": self.step, "valid_loss": loss, "valid_labels": counts[self.losses[0]]}
         if len(means) > 1:
@@ -490,23 +563,21 @@ class _Trainer:
         return loss
 
 
-def _counts(batches: Sequence[Batch]) -> dict[str, int]:
-    """How many labels each loss of some batches is summed over, at least 1."""
-    return {
-        "loss": max(1, sum(b.labels for b in batches)),
-        "sentence_loss": max(1, sum(b.sentence_labels for b in batches)),
-    }
-
-
 class _Metrics:
     """``metrics.jsonl``, open for appending; what was logged after ``step``, by a process that is gone, is cut off."""
 
-    def __init__(self, path: Path, step: int, callbacks: Iterable[Callback]):
-        self.path, self.callbacks = path, list(callbacks)
+    def __init__(self, path: Path, step: int, callbacks: Iterable[Callback], leads: bool):
+        """
+        Args:
+            leads: whether this process writes.
+        """
+        self.path, self.callbacks, self.leads = path, list(callbacks), leads
         self.cut(step)
 
     def cut(self, step: int) -> None:
         """Removes the rows after a step."""
+        if not self.leads:
+            return
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
         self.measured = {row["step"] for row in rows if "valid_loss" in row}
         _core.write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -516,6 +587,8 @@ class _Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row; one that a resumed run measures once more is there already."""
+        if not self.leads:
+            return
         if "valid_loss" in row:
             if row["step"] in self.measured:
                 return
@@ -532,4 +605,5 @@ class _Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        if self.leads:
+            self.file.close()

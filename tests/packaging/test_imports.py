@@ -20,6 +20,7 @@ OPTIONAL = {
     ("starlette", "pyrformer.serve.app"),
     ("uvicorn", "pyrformer.serve.server"),
     ("llguidance", "pyrformer.grammar"),
+    ("mpi4py", "pyrformer.training.comm"),
 }
 
 

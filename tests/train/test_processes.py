@@ -1,0 +1,237 @@
+"""Training by several processes: the bits do not depend on how many, an end of one is the end of all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyrformer as pf
+from pyrformer.training.checkpoints import Checkpoints
+from pyrformer.training.comm import Alone, GradientSum
+
+BESIDE = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+MPIEXEC = BESIDE or shutil.which("mpiexec")
+pytestmark = pytest.mark.skipif(
+    MPIEXEC is None or find_spec("mpi4py") is None, reason="MPI is not installed: pip install pyrformer[mpi]"
+)
+
+TEXT = "the cat sat on the mat, and the dog lay by the door. " * 60
+#: Dropout is on, so that its draws are compared too.
+GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}
+BERT = {
+    "model_type": "bert",
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "ar": {"objective": "ar", "model": GPT2, "tokenizer": {"kind": "char"}},
+    "mlm": {"objective": "mlm", "model": BERT, "tokenizer": {"preset": "bert-uncased", "vocab_size": 80}},
+}
+SMALL = {"seq_len": 16, "batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 6, "warmup_steps": 1}
+
+#: Trains by the options in its argument; process 1 does what the second argument says before step 3.
+SCRIPT = """
+import json, os, pathlib, sys
+import pyrformer as pf
+from pyrformer import trainer
+from pyrformer.errors import Error
+rank = int(os.environ["PMI_RANK"])
+options, fault = json.loads(sys.argv[1]), sys.argv[2]
+compute = trainer._Trainer._compute
+def faulty(self, step):
+    place = pathlib.Path(options["out"], f"pid-{rank}")
+    if not place.exists():
+        place.with_suffix(".part").write_text(str(os.getpid()))
+        place.with_suffix(".part").rename(place)
+    if rank == 1 and step == 3 and fault:
+        eval(fault)
+    return compute(self, step)
+trainer._Trainer._compute = faulty
+try:
+    pf.train(pf.TrainConfig(**options))
+except Error as e:
+    print(f"{rank}: {e}", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def options(text: Path, out: Path, objective: str = "ar", **more: Any) -> dict[str, Any]:
+    small = {**SMALL, "log_every": 1, "seed": 3, "threads": 1, "eval_every": 3}
+    return {"files": [str(text)], "out": str(out), **small, **OBJECTIVES[objective], **more}
+
+
+def start(processes: int, given: dict[str, Any], fault: str = "") -> subprocess.Popen[str]:
+    command = [str(MPIEXEC), "-n", str(processes), sys.executable, "-c", SCRIPT, json.dumps(given), fault]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(processes: int, given: dict[str, Any], fault: str = "") -> tuple[int, str]:
+    with start(processes, given, fault) as job:
+        try:
+            _, errors = job.communicate(timeout=90)
+        finally:
+            job.kill()
+    return job.returncode, errors
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_two_and_four_processes_give_the_same_bits(text: Path, tmp_path: Path, objective: str) -> None:
+    folders = {n: tmp_path / f"run-{n}" for n in (1, 2, 4)}
+    pf.train(pf.TrainConfig(**options(text, folders[1], objective)))
+    for n in (2, 4):
+        assert run(n, options(text, folders[n], objective)) == (0, "")
+    assert weights(folders[2]) == weights(folders[4])
+    one, two, four = (rows(folders[n]) for n in (1, 2, 4))
+    for name in ("loss", "grad_norm", "valid_loss"):
+        want = [row[name] for row in one if name in row]
+        assert [row[name] for row in two if name in row] == [row[name] for row in four if name in row]
+        # One process adds to its sums inside its kernels, so it rounds elsewhere.
+        np.testing.assert_allclose([row[name] for row in two if name in row], want, rtol=1e-5)
+    # The first loss and the batches are the same to the bit: nothing has been summed up to then but losses.
+    assert one[0]["loss"] == two[0]["loss"]
+    assert len(one) == len(two)
+
+
+def test_a_run_goes_on_with_any_number_of_processes(text: Path, tmp_path: Path) -> None:
+    straight, even = tmp_path / "straight", {"lr_scheduler_type": "constant_with_warmup"}
+    assert run(2, options(text, straight, **even)) == (0, "")
+    half = tmp_path / "half"
+    assert run(2, options(text, half, max_steps=3, **even)) == (0, "")
+    for n in (1, 4):
+        again = Path(shutil.copytree(half, tmp_path / f"again-{n}"))
+        given = options(text, again, resume=True, **even)
+        if n == 1:
+            pf.train(pf.TrainConfig(**given))
+            mine, other = (pf.load(f).state_dict() for f in (again, straight))
+            for name in mine:
+                np.testing.assert_allclose(mine[name], other[name], rtol=1e-3, atol=1e-5)
+        else:
+            assert run(n, given) == (0, "")
+            assert weights(again) == weights(straight)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_all_and_leaves_a_good_checkpoint(
+    text: Path, tmp_path: Path, victim: int
+) -> None:
+    out = tmp_path / "run"
+    given = options(text, out, max_steps=100_000, save_every=5, eval_every=0, save_total_limit=2)
+    with start(2, given) as job:
+        try:
+            began = time.monotonic()
+            while not list(out.glob("checkpoint-*")) or len(list(out.glob("pid-?"))) < 2:
+                assert job.poll() is None
+                assert time.monotonic() - began < 60
+                time.sleep(0.02)
+            os.kill(int((out / f"pid-{victim}").read_text()), signal.SIGKILL)
+            began = time.monotonic()
+            job.communicate(timeout=20)
+            assert time.monotonic() - began < 10
+            assert job.returncode != 0
+        finally:
+            job.kill()
+    for path in out.glob("pid-?"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+    newest, skipped = Checkpoints(out, 0).newest()
+    assert newest
+    assert not skipped
+    assert run(2, {**given, "resume": True, "max_steps": newest + 2}) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("exec('raise Error(\"[test] no\")')", "process 1: [test] no"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_an_error_of_one_process_ends_all(text: Path, tmp_path: Path, fault: str, said: str) -> None:
+    began = time.monotonic()
+    code, errors = run(2, options(text, tmp_path / "run"), fault)
+    assert code != 0
+    assert said in errors
+    assert time.monotonic() - began < 40
+
+
+def test_an_error_of_all_is_told_by_all(text: Path, tmp_path: Path) -> None:
+    code, errors = run(3, options(text, tmp_path / "run"))
+    assert code == 2
+    assert errors.count("gradient_accumulation_steps (4) must be a multiple of 3") == 3
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    code, errors = run(2, options(text, tmp_path / "taken"))
+    assert code == 2
+    assert errors.count("give --resume to go on") == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_the_command_speaks_once_and_saves_on_a_signal(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code = "from pyrformer.cli import main; main()"
+    sizes = "--layers 1 --width 16 --heads 2 --seq-len 16 --batch-size 2 --gradient-accumulation-steps 2"
+    rest = (
+        f"--tokenizer char --max-steps 100000 --save-every 1000000 --log-every 1 --out {out} {sizes}".split()
+    )
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-c", code, "train", str(text), *rest]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as job:
+        try:
+            while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").stat().st_size:
+                assert job.poll() is None
+                time.sleep(0.02)
+            job.terminate()
+            said, _ = job.communicate(timeout=30)
+        finally:
+            job.kill()
+    assert said.count("interrupted after step") == 1
+    assert said.count("tokens to learn from") == 1
+    (step,) = (row["step"] for row in rows(out)[-1:])
+    newest, _ = Checkpoints(out, 0).newest()
+    assert newest == step
+
+
+def test_sums_are_those_of_the_arrays() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 5), "b": (), "c": (7,)}
+    total = GradientSum(Alone(), shapes)
+    for _ in range(2):
+        parts = [{n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()} for _ in range(3)]
+        for part in parts:
+            total.add(part)
+        for name, value in total.take().items():
+            np.testing.assert_array_equal(value, (parts[0][name] + parts[1][name]) + parts[2][name])
