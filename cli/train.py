@@ -63,12 +63,15 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
     """--family, --layers, --width, --heads under the family's own names."""
     asked_family = given.pop("family")
     family = asked_family or base.get("model_type") or DEFAULT_FAMILY.get(objective, "gpt2")
+    positions = given.pop("position_embedding_type")
     sizes = {key: given.pop(key) for key in ("layers", "width", "heads")}
     asked = {key: value for key, value in sizes.items() if value is not None}
     if asked and family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"[config] unknown family {family!r}; known families: {known}")
     model = {**base, **{FAMILIES[family][0].SIZES[key]: value for key, value in asked.items()}}
+    if positions is not None:
+        model["position_embedding_type"] = positions
     if asked or model or asked_family:
         model["model_type"] = family
     return model
@@ -97,6 +100,9 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--layers", type=int, help="Number of layers.")
 @click.option("--width", type=int, help="Width of the model.")
 @click.option("--heads", type=int, help="Number of attention heads.")
+@click.option(
+    "--position-embedding-type", help="rope, learned, sinusoidal, alibi, none: what the family knows."
+)
 @click.option(
     "--tokenizer", help="A tokenizer.json, a preset (gpt2, bert-uncased, …) or a kind (bpe, wordpiece, char)."
 )

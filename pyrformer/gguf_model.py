@@ -212,6 +212,9 @@ def save_gguf(model: Model, path: str | Path, dtype: str = "float16") -> None:
     if dtype not in KINDS:
         raise InputError(f"[gguf] dtype must be one of {', '.join(KINDS)}, got {dtype!r}")
     gpt2 = kind == "gpt2"
+    positions = model.config["position_embedding_type"]
+    if positions not in (("learned", "sinusoidal") if gpt2 else ("rope",)):
+        raise InputError(f"[gguf] a {kind} model with {positions!r} positions cannot be written")
     top, parts, layers = (GPT2_TOP, GPT2, "transformer.h.") if gpt2 else (LLAMA_TOP, LLAMA, "model.layers.")
     top_back, parts_back = {v: k for k, v in top.items()}, {v: k for k, v in parts.items()}
     config, tensors = model.config, {}

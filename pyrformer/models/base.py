@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from pyrformer.errors import ConfigError
 from pyrformer.fields import check_types
-from pyrformer.models.positions import Rope, rope, rope_parameters
-from pyrformer.nn import Embedding, Init, Linear, Module, Parameter, Tensor, Trace
+from pyrformer.models.positions import Rope, alibi_slopes, rope, rope_parameters, sinusoids
+from pyrformer.nn import Embedding, Init, Linear, Module, Parameter, Table, Tensor, Trace
 from pyrformer.nn import functional as F
 
 Ints = npt.NDArray[np.int32]
@@ -136,6 +136,16 @@ class ModelConfig:
         """Raises ConfigError unless the width divides into heads."""
         self.check_sizes(**{width_name: width, heads_name: heads})
         self.require(width % heads == 0, f"{width_name} ({width}) is not divisible by {heads_name} ({heads})")
+
+    def check_positions(self, kind: str, known: tuple[str, ...], width: int, head: int) -> None:
+        """Raises ConfigError unless ``kind`` is one of ``known`` and fits the widths of the model and of a head."""
+        self.require(kind in known, f"position_embedding_type must be one of {known}, got {kind!r}")
+        self.require(
+            kind != "rope" or head % 2 == 0, f"rotary positions need an even width of heads, got {head}"
+        )
+        self.require(
+            kind != "sinusoidal" or width % 2 == 0, f"sinusoidal positions need an even width, got {width}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +279,22 @@ class Positions:
 
     table: Tensor | None = None
     key_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Inputs, kind: str, heads: int, angles: Rope | None) -> Positions:
+        """Those of a ``position_embedding_type``: rotations by ``angles`` for "rope", a bias for "alibi"; else none."""
+        if kind == "rope" and angles is not None:
+            return cls(table=x.rope_table(angles))
+        if kind == "alibi":
+            return cls(key_bias=F.alibi_bias(x.key_positions, alibi_slopes(heads)))
+        return cls()
+
+
+def position_table(kind: str, rows: int, width: int, init: Init) -> Embedding | None:
+    """The table ``[rows, C]`` that embeddings add: learned ("learned", "absolute"), fixed ("sinusoidal") or none."""
+    if kind == "sinusoidal":
+        return Embedding(rows, width, Table(sinusoids(rows, width)), trainable=False)
+    return Embedding(rows, width, init) if kind in ("learned", "absolute") else None
 
 
 class Family(Module):

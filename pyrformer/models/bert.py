@@ -17,14 +17,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyrformer.errors import InputError
-from pyrformer.models.base import Family, Inputs, ModelConfig
+from pyrformer.models.base import Family, Inputs, ModelConfig, Positions, position_table
+from pyrformer.models.positions import rope
 from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
+
+#: What a model may know of positions: a learned table (BERT's own), sinusoids, rotations, or nothing.
+POSITIONS = ("absolute", "sinusoidal", "rope", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(ModelConfig):
-    """Hugging Face's ``BertConfig``."""
+    """Hugging Face's ``BertConfig``; of ``position_embedding_type`` the ``POSITIONS``, of which it knows the first."""
 
     model_type: ClassVar[str] = "bert"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = (
@@ -47,6 +51,7 @@ class BertConfig(ModelConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     classifier_dropout: float | None = None
+    position_embedding_type: str = "absolute"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +67,8 @@ class BertConfig(ModelConfig):
             attention_probs_dropout_prob=self.attention_probs_dropout_prob,
         )
         self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        head = self.hidden_size // self.num_attention_heads
+        self.check_positions(self.position_embedding_type, POSITIONS, self.hidden_size, head)
 
 
 class Embeddings(Module):
@@ -69,7 +76,8 @@ class Embeddings(Module):
 
     def __init__(self, c: BertConfig, init: Normal):
         self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, init)
-        self.position_embeddings = Embedding(c.max_position_embeddings, c.hidden_size, init)
+        kind, rows = c.position_embedding_type, c.max_position_embeddings
+        self.position_embeddings = position_table(kind, rows, c.hidden_size, init)
         self.token_type_embeddings = Embedding(c.type_vocab_size, c.hidden_size, init)
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps)
         self._dropout = c.hidden_dropout_prob
@@ -78,7 +86,9 @@ class Embeddings(Module):
         if x.token_type_ids is None:
             raise InputError("[bert] token_type_ids are needed")
         types = self.token_type_embeddings(x.token_type_ids)
-        h = self.word_embeddings(x.input_ids) + types + self.position_embeddings(x.position_ids)
+        h = self.word_embeddings(x.input_ids) + types
+        if self.position_embeddings is not None:
+            h = h + self.position_embeddings(x.position_ids)
         return F.dropout(self.LayerNorm(h), self._dropout)
 
 
@@ -90,11 +100,14 @@ class SelfAttention(Module):
         self.key = Linear(c.hidden_size, c.hidden_size, init)
         self.value = Linear(c.hidden_size, c.hidden_size, init)
         self._layer, self._dropout = layer, c.attention_probs_dropout_prob
-        heads = c.num_attention_heads
+        self._heads = heads = c.num_attention_heads
         self._spec = F.attention_spec(heads, heads, c.hidden_size // heads, causal=False)
 
-    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
-        return x.attend(self._layer, self.query(h), self.key(h), self.value(h), self._spec, self._dropout)
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
+        q, k, v = self.query(h), self.key(h), self.value(h)
+        if at.table is not None:
+            q, k = (F.rope(y, at.table, self._heads) for y in (q, k))
+        return x.attend(self._layer, q, k, v, self._spec, self._dropout)
 
 
 class Output(Module):
@@ -115,8 +128,8 @@ class AttentionBlock(Module):
         self.self = SelfAttention(c, layer, init)
         self.output = Output(c, c.hidden_size, init)
 
-    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
-        return self.output(self.self(h, x), h)
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
+        return self.output(self.self(h, x, at), h)
 
 
 class Intermediate(Module):
@@ -134,9 +147,9 @@ class Layer(Module):
         self.intermediate = Intermediate(c, init)
         self.output = Output(c, c.intermediate_size, init)
 
-    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         with h.trace.scope("attention"):
-            h = self.attention(h, x)
+            h = self.attention(h, x, at)
         with h.trace.scope("mlp"):
             return self.output(self.intermediate(h), h)
 
@@ -163,14 +176,20 @@ class BertModel(Module):
         self.embeddings = Embeddings(c, init)
         self.encoder = Encoder(c, init)
         self.pooler = Pooler(c, init) if pooler else None
+        self._c = c
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         """Embeddings, then each layer's result."""
         with x.trace.scope("embeddings"):
             states = [self.embeddings(x)]
+            c, kind, angles = self._c, self._c.position_embedding_type, None
+            if kind == "rope":
+                head, most = c.hidden_size // c.num_attention_heads, c.max_position_embeddings
+                angles = rope({}, head, most, x.length, c.model_type)
+            at = Positions.of(x, kind, c.num_attention_heads, angles)
         for i, layer in enumerate(self.encoder.layer):
             with x.trace.scope(f"layer.{i}"):
-                states.append(layer(states[-1], x))
+                states.append(layer(states[-1], x, at))
         return states
 
 

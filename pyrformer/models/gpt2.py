@@ -16,8 +16,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import CausalLM, Inputs, ModelConfig, Positions
-from pyrformer.models.positions import alibi_slopes, rope, sinusoids
+from pyrformer.models.base import CausalLM, Inputs, ModelConfig, Positions, position_table
+from pyrformer.models.positions import rope
 from pyrformer.nn import (
     Conv1D,
     Embedding,
@@ -25,7 +25,6 @@ from pyrformer.nn import (
     LayerNorm,
     Module,
     Normal,
-    Table,
     Tensor,
 )
 from pyrformer.nn import functional as F
@@ -73,18 +72,8 @@ class GPT2Config(ModelConfig):
         self.check_probabilities(
             resid_pdrop=self.resid_pdrop, embd_pdrop=self.embd_pdrop, attn_pdrop=self.attn_pdrop
         )
-        self.require(
-            self.position_embedding_type in POSITIONS,
-            f"position_embedding_type must be one of {POSITIONS}, got {self.position_embedding_type!r}",
-        )
-        self.require(
-            self.position_embedding_type != "rope" or self.n_embd // self.n_head % 2 == 0,
-            f"rotary positions need an even width of heads, got {self.n_embd // self.n_head}",
-        )
-        self.require(
-            self.position_embedding_type != "sinusoidal" or self.n_embd % 2 == 0,
-            f"sinusoidal positions need an even n_embd, got {self.n_embd}",
-        )
+        kind, head = self.position_embedding_type, self.n_embd // self.n_head
+        self.check_positions(kind, POSITIONS, self.n_embd, head)
 
 
 class Attention(Module):
@@ -144,12 +133,8 @@ class Transformer(Module):
 
     def __init__(self, c: GPT2Config):
         std = Normal(c.initializer_range)
-        learned = c.position_embedding_type == "learned"
-        sines = c.position_embedding_type == "sinusoidal"
-        positions = Table(sinusoids(c.n_positions, c.n_embd)) if sines else std
         self.wte = Embedding(c.vocab_size, c.n_embd, std)
-        table = c.position_embedding_type in ("learned", "sinusoidal")
-        self.wpe = Embedding(c.n_positions, c.n_embd, positions, trainable=learned) if table else None
+        self.wpe = position_table(c.position_embedding_type, c.n_positions, c.n_embd, std)
         self.h = [Block(c, i) for i in range(c.n_layer)]
         self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon, bias=c.bias)
 
@@ -169,22 +154,17 @@ class GPT2(CausalLM):
             h = t.wte(x.input_ids)
             h = h if t.wpe is None else h + t.wpe(x.position_ids)
             states = [F.dropout(h, self.config.embd_pdrop)]
-            at = self._positions(x)
+            c = self.config
+            kind, angles = c.position_embedding_type, None
+            if kind == "rope":
+                angles = rope({}, c.n_embd // c.n_head, c.n_positions, x.length, c.model_type)
+            at = Positions.of(x, kind, c.n_head, angles)
         for i, block in enumerate(t.h):
             with trace.scope(f"h.{i}"):
                 states.append(block(states[-1], x, at))
         with trace.scope("ln_f"):
             states[-1] = t.ln_f(states[-1])
         return states
-
-    def _positions(self, x: Inputs) -> Positions:
-        c = self.config
-        if c.position_embedding_type == "rope":
-            angles = rope({}, c.n_embd // c.n_head, c.n_positions, x.length, c.model_type)
-            return Positions(table=x.rope_table(angles))
-        if c.position_embedding_type == "alibi":
-            return Positions(key_bias=F.alibi_bias(x.key_positions, alibi_slopes(c.n_head)))
-        return Positions()
 
     def absent_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         if self.config.bias:

@@ -18,14 +18,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import CausalLM, Inputs, RotaryConfig
+from pyrformer.models.base import CausalLM, Inputs, Positions, RotaryConfig, position_table
 from pyrformer.nn import Embedding, Linear, Module, Normal, RMSNorm, Tensor
 from pyrformer.nn import functional as F
+
+#: What a model may know of positions: rotations (LLaMA's own), a learned table, sinusoids, ALiBi, or nothing.
+POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(RotaryConfig):
-    """Hugging Face's ``LlamaConfig``."""
+    """Hugging Face's ``LlamaConfig``, and one of our own: ``position_embedding_type`` (one of ``POSITIONS``)."""
 
     model_type: ClassVar[str] = "llama"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM",)
@@ -53,6 +56,7 @@ class LlamaConfig(RotaryConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
+    position_embedding_type: str = "rope"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +79,9 @@ class LlamaConfig(RotaryConfig):
             num_key_value_heads=kv_heads,
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
         )
-        self.rope(1)
+        self.check_positions(self.position_embedding_type, POSITIONS, self.hidden_size, self.head_dim or 0)
+        if self.position_embedding_type == "rope":
+            self.rope(1)
 
     def rotary_width(self) -> int:
         return self.head_dim or 0
@@ -187,11 +193,12 @@ class Attention(Module):
             self._heads, self._kv_heads, self._d, causal=True, window=c.window(layer)
         )
 
-    def __call__(self, h: Tensor, x: Inputs, table: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         q, k = self._normed(q, self.q_norm, self._heads), self._normed(k, self.k_norm, self._kv_heads)
-        q, k = F.rope(q, table, self._heads), F.rope(k, table, self._kv_heads)
-        return self.o_proj(x.attend(self._layer, q, k, v, self._spec, self._dropout))
+        if at.table is not None:
+            q, k = F.rope(q, at.table, self._heads), F.rope(k, at.table, self._kv_heads)
+        return self.o_proj(x.attend(self._layer, q, k, v, self._spec, self._dropout, at.key_bias))
 
     def _normed(self, y: Tensor, norm: RMSNorm | None, heads: int) -> Tensor:
         if norm is None:
@@ -221,9 +228,9 @@ class Layer(Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def __call__(self, h: Tensor, x: Inputs, table: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         with h.trace.scope("attn"):
-            h = h + self.self_attn(self.input_layernorm(h), x, table)
+            h = h + self.self_attn(self.input_layernorm(h), x, at)
         with h.trace.scope("mlp"):
             return h + self.mlp(self.post_attention_layernorm(h))
 
@@ -233,6 +240,8 @@ class LlamaModel(Module):
 
     def __init__(self, c: LlamaConfig, init: Normal):
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, init)
+        kind, rows = c.position_embedding_type, c.max_position_embeddings
+        self.embed_positions = position_table(kind, rows, c.hidden_size, init)
         self.layers = [Layer(c, i, init) for i in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -249,11 +258,14 @@ class Llama(CausalLM):
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         with x.trace.scope("embed"):
-            states = [self.model.embed_tokens(x.input_ids)]
-            table = x.rope_table(self.config.rope(x.length))
+            c, m = self.config, self.model
+            h = m.embed_tokens(x.input_ids)
+            states = [h if m.embed_positions is None else h + m.embed_positions(x.position_ids)]
+            kind = c.position_embedding_type
+            at = Positions.of(x, kind, c.num_attention_heads, c.rope(x.length) if kind == "rope" else None)
         for i, layer in enumerate(self.model.layers):
             with x.trace.scope(f"layers.{i}"):
-                states.append(layer(states[-1], x, table))
+                states.append(layer(states[-1], x, at))
         with x.trace.scope("norm"):
             states[-1] = self.model.norm(states[-1])
         return states
