@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +321,9 @@ def _show(
 
     out = model.generate(prompt, **settings, output_steps=CANDIDATES)
     tokenizer = model.tokenizer
-    decode = ids_as_text if tokenizer is None else tokenizer.decode
+    decode = ids_as_text
+    if tokenizer is not None:
+        decode = partial(tokenizer.decode_after, tokenizer.encode(prompt).ids)
     tree = beam_tree(out, decode) if beams else None
     results = [moments(out, i, decode) for i in range(len(out.ids))] if probs else []
     if html_file is not None:

@@ -180,9 +180,13 @@ class Call:
         rows = len(self.ids) * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
         return Lockstep(model, self.ids, search, slots, rows, self.recorder)
 
-    def finish(self) -> list[Any]:
-        """The results, prompts in order."""
-        return [result for search in self.searches for result in search.finish()]
+    def finish(self) -> list[tuple[int, Any]]:
+        """The results, prompts in order, each with the number of its search."""
+        return [(n, result) for n, search in enumerate(self.searches) for result in search.finish()]
+
+    def prompt_of(self, number: int, result: Any) -> list[int]:
+        """The ids of the prompt that a result of search ``number`` continues."""
+        return self.ids[number if len(self.searches) > 1 else result["prompt"]]
 
 
 def ending(
@@ -201,7 +205,7 @@ def ending(
             return True
         if tokenizer is None:
             return False
-        text = tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+        text = tokenizer.decode_after(ids[:prompt], ids[prompt:])
         return any(stop in text for stop in stop_strings)
 
     return ends

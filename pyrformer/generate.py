@@ -24,7 +24,7 @@ class Generation(Columns):
     for readers of Arrow.
 
     Attributes:
-        texts: the new text, special tokens left out; empty strings without a tokenizer.
+        texts: what the new tokens add to the prompt, special ones left out; empty strings without a tokenizer.
         ids: the new tokens only, end token included.
         scores: Hugging Face's ``sequences_scores`` in beam search, None otherwise.
         token_logprobs: the model's own log-probability of each token, nats.
@@ -87,14 +87,15 @@ def generate(
     results = call.finish()
     tokenizer = model.tokenizer
     texts = [
-        "" if tokenizer is None else tokenizer.decode(r["ids"], skip_special_tokens=True) for r in results
+        "" if tokenizer is None else tokenizer.decode_after(call.prompt_of(n, r), r["ids"])
+        for n, r in results
     ]
     return Generation(
         texts,
-        [r["ids"] for r in results],
-        [r["score"] for r in results],
-        [r["token_logprobs"] for r in results],
-        [r["finish_reason"] for r in results],
+        [r["ids"] for _, r in results],
+        [r["score"] for _, r in results],
+        [r["token_logprobs"] for _, r in results],
+        [r["finish_reason"] for _, r in results],
         call.recorder.steps if call.recorder else [],
     )
 
@@ -118,6 +119,8 @@ def stream(
             "[stream] only one prompt with num_beams=1 and num_return_sequences=1 can be streamed"
         )
     pieces = model.require_tokenizer().stream_decoder(skip_special_tokens=True)
+    for token in call.ids[0]:
+        pieces.push(token)
     for emitted in call.run():
         for _, token, _ in emitted:
             piece = pieces.push(token)

@@ -185,6 +185,21 @@ class Tokenizer:
         """
         return self._core.decode([int(i) for i in ids], skip_special_tokens)
 
+    def decode_after(
+        self, before: Iterable[int], ids: Iterable[int], skip_special_tokens: bool = True
+    ) -> str:
+        """The text that ``ids`` add where they follow ``before``: with WordPiece and Unigram the space between the two
+        is part of it.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
+        pieces = self.stream_decoder(skip_special_tokens)
+        for i in before:
+            pieces.push(int(i))
+        text = "".join(pieces.push(int(i)) or "" for i in ids)
+        return text + (pieces.finish() or "")
+
     def stream_decoder(self, skip_special_tokens: bool = True) -> _core.StreamDecoder:
         """A decoder that takes one id at a time (``push``, then ``finish``) and never gives half a character."""
         return self._core.stream_decoder(skip_special_tokens)

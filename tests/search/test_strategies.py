@@ -241,3 +241,24 @@ def test_functions_of_the_caller_know_their_prompt(model: pf.Model) -> None:
 def test_lookup_proposes_what_followed_before(ids: list[int], most: int, drafted: list[int]) -> None:
     proposer: Any = Lookup(3, 2)
     assert [token for token, _ in proposer.propose(None, ids, most)] == drafted
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_prompt_and_text_make_the_whole(kind: str, model: pf.Model, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. don't, naïve café! " * 9, encoding="utf-8")
+    tokenizer = pf.Tokenizer.train([tmp_path / "text.txt"], kind=kind, vocab_size=290)
+    small = pf.Model.from_config({**model.config, "vocab_size": tokenizer.vocab_size, "eos_token_id": None})
+    small.tokenizer = tokenizer
+    prompts = ["the cat", "on the mat ."]
+    for options in (
+        {"do_sample": True, "num_return_sequences": 2},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+    ):
+        out = small.generate(prompts, max_new_tokens=12, **options)  # type: ignore[arg-type]
+        each = len(out.ids) // 2
+        for i, (text, ids) in enumerate(zip(out.texts, out.ids, strict=True)):
+            start = tokenizer.encode(prompts[i // each]).ids
+            assert tokenizer.decode(start) + text == tokenizer.decode([*start, *ids])
+    streamed = "".join(small.stream(prompts[0], max_new_tokens=12))
+    assert streamed == small.generate(prompts[0], max_new_tokens=12).texts[0]
