@@ -147,3 +147,12 @@ def test_a_stored_config(run: str, tmp_path: Path) -> None:
 )
 def test_contradictions_are_usage_errors(run: str, args: list[str], named: str) -> None:
     assert named in sample(run, *args, code=2).output
+
+
+def test_an_assistant_leaves_the_text_as_it_is(run: str, tmp_path: Path) -> None:
+    model = pf.load(run)
+    other = pf.Model.from_config(model.config, seed=9)
+    other.save(tmp_path / "other")
+    args = [run, "the ", "--greedy", "--max-new-tokens", 9, "--json"]
+    plain, helped = sample(*args).stdout, sample(*args, "--assistant-model", tmp_path / "other").stdout
+    assert json.loads(helped)["ids"] == json.loads(plain)["ids"]
