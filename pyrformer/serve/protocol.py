@@ -193,7 +193,8 @@ def read_completion(body: Any, model: Model, limits: Limits) -> CompletionReques
     """
     body = _check(body, COMPLETION, limits)
     if model.family.objective != "ar":
-        raise BadRequest("this model does not continue text; use /v1/embeddings", "model")
+        why = "keeps no cache" if model.family.objective == "plm" else "does not continue text"
+        raise BadRequest(f"this model {why}; use /v1/embeddings", "model")
     for name, default in DEFAULT_ONLY.items():
         if body.get(name, default) != default:
             raise BadRequest(f"{name} is not supported here", name)
