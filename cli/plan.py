@@ -7,7 +7,8 @@ import sys
 import click
 
 import pyrformer as pf
-from pyrformer.programs import AdamW, Sizes, decode_step, evaluate, forward, train_step
+from pyrformer.optimizers import AdamW
+from pyrformer.programs import Sizes, decode_step, evaluate, forward, train_step
 
 PROGRAMS = ["train_step", "forward", "evaluate", "decode_step"]
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
     return model
 
 
+def assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE, the value read as JSON where it is some."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.strip().rpartition("=")
+        if not equals or not name:
+            raise ConfigError(f"[config] give NAME=VALUE, got {text!r}")
+        try:
+            values[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            values[name] = value
+    return values
+
+
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path())
 @click.option("--out", type=click.Path(), help="The run folder to write.")
@@ -115,7 +130,21 @@ def model_options(given: dict[str, Any], base: dict[str, Any], objective: str) -
 @click.option("--min-learning-rate", type=float, help="Learning rate at the end.")
 @click.option("--warmup-steps", type=int, help="Updates until the peak.")
 @click.option("--lr-scheduler-type", help="cosine, linear, warmup_stable_decay, …")
+@click.option(
+    "--optimizer", "optim", help="adamw, sgd, rmsprop, adagrad, lion, adafactor, muon.  [default: adamw]"
+)
+@click.option("--optim-args", help="The optimizer's own arguments: momentum=0.9,nesterov=true")
 @click.option("--weight-decay", type=float, help="On matrices only.")
+@click.option(
+    "--weight-decay-group",
+    "weight_decay_groups",
+    multiple=True,
+    metavar="PATTERN=DECAY",
+    help="Decay of parameters by name; may be given again.",
+)
+@click.option("--ema-decay", type=float, help="Keep, measure and save a running average of the weights.")
+@click.option("--early-stopping-patience", type=int, help="Evaluations without a better loss until the end.")
+@click.option("--early-stopping-threshold", type=float, help="How much better the loss must be.")
 @click.option("--max-grad-norm", type=float, help="Bound on the gradient norm; 0: none.")
 @click.option("--label-smoothing-factor", type=float, help="Share of the target spread over all tokens.")
 @click.option("--z-loss", type=float, help="Factor of log² of the softmax's denominator, added to the loss.")
@@ -168,6 +197,13 @@ def command(files: tuple[str, ...], config_file: str | None, print_config: bool,
     rank = given.pop("lora")
     if rank is not None:
         options["lora"] = {**options.get("lora", {}), "r": rank}
+    for key, texts in (
+        ("optim_args", (given.pop("optim_args") or "").split(",")),
+        ("weight_decay_groups", given.pop("weight_decay_groups")),
+    ):
+        texts = [text for text in texts if text]
+        if texts:
+            options[key] = options.get(key, {}) | assignments(texts)
     for key in ("valid", "clean", "freeze"):
         given[key] = list(given[key]) or None
     options |= {key: value for key, value in given.items() if value is not None}

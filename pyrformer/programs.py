@@ -18,6 +18,7 @@ from pyrformer.errors import InputError
 from pyrformer.models.base import Cache, Family, Inputs
 from pyrformer.nn import Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
+from pyrformer.optimizers import Optimizer
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,6 @@ class Sizes:
 
 #: The input that scales each loss.
 SCALES = {"loss": "loss_scale", "sentence_loss": "sentence_scale"}
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """Hyper-parameters of the update; the learning rate is an input of the step.
-
-    ``weight_decay`` applies to parameters with two or more axes; ``max_grad_norm`` 0 means no clipping.
-    """
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -219,16 +206,16 @@ def gradients(
 
 
 def train_step(
-    model: Family, s: Sizes, optimizer: AdamW, dtype: str = "float32", options: LossOptions | None = None
+    model: Family, s: Sizes, optimizer: Optimizer, dtype: str = "float32", options: LossOptions | None = None
 ) -> Traced:
-    """One whole step: forward, loss, backward, global-norm clipping, AdamW.
+    """One whole step: forward, loss, backward, global-norm clipping, the optimizer's update.
 
-    Inputs besides the batch: ``loss_scale []``, ``lr []``, ``step int32[]`` (from 1), with dropout ``rng int32[4]``.
-    Outputs the summed ``loss []`` and ``grad_norm []``. States: parameters, moments ``adamw.m.<p>``, ``adamw.v.<p>``.
+    Inputs besides the batch: ``loss_scale []``, ``lr []``, those of the optimizer (``Optimizer.inputs``), with dropout
+    ``rng int32[4]``. Outputs the summed ``loss []`` and ``grad_norm []``. States: parameters, and the optimizer's.
     """
     trace = Trace(dtype, training=True)
     parameters, grads = _backward(trace, model, s, options)
-    _update(trace, parameters, grads, optimizer)
+    optimizer.update(trace, parameters, grads)
     return Traced("train_step", trace)
 
 
@@ -244,32 +231,16 @@ def accumulate_step(
     return Traced("accumulate_step", trace)
 
 
-def apply_step(model: Family, optimizer: AdamW, dtype: str = "float32") -> Traced:
+def apply_step(model: Family, optimizer: Optimizer, dtype: str = "float32") -> Traced:
     """The end of an accumulated step: clips and applies the states ``grad_sum.<parameter>`` and zeroes them. Outputs
     ``grad_norm []``."""
     trace = Trace(dtype)
     parameters = trainable(model)
     totals = [trace.state(f"grad_sum.{p.name}", p.shape) for p in parameters]
-    _update(trace, parameters, totals, optimizer)
+    optimizer.update(trace, parameters, totals)
     for total in totals:
         trace.update(total, trace.fill(0.0, total.shape))
     return Traced("apply_step", trace)
-
-
-def _update(trace: Trace, parameters: list[Parameter], grads: list[Tensor], o: AdamW) -> None:
-    lr, step = trace.input("lr", trace.dtype, ()), trace.input("step", "int32", ())
-    with trace.scope("optimizer"):
-        norm = F.global_norm(grads)
-        trace.output("grad_norm", norm)
-        clip = F.clip_factor(norm, o.max_grad_norm) if o.max_grad_norm > 0 else trace.fill(1.0)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            p = trace.parameter(parameter)
-            m, v = (trace.state(f"adamw.{kind}.{parameter.name}", parameter.shape) for kind in "mv")
-            decay = o.weight_decay if len(parameter.shape) >= 2 else 0.0
-            hyper = {"beta1": o.beta1, "beta2": o.beta2, "eps": o.eps, "weight_decay": decay}
-            new = F.adamw(p, grad, m, v, clip, lr, step, **hyper)
-            for state, value in zip((p, m, v), new, strict=True):
-                trace.update(state, value)
 
 
 def decode_step(

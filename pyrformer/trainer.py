@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -30,11 +31,12 @@ import numpy as np
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, read_json, save_config, write_json
+from pyrformer.compile import Compiled
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
 from pyrformer.models import build
-from pyrformer.programs import AdamW
+from pyrformer.optimizers import AVERAGES, STATES
 from pyrformer.schedules import learning_rate
 from pyrformer.tokenizers import Tokenizer
 from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_rows, read_state
@@ -131,13 +133,8 @@ class _Trainer:
             raise ConfigError(f"[train] seq_len ({seq_len}) is more than the model's {most} positions")
         self.seq_len = seq_len
         self.batches, self.evaluation, self.data = self.source.batches(seq_len)
-        self.optimizer = AdamW(
-            config.adam_beta1,
-            config.adam_beta2,
-            config.adam_epsilon,
-            config.weight_decay,
-            config.max_grad_norm,
-        )
+        self.optimizer = config.optimizer()
+        self._check_groups()
         self.loss_options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
         #: The losses whose means are added.
         self.losses = LOSSES.get(config.objective, ("loss",))
@@ -152,6 +149,9 @@ class _Trainer:
         self._set_state({})
         if before:
             self._restore(self.start)
+        elif config.ema_decay > 0:
+            for parameter in programs.trainable(self.model.family):
+                self.model.store.set(AVERAGES + parameter.name, self.model.store.get(parameter.name))
 
     # -- The run folder ---------------------------------------------------------------------------------------------
 
@@ -214,6 +214,14 @@ class _Trainer:
                 raise
             raise FileError(f"[train] {self.folder}: {e.strerror or e}") from None
 
+    def _check_groups(self) -> None:
+        names = [p.name for p in programs.trainable(self.model.family)]
+        for pattern in self.config.weight_decay_groups:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"[train] weight_decay_groups: no parameter matches {pattern!r}; the first is {names[0]!r}"
+                )
+
     def _create_folder(self) -> None:
         """Makes the folder of a new run appear at once, with all but weights and numbers."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -265,6 +273,7 @@ class _Trainer:
         self.recent: deque[float] = deque(state.get("recent", []), maxlen=100)
         self.best = math.inf if state.get("best") is None else float(state["best"])
         self.best_step = int(state.get("best_step", 0))
+        self.judged, self.patience_used = int(state.get("judged", 0)), int(state.get("patience_used", 0))
         self.left_out = set(state.get("left_out", []))
         watched = state.get("spikes", {})
         self.spikes = {name: Spikes(*watched.get(name, ())) for name in ("loss", "grad_norm")}
@@ -277,6 +286,8 @@ class _Trainer:
             "recent": list(self.recent),
             "best": self.best if self.best_step else None,
             "best_step": self.best_step,
+            "judged": self.judged,
+            "patience_used": self.patience_used,
             "left_out": sorted(self.left_out),
             "spikes": {name: [list(s.values), s.count] for name, s in self.spikes.items()},
         }
@@ -297,7 +308,7 @@ class _Trainer:
             return
         began = time.perf_counter()
         self.checkpoints.wait()
-        moments = [n for n, _, _ in self.model.store.types() if n.startswith("adamw.")]
+        moments = [n for n, _, _ in self.model.store.types() if n.startswith((STATES, AVERAGES))]
         snapshot = Snapshot(
             self.step,
             self.model.state_dict(),
@@ -332,7 +343,7 @@ class _Trainer:
         interrupt: KeyboardInterrupt | None = None
         over = False
         with Signals() as signals:
-            while self.step < c.max_steps and not over:
+            while self.step < c.max_steps and not over and not self._stalled():
                 numbers = self._update()
                 if numbers is None:
                     continue
@@ -365,9 +376,12 @@ class _Trainer:
             if c.load_best_model_at_end and self.best_step not in (0, self.step):
                 share(self.comm, lambda: None)  # the checkpoint is on disk
                 self.checkpoints.load(self.best_step, self.model)
+                self._exchange()
                 if self.leads:
                     self.model.save(self.folder)
                 valid_loss = self.best
+            else:
+                self._exchange()
         train_loss = statistics.fmean(self.recent) if self.recent else math.nan
         run = Run(self.folder, self.model, self.step, train_loss, valid_loss, self.seconds)
         self.on_event(
@@ -472,7 +486,8 @@ class _Trainer:
                 self.model.store.set(f"grad_sum.{name}", grad)
         if parts > 1:
             make = partial(programs.apply_step, self.model.family, self.optimizer)
-            out = self.model.program(("apply_step",), make)(lr=lr, step=step + 1)
+            program = self.model.program(("apply_step",), make)
+            out = program(lr=lr, **self._known(program, self.optimizer.inputs(step + 1)))
         ended = time.perf_counter()
         self.seconds += ended - began
         tokens = sum(self.comm.gather(sum(b.sizes.batch * b.sizes.tokens for b in batches)))
@@ -506,7 +521,7 @@ class _Trainer:
                 programs.train_step, self.model.family, batch.sizes, self.optimizer, options=self.loss_options
             )
             program = self.model.program(("train_step", batch.sizes), make)
-            inputs |= {"lr": lr, "step": step + 1}
+            inputs |= {"lr": lr, **self._known(program, self.optimizer.inputs(step + 1))}
         elif self.gradients:
             make = partial(
                 programs.gradients,
@@ -525,6 +540,12 @@ class _Trainer:
             inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)
         return program(**inputs)
 
+    @staticmethod
+    def _known(program: Compiled, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Those of the inputs that a program has: an optimizer of several rules may need none of one's."""
+        names = {name for name, _, _ in program.plan.inputs}
+        return {name: value for name, value in inputs.items() if name in names}
+
     def _arrays(self, batch: Batch) -> dict[str, Any]:
         """A batch's arrays as the family takes them: positions from its first row on, types only where it has some."""
         arrays = dict(batch.arrays)
@@ -541,6 +562,7 @@ class _Trainer:
     def _evaluate(self) -> float:
         """Measures the loss over the whole held-out text, always the same batches."""
         losses, batches = [], []
+        self._exchange()
         for i in range(self.comm.rank, self.evaluation.batches_per_pass, self.comm.size):
             batch = self.evaluation.ready(i)
             make = partial(programs.evaluate, self.model.family, batch.sizes)
@@ -548,6 +570,7 @@ class _Trainer:
             out = run(**self._arrays(batch))
             losses.append({name: float(out[name]) for name in self.losses})
             batches.append(replace(batch, arrays={}))
+        self._exchange()
         counts = self._counts(batches)
         means = self._means(losses, counts)
         loss = sum(means.values())
@@ -556,11 +579,38 @@ class _Trainer:
             numbers |= {f"valid_{name}": mean for name, mean in means.items() if name != "loss"}
         self.metrics.write(numbers)
         self.on_event("eval", numbers)
+        self._judge(loss)
         if loss < self.best:
             self.best, self.best_step = loss, self.step
             if self.config.load_best_model_at_end:
                 self._save()
         return loss
+
+    def _exchange(self) -> None:
+        """Exchanges the weights with their running average, if there is one."""
+        if self.config.ema_decay > 0:
+            store = self.model.store
+            for parameter in programs.trainable(self.model.family):
+                weights, average = store.get(parameter.name), store.get(AVERAGES + parameter.name)
+                store.set(parameter.name, average)
+                store.set(AVERAGES + parameter.name, weights)
+
+    def _judge(self, loss: float) -> None:
+        """Counts the evaluations, one every ``eval_every`` updates, since the loss was last lower than the best by more
+        than the threshold."""
+        c = self.config
+        if c.eval_every and self.step % c.eval_every == 0 and self.step > self.judged:
+            self.judged = self.step
+            better = self.best - loss > c.early_stopping_threshold
+            self.patience_used = 0 if better else self.patience_used + 1
+            if self._stalled():
+                what = (
+                    f"step {self.step}: no better held-out loss in {self.patience_used} evaluations; stopping"
+                )
+                self.on_event("note", {"what": what})
+
+    def _stalled(self) -> bool:
+        return 0 < self.config.early_stopping_patience <= self.patience_used
 
 
 class _Metrics:

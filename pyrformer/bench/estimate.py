@@ -21,7 +21,7 @@ from pyrformer.bench import work
 from pyrformer.bench.gpus import GPUS, Gpu
 from pyrformer.bench.train_step import MASKED, Shape
 from pyrformer.models import build
-from pyrformer.programs import AdamW
+from pyrformer.optimizers import AdamW
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -17,7 +17,7 @@ from pyrformer import programs
 from pyrformer.compile import Compiled
 from pyrformer.errors import InputError
 from pyrformer.model import Model
-from pyrformer.programs import AdamW
+from pyrformer.optimizers import AdamW
 
 FAMILIES = ("gpt2", "llama", "bert")
 #: The share of tokens that a masked model predicts.

@@ -61,6 +61,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed:
 NO_EPILOGUE = {"bias": False, "act": None, "keep_pre": False, "act_grad": None, "residual": False}
 
 
+def matmul(a: Tensor, b: Tensor, *, ta: bool = False, tb: bool = False) -> Tensor:
+    """``a·b`` of matrices, either of them transposed."""
+    return a.trace.apply({"matmul": {"ta": ta, "tb": tb, "epilogue": NO_EPILOGUE}}, a, b)[0]
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """√x of each element."""
+    return x.trace.apply({"unary": "sqrt"}, x)[0]
+
+
+def sign(x: Tensor) -> Tensor:
+    """−1, 0 or 1 for each element."""
+    return x.trace.apply({"unary": "sign"}, x)[0]
+
+
+def sum_to(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sums leading axes away until ``shape``, the last axes, is left."""
+    return x.trace.apply("sum_to", x, declared=(x.dtype, list(shape)))[0]
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalisation over the last axis of ``x [.., C]`` (Ba et al. 2016)."""
     operands = (x, weight) if bias is None else (x, weight, bias)

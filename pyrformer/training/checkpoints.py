@@ -32,6 +32,7 @@ from pyrformer.checkpoint import (
 from pyrformer.compile import Array
 from pyrformer.errors import Error, FileError
 from pyrformer.model import Model
+from pyrformer.optimizers import AVERAGES
 
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d{1,18})")
@@ -44,7 +45,7 @@ class Snapshot:
     Attributes:
         step: updates made.
         parameters: all parameters by name.
-        moments: the optimizer's states by name.
+        moments: the optimizer's states and running averages by name; the run folder's model holds the averages.
         state: further values for ``trainer_state.json``.
     """
 
@@ -157,7 +158,12 @@ class Checkpoints:
             try:
                 then()
                 # The run folder's model first: it is never older than the newest checkpoint.
-                save(model, self.folder, stored_tensors(model, snapshot.parameters))
+                averages = {
+                    name.removeprefix(AVERAGES): value
+                    for name, value in snapshot.moments.items()
+                    if name.startswith(AVERAGES)
+                }
+                save(model, self.folder, stored_tensors(model, snapshot.parameters | averages))
                 self._write(snapshot, model)
                 self._prune(best)
             except BaseException as e:

@@ -11,6 +11,7 @@ from typing import Any
 from pyrformer.errors import ConfigError
 from pyrformer.executors import DEVICES
 from pyrformer.fields import check_types
+from pyrformer.optimizers import Optimizer, make_optimizer
 from pyrformer.schedules import SCHEDULES, check_settings
 
 OBJECTIVES = ("ar", "prefix", "mlm", "mlm+nsp", "plm", "sentence")
@@ -40,8 +41,13 @@ class TrainConfig:
         max_steps: updates.
         learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: see
             :func:`pyrformer.schedules.learning_rate`.
-        adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW; decay applies to matrices only.
-        max_grad_norm: bound on the global gradient norm; 0: none.
+        optim: "adamw", "sgd", "rmsprop", "adagrad", "lion", "adafactor" or "muon"; see :mod:`pyrformer.optimizers`.
+        optim_args: the optimizer's own arguments.
+        adam_beta1, adam_beta2, adam_epsilon: of AdamW (also in Muon); Lion takes the betas.
+        weight_decay, weight_decay_groups, max_grad_norm, ema_decay: see :class:`pyrformer.optimizers.Optimizer`. With a
+            running average, that is what is evaluated and what the run folder's model holds.
+        early_stopping_patience: stop after so many evaluations without a lower held-out loss; 0: never.
+        early_stopping_threshold: how much lower it must be.
         label_smoothing_factor, z_loss: see :class:`pyrformer.programs.LossOptions`; the logged loss includes them.
         mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
         plm_probability, max_span_length: see :class:`pyrformer.supervised.PermutationBatches`.
@@ -81,11 +87,17 @@ class TrainConfig:
     warmup_steps: int = 100
     lr_scheduler_type: str = "cosine"
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    optim: str = "adamw"
+    optim_args: dict[str, Any] = field(default_factory=dict)
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.1
+    weight_decay_groups: dict[str, Any] = field(default_factory=dict)
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    early_stopping_patience: int = 0
+    early_stopping_threshold: float = 0.0
     label_smoothing_factor: float = 0.0
     z_loss: float = 0.0
     mlm_probability: float = 0.15
@@ -135,14 +147,22 @@ class TrainConfig:
             "eval_every",
             "log_every",
             "save_total_limit",
+            "early_stopping_patience",
             "seed",
             "threads",
         ):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "min_learning_rate", "weight_decay", "max_grad_norm", "z_loss"):
+        for name in (
+            "learning_rate",
+            "min_learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "z_loss",
+            "early_stopping_threshold",
+        ):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"{name} must be a number of 0 or more, got {value}")
-        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
         require(
             0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}"
@@ -152,11 +172,35 @@ class TrainConfig:
             self.on_nonfinite in ON_NONFINITE,
             f"on_nonfinite must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}",
         )
+        for pattern, decay in self.weight_decay_groups.items():
+            number = isinstance(decay, (int, float)) and not isinstance(decay, bool)
+            require(
+                number and 0 <= decay < math.inf,
+                f"the weight decay of {pattern!r} must be a number of 0 or more, got {decay!r}",
+            )
+        require(
+            self.early_stopping_patience == 0 or self.eval_every > 0,
+            "early_stopping_patience counts evaluations; set eval_every",
+        )
+        self.optimizer()
         check_settings(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         steps_or_seconds(self.save_every)
         if self.max_time:
             seconds(self.max_time)
         require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
+
+    def optimizer(self) -> Optimizer:
+        """The optimizer that ``optim`` names."""
+        return make_optimizer(
+            self.optim,
+            self.optim_args,
+            betas=(self.adam_beta1, self.adam_beta2),
+            eps=self.adam_epsilon,
+            weight_decay=self.weight_decay,
+            weight_decay_groups=self.weight_decay_groups,
+            max_grad_norm=self.max_grad_norm,
+            ema_decay=self.ema_decay,
+        )
 
     def comparable(self) -> dict[str, Any]:
         """What must not change between a run and its continuation."""
@@ -167,6 +211,7 @@ class TrainConfig:
 _FREE = (
     *("out", "overwrite", "resume", "device", "threads", "max_steps", "max_time", "eval_every", "log_every"),
     *("save_every", "save_total_limit", "load_best_model_at_end", "on_nonfinite"),
+    *("early_stopping_patience", "early_stopping_threshold"),
 )
 
 

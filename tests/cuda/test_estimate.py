@@ -19,7 +19,8 @@ from pyrformer.bench.gpus import GPUS
 from pyrformer.cli.bench import command
 from pyrformer.executors.program import Executor, Store
 from pyrformer.model import Model
-from pyrformer.programs import AdamW, Sizes, train_step
+from pyrformer.optimizers import AdamW
+from pyrformer.programs import Sizes, train_step
 
 B, T = 1, 80
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,8 @@ from pyrformer.models import build
 from pyrformer.models.base import Family
 from pyrformer.nn import Trace
 from pyrformer.nn import functional as F
-from pyrformer.programs import AdamW, Sizes, decode_step, evaluate, forward, gradients, train_step
+from pyrformer.optimizers import AdamW
+from pyrformer.programs import Sizes, decode_step, evaluate, forward, gradients, train_step
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -77,7 +78,7 @@ def test_plans_are_consistent(name: str, program: str) -> None:
     parameters = {parameter for parameter, _ in build(CONFIGS[name]).named_parameters()}
     if program == "train_step":
         assert parameters <= names
-        assert {n.removeprefix("adamw.m.") for n in names if n.startswith("adamw.m.")} <= parameters
+        assert {n.removeprefix("optimizer.m.") for n in names if n.startswith("optimizer.m.")} <= parameters
         assert {output for output, _, _ in plan.outputs} == {"loss", "grad_norm"}
     else:
         assert names <= parameters

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import pyrformer as pf
 from pyrformer import programs
-from pyrformer.programs import AdamW
+from pyrformer.optimizers import AdamW
 
 MODELS = {
     "bert_mlm": ["no_mask_no_types"],
@@ -111,7 +111,9 @@ def test_five_training_steps(fixtures: Path, name: str, accumulate: bool) -> Non
     trace = json.loads((folder / "expected.json").read_text())["training_trace"]
     tensors = load_file(folder / trace["file"])
     s = trace["settings"]
-    optimizer = AdamW(s["betas"][0], s["betas"][1], s["eps"], s["weight_decay"], s["clip"])
+    optimizer = AdamW(
+        s["betas"][0], s["betas"][1], s["eps"], weight_decay=s["weight_decay"], max_grad_norm=s["clip"]
+    )
     model = pf.load(folder)
     for step in range(s["steps"]):
         arrays = {k: tensors[f"step{step}.{k}"] for k in INPUTS if f"step{step}.{k}" in tensors}

@@ -17,6 +17,7 @@ import pytest
 
 import pyrformer as pf
 from pyrformer.errors import FileError, StateError
+from pyrformer.optimizers import AdamW
 
 TEXTS = ["the cat sat", "on the mat the king slept", "a cat", "the mat on the mat on the mat"]
 CONFIG = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -77,7 +78,7 @@ def trained(model: pf.Model) -> None:
     from pyrformer import programs
 
     sizes = programs.Sizes(1, 4)
-    make = partial(programs.train_step, model.family, sizes, programs.AdamW())
+    make = partial(programs.train_step, model.family, sizes, AdamW())
     model.program(("train_step", sizes), make)
 
 

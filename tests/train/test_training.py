@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import pyrformer as pf
 
@@ -128,6 +129,61 @@ def test_resumed_is_straight(text: Path, tmp_path: Path, objective: str, accumul
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (parts / "checkpoint-6" / name).read_bytes() == (straight / "checkpoint-6" / name).read_bytes()
     assert losses(parts) == losses(straight)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "rmsprop", "adagrad", "lion", "adafactor", "muon"])
+def test_every_optimizer_resumes_and_learns(text: Path, tmp_path: Path, optim: str) -> None:
+    """With a running average, whose weights are saved, measured and resumed with the rest."""
+    rate = {"sgd": 0.05, "adagrad": 0.05, "lion": 1e-3}.get(optim, 5e-3)
+    more = {"optim": optim, "learning_rate": rate, "ema_decay": 0.5, "max_steps": 12, "eval_every": 4}
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    run = train(text, straight, **more)
+    given = options(text, parts, **more)
+    with pytest.raises(KeyboardInterrupt):
+        pf.train(pf.TrainConfig(**given), Stop(5))
+    again = pf.train(pf.TrainConfig(**given, resume=True))
+    assert weights(parts) == weights(straight)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (parts / "checkpoint-12" / name).read_bytes() == (
+            straight / "checkpoint-12" / name
+        ).read_bytes()
+    assert losses(parts) == losses(straight)
+    assert again.valid_loss == run.valid_loss
+    assert losses(straight)[12] < losses(straight)[1]
+    # The run's model is the average: of the weights before and after the last update, of which it keeps half.
+    saved = load_file(straight / "model.safetensors")
+    last = load_file(straight / "checkpoint-12" / "model.safetensors")
+    average = load_file(straight / "checkpoint-12" / "optimizer.safetensors")
+    for name, value in saved.items():
+        assert np.array_equal(value, average[f"ema.{name}"])
+        assert np.array_equal(value, run.model.state_dict()[name])
+    assert any(not np.array_equal(value, last[name]) for name, value in saved.items())
+
+
+def test_the_best_average_is_kept(text: Path, tmp_path: Path) -> None:
+    more = {"ema_decay": 0.9, "load_best_model_at_end": True, "eval_every": 2, "learning_rate": 0.5}
+    run = train(text, tmp_path / "run", **more)
+    saved, model = load_file(tmp_path / "run" / "model.safetensors"), run.model.state_dict()
+    best = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text("utf-8"))[
+        "best_step"
+    ]
+    average = load_file(tmp_path / "run" / f"checkpoint-{best}" / "optimizer.safetensors")
+    assert all(np.array_equal(saved[n], average[f"ema.{n}"]) for n in saved)
+    assert all(np.array_equal(saved[n], model[n]) for n in saved)
+
+
+def test_early_stopping(text: Path, tmp_path: Path) -> None:
+    """No evaluation is better by 100 nats than the one before: the first counts from infinity, two more end it."""
+    more = {"max_steps": 40, "eval_every": 3, "early_stopping_patience": 2, "early_stopping_threshold": 100.0}
+    run = train(text, tmp_path / "run", **more)
+    assert run.steps == 9
+    again = train(text, tmp_path / "run", **more, resume=True)
+    assert again.steps == 9
+    given = options(text, tmp_path / "parts", **more)
+    with pytest.raises(KeyboardInterrupt):
+        pf.train(pf.TrainConfig(**given), Stop(7))
+    assert pf.train(pf.TrainConfig(**given, resume=True)).steps == 9
+    assert weights(tmp_path / "parts") == weights(tmp_path / "run")
 
 
 @pytest.mark.parametrize("objective", ["ar", "mlm"])

@@ -99,6 +99,9 @@ pub fn unary(f: Unary, x: f64) -> f64 {
         Unary::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
         Unary::Relu2 => x.max(0.0).powi(2),
         Unary::Mish => x * x.exp().ln_1p().tanh(),
+        Unary::Sqrt => x.sqrt(),
+        Unary::Sign if x == 0.0 => 0.0,
+        Unary::Sign => x.signum(),
     }
 }
 
@@ -136,6 +139,8 @@ pub fn unary_grad(f: Unary, x: f64) -> f64 {
             let t = x.exp().ln_1p().tanh();
             t + x * (1.0 - t * t) / (1.0 + (-x).exp())
         }
+        Unary::Sqrt => 0.5 / x.sqrt(),
+        Unary::Sign => 0.0,
     }
 }
 

@@ -113,12 +113,15 @@ fn differentiable() -> Vec<(String, Build)> {
         Unary::QuickGelu,
         Unary::Relu2,
         Unary::Mish,
+        Unary::Sqrt,
+        Unary::Sign,
     ];
     for f in unaries {
         add(
             f.name(),
             case(move |c| {
-                let x = c.float_in("x", &[3, 37], -4.0, 4.0);
+                let low = if f == Unary::Sqrt { 0.1 } else { -4.0 };
+                let x = c.float_in("x", &[3, 37], low, 4.0);
                 c.op1(Op::Unary(f), &[x])
             }),
         );

@@ -129,6 +129,7 @@ fn function(f: Option<Unary>) -> Result<Arg, String> {
         Some(Unary::QuickGelu) => 8,
         Some(Unary::Relu2) => 9,
         Some(Unary::Mish) => 10,
+        Some(Unary::Sqrt | Unary::Sign) => return Err("it has no kernel".to_owned()),
         Some(Unary::Scale(_)) => return Err("the product's epilogue does not scale".to_owned()),
     };
     Ok(number.into())
@@ -234,6 +235,7 @@ impl Recorder<'_> {
             Op::ScatterAdd { rows } => self.scatter_add(*rows),
             Op::Unary(Unary::Scale(s)) => self.scale(*s, self.x(0)),
             Op::UnaryGrad(Unary::Scale(s)) => self.scale(*s, self.x(1)),
+            Op::Unary(Unary::Sqrt | Unary::Sign) => return Err("it has no kernel".to_owned()),
             Op::Unary(f) => {
                 let [x, y] = flat([self.x(0), self.y(0)]);
                 let args = args![x, y, y.rows, y.cols, x.ld, y.ld];

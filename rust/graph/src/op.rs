@@ -35,6 +35,10 @@ pub enum Unary {
     Relu2,
     /// x · tanh(ln(1 + eˣ)). Source: Misra 2019.
     Mish,
+    /// √x.
+    Sqrt,
+    /// −1, 0 or 1.
+    Sign,
 }
 
 impl Unary {
@@ -53,6 +57,8 @@ impl Unary {
             Self::QuickGelu => "quick_gelu",
             Self::Relu2 => "relu2",
             Self::Mish => "mish",
+            Self::Sqrt => "sqrt",
+            Self::Sign => "sign",
         }
     }
 }

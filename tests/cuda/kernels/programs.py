@@ -9,8 +9,8 @@ import numpy as np
 
 from pyrformer.compile import Traced
 from pyrformer.model import Model
+from pyrformer.optimizers import AdamW
 from pyrformer.programs import (
-    AdamW,
     Sizes,
     accumulate_step,
     apply_step,

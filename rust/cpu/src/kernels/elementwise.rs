@@ -42,6 +42,18 @@ fn mish_gate<T: Real>(x: T) -> T {
     n / (n + T::from_f64(2.0))
 }
 
+/// −1, 0 or 1; what is no number stays none.
+#[inline(always)]
+fn sign<T: Real>(x: T) -> T {
+    if x > T::ZERO {
+        T::ONE
+    } else if x < T::ZERO {
+        -T::ONE
+    } else {
+        x
+    }
+}
+
 /// The slope inside QuickGELU's sigmoid.
 const QUICK: f64 = 1.702;
 
@@ -73,6 +85,8 @@ simd_fn! {
                 r * r
             }),
             Unary::Mish => map(x, y, |x| x * mish_gate(x)),
+            Unary::Sqrt => map(x, y, |x| x.sqrt()),
+            Unary::Sign => map(x, y, |x| sign(x)),
         }
     }
 }
@@ -134,6 +148,8 @@ simd_fn! {
                 let g = mish_gate(x);
                 g + x * (T::ONE - g * g) * sigmoid(x)
             }),
+            Unary::Sqrt => times(x, dy, |x| half / x.sqrt()),
+            Unary::Sign => times(x, dy, |_| T::ZERO),
         }
     }
 }
