@@ -16,6 +16,7 @@ from pyrformer import _core
 from pyrformer.errors import FileError, InputError
 from pyrformer.finetune import merged
 from pyrformer.gguf import Gguf
+from pyrformer.gguf_layouts import POOLER
 from pyrformer.gguf_model import config_of, tensor_names, tensor_of
 from pyrformer.model import Model
 from pyrformer.models import build
@@ -70,7 +71,7 @@ def load(
 
     Args:
         folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64; or a GGUF file, see
-            :mod:`pyrformer.gguf_model`.
+            :mod:`pyrformer.gguf_layouts`.
         device: "cpu", or "cuda" for an NVIDIA GPU (`pip install pyrformer[cuda13]`).
         dtype: "float32" (the default) or "float64", for computing.
         threads: how many to use; default: ``PYRFORMER_NUM_THREADS``, or all the machine has.
@@ -125,6 +126,9 @@ def _load_gguf(path: Path, dtype: str, threads: int | None, device: str, origin:
         tokenizer = Tokenizer.load(path)
     model = Model(family, tokenizer, dtype, threads, device=device, origin=origin)
     for name, parameter in family.named_parameters():
+        if name not in names and name.startswith(POOLER):
+            model.store.set(name, np.zeros(parameter.shape, dtype))
+            continue
         if name not in names:
             raise FileError(f"[load] {path} has no tensor for {name!r}")
         value = tensor_of(file, name, names[name], config)

@@ -221,7 +221,7 @@ class Model:
             InputError: the dtype or the size, or, for GGUF, the family is not one that can be written.
         """
         if str(folder).endswith(".gguf"):
-            from pyrformer.gguf_model import save_gguf
+            from pyrformer.gguf_save import save_gguf
 
             save_gguf(self, folder, dtype or "float16")
             return

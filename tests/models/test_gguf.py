@@ -16,6 +16,7 @@ from pyrformer.errors import Error, FileError
 from pyrformer.gguf import BLOCKS, Gguf, write_gguf
 
 FAMILIES = ["llama", "llama_gqa_tied", "llama3_rope", "qwen2", "qwen3", "gpt2"]
+FAMILIES += ["falcon_7b_style", "falcon_40b_style", "gpt_neox"]
 
 
 def half(raw: bytes) -> float:
@@ -87,6 +88,56 @@ def test_q_and_k_are_turned(fixtures: Path, tmp_path: Path) -> None:
     d = model.config["head_dim"]
     assert np.array_equal(stored[1], ours[d // 2])
     assert np.array_equal(stored[d + 3], ours[d + 1 + d // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "groups"), [("falcon_7b_style", 4, 1), ("falcon_40b_style", 4, 2), ("gpt_neox", 4, 4)]
+)
+def test_queries_come_first(fixtures: Path, tmp_path: Path, name: str, heads: int, groups: int) -> None:
+    model = pf.load(fixtures / "models" / name)
+    model.save(tmp_path / "m.gguf", dtype="f32")
+    stored = Gguf(tmp_path / "m.gguf").tensor("blk.1.attn_qkv.weight")
+    ours = next(
+        v for n, v in model.state_dict().items() if "1.attention.query" in n or "1.self_attention.query" in n
+    )
+    d, each = len(ours) // (heads + 2 * groups), heads // groups
+    rows = ours.reshape(groups, each + 2, d, -1)
+    for group in range(groups):
+        for i in range(each):
+            at = (group * each + i) * d
+            assert np.array_equal(stored[at : at + d], rows[group, i])
+        for j in range(2):
+            at = (heads + j * groups + group) * d
+            assert np.array_equal(stored[at : at + d], rows[group, each + j])
+
+
+def test_bert_makes_the_same_vectors(tmp_path: Path) -> None:
+    text = "the cat sat on the mat. The dogs lay by the door, and all was well! " * 30
+    tokenizer = pf.Tokenizer.train(iter([text]), preset="bert-uncased", vocab_size=120)
+    config = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": tokenizer.vocab_size}
+    config |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = pf.Model.from_config({**config, "initializer_range": 0.3}, seed=2, tokenizer=tokenizer)
+    model.save(tmp_path / "m.gguf", dtype="float32")
+    file = Gguf(tmp_path / "m.gguf")
+    assert file.metadata["general.architecture"] == "bert"
+    assert file.metadata["bert.attention.causal"] is False
+    assert not [name for name in file.shapes if "pool" in name]
+    again = pf.load(tmp_path / "m.gguf")
+    texts = ["The cat sat.", "dogs, DOORS and mats!", "unknown ☃ things"]
+    assert again.tokenizer is not None
+    for sample in texts:
+        assert again.tokenizer.encode(sample).ids == tokenizer.encode(sample).ids
+    np.testing.assert_allclose(again.embed(texts), model.embed(texts), atol=1e-6)
+    model.save(tmp_path / "h.gguf")
+    assert set(Gguf(tmp_path / "h.gguf").metadata) >= {"bert.pooling_type", "bert.context_length"}
+    np.testing.assert_allclose(pf.load(tmp_path / "h.gguf").embed(texts), model.embed(texts), atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["falcon_rw_style", "bert_mlm", "xlnet", "opt"])
+def test_what_llama_cpp_lacks(fixtures: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(Error, match="cannot be written"):
+        pf.load(fixtures / "models" / name).save(tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trained_run_with_its_tokenizer(tmp_path: Path) -> None:
