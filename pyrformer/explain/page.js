@@ -212,7 +212,9 @@
     };
     const buttons = line($("places"), tokens, choose);
     buttons.forEach((button, i) => { button.disabled = !at.has(i); });
-    choose([...at.keys()][Math.floor(at.size / 2)]);
+    // Begin with what the text hides, if it hides anything, else in the middle.
+    const hidden = data.next ? undefined : data.predictions.find((p) => !p.actual)?.place;
+    choose(hidden ?? [...at.keys()][Math.floor(at.size / 2)]);
   };
   if (data.predictions.length) predictions();
 })();
