@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from pyrformer.serve.server import Settings
 
 #: Names of this machine to itself; without a key, requests to others are refused: a page in a browser may have had
 #: its own name point here (DNS rebinding).
-LOCAL = {"localhost", "127.0.0.1", "[::1]"}
+LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 #: Seconds in which a body must have come.
 BODY_SECONDS = 30.0
 
@@ -89,10 +90,7 @@ class Server:
         async def guarded(request: Request) -> Response:
             key = self.settings.api_key
             if key is None:
-                if (
-                    request.headers.get("host", "").rsplit(":", 1)[0] not in LOCAL
-                    and request.url.hostname != "::1"
-                ):
+                if not LOCAL.fullmatch(request.headers.get("host", "")):
                     raise _Body(
                         403, "only this machine may ask", "invalid_request_error", code="forbidden_host"
                     )
@@ -142,7 +140,7 @@ class Server:
             await asyncio.wait_for(read(), BODY_SECONDS)
             # Texts are turned into ids in a thread, too: both take a while for a large body.
             return await asyncio.to_thread(json.loads, bytes(data))
-        except TimeoutError:
+        except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
             raise BadRequest(f"the body did not come within {BODY_SECONDS:g} seconds", status=408) from None
         except (ValueError, RecursionError) as e:
             if isinstance(e, BadRequest):
@@ -285,12 +283,17 @@ async def _next(inbox: asyncio.Queue[Any]) -> Any:
     return event
 
 
+def _told(body: dict[str, Any], status: int, headers: Any = None) -> Response:
+    """An error. It may quote half a surrogate pair, which only the escapes of JSON can say."""
+    return Response(json.dumps(body), status, headers, media_type="application/json")
+
+
 async def _on_refusal(_: Request, e: Exception) -> Response:
     if isinstance(e, _Body):
-        return JSONResponse(e.body, e.status_code, e.headers)
+        return _told(e.body, e.status_code, e.headers)
     status, detail = getattr(e, "status_code", 500), getattr(e, "detail", str(e))
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse(protocol.error_body(detail, kind), status)
+    return _told(protocol.error_body(detail, kind), status)
 
 
 async def _on_leave(_: Request, __: Exception) -> Response:
@@ -298,4 +301,4 @@ async def _on_leave(_: Request, __: Exception) -> Response:
 
 
 async def _on_fault(_: Request, __: Exception) -> Response:
-    return JSONResponse(protocol.error_body("internal error", "server_error"), 500)
+    return _told(protocol.error_body("internal error", "server_error"), 500)

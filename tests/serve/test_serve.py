@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pyrformer as pf
 from pyrformer.errors import InputError
@@ -26,6 +28,7 @@ from pyrformer.errors import InputError
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install pyrformer[serve]")
 pytest.importorskip("starlette", reason="starlette is not installed: pip install pyrformer[serve]")
 
+from pyrformer.serve import app, protocol  # noqa: E402
 from pyrformer.serve.app import Server  # noqa: E402
 from pyrformer.serve.server import Settings, is_local, serve  # noqa: E402
 
@@ -266,10 +269,71 @@ def test_bodies_that_are_no_requests(client: Client) -> None:
     assert client.ask("/v1/completions", b"\xff")[0] == 400
     assert client.ask("/v1/completions", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert client.ask("/v1/completions", b" " * (1 << 20) + b"{}")[0] == 413
+    for half in (b'{"prompt": "\\ud800"}', b'{"\\ud800": 1}', b'{"prompt": "a", "model": "\\ud800"}'):
+        assert client.ask("/v1/completions", half)[0] in (400, 404)
     status, answer = client.ask("/v1/nothing")
     assert (status, answer["error"]["type"]) == (404, "invalid_request_error")
     assert client.ask("/v1/completions")[0] == 405
     assert client.ask("/v1/models", headers={"Host": "evil.example"})[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:80", 200),
+        ("127.0.0.1", 200),
+        ("[::1]", 200),
+        ("[::1]:8000", 200),
+        ("localhost.evil.example", 403),
+        ("evil.example:80", 403),
+        ("[", 403),
+        ("", 403),
+    ],
+)
+def test_without_a_key_only_this_machine_is_answered(client: Client, host: str, status: int) -> None:
+    assert client.ask("/v1/models", headers={"Host": host})[0] == status
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=4)
+VALUES = st.recursive(
+    SCALARS,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=2), x, max_size=2),
+    max_leaves=6,
+)
+BODIES = st.dictionaries(
+    st.sampled_from(sorted(protocol.COMPLETION | protocol.EMBEDDING)), VALUES, max_size=6
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=BODIES, usual=st.booleans())
+def test_any_body_is_read_or_refused(
+    client: Client, model: pf.Model, body: dict[str, Any], usual: bool
+) -> None:
+    for read, first in (
+        (protocol.read_completion, {"prompt": "the cat", "max_tokens": 2}),
+        (protocol.read_embedding, {"input": "the cat"}),
+    ):
+        given_body = {**body, **first} if usual else body
+        with suppress(protocol.BadRequest):
+            found = read(given_body, model, client.server.limits)
+            if isinstance(found, protocol.CompletionRequest):
+                # What was read can be run, or the search refuses it with its own words.
+                status, answer = client.ask("/v1/completions", {**given_body, "stream": False})
+                assert status in (200, 400), answer
+
+
+def test_bodies_must_come_in_time(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    with closing(http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)) as connection:
+        connection.putrequest("POST", "/v1/completions")
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", "20")):
+            connection.putheader(name, value)
+        connection.endheaders()
+        connection.send(b'{"prompt":')
+        with connection.getresponse() as response:
+            assert response.status == 408
+            assert b"did not come within" in response.read()
 
 
 def slow(model: pf.Model, client: Client) -> None:
