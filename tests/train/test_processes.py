@@ -49,7 +49,8 @@ import json, os, pathlib, sys
 import pyrformer as pf
 from pyrformer import trainer
 from pyrformer.errors import Error
-rank = int(os.environ["PMI_RANK"])
+from pyrformer.training import comm
+rank, comm.PATIENCE = comm.launched_rank(), 1.0
 options, fault = json.loads(sys.argv[1]), sys.argv[2]
 compute = trainer._Trainer._compute
 def faulty(self, step):
