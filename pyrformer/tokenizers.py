@@ -155,6 +155,10 @@ class Tokenizer:
         """Writes a ``tokenizer.json`` that Hugging Face's library reads too."""
         self._core.save(Path(path))
 
+    def special_tokens(self) -> dict[str, str]:
+        """The tokens that have a role, by ``tokenizer_config.json``'s names: "bos_token", "eos_token", …"""
+        return {f"{role}_token": self.id_to_token(i) or "" for role, i in self._special.items()}
+
     def to_json(self) -> str:
         """The contents of ``tokenizer.json``."""
         return self._core.to_json()

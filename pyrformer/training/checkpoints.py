@@ -1,8 +1,9 @@
 """Checkpoints: written beside the training, whole or not at all, verified before anyone goes on from them.
 
 ``RUN/checkpoint-500`` holds ``model.safetensors`` (all parameters), ``optimizer.safetensors``, ``config.json``,
-``tokenizer.json``, ``trainer_state.json`` and ``manifest.json``: size and SHA-256 of each other file. It is built under
-a hidden name, flushed to disk, and renamed; a process that is killed leaves the checkpoints before it as they were.
+``tokenizer.json``, ``tokenizer_config.json``, ``trainer_state.json`` and ``manifest.json``: size and SHA-256 of each
+other file. It is built under a hidden name, flushed to disk, and renamed; a process that is killed leaves the
+checkpoints before it as they were.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 from pyrformer import _core
 from pyrformer.checkpoint import (
     CONFIG,
-    TOKENIZER,
     WEIGHTS,
     copy_into,
     digest,
     read_json,
     save,
+    save_tokenizer,
     stored_tensors,
     write_json,
 )
@@ -204,7 +205,7 @@ class Checkpoints:
             _core.write_safetensors(path / OPTIMIZER, snapshot.moments)
             write_json(path / CONFIG, model.config)
             if model.tokenizer is not None:
-                model.tokenizer.save(path / TOKENIZER)
+                save_tokenizer(model.tokenizer, path)
             write_json(path / STATE, {"step": snapshot.step, **snapshot.state})
             files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(path.iterdir())}
             write_json(path / MANIFEST, {"files": files})

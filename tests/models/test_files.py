@@ -190,6 +190,31 @@ def test_convert(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_roles_of_tokens_survive(tmp_path: Path) -> None:
+    """A folder may say, beside its tokenizer, that texts end with another token than the usual one."""
+    text = tmp_path / "t.txt"
+    text.write_text("the cat sat on the mat. " * 200)
+    tokenizer = pf.Tokenizer.train(
+        [text], kind="bpe", vocab_size=280, special_tokens=["<|endoftext|>", "<start>", "<stop>"]
+    )
+    model = pf.Model.from_config({**SMALL, "vocab_size": 280}, tokenizer=tokenizer)
+    model.save(tmp_path / "m")
+    roles = {"bos_token": "<start>", "eos_token": "<stop>", "pad_token": "<stop>"}
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(roles))
+    opened = pf.load(tmp_path / "m")
+    assert opened.tokenizer is not None
+    opened.save(tmp_path / "again")
+    again = pf.load(tmp_path / "again").tokenizer
+    assert again is not None
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(again, name) == getattr(opened.tokenizer, name) is not None
+    assert opened.tokenizer.eos_token_id == tokenizer.token_to_id("<stop>")
+    options: dict[str, Any] = {"files": [str(text)], "seq_len": 16, "init_from": str(tmp_path / "m")}
+    options |= {"out": str(tmp_path / "run"), "save_every": 1}
+    pf.train(pf.TrainConfig(**options, max_steps=1))
+    assert pf.train(pf.TrainConfig(**options, max_steps=2, resume=True)).steps == 2
+
+
 def test_a_run_begins_with_the_weights_of_a_folder(tmp_path: Path) -> None:
     """``init_from`` and ``--resume`` open weights without drawing any first."""
     text = tmp_path / "t.txt"

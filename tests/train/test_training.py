@@ -64,6 +64,7 @@ def test_run_folder(text: Path, tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
         "generation_config.json",
         "metrics.jsonl",
         "training.json",
