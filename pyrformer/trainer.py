@@ -1,9 +1,9 @@
 """Training: from text files to a run folder in Hugging Face's layout.
 
 A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json``,
-``generation_config.json`` (the model of the last checkpoint), ``training.json`` (all options), ``metrics.jsonl`` (a line
-per log step) and ``checkpoint-500`` … (all that is needed to go on; see :mod:`pyrformer.training.checkpoints`). The
-batch of a step is a pure function of (seed, step), so going on gives the bits that a straight run gives.
+``generation_config.json`` (the model of the last checkpoint), ``training.json`` (all options), ``metrics.jsonl`` (a
+line per log step) and ``checkpoint-500`` … (all that is needed to go on; see :mod:`pyrformer.training.checkpoints`).
+The batch of a step is a pure function of (seed, step), so going on gives the bits that a straight run gives.
 """
 
 from __future__ import annotations
