@@ -175,6 +175,10 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     help="When loss or gradient are no finite numbers.",
 )
 @click.option("--log-every", type=int, help="Updates between lines of metrics.jsonl.")
+@click.option(
+    "--recompute/--no-recompute", default=None, help="Trade time for memory: keep less for the backward pass."
+)
+@click.option("--memory", help="Recompute as few layers as keep the memory within this: 2GB.")
 @click.option("--seed", type=int, help="Seed of weights, order, masks and dropout.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute.  [default: cpu]")
 @click.option("--threads", type=int, help="Threads to use.")

@@ -91,6 +91,10 @@ class Graph:
         """The state takes this value at the end of a run."""
     def set_scope(self, scope: str) -> str:
         """Names the part of the model that the next nodes belong to; gives the name before."""
+    def layers(self) -> list[str]:
+        """The scopes of the layers that can be recomputed in the backward pass, in order."""
+    def recompute(self, count: int) -> Graph:
+        """The graph with the first ``count`` layers recomputed in the backward pass."""
     def optimise(self) -> Graph:
         """The graph after all passes."""
     def lower(self, target: str = "cpu") -> Plan:

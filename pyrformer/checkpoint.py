@@ -264,8 +264,8 @@ def save(
     save_config(model, folder, dtype)
 
 
-def parsed_size(size: int | str) -> int:
-    """Bytes of a size such as "5GB" (10⁹ bytes) or "500MiB" (2²⁰ bytes).
+def parsed_size(size: int | str, what: str = "[save] max_shard_size") -> int:
+    """Bytes of a size such as "5GB" (10⁹ bytes) or "500MiB" (2²⁰ bytes); ``what`` is named where it is none.
 
     Raises:
         InputError: it is no positive number of bytes.
@@ -275,7 +275,7 @@ def parsed_size(size: int | str) -> int:
     power = " kmgt".index(unit[:1] or " ")
     number = int(float(found[1]) * (1024 if unit.endswith("i") else 1000) ** power) if found else 0
     if number < 1:
-        raise InputError(f"[save] max_shard_size must be like '5GB' or a number of bytes, got {size!r}")
+        raise InputError(f"{what} must be like '5GB' or a number of bytes, got {size!r}")
     return number
 
 

@@ -7,13 +7,14 @@ compiled = lowered.compile(store)    # compiled(input_ids=…, …) -> {"loss": 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core, forks
+from pyrformer.errors import InputError
 from pyrformer.executors import AnyExecutor, AnyStore
 from pyrformer.nn import Trace
 
@@ -32,19 +33,48 @@ class Traced:
         """The graph before any pass; its text form is ``str(graph)``."""
         return self.trace.graph
 
-    def lower(self, device: str = "cpu") -> Lowered:
-        """Runs the passes and plans memory for "cpu" or "cuda"."""
+    def lower(self, device: str = "cpu", *, recompute: bool = False, memory: int = 0) -> Lowered:
+        """Runs the passes and plans memory for "cpu" or "cuda".
+
+        Args:
+            recompute: compute what the layers made again in the backward pass instead of keeping it.
+            memory: as ``recompute``, for the fewest layers with which states and work memory together take at most so
+                many bytes; 0: no bound.
+
+        Raises:
+            InputError: even with all layers recomputed it takes more memory.
+        """
         graph = self.trace.graph.optimise()
-        return Lowered(self.name, graph, graph.lower(device))
+        layers = len(graph.layers())
+        if recompute:
+            graph = graph.recompute(layers)
+        lowered = Lowered(self.name, graph, graph.lower(device))
+        for count in range(1, layers + 1):
+            if not memory or recompute or lowered.bytes <= memory:
+                break
+            changed = graph.recompute(count)
+            lowered = Lowered(self.name, changed, changed.lower(device), count)
+        if memory and lowered.bytes > memory:
+            raise InputError(
+                f"[memory] {self.name} takes {lowered.bytes / 1e6:,.0f} MB with {layers} layers recomputed, more than "
+                f"the {memory / 1e6:,.0f} MB allowed; lower batch_size or seq_len"
+            )
+        return replace(lowered, recomputed=layers) if recompute else lowered
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program after the passes, and its plan."""
+    """A program after the passes, and its plan; ``recomputed``: how many layers its backward pass computes again."""
 
     name: str
     graph: _core.Graph
     plan: _core.Plan
+    recomputed: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of states and work memory together: the predicted peak."""
+        return self.plan.state_bytes + self.plan.arena_bytes
 
     def _repr_html_(self) -> str:
         from pyrformer import display

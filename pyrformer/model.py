@@ -229,14 +229,17 @@ class Model:
 
         save(self, folder, dtype=dtype or "float32", max_shard_size=max_shard_size)
 
-    def program(self, key: tuple[Any, ...], trace: Callable[[], Traced]) -> Compiled:
-        """The compiled program of this key, made on first use."""
+    def program(
+        self, key: tuple[Any, ...], trace: Callable[[], Traced], *, recompute: bool = False, memory: int = 0
+    ) -> Compiled:
+        """The compiled program of this key, made on first use; options as of :meth:`pyrformer.compile.Traced.lower`."""
         with self._lock:
             if key not in self._programs:
                 traced = trace()
                 if not traced.trace.updated.isdisjoint(name for name, _ in self.family.named_parameters()):
                     self.origin = None
-                self._programs[key] = traced.lower(self.device).compile(self.store, self.threads)
+                lowered = traced.lower(self.device, recompute=recompute, memory=memory)
+                self._programs[key] = lowered.compile(self.store, self.threads)
             return self._programs[key]
 
     def family_changed(self) -> None:

@@ -30,8 +30,8 @@ import numpy as np
 
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
-from pyrformer.checkpoint import CONFIG, read_json, save_config, write_json
-from pyrformer.compile import Compiled
+from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, write_json
+from pyrformer.compile import Compiled, Traced
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
@@ -134,6 +134,8 @@ class _Trainer:
         self.seq_len = seq_len
         self.batches, self.evaluation, self.data = self.source.batches(seq_len)
         self.optimizer = config.optimizer()
+        #: How programs trade time for memory.
+        self.saving: dict[str, Any] = {}
         self._check_groups()
         self.loss_options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
         #: The losses whose means are added.
@@ -149,7 +151,8 @@ class _Trainer:
         self._set_state({})
         if before:
             self._restore(self.start)
-        elif config.ema_decay > 0:
+        self._predict()
+        if not before and config.ema_decay > 0:
             for parameter in programs.trainable(self.model.family):
                 self.model.store.set(AVERAGES + parameter.name, self.model.store.get(parameter.name))
 
@@ -516,29 +519,44 @@ class _Trainer:
         """One forward and backward pass; with the update where it is the step's only one, and with the gradients as
         outputs where there are other processes."""
         inputs: dict[str, Any] = {**self._arrays(batch), **scales}
+        program = self.model.program(("pass", batch.sizes), partial(self._pass, batch), **self.saving)
         if self.config.gradient_accumulation_steps == 1:
-            make = partial(
-                programs.train_step, self.model.family, batch.sizes, self.optimizer, options=self.loss_options
-            )
-            program = self.model.program(("train_step", batch.sizes), make)
             inputs |= {"lr": lr, **self._known(program, self.optimizer.inputs(step + 1))}
-        elif self.gradients:
-            make = partial(
-                programs.gradients,
-                self.model.family,
-                batch.sizes,
-                options=self.loss_options,
-                training=True,
-            )
-            program = self.model.program(("gradient_step", batch.sizes), make)
-        else:
-            make = partial(
-                programs.accumulate_step, self.model.family, batch.sizes, options=self.loss_options
-            )
-            program = self.model.program(("accumulate_step", batch.sizes), make)
         if any(name == "rng" for name, _, _ in program.plan.inputs):
             inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)
         return program(**inputs)
+
+    def _pass(self, batch: Batch) -> Traced:
+        """The program of one forward and backward pass."""
+        family, sizes, options = self.model.family, batch.sizes, self.loss_options
+        if self.config.gradient_accumulation_steps == 1:
+            return programs.train_step(family, sizes, self.optimizer, options=options)
+        if self.gradients:
+            return programs.gradients(family, sizes, options=options, training=True)
+        return programs.accumulate_step(family, sizes, options=options)
+
+    def _predict(self) -> None:
+        """Sets what is recomputed, and says what that saves and costs."""
+        c = self.config
+        if not c.recompute and not c.memory:
+            return
+        traced, apart = self._pass(self.batches.ready(self.step * c.gradient_accumulation_steps)), 0
+        plain = traced.lower(self.model.device)
+        if c.gradient_accumulation_steps > 1:
+            # The states of the update that follows are there, too, during the passes.
+            there = {name for name, _, _ in plain.plan.states}
+            apply = programs.apply_step(self.model.family, self.optimizer).lower(self.model.device).plan
+            apart = 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)
+        memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
+        self.saving = {"recompute": c.recompute, "memory": memory}
+        chosen = traced.lower(self.model.device, recompute=c.recompute, memory=memory)
+        more = chosen.plan.flops / max(1, plain.plan.flops) - 1.0
+        what = (
+            f"memory: {(chosen.bytes + apart) / 1e6:,.0f} MB predicted with {chosen.recomputed} of "
+            f"{len(plain.graph.layers())} layers recomputed, {(plain.bytes + apart) / 1e6:,.0f} MB without; "
+            f"{100 * more:.1f} % more arithmetic"
+        )
+        self.on_event("note", {"what": what})
 
     @staticmethod
     def _known(program: Compiled, inputs: dict[str, Any]) -> dict[str, Any]:

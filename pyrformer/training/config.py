@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from pyrformer.checkpoint import parsed_size
 from pyrformer.errors import ConfigError
 from pyrformer.executors import DEVICES
 from pyrformer.fields import check_types
@@ -61,6 +62,9 @@ class TrainConfig:
         max_time: stop after this time ("8h"), saved and resumable; "": none.
         on_nonfinite: at the first loss or gradient that is no finite number, "stop", or go back ("rollback") to the
             last checkpoint and leave out the update that led there.
+        recompute: compute what the layers made again in the backward pass instead of keeping it; the bits are the same.
+        memory: as ``recompute``, for the fewest layers with which weights, optimizer and an update's work memory stay
+            within a size such as "2GB"; "": no bound.
         seed: of weights, order, masks and dropout.
         device: "cpu" or "cuda".
         threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
@@ -116,6 +120,8 @@ class TrainConfig:
     load_best_model_at_end: bool = False
     max_time: str = ""
     on_nonfinite: str = "stop"
+    recompute: bool = False
+    memory: str = ""
     seed: int = 0
     device: str = "cpu"
     threads: int = 0
@@ -187,6 +193,8 @@ class TrainConfig:
         steps_or_seconds(self.save_every)
         if self.max_time:
             seconds(self.max_time)
+        if self.memory:
+            parsed_size(self.memory, "[train] memory")
         require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
 
     def optimizer(self) -> Optimizer:
@@ -211,7 +219,7 @@ class TrainConfig:
 _FREE = (
     *("out", "overwrite", "resume", "device", "threads", "max_steps", "max_time", "eval_every", "log_every"),
     *("save_every", "save_total_limit", "load_best_model_at_end", "on_nonfinite"),
-    *("early_stopping_patience", "early_stopping_threshold"),
+    *("early_stopping_patience", "early_stopping_threshold", "recompute", "memory"),
 )
 
 

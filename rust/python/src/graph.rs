@@ -7,6 +7,7 @@ use pyo3::types::PyDict;
 use pyrformer_cpu::{Cpu, CpuExecutor, simd, threads};
 use pyrformer_cuda::Cuda;
 use pyrformer_graph::autodiff::gradients;
+use pyrformer_graph::verify::verify;
 use pyrformer_graph::{DType, Op, Shape, Target, TensorType, ValueId, lower, passes};
 
 use crate::array::{Given, to_numpy};
@@ -126,6 +127,22 @@ impl Graph {
     fn optimise(&self, py: Python<'_>) -> PyResult<Self> {
         let graph = self.lock().clone();
         let graph = enter(py, move || passes::optimise(&graph))?;
+        Ok(Self { inner: Mutex::new(graph) })
+    }
+
+    /// The scopes of the layers that can be recomputed in the backward pass, in order.
+    fn layers(&self) -> Vec<String> {
+        passes::layers(&self.lock()).into_iter().map(str::to_owned).collect()
+    }
+
+    /// The graph with the first `count` layers recomputed in the backward pass.
+    fn recompute(&self, py: Python<'_>, count: usize) -> PyResult<Self> {
+        let graph = self.lock().clone();
+        let graph = enter(py, move || {
+            let graph = passes::recompute(&graph, count)?;
+            verify(&graph)?;
+            Ok::<_, pyrformer_graph::Error>(graph)
+        })?;
         Ok(Self { inner: Mutex::new(graph) })
     }
 

@@ -4,12 +4,14 @@ mod cse;
 mod dce;
 mod fold;
 mod fuse;
+mod recompute;
 mod share_loss;
 
 pub use cse::cse;
 pub use dce::dce;
 pub use fold::fold;
 pub use fuse::fuse;
+pub use recompute::{layers, recompute};
 pub use share_loss::share_loss;
 
 use crate::error::Result;
