@@ -92,6 +92,23 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def find(config: pf.TrainConfig, memory: str | None) -> None:
+    """Prints the largest batch that fits, or a table of learning rates and losses with a suggestion."""
+    from pyrformer.finders import find_batch_size, find_learning_rate
+
+    if memory:
+        rows, size = find_batch_size(config, memory)
+        click.echo(f"--batch-size {rows}: {size / 1e6:,.0f} MB predicted of {memory}")
+        return
+    search = find_learning_rate(config)
+    low, high = min(search.losses), max(search.losses)
+    click.echo("learning rate  loss")
+    for rate, loss in list(zip(search.rates, search.losses, strict=True))[::4]:
+        bar = "█" * round(40 * (loss - low) / (high - low or 1.0))
+        click.echo(f"{rate:13.2e}  {loss:7.4f} {bar}")
+    click.echo(f"the loss falls fastest at --learning-rate {search.suggestion:.2g}")
+
+
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path())
 @click.option("--out", type=click.Path(), help="The run folder to write.")
@@ -184,8 +201,19 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
 @click.option("--threads", type=int, help="Threads to use.")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the run in --out.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace the run in --out.")
+@click.option(
+    "--find-lr", is_flag=True, help="Try growing learning rates, show what the loss does, and stop."
+)
+@click.option("--find-batch-size", metavar="MEMORY", help="Say how many rows fit into 2GB, and stop.")
 @click.option("--print-config", is_flag=True, help="Print all options as JSON and stop.")
-def command(files: tuple[str, ...], config_file: str | None, print_config: bool, **given: Any) -> None:
+def command(
+    files: tuple[str, ...],
+    config_file: str | None,
+    print_config: bool,
+    find_lr: bool,
+    find_batch_size: str | None,
+    **given: Any,
+) -> None:
     """Train a model on text files.
 
     FILES are .txt (one document each), .jsonl, .csv, .tsv or .parquet (one a record), the first four also with .gz or
@@ -213,6 +241,8 @@ def command(files: tuple[str, ...], config_file: str | None, print_config: bool,
     options |= {key: value for key, value in given.items() if value is not None}
     if files:
         options["files"] = list(files)
+    if find_lr or find_batch_size:
+        options.setdefault("out", "run")
     for name in ("files", "out"):
         if not options.get(name):
             raise click.UsageError(
@@ -221,6 +251,9 @@ def command(files: tuple[str, ...], config_file: str | None, print_config: bool,
     config = pf.TrainConfig(**options)
     if print_config:
         click.echo(json.dumps(dataclasses.asdict(config), indent=2))
+        return
+    if find_lr or find_batch_size:
+        find(config, find_batch_size)
         return
     from pyrformer.training.comm import launched_rank
 

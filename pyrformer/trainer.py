@@ -31,7 +31,7 @@ import numpy as np
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, write_json
-from pyrformer.compile import Compiled, Traced
+from pyrformer.compile import Compiled, Lowered, Traced
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
@@ -105,10 +105,12 @@ def train(config: TrainConfig, on_event: Event | None = None, callbacks: Sequenc
     """
     comm = world()
     with comm.ending_together() if isinstance(comm, Mpi) else nullcontext():
-        return _Trainer(config, on_event or (lambda _kind, _numbers: None), callbacks, comm).run()
+        return Trainer(config, on_event or (lambda _kind, _numbers: None), callbacks, comm).run()
 
 
-class _Trainer:
+class Trainer:
+    """One run, or what comes before one; nothing is written until :meth:`run`."""
+
     def __init__(self, config: TrainConfig, on_event: Event, callbacks: Sequence[Callback], comm: Comm):
         self.comm, self.leads = comm, comm.rank == 0
         if config.gradient_accumulation_steps % comm.size:
@@ -407,7 +409,7 @@ class _Trainer:
             return None
         logged = self.leads and bool(c.log_every) and (self.step + 1) % c.log_every == 0
         before = self.ratio.weights() if logged else {}
-        numbers = self._compute(self.step)
+        numbers = self.compute(self.step, self._rate(self.step))
         loss, norm = numbers["loss"], numbers["grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._nonfinite(loss, norm)
@@ -459,10 +461,10 @@ class _Trainer:
         self.metrics.cut(step)
         self.on_event("note", {"what": f"{what}; back to step {step}, without update {bad + 1}"})
 
-    def _compute(self, step: int) -> dict[str, Any]:
-        """Runs the update of a step; its numbers."""
-        c, began = self.config, time.perf_counter()
-        lr = learning_rate(
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        c = self.config
+        return learning_rate(
             step,
             kind=c.lr_scheduler_type,
             peak=c.learning_rate,
@@ -471,6 +473,10 @@ class _Trainer:
             total_steps=c.max_steps,
             settings=c.lr_scheduler_kwargs,
         )
+
+    def compute(self, step: int, lr: float) -> dict[str, Any]:
+        """Runs the update of a step; its numbers."""
+        c, began = self.config, time.perf_counter()
         parts = c.gradient_accumulation_steps
         # Batch i is that of process i modulo their number.
         mine = range(step * parts + self.comm.rank, (step + 1) * parts, self.comm.size)
@@ -535,18 +541,31 @@ class _Trainer:
             return programs.gradients(family, sizes, options=options, training=True)
         return programs.accumulate_step(family, sizes, options=options)
 
+    def _apart(self, lowered: Lowered) -> int:
+        """Bytes of the states that a pass does not touch, but the update that follows: they are there, too."""
+        if self.config.gradient_accumulation_steps == 1:
+            return 0
+        there = {name for name, _, _ in lowered.plan.states}
+        apply = programs.apply_step(self.model.family, self.optimizer).lower(self.model.device).plan
+        return 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)
+
+    def predicted_bytes(self, rows: int) -> int:
+        """The memory that a pass over a batch of so many rows takes, states included."""
+        batch = self.batches.ready(0)
+        labelled = math.ceil(batch.sizes.labelled * rows / batch.sizes.batch)
+        sizes = replace(batch.sizes, batch=rows, labelled=labelled)
+        traced = self._pass(replace(batch, arrays={}, sizes=sizes))
+        lowered = traced.lower(self.model.device, recompute=self.config.recompute)
+        return lowered.bytes + self._apart(lowered)
+
     def _predict(self) -> None:
         """Sets what is recomputed, and says what that saves and costs."""
         c = self.config
         if not c.recompute and not c.memory:
             return
-        traced, apart = self._pass(self.batches.ready(self.step * c.gradient_accumulation_steps)), 0
+        traced = self._pass(self.batches.ready(self.step * c.gradient_accumulation_steps))
         plain = traced.lower(self.model.device)
-        if c.gradient_accumulation_steps > 1:
-            # The states of the update that follows are there, too, during the passes.
-            there = {name for name, _, _ in plain.plan.states}
-            apply = programs.apply_step(self.model.family, self.optimizer).lower(self.model.device).plan
-            apart = 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)
+        apart = self._apart(plain)
         memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
         self.saving = {"recompute": c.recompute, "memory": memory}
         chosen = traced.lower(self.model.device, recompute=c.recompute, memory=memory)

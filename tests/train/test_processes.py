@@ -52,16 +52,16 @@ from pyrformer.errors import Error
 from pyrformer.training import comm
 rank, comm.PATIENCE = comm.launched_rank(), 1.0
 options, fault = json.loads(sys.argv[1]), sys.argv[2]
-compute = trainer._Trainer._compute
-def faulty(self, step):
+compute = trainer.Trainer.compute
+def faulty(self, step, lr):
     place = pathlib.Path(options["out"], f"pid-{rank}")
     if not place.exists():
         place.with_suffix(".part").write_text(str(os.getpid()))
         place.with_suffix(".part").rename(place)
     if rank == 1 and step == 3 and fault:
         eval(fault)
-    return compute(self, step)
-trainer._Trainer._compute = faulty
+    return compute(self, step, lr)
+trainer.Trainer.compute = faulty
 try:
     pf.train(pf.TrainConfig(**options))
 except Error as e:
