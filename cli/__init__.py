@@ -26,6 +26,8 @@ COMMANDS = {
     "fill-mask": ("fill_mask", "Propose tokens for the masks in a text."),
     "plan": ("plan", "Print the compiled plan of a model."),
     "prepare": ("prepare", "Tokenize text once, for many runs."),
+    "report": ("report", "Write a page about runs: curves, options, machine."),
+    "runs": ("runs", "List runs."),
     "sample": ("sample", "Continue a text."),
     "score": ("score", "Print how probable texts are."),
     "serve": ("serve", "Serve a model over HTTP."),

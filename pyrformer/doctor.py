@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,14 +33,20 @@ class Finding:
         return asdict(self)
 
 
-def examine() -> list[Finding]:
-    """Looks at everything that computing depends on. Raises nothing: what fails is a finding."""
+def examine(devices: Sequence[str] = ("cpu", "cuda")) -> list[Finding]:
+    """Looks at everything that computing on devices depends on. Raises nothing: what fails is a finding."""
+    looks = {"cpu": _cpu, "cuda": _cuda}
     return [
         Finding("pyrformer", True, _core.__version__),
         Finding("python", True, f"{platform.python_version()}, NumPy {np.__version__}"),
-        _found("cpu", _cpu),
-        _found("cuda", _cuda),
+        *(_found(device, looks[device]) for device in devices),
     ]
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a run on a device depends on beside its options, by name; CUDA is looked at where it is used."""
+    found = examine(("cpu",) if device == "cpu" else ("cpu", device))
+    return {"system": platform.platform(), **{f.name: f.text for f in found}}
 
 
 def _found(name: str, look: Any) -> Finding:

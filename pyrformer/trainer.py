@@ -32,6 +32,7 @@ from pyrformer import _core, programs
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, write_json
 from pyrformer.compile import Compiled, Lowered, Traced
+from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
@@ -42,6 +43,7 @@ from pyrformer.tokenizers import Tokenizer
 from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_rows, read_state
 from pyrformer.training.comm import Comm, GradientSum, Mpi, share, world
 from pyrformer.training.config import OBJECTIVES, TrainConfig, seconds, steps_or_seconds
+from pyrformer.training.lock import hold
 from pyrformer.training.signals import Signals
 from pyrformer.training.source import Source
 from pyrformer.training.watch import Clock, Spikes, UpdateRatio, resident_bytes
@@ -210,8 +212,7 @@ class Trainer:
         try:
             if self.start:
                 self.checkpoints.clean()
-                facts = {**dataclasses.asdict(self.config), "data": self.data}
-                write_json(self.folder / "training.json", facts)
+                write_json(self.folder / "training.json", self._facts())
             else:
                 self._create_folder()
         except OSError as e:
@@ -227,6 +228,11 @@ class Trainer:
                     f"[train] weight_decay_groups: no parameter matches {pattern!r}; the first is {names[0]!r}"
                 )
 
+    def _facts(self) -> dict[str, Any]:
+        """What ``training.json`` holds: all options, the text, the machine."""
+        c = self.config
+        return {**dataclasses.asdict(c), "data": self.data, "environment": environment(c.device)}
+
     def _create_folder(self) -> None:
         """Makes the folder of a new run appear at once, with all but weights and numbers."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +246,7 @@ class Trainer:
         path = Path(directory.path or "")
         try:
             save_config(self.model, path)
-            write_json(path / "training.json", {**dataclasses.asdict(self.config), "data": self.data})
+            write_json(path / "training.json", self._facts())
             (path / "metrics.jsonl").touch()
             directory.commit(replace=True)
         finally:
@@ -671,6 +677,7 @@ class _Metrics:
         if hasattr(self, "file"):
             self.file.close()
         self.file: BinaryIO = self.path.open("ab", buffering=0)
+        hold(self.file)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row; one that a resumed run measures once more is there already."""
