@@ -89,7 +89,8 @@ class Estimate:
 
 def bars() -> dict[str, dict[str, Any]]:
     """Registers by architecture and shared memory of each kernel, as compiled: ``cuda/bars.toml``."""
-    return tomllib.loads(_core.cuda_bars())
+    found: dict[str, dict[str, Any]] = tomllib.loads(_core.cuda_bars())
+    return found
 
 
 def times(w: work.Work, gpu: Gpu) -> dict[str, float]:
