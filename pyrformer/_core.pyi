@@ -15,6 +15,7 @@ __all__ = [
     "AtomicDir",
     "CausalBatches",
     "Cleaner",
+    "Corpus",
     "Documents",
     "Executor",
     "Gguf",
@@ -36,6 +37,7 @@ __all__ = [
     "uniform",
     "write_file",
     "write_safetensors",
+    "write_shard",
 ]
 
 _DType = Literal["float32", "float64", "int32"]
