@@ -20,10 +20,11 @@ TOLERANCE = 2e-5
 
 
 def on_card(cpu: Model, card: Card) -> Model:
-    """The same model on a card."""
+    """The same model on a card, without the caches of generations, which each model names for itself."""
     store = Store(card)
     for name, _, _ in cpu.store.types():
-        store.set(name, cpu.store.get(name))
+        if not name.startswith("cache"):
+            store.set(name, cpu.store.get(name))
     return Model(cpu.family, device="cuda", store=store)
 
 

@@ -49,7 +49,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources |= {
         f"pyrformer/cli/{p.relative_to(ROOT / 'cli').as_posix()}" for p in (ROOT / "cli").rglob("*.py")
     }
-    sources |= {f"pyrformer/explain/page.{kind}" for kind in ("css", "js")}
+    sources |= {f"pyrformer/{page}/page.{kind}" for page in ("explain", "report") for kind in ("css", "js")}
     rest = {"pyrformer/_core.abi3.so", "pyrformer/_core.pyi", "pyrformer/py.typed"}
     assert files == sources | rest
     assert "pyrformer/cli/__init__.py" in files
