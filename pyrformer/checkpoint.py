@@ -8,7 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from pyrformer.models import build
 from pyrformer.models.base import Family
 from pyrformer.origin import Origin
 
-if TYPE_CHECKING:
-    from pyrformer.tokenizers import Tokenizer
-
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: Element types of a folder's weights, and their bytes.
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -33,8 +30,7 @@ DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 MAX_SHARD_SIZE = "5GB"
 #: What holds a tokenizer, in a folder without a ``tokenizer.json`` of ours.
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "merges.txt")
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-GENERATION = "generation_config.json"
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -292,17 +288,11 @@ def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return parts
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes ``tokenizer.json`` and, as it does not say which token ends a text, ``tokenizer_config.json``."""
-    _core.write_file(folder / TOKENIZER, tokenizer.to_json().encode())
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    write_json(folder / TOKENIZER_CONFIG, {**kind, **tokenizer.special_tokens()})
-
-
 def save_config(model: Model, folder: Path, dtype: str = "float32") -> None:
     """Writes what a model folder holds beside the weights, which are of ``dtype``."""
     if model.tokenizer is not None:
-        save_tokenizer(model.tokenizer, folder)
+        # Into the folder: tokenizer.json alone does not say which token ends a text.
+        model.tokenizer.save(folder)
     config = model.family.config
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {**{k: v for k, v in ids.items() if v is not None}, **model.generation_config}

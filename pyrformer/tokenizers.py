@@ -152,7 +152,8 @@ class Tokenizer:
         )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes a ``tokenizer.json`` that Hugging Face's library reads too."""
+        """Writes a ``tokenizer.json`` that Hugging Face's library reads too; into an existing folder also
+        ``tokenizer_config.json``, which says which tokens have which role. Each file appears whole or not at all."""
         self._core.save(Path(path))
 
     def special_tokens(self) -> dict[str, str]:

@@ -26,7 +26,6 @@ from pyrformer.checkpoint import (
     digest,
     read_json,
     save,
-    save_tokenizer,
     stored_tensors,
     write_json,
 )
@@ -205,7 +204,7 @@ class Checkpoints:
             _core.write_safetensors(path / OPTIMIZER, snapshot.moments)
             write_json(path / CONFIG, model.config)
             if model.tokenizer is not None:
-                save_tokenizer(model.tokenizer, path)
+                model.tokenizer.save(path)
             write_json(path / STATE, {"step": snapshot.step, **snapshot.state})
             files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(path.iterdir())}
             write_json(path / MANIFEST, {"files": files})

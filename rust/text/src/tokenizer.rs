@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use pyrformer_files::write_file;
 use serde_json::{Map, Value};
 
 use crate::added::{AddedToken, Finder};
@@ -177,20 +178,20 @@ impl Tokenizer {
         self
     }
 
-    /// Saves as tokenizer.json; into an existing directory, with the tokenizer_config.json that goes with it.
+    /// Saves as tokenizer.json; into an existing directory, with the tokenizer_config.json that goes with it. Each file
+    /// appears whole or not at all.
     ///
     /// # Errors
-    /// [`Error::Io`] if a file cannot be written.
+    /// [`Error::File`] if a file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let write =
-            |file: &Path, text: String| std::fs::write(file, text).map_err(Error::io("save tokenizer", file));
-        if path.is_dir() {
-            write(&path.join("tokenizer_config.json"), self.roles.to_config(self))?;
-            write(&path.join("tokenizer.json"), self.to_json()?)
+        let file = if path.is_dir() {
+            write_file(path.join("tokenizer_config.json"), self.roles.to_config(self).as_bytes())?;
+            &path.join("tokenizer.json")
         } else {
-            write(path, self.to_json()?)
-        }
+            path
+        };
+        Ok(write_file(file, self.to_json()?.as_bytes())?)
     }
 
     /// The kind of model: `"bpe"`, `"wordpiece"`, `"unigram"` or `"char"`.
