@@ -1,6 +1,6 @@
 """Text tokenized once, for many runs: shards of ids that training maps into memory.
 
-A prepared folder holds ``tokenizer.json``, ``manifest.json`` and ``shard-00000.safetensors`` …, each with two tensors:
+A prepared folder holds the tokenizer, ``manifest.json`` and ``shard-00000.safetensors`` …, each with two tensors:
 ``ids``, U16 or U32 ``[N]``, and ``offsets``, I64 ``[D + 1]``: document d of the shard is
 ``ids[offsets[d]:offsets[d + 1]]``. The manifest is written after each shard, so a process that is killed goes on behind
 the last one: the text before it is read and cleaned again, not tokenized again, and the folder ends up the same to the
@@ -20,15 +20,14 @@ from typing import IO, Any
 import numpy as np
 
 from pyrformer import _core
-from pyrformer.checkpoint import digest, read_json, write_json
-from pyrformer.data import Documents, Source, expand, tokenize
-from pyrformer.errors import DataError, InputError
+from pyrformer.checkpoint import TOKENIZER, digest, read_json, write_json
+from pyrformer.data import OBJECTIVES, Documents, Source, expand, tokenize
+from pyrformer.errors import DataError, Error, FileError, InputError
 from pyrformer.tokenizers import Tokenizer
 
-MANIFEST, TOKENIZER, QUARANTINE = "manifest.json", "tokenizer.json", "quarantine.jsonl"
+MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 FORMAT, VERSION = "pyrformer-tokens", 1
 ON_CORRUPT = ("fail", "skip", "quarantine")
-OBJECTIVES = ("ar", "mlm")
 
 #: Told how far the work is: bytes of the files read, documents, tokens.
 Progress = Callable[[int, int, int], None]
@@ -58,6 +57,7 @@ class Prepared:
 
         Raises:
             DataError: the folder was not prepared, not to the end, or is not as it was written.
+            FileError: it lacks its tokenizer.
         """
         folder = Path(folder)
         manifest = _manifest(folder)
@@ -65,12 +65,13 @@ class Prepared:
             raise DataError(f"[data] {folder} is not complete; run `pyrformer prepare` again, it goes on")
         for shard in manifest["shards"]:
             _check_shard(folder, shard, verify=verify)
-        if digest(folder / TOKENIZER) != manifest["tokenizer_sha256"]:
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+        if _identity(tokenizer) != manifest["tokenizer_sha256"]:
             raise DataError(
                 f"[data] {folder / TOKENIZER} is not the tokenizer of the shards; prepare them again"
             )
         corpus = _core.Corpus.open([folder / shard["file"] for shard in manifest["shards"]])
-        return cls(folder, manifest, Tokenizer.load(folder / TOKENIZER), corpus)
+        return cls(folder, manifest, tokenizer, corpus)
 
     @property
     def sha256(self) -> str:
@@ -118,6 +119,7 @@ def prepare(
 
     Raises:
         DataError: a source cannot be read, nothing is left of it, or the folder holds something else.
+        FileError: the folder cannot be written.
         InputError: an option is unknown or out of range.
     """
     for name, value, known in (("objective", objective, OBJECTIVES), ("on_corrupt", on_corrupt, ON_CORRUPT)):
@@ -126,7 +128,6 @@ def prepare(
     if shard_tokens < 1:
         raise InputError(f"[prepare] shard_tokens must be at least 1, got {shard_tokens}")
     folder = Path(out)
-    text = tokenizer.to_json()
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -140,25 +141,42 @@ def prepare(
             "on_corrupt": on_corrupt,
             "shard_tokens": shard_tokens,
         },
-        "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokenizer_sha256": _identity(tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "shards": [],
     }
-    done = _begun(folder, manifest)
-    if done["complete"]:
-        return done
-    _core.write_file(folder / TOKENIZER, text.encode())
-    write_json(folder / MANIFEST, done)
+    try:
+        done = _begun(folder, manifest)
+        return done if done["complete"] else _completed(folder, done, source, tokenizer, threads, progress)
+    except OSError as e:
+        if isinstance(e, Error):
+            raise
+        raise FileError(f"[prepare] {e.filename or folder}: {e.strerror or e}") from None
 
+
+def _completed(
+    folder: Path,
+    manifest: dict[str, Any],
+    source: Source,
+    tokenizer: Tokenizer,
+    threads: int | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Does what is left to do, and gives the manifest, complete."""
+    # Into the folder: tokenizer.json alone does not say which token ends a text.
+    tokenizer.save(folder)
+    write_json(folder / MANIFEST, manifest)
+    o = manifest["options"]
     kept = (
         (folder / f".{QUARANTINE}.partial").open("w", encoding="utf-8")
-        if on_corrupt == "quarantine"
+        if o["on_corrupt"] == "quarantine"
         else None
     )
     try:
-        work = _Work(folder, done, tokenizer, objective, threads, progress)
-        reject = None if on_corrupt == "fail" else work.rejecting(kept)
-        documents = Documents(source, column=column, errors=errors, clean=clean, on_corrupt=reject)
+        work = _Work(folder, manifest, tokenizer, threads, progress)
+        reject = None if o["on_corrupt"] == "fail" else work.rejecting(kept)
+        reading = {name: o[name] for name in ("column", "errors", "clean")}
+        documents = Documents(source, **reading, on_corrupt=reject)
         work.run(documents)
     finally:
         if kept is not None:
@@ -169,6 +187,12 @@ def prepare(
     return work.finish(documents)
 
 
+def _identity(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what a tokenizer does to texts, and of the roles of its tokens."""
+    roles = json.dumps(tokenizer.special_tokens(), sort_keys=True)
+    return hashlib.sha256((tokenizer.to_json() + roles).encode()).hexdigest()
+
+
 class _Work:
     """Chunks in, shards out."""
 
@@ -177,12 +201,11 @@ class _Work:
         folder: Path,
         manifest: dict[str, Any],
         tokenizer: Tokenizer,
-        objective: str,
         threads: int | None,
         progress: Progress | None,
     ):
         self.folder, self.manifest, self.tokenizer = folder, manifest, tokenizer
-        self.objective, self.threads, self.progress = objective, threads, progress
+        self.threads, self.progress = threads, progress
         self.ids: list[Any] = []
         self.lengths: list[Any] = []
         self.held = self.rejected = 0
@@ -200,19 +223,21 @@ class _Work:
         return reject
 
     def run(self, documents: Documents) -> None:
-        shards = self.manifest["shards"]
+        shards, options = self.manifest["shards"], self.manifest["options"]
         behind = shards[-1]["chunks"] if shards else 0
         number = 0
         for number, chunk in enumerate(documents.chunks(), 1):
             cleaned = documents.clean(chunk)
             if number > behind:
-                ragged = tokenize(self.tokenizer, cleaned, objective=self.objective, threads=self.threads)
+                ragged = tokenize(
+                    self.tokenizer, cleaned, objective=options["objective"], threads=self.threads
+                )
                 self.ids.append(ragged.ids)
                 self.lengths.append(np.diff(ragged.offsets))
                 self.held += len(ragged.ids)
                 self.documents += len(ragged)
                 self.tokens += len(ragged.ids)
-                if self.held >= self.manifest["options"]["shard_tokens"]:
+                if self.held >= options["shard_tokens"]:
                     self._write(number)
             if self.progress is not None:
                 self.progress(documents.bytes_read, self.documents, self.tokens)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import pyrformer as pf
 from pyrformer.data import tokenize
-from pyrformer.errors import ConfigError, DataError, InputError
+from pyrformer.errors import ConfigError, DataError, FileError, InputError
 
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
 
@@ -192,6 +192,33 @@ def test_other_text_options_or_folders_are_refused(tmp_path: Path, tokenizer: pf
         pf.prepare(str(source), tmp_path / "new", tokenizer, on_corrupt="ignore")
     with pytest.raises(DataError, match="no document is left"):
         pf.prepare(iter([]), tmp_path / "none", tokenizer)
+
+
+def test_the_token_that_ends_a_text_stays_known(tmp_path: Path) -> None:
+    roles = tmp_path / "roles"
+    roles.mkdir()
+    trained = pf.Tokenizer.train(iter(texts(20)), "bpe", 270, special_tokens=["<pad>", "<end>"])
+    trained.save(roles / "tokenizer.json")
+    (roles / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    tokenizer = pf.Tokenizer.load(roles)
+    assert tokenizer.eos_token_id == 1
+    pf.prepare(iter(texts(3)), tmp_path / "out", tokenizer)
+    prepared = pf.Prepared.open(tmp_path / "out")
+    assert prepared.tokenizer.eos_token_id == 1
+    assert {ids[-1] for ids in ids_of(prepared)} == {1}
+    with pytest.raises(DataError, match="another tokenizer"):
+        pf.prepare(iter(texts(3)), tmp_path / "out", trained)
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, tokenizer: pf.Tokenizer) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(FileError, match="file"):
+            pf.prepare(iter(texts(3)), out, tokenizer)
+    pf.prepare(iter(texts(3)), tmp_path / "out", tokenizer)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    with pytest.raises(FileError, match=r"tokenizer\.json"):
+        pf.Prepared.open(tmp_path / "out")
 
 
 SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}
