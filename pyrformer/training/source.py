@@ -74,14 +74,13 @@ class Source:
         self.config, self.stage = config, stage
         stage("reading")
         self.prepared = self._prepared(config.files)
-        self.documents, self.held_out = (
-            (_Documents([], []), _Documents([], [])) if self.prepared else self._documents()
-        )
-        self.labels = sorted(set(self.documents.labels))
+        self.documents = self.held_out = _Documents([], [])
         if self.prepared:
             self.tokenizer = self._tokenizer_of(self.prepared, tokenizer)
         else:
+            self.documents, self.held_out = self._documents()
             self.tokenizer = tokenizer or self._tokenizer(self.documents.texts, self.held_out.texts)
+        self.labels = sorted(set(self.documents.labels))
 
     def batches(self, seq_len: int) -> tuple[AnyBatches, AnyBatches, dict[str, Any]]:
         """Batches to learn from, batches to measure on, and what identifies both: counts of tokens and SHA-256 of the
