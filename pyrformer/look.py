@@ -9,7 +9,7 @@ Letters: B batch, T tokens, C width, H query heads, K key-value heads, D head wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,7 @@ from pyrformer.compile import Traced
 from pyrformer.errors import InputError
 from pyrformer.models.base import Family
 from pyrformer.nn import Trace
-from pyrformer.nn import functional as F
-from pyrformer.programs import Sizes, batch_inputs
+from pyrformer.programs import Sizes, batch_inputs, token_logits
 from pyrformer.score import text_ids
 
 if TYPE_CHECKING:
@@ -127,9 +126,10 @@ def logits_at(model: Model, rows: npt.NDArray[np.int32], places: Sequence[int]) 
     for start in range(0, full, ROWS):
         batch = model.batch(rows[start : start + ROWS])
         flat = np.arange(ROWS) * rows.shape[1] + at[start : start + ROWS]
-        make = partial(_picked, model.family, batch.sizes, model.dtype)
-        program = model.program(("logits_at", batch.sizes), make)
-        found.append(program(**batch.arrays, places=flat.astype(np.int32))["logits"])
+        sizes = replace(batch.sizes, labelled=ROWS)
+        make = partial(token_logits, model.family, sizes, model.dtype)
+        program = model.program(("token_logits", sizes), make)
+        found.append(program(**batch.arrays, positions=flat.astype(np.int32))["logits"])
     return np.concatenate(found)[:n]
 
 
@@ -211,13 +211,3 @@ def _traced(family: Family, sizes: Sizes, dtype: str) -> tuple[Traced, list[dict
             trace.output(f"{name}.{layer}", value)
         specs.append(spec)
     return Traced("look_inside", trace), specs
-
-
-def _picked(family: Family, sizes: Sizes, dtype: str) -> Traced:
-    """``logits [B, V]`` of the states at the flat indices ``places int32[B]``."""
-    trace = Trace(dtype)
-    hidden = family.hidden_states(batch_inputs(trace, family, sizes))[-1]
-    flat = F.reshape(hidden, (hidden.shape[0] * hidden.shape[1], hidden.shape[2]))
-    rows = F.gather(flat, trace.input("places", "int32", (sizes.batch,)))
-    trace.output("logits", family.logits(rows))
-    return Traced("logits_at", trace)

@@ -102,10 +102,15 @@ def _losses(
 
 def _labelled_rows(trace: Trace, hidden: Tensor, s: Sizes) -> tuple[Tensor, Tensor]:
     """The rows of ``hidden [B, T, C]`` that have labels ``[M, C]``, and the labels."""
+    return _rows_at_positions(trace, hidden, s), trace.input("labels", "int32", (s.labelled,))
+
+
+def _rows_at_positions(trace: Trace, hidden: Tensor, s: Sizes) -> Tensor:
+    """The rows ``[M, C]`` of ``hidden [B, T, C]`` at the input ``positions int32[M]``."""
     positions = trace.input("positions", "int32", (s.labelled,))
     with trace.scope("labelled"):
         flat = F.reshape(hidden, (hidden.shape[0] * hidden.shape[1], hidden.shape[2]))
-        return F.gather(flat, positions), trace.input("labels", "int32", (s.labelled,))
+        return F.gather(flat, positions)
 
 
 def forward(
@@ -158,10 +163,7 @@ def token_logits(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     """Outputs ``logits [M, V]`` at the flat indices ``positions int32[M]`` of the batch."""
     trace = Trace(dtype)
     hidden = model.hidden_states(batch_inputs(trace, model, s))[-1]
-    positions = trace.input("positions", "int32", (s.labelled,))
-    with trace.scope("labelled"):
-        rows = F.gather(F.reshape(hidden, (hidden.shape[0] * hidden.shape[1], hidden.shape[2])), positions)
-    trace.output("logits", model.logits(rows))
+    trace.output("logits", model.logits(_rows_at_positions(trace, hidden, s)))
     return Traced("token_logits", trace)
 
 
