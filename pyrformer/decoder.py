@@ -161,6 +161,13 @@ class Rereader(Positions):
         return np.ascontiguousarray(out["logits"][: len(feeds)], dtype=np.float32), None
 
 
+def log_softmax(scores: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Log-probabilities over the last axis, computed in float64."""
+    shifted = scores.astype(np.float64) - scores.max(-1, keepdims=True)
+    logprobs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logprobs
+
+
 def _bucket(n: int) -> int:
     """The next power of two, so that few programs serve all sizes."""
     return 1 << (n - 1).bit_length()

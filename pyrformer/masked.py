@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from pyrformer import _core, programs
 from pyrformer.arrow import Columns
+from pyrformer.decoder import log_softmax
 from pyrformer.errors import InputError
 from pyrformer.generate import filter_logits
 from pyrformer.model import Model
@@ -184,9 +185,7 @@ class _Task:
         out = self.model.program(("token_logits", sizes), make)(**batch.arrays, positions=flat)
         logits = np.asarray(out["logits"]).reshape(samples, each, -1).astype(np.float64)
         logits[..., self.banned] = -np.inf
-        shifted = logits - logits.max(-1, keepdims=True)
-        found: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-        return found
+        return log_softmax(logits)
 
     def run(self, fill: Any) -> Filling:
         """Fills each text."""

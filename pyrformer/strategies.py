@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.decoder import Decoder, Floats, Ints, Positions, Rereader
+from pyrformer.decoder import Decoder, Floats, Ints, Positions, Rereader, log_softmax
 from pyrformer.errors import InputError
 from pyrformer.model import Model
 
@@ -266,14 +266,14 @@ class Contrastive:
             self.watch(self.search, wanted, self.logits)
         active = len(sequences)
         scores = np.stack([self.search.scores(i, [], self.logits[i]) for i in range(active)])
-        probabilities = np.exp(_log_softmax(scores))
+        probabilities = np.exp(log_softmax(scores))
         top = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
         decoder.follow(np.repeat(np.arange(active, dtype=np.int32), k))
         into = (sequences[:, None] * np.int32(k) + np.arange(k, dtype=np.int32)).reshape(-1)
         logits, hidden = decoder.read([[t] for t in top.reshape(-1).tolist()], into, hidden=True)
         assert hidden is not None
         states = _units(hidden[:, 0]).reshape(active, k, -1)
-        own = _log_softmax(self.logits)
+        own = log_softmax(self.logits)
         chosen: list[tuple[int, float]] = []
         rows = []
         for i in range(active):
@@ -298,9 +298,3 @@ def _units(states: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         np.linalg.norm(states, axis=-1, keepdims=True), 1e-12
     )
     return units
-
-
-def _log_softmax(scores: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    shifted = scores.astype(np.float64) - scores.max(-1, keepdims=True)
-    logprobs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return logprobs

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.call import ending
-from pyrformer.decoder import Decoder, Floats, Ints, Positions
+from pyrformer.decoder import Decoder, Floats, Ints, Positions, log_softmax
 from pyrformer.errors import Error, InternalError
 from pyrformer.model import Model
 from pyrformer.strategies import Sequences
@@ -141,9 +141,7 @@ class Running:
 
 
 def _top(logits: Floats, k: int) -> tuple[tuple[int, float], ...]:
-    values = logits.astype(np.float64)
-    values -= values.max()
-    values -= np.log(np.exp(values).sum())
+    values = log_softmax(logits)
     return tuple((int(i), float(values[i])) for i in np.argsort(-values, kind="stable")[:k])
 
 
