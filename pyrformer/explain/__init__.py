@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from pyrformer.errors import InputError
 from pyrformer.explain import inner, outcome, reading
 from pyrformer.explain.journey import Journey, travel
 from pyrformer.explain.stage import Stage, esc
+from pyrformer.page import assemble
 
 if TYPE_CHECKING:
     from pyrformer.model import Model
@@ -74,24 +74,17 @@ def _stages(journey: Journey) -> list[Stage]:
 
 
 def _page(journey: Journey, told: list[Stage], data: str) -> str:
-    here = files("pyrformer.explain")
-    style, script = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     links = "".join(f'<a href="#{s.key}"><b>{i}</b> {s.title}</a>' for i, s in enumerate(told, 1))
     sections = "".join(
         f'<section id="{s.key}"><h2><b>{i}</b> {s.title}</h2><p class="lead">{s.lead}</p>'
         f'<p class="formula">{s.formula}</p>{s.body}</section>'
         for i, s in enumerate(told, 1)
     )
-    # Inside a script element only "<" could end it early.
-    data = data.replace("<", "\\u003c")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{esc(journey.title)}</title><style>{style}</style></head><body>"
+    body = (
         f'<nav aria-label="Stages">{links}<button id="theme" type="button">light / dark</button></nav>'
         f"<main>{_head(journey)}{sections}</main>"
-        f'<script type="application/json" id="data">{data}</script><script>{script}</script></body></html>\n'
     )
+    return assemble("pyrformer.explain", esc(journey.title), body, data)
 
 
 def _head(journey: Journey) -> str:

@@ -10,11 +10,11 @@ import dataclasses
 import html
 import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pyrformer.errors import InputError
+from pyrformer.page import assemble
 from pyrformer.report.runs import Record
 from pyrformer.training.config import TrainConfig
 
@@ -70,19 +70,13 @@ def report(runs: Sequence[str | Path]) -> str:
         ("environment", "Machine", _table("", names, [r.environment for r in records])),
     ]
     title = ", ".join(names)
-    here = files("pyrformer.report")
-    style, script = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
-    body = "".join(f'<section id="{key}"><h2>{what}</h2>{text}</section>' for key, what, text in sections)
-    # Inside a script element only "<" could end it early.
-    numbers = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{esc(title)} – pyrformer</title><style>{style}</style></head><body><main>"
-        f'<header><p>pyrformer report<button id="theme" type="button">light / dark</button></p>'
-        f"<h1>{esc(title)}</h1></header>{_summaries(names, records)}{body}</main>"
-        f'<script type="application/json" id="data">{numbers}</script><script>{script}</script></body></html>\n'
+    told = "".join(f'<section id="{key}"><h2>{what}</h2>{text}</section>' for key, what, text in sections)
+    body = (
+        f'<main><header><p>pyrformer report<button id="theme" type="button">light / dark</button></p>'
+        f"<h1>{esc(title)}</h1></header>{_summaries(names, records)}{told}</main>"
     )
+    numbers = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return assemble("pyrformer.report", f"{esc(title)} – pyrformer", body, numbers)
 
 
 _CURVES = (
