@@ -1,4 +1,4 @@
-"""What commands over files share: lines in, lines out."""
+"""What commands over files share: lines in, lines or pages out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from pyrformer.errors import DataError
+import click
+
+from pyrformer.errors import DataError, FileError
 
 #: Texts that go through a model between two stretches of output.
 STRETCH = 512
@@ -20,6 +22,22 @@ def stretches(path: str, column: str) -> Iterator[list[str]]:
     source = rows(path, column)
     while texts := list(islice(source, STRETCH)):
         yield texts
+
+
+def write_page(page: str, out: str, command: str) -> None:
+    """Writes an HTML page to a file, or to standard output for "-".
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    if out == "-":
+        click.echo(page, nl=False)
+        return
+    try:
+        Path(out).write_text(page, encoding="utf-8")
+    except OSError as e:
+        raise FileError(f"[{command}] cannot write {out}: {e.strerror}") from None
+    click.echo(f"{out}: {len(page.encode('utf-8')) / 1e3:,.0f} kB; open it in a browser")
 
 
 def rows(path: str, column: str) -> Iterator[str]:

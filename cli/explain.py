@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 import pyrformer as pf
-from pyrformer.errors import FileError
+
+from ._files import write_page
 
 
 @click.command()
@@ -35,12 +34,4 @@ def command(run: str, text: str, out: str, max_tokens: int, threads: int | None)
     head, the residual stream, the most probable tokens, and the loss of each token. The page is one file, needs no
     network, and opens in any browser.
     """
-    page = pf.load(run, threads=threads).explain(text, max_tokens=max_tokens)
-    if out == "-":
-        click.echo(page, nl=False)
-        return
-    try:
-        Path(out).write_text(page, encoding="utf-8")
-    except OSError as e:
-        raise FileError(f"[explain] cannot write {out}: {e.strerror}") from None
-    click.echo(f"{out}: {len(page.encode('utf-8')) / 1e6:.1f} MB; open it in a browser")
+    write_page(pf.load(run, threads=threads).explain(text, max_tokens=max_tokens), out, "explain")

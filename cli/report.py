@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from pyrformer.errors import FileError
 from pyrformer.report import report
+
+from ._files import write_page
 
 
 @click.command()
@@ -25,12 +24,4 @@ def command(runs: tuple[str, ...], out: str) -> None:
     Curves of losses, learning rate, gradient norm, size of updates, throughput, waiting and memory; options and how
     they differ; text and machine. The page is one file, needs no network, and opens in any browser.
     """
-    page = report(runs)
-    if out == "-":
-        click.echo(page, nl=False)
-        return
-    try:
-        Path(out).write_text(page, encoding="utf-8")
-    except OSError as e:
-        raise FileError(f"[report] cannot write {out}: {e.strerror}") from None
-    click.echo(f"{out}: {len(page.encode('utf-8')) / 1e3:,.0f} kB; open it in a browser")
+    write_page(report(runs), out, "report")
