@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipes import OBJECTIVES, TEXT
 
 import pyrformer as pf
 from pyrformer.training.checkpoints import Checkpoints
@@ -26,21 +27,6 @@ pytestmark = pytest.mark.skipif(
     MPIEXEC is None or find_spec("mpi4py") is None, reason="MPI is not installed: pip install pyrformer[mpi]"
 )
 
-TEXT = "the cat sat on the mat, and the dog lay by the door. " * 60
-#: Dropout is on, so that its draws are compared too.
-GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}
-BERT = {
-    "model_type": "bert",
-    "num_hidden_layers": 1,
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-}
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "ar": {"objective": "ar", "model": GPT2, "tokenizer": {"kind": "char"}},
-    "mlm": {"objective": "mlm", "model": BERT, "tokenizer": {"preset": "bert-uncased", "vocab_size": 80}},
-}
 SMALL = {"seq_len": 16, "batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 6, "warmup_steps": 1}
 
 #: Trains by the options in its argument; process 1 does what the second argument says before step 3.
