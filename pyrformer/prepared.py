@@ -26,6 +26,8 @@ from pyrformer.errors import DataError, Error, FileError, InputError
 from pyrformer.tokenizers import Tokenizer
 
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
+#: Files being written have such names until they are whole.
+PARTIAL = ".*.partial"
 FORMAT, VERSION = "pyrformer-tokens", 1
 ON_CORRUPT = ("fail", "skip", "quarantine")
 
@@ -163,9 +165,13 @@ def _completed(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Does what is left to do, and gives the manifest, complete."""
+    # What a killed run was writing.
+    for left in folder.glob(PARTIAL):
+        left.unlink()
+    # First, so that a run killed behind it finds a folder it may go on with.
+    write_json(folder / MANIFEST, manifest)
     # Into the folder: tokenizer.json alone does not say which token ends a text.
     tokenizer.save(folder)
-    write_json(folder / MANIFEST, manifest)
     o = manifest["options"]
     kept = (
         (folder / f".{QUARANTINE}.partial").open("w", encoding="utf-8")
@@ -303,7 +309,7 @@ def _sources(source: Any) -> list[dict[str, Any]]:
 
 def _begun(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest to go on with: the one that is there, without shards that are not whole, or the new one."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.match(PARTIAL) for path in folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
         return manifest
     if not is_prepared(folder):

@@ -128,6 +128,26 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: pf.To
     assert folder_bytes(out) == expected
 
 
+def test_what_a_killed_run_was_writing_goes_away(tmp_path: Path, tokenizer: pf.Tokenizer) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts(50))
+    pf.prepare(str(source), tmp_path / "whole", tokenizer)
+    expected = folder_bytes(tmp_path / "whole")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".manifest.json.71-0-1a.partial").write_text("{")
+    pf.prepare(str(source), out, tokenizer)
+    assert folder_bytes(out) == expected
+    # Killed in the middle: no tokenizer yet, and a shard half written.
+    manifest = json.loads(expected["manifest.json"])
+    for name in ("documents", "tokens", "rejected", "cleaning"):
+        del manifest[name]
+    (out / "manifest.json").write_text(json.dumps({**manifest, "complete": False, "shards": []}))
+    (out / "tokenizer.json").unlink()
+    (out / ".shard-00000.safetensors.71-1-1a.partial").write_bytes(b"half")
+    pf.prepare(str(source), out, tokenizer)
+    assert folder_bytes(out) == expected
+
+
 def test_a_damaged_shard_is_made_again_or_named(tmp_path: Path, tokenizer: pf.Tokenizer) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", texts(30_000))
     out = tmp_path / "out"
