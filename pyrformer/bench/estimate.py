@@ -33,6 +33,7 @@ REACHED = {"memory": 0.85, "cache": 0.6, "arithmetic": 0.6, "shared": 0.6}
 REACHED_BY_PRODUCTS = 0.8
 #: Seconds from one node of a graph to the next, and the least that a kernel takes. Guesses.
 GAP, LEAST = 1e-6, 2e-6
+PRODUCTS = "matrix products"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,47 @@ def times(w: work.Work, gpu: Gpu) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Costed:
+    """One record on paper: ``seconds`` of each resource, and ``taken`` as predicted, without the gap behind it."""
+
+    name: str
+    work: work.Work
+    seconds: dict[str, float]
+    taken: float
+    registers: int | None = None
+    occupancy: float | None = None
+
+
+def cost(record: dict[str, Any], gpu: Gpu, compiled: dict[str, dict[str, Any]]) -> Costed:
+    """A launch record of ``_core.cuda_program`` on a GPU, given :func:`bars`."""
+    w = work.work(record)
+    seconds = times(w, gpu)
+    if "product" in record:
+        return Costed(PRODUCTS, w, seconds, max(LEAST, max(seconds.values()) / REACHED_BY_PRODUCTS))
+    name = record["launch"]["kernel"]
+    x, y, z = record["launch"]["block"]
+    registers = compiled[name]["registers"][gpu.arch]
+    held = gpu.occupancy(x * y * z, registers, compiled[name]["shared_bytes"])
+    taken = max(LEAST, *(seconds[r] / REACHED[r] for r in seconds))
+    return Costed(name, w, seconds, taken, registers, held * -(-x * y * z // 32) / gpu.warps)
+
+
+def plan_of(shape: Shape) -> _core.Plan:
+    """The plan of a training step for a device. Nothing is allocated.
+
+    Raises:
+        InputError: a size makes no sense.
+    """
+    family = build(shape.config())
+    masked = round(MASKED * shape.batch * shape.seq) if family.objective != "ar" else 0
+    return (
+        programs.train_step(family, programs.Sizes(shape.batch, shape.seq, masked), AdamW())
+        .lower("cuda")
+        .plan
+    )
+
+
 def estimate(shape: Shape, gpu: Gpu) -> Estimate:
     """A training step of ``shape`` on a GPU. Nothing is allocated and nothing runs.
 
@@ -114,27 +156,12 @@ def estimate(shape: Shape, gpu: Gpu) -> Estimate:
         InputError: a size makes no sense.
         DeviceError: an operation has no kernel.
     """
-    family = build(shape.config())
-    masked = round(MASKED * shape.batch * shape.seq) if family.objective != "ar" else 0
-    sizes = programs.Sizes(shape.batch, shape.seq, masked)
-    plan = programs.train_step(family, sizes, AdamW()).lower("cuda").plan
+    plan = plan_of(shape)
     compiled = bars()
-    groups: dict[str, list[tuple[work.Work, dict[str, float], float, int | None, float | None]]] = {}
+    groups: dict[str, list[Costed]] = {}
     for _, record in json.loads(_core.cuda_program(plan))["records"]:
-        w = work.work(record)
-        if "product" in record:
-            seconds = times(w, gpu)
-            taken = max(seconds.values()) / REACHED_BY_PRODUCTS
-            groups.setdefault("matrix products", []).append((w, seconds, taken, None, None))
-            continue
-        name = record["launch"]["kernel"]
-        x, y, z = record["launch"]["block"]
-        registers = compiled[name]["registers"][gpu.arch]
-        held = gpu.occupancy(x * y * z, registers, compiled[name]["shared_bytes"])
-        seconds = times(w, gpu)
-        taken = max(seconds[r] / REACHED[r] for r in seconds)
-        share = held * -(-x * y * z // 32) / gpu.warps
-        groups.setdefault(name, []).append((w, seconds, taken, registers, share))
+        costed = cost(record, gpu, compiled)
+        groups.setdefault(costed.name, []).append(costed)
     kernels = sorted((_kernel(name, found) for name, found in groups.items()), key=lambda k: -k.ms)
     ms = sum(k.ms for k in kernels)
     gflop = sum(k.gflop for k in kernels)
@@ -156,25 +183,22 @@ def estimate(shape: Shape, gpu: Gpu) -> Estimate:
     )
 
 
-def _kernel(
-    name: str, found: list[tuple[work.Work, dict[str, float], float, int | None, float | None]]
-) -> Kernel:
-    works = [w for w, *_ in found]
-    flops = sum(w.flops for w in works)
-    totals = {r: sum(s[r] for _, s, *_ in found) for r in REACHED}
+def _kernel(name: str, found: list[Costed]) -> Kernel:
+    flops = sum(c.work.flops for c in found)
+    totals = {r: sum(c.seconds[r] for c in found) for r in REACHED}
     return Kernel(
         name=name,
         count=len(found),
-        unique_mb=sum(w.unique for w in works) / 1e6,
-        moved_mb=sum(w.moved for w in works) / 1e6,
-        sectors=sum(w.sectors for w in works),
+        unique_mb=sum(c.work.unique for c in found) / 1e6,
+        moved_mb=sum(c.work.moved for c in found) / 1e6,
+        sectors=sum(c.work.sectors for c in found),
         gflop=flops / 1e9,
-        tensor_share=sum(w.tensor for w in works) / flops if flops else 0.0,
-        registers=found[0][3],
-        occupancy=found[0][4],
+        tensor_share=sum(c.work.tensor for c in found) / flops if flops else 0.0,
+        registers=found[0].registers,
+        occupancy=found[0].occupancy,
         limit=max(totals, key=lambda r: totals[r]),
-        bound_ms=1e3 * sum(max(s.values()) for _, s, *_ in found),
-        ms=1e3 * sum(max(taken, LEAST) + GAP for _, _, taken, *_ in found),
+        bound_ms=1e3 * sum(max(c.seconds.values()) for c in found),
+        ms=1e3 * sum(c.taken + GAP for c in found),
     )
 
 

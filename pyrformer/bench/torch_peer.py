@@ -29,7 +29,8 @@ class Attention(nn.Module):
         q, k, v = (z.view(b, t, self.heads, -1).transpose(1, 2) for z in self.qkv(x).split(c, 2))
         if self.rotary:
             d = c // self.heads
-            angles = torch.arange(t)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
+            at = torch.arange(t, device=x.device)
+            angles = at[:, None] / 10000 ** (torch.arange(0, d, 2, device=x.device) / d)
             cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
 
             def turned(z: Any) -> Any:
@@ -105,13 +106,13 @@ class Twin(nn.Module):
         )
 
 
-def training_step(shape: Shape, threads: int) -> Callable[[], object]:
+def training_step(shape: Shape, threads: int, device: str = "cpu") -> Callable[[], object]:
     """One step of the twin: forward, backward, clipping, fused AdamW where there is one."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = Twin(shape)
+    model = Twin(shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    ids, labels = (torch.from_numpy(x) for x in shape.tokens())
+    ids, labels = (torch.from_numpy(x).to(device) for x in shape.tokens())
 
     def step() -> object:
         loss = model(ids, labels)

@@ -1,4 +1,7 @@
-"""What the kernel tests share. They need numpy and the NVRTC wheel of requirements.txt, and no GPU."""
+"""What the kernel tests share. They need numpy and the NVRTC wheel of requirements.txt, and no GPU.
+
+Under tools/gpu_day.py the tests of kernels run on the device of this machine instead, and need no wheel.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests; 
 
 import sim
 from kernels import nvrtc
+from kernels.hardware import ON_HARDWARE, SLACK, Hardware
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without NVRTC nothing here can run; say why."""
-    why = nvrtc.library()
+    why = None if ON_HARDWARE else nvrtc.library()
     for item in items:
         if isinstance(why, str) and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=why))
@@ -36,6 +40,8 @@ def _compiled(arch: int) -> dict[str, sim.Program]:
 @pytest.fixture(scope="session", params=[80, 100] if nvrtc.LONG else [80], ids=lambda arch: f"compute_{arch}")
 def programs(request: pytest.FixtureRequest) -> dict[str, sim.Program]:
     """All kernels, compiled to PTX and read."""
+    if ON_HARDWARE:
+        return {}
     return _compiled(request.param)
 
 
@@ -45,10 +51,17 @@ def programs_80() -> dict[str, sim.Program]:
     return _compiled(80)
 
 
+@functools.cache
+def _hardware() -> Hardware:
+    from pyrformer.executors.cuda import CudaDevice
+
+    return Hardware(CudaDevice())
+
+
 @pytest.fixture
-def device(programs: dict[str, sim.Program]) -> sim.Device:
+def device(programs: dict[str, sim.Program]) -> sim.Device | Hardware:
     """An empty device with all kernels."""
-    return sim.Device(programs)
+    return _hardware().fresh() if ON_HARDWARE else sim.Device(programs)
 
 
 @pytest.fixture
@@ -67,6 +80,7 @@ def close() -> Callable[..., None]:
 
     def check(got: np.ndarray, want: np.ndarray, tolerance: float = 3e-6) -> None:
         want = np.asarray(want, float)
+        tolerance *= SLACK if ON_HARDWARE else 1
         assert got.shape == want.shape
         finite = np.isfinite(want)
         np.testing.assert_array_equal(got[~finite], want[~finite])
