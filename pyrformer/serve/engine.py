@@ -5,8 +5,7 @@ sequences. Before each step the thread admits waiting requests, in their order, 
 reads the last tokens of all sequences under way in one pass, after the prompts of those that are new. So a request
 enters while others run, and leaves when it ends.
 
-A sequence's tokens are those of ``model.generate`` alone, up to rounding: which others it runs with changes the shape
-of matrix products, and with it the order of additions.
+A sequence's tokens are those of ``model.generate`` alone: no bit of a row depends on the rows beside it.
 
 Letters: A active sequences, V vocabulary.
 """

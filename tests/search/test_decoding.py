@@ -57,8 +57,66 @@ def test_a_batch_gives_what_each_prompt_gives_alone(fixtures: Path, options: dic
         for i, prompt in enumerate(prompts):
             alone = model.generate([prompt], max_new_tokens=20, **options)
             assert alone.ids[0] == together.ids[i]
-            assert np.allclose(alone.token_logprobs[0], together.token_logprobs[i], atol=1e-5)
+            assert np.array_equal(alone.token_logprobs[0], together.token_logprobs[i])
     assert model.generate(prompts, max_new_tokens=20, **options).ids == together.ids
+
+
+KINDS: list[dict[str, Any]] = [
+    {"model_type": "gpt2", "n_embd": 96, "n_layer": 2, "n_head": 3, "n_positions": 256},
+    {
+        "model_type": "llama",
+        "hidden_size": 72,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 130,
+        "max_position_embeddings": 256,
+    },
+    {
+        "model_type": "mistral",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "intermediate_size": 100,
+        "max_position_embeddings": 256,
+        "sliding_window": 21,
+    },
+    {
+        "model_type": "falcon",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "alibi": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
+]
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda c: str(c["model_type"]))
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
+def test_no_bit_depends_on_the_batch(config: dict[str, Any], options: dict[str, Any]) -> None:
+    model = pf.Model.from_config({**config, "vocab_size": 203}, seed=1)
+    rng = np.random.default_rng(0)
+    # Lengths on both sides of the blocks of kernels; a repeated piece, for lookups to find.
+    prompts = [rng.integers(3, 203, n).tolist() * 2 for n in (1, 2, 3, 9, 16, 33, 50, 64, 65, 70)]
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, **options}
+    together = model.generate(prompts, **options)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate([prompt], **options)
+        assert alone.ids[0] == together.ids[i]
+        assert np.array_equal(alone.token_logprobs[0], together.token_logprobs[i]), len(prompt)
+
+
+def test_checking_drafts_in_one_pass_changes_no_bit() -> None:
+    model = pf.Model.from_config({**KINDS[0], "vocab_size": 31}, seed=4)
+    prompt = [5, 6, 7, 8] * 9
+    plain = model.generate([prompt], max_new_tokens=60)
+    drafted = model.generate([prompt], max_new_tokens=60, prompt_lookup_num_tokens=5)
+    assert drafted.ids == plain.ids
+    assert np.array_equal(drafted.token_logprobs[0], plain.token_logprobs[0])
 
 
 def test_log_probabilities_are_those_of_the_forward_pass(fixtures: Path) -> None:

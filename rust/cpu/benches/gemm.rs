@@ -194,7 +194,7 @@ fn main() {
     }
 
     let mut thin = vec![];
-    for m in [1, 2, 4, 8] {
+    for m in [1, 2, 4, 8, 12, 16, 32, 128] {
         for tb in [false, true] {
             thin.push(shape("thin", m, 2304, 768, false, tb));
             thin.push(shape("thin", m, 768, 3072, false, tb));

@@ -72,7 +72,14 @@ fn worker_bytes(plan: &Plan) -> usize {
                 relative::worker_bytes::<f32>(k.shape.0[1], d)
             }
         }
-        Op::CachedAttention(_) => s.inputs[1].ty.shape.0[1] * s.inputs[1].ty.dtype.size(),
+        Op::CachedAttention(spec) => {
+            let (slots, d) = (s.inputs[1].ty.shape.0[1], s.inputs[0].ty.shape.cols() / spec.heads);
+            if s.inputs[0].ty.dtype == DType::F64 {
+                cache::worker_bytes::<f64>(spec, slots, d)
+            } else {
+                cache::worker_bytes::<f32>(spec, slots, d)
+            }
+        }
         _ => 0,
     };
     plan.steps.iter().map(need).max().unwrap_or(0)
@@ -538,6 +545,7 @@ impl<'a> Run<'a> {
                 cache::cached_attention(
                     pool,
                     workers,
+                    T::packs(self.work),
                     spec,
                     self.x(0),
                     kv,

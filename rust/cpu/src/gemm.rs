@@ -9,26 +9,28 @@
 //!    too few times to pay for it), and runs the kernel of [`micro`] over all panels.
 //! 3. After the last block, each row segment of the tile goes through the epilogue while it is in the second cache.
 //!
-//! Up to [`thin::MAX_ROWS`] rows of A, B is not packed but streamed.
+//! With few rows of A (a decoding step), tasks have columns of C and read B as it lies, once, at the speed of memory:
+//! see [`stream`].
 //!
-//! **Determinism**: K is never split between threads, its blocks depend on K alone, and every element of C is the same
-//! chain of operations wherever a tile boundary falls. So the bits of C do not depend on the number of threads. They
-//! may depend on the SIMD level and on the shape.
+//! **Determinism**: every element of C is one chain of multiply-adds over K, from what C held or zero, whatever the
+//! blocks, tiles and threads. So its bits depend on its row of A and its column of B alone; they may depend on the SIMD
+//! level. A batch thus gives what each of its rows gives alone.
 
+#[cfg(target_arch = "x86_64")]
+mod across;
 mod micro;
 mod pack;
-mod thin;
 mod vector;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use micro::Kernel;
 use micro::{MAX_TILE, Tile};
 pub(crate) use micro::{kernel_f32, kernel_f64};
 use pack::Source;
-use thin::Thin;
 
 use crate::real::Real;
 use crate::simd;
@@ -44,6 +46,15 @@ const EPILOGUE_COLUMNS: usize = 256;
 const SHARED_ELEMENTS: usize = 3 << 18;
 /// Elements of a serial product's buffer for panels of B.
 const SERIAL_ELEMENTS: usize = 3 << 15;
+/// Up to this many rows of A, B is packed by the task that reads it: waiting for others would take longer than reading.
+const STREAM_ROWS: usize = 48;
+/// Steps of K for which such a task visits its columns: few if they are read once, more if several rows of tiles read
+/// them, as each visit has its cost.
+const STREAM_STEPS: [usize; 2] = [8, 64];
+/// Steps that it transposes at a time, where rows of B are columns.
+const STREAM_TRANSPOSED: usize = 128;
+/// Elements of C that such a task works on: half of the first cache.
+const STREAM_ELEMENTS: usize = 1 << 12;
 /// Below this many multiply-adds, a product runs on one thread: waking another takes longer.
 const SMALL: usize = 1 << 17;
 
@@ -253,15 +264,19 @@ pub unsafe fn gemm<T: Real>(
     let kernel = &buffers.kernel;
     let threads = if m * n * k < SMALL { 1 } else { pool.threads() };
     assert!(threads <= buffers.workers.len(), "{threads} threads, {} buffers", buffers.workers.len());
-    if is_thin(g, m, k) {
-        let columns = n.div_ceil(2 * threads).next_multiple_of(64).min(thin::COLUMNS);
-        pool.run(n.div_ceil(columns), &|task, _| {
+    if m <= STREAM_ROWS || k == 0 {
+        // As many tasks for each thread.
+        let most = (STREAM_ELEMENTS / m).max(kernel.width);
+        let tasks = n.div_ceil(most).next_multiple_of(threads);
+        let columns = n.div_ceil(tasks).next_multiple_of(kernel.width);
+        pool.run(n.div_ceil(columns), &|task, worker| {
             let column = task * columns;
-            let columns = columns.min(n - column);
+            let columns = column..n.min(column + columns);
+            let scratch = buffers.worker(worker);
             // SAFETY: tasks have different columns; the rest is the caller's promise.
             unsafe {
-                run_thin(kernel, g, column, columns);
-                finish(&g.c, 0..m, column..column + columns, epilogue);
+                stream(kernel, g, columns.clone(), scratch.panels.data);
+                finish(&g.c, 0..m, columns, epilogue);
             }
         });
         return;
@@ -310,15 +325,13 @@ pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
         return;
     }
     let kernel = &scratch.kernel;
-    if is_thin(g, m, k) {
-        for column in (0..n).step_by(thin::COLUMNS) {
-            // SAFETY: the caller's promise.
-            unsafe { run_thin(kernel, g, column, thin::COLUMNS.min(n - column)) };
-        }
+    let memory = scratch.panels.data;
+    if m <= kernel.height || k == 0 {
+        // SAFETY: the caller's promise; the scratch is ours alone.
+        unsafe { stream(kernel, g, 0..n, memory) };
         return;
     }
     for_panels(n, k, kernel, SERIAL_ELEMENTS, |panels| {
-        let memory = scratch.panels.data;
         // SAFETY: the scratch is ours alone, and `for_panels` keeps to its size.
         unsafe { pack_panels(kernel, g, panels, 0, panels.columns, memory) };
         for row in (0..m).step_by(ROWS) {
@@ -329,8 +342,85 @@ pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
     });
 }
 
+/// Some columns of C by reading B as it lies, with few rows of A. Several rows of tiles read a few steps of B while they
+/// are in the first cache, and the steps behind them are on the way meanwhile.
+///
+/// # Safety
+/// * nobody else touches these columns of C, or `memory`, which has room for a panel.
+unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Gemm<'_, T>, columns: Range<usize>, memory: *mut T) {
+    let (m, _, k) = g.shape();
+    let &Kernel { height, width, .. } = kernel;
+    if k == 0 && !g.accumulate {
+        let c = g.c.block(0, m, columns.start, columns.len());
+        // SAFETY: the caller's promise.
+        (0..m).for_each(|i| unsafe { c.row_mut(i) }.fill(T::ZERO));
+    }
+    let source = g.left();
+    let (a_row, a_step) = source.strides();
+    let tiles = |j: usize, step: usize, depth: usize, b: *const T, b_step: usize, ahead: bool| {
+        for i in (0..m).step_by(height) {
+            let tile = Tile {
+                depth,
+                a: source.at(i, step),
+                a_row,
+                a_step,
+                b,
+                b_step,
+                c: g.c.as_ptr().wrapping_add(i * g.c.stride + j),
+                c_row: g.c.stride,
+                add: g.accumulate || step > 0,
+            };
+            let (rows, columns) = (height.min(m - i), width.min(columns.end - j));
+            // SAFETY: rows inside A; B is the caller's promise below; C is ours.
+            unsafe {
+                if ahead && i == 0 {
+                    (kernel.stream)(rows, &tile);
+                } else {
+                    run_tile(kernel, rows, columns, tile);
+                }
+            }
+        }
+    };
+    let steps = STREAM_STEPS[usize::from(m > height)];
+    // Columns that are read as they lie; the others are packed.
+    let across = kernel.across.filter(|&(most, _)| g.tb && m <= most);
+    let whole = if g.tb && across.is_none() { 0 } else { columns.len() / width * width };
+    if let Some((_, tile)) = across {
+        for j in (columns.start..columns.start + whole).step_by(width) {
+            let tile_at = Tile {
+                depth: k,
+                a: source.at(0, 0),
+                a_row,
+                a_step,
+                b: g.right().at(j, 0),
+                b_step: g.b.stride,
+                c: g.c.as_ptr().wrapping_add(j),
+                c_row: g.c.stride,
+                add: g.accumulate,
+            };
+            // SAFETY: rows inside A, columns inside B and C; C is ours.
+            unsafe { tile(m, &tile_at) };
+        }
+    }
+    for step in (0..if g.tb { 0 } else { k }).step_by(steps) {
+        for j in (columns.start..columns.start + whole).step_by(width) {
+            tiles(j, step, steps.min(k - step), g.right().at(j, step), g.b.stride, true);
+        }
+    }
+    for j in (columns.start + whole..columns.end).step_by(width) {
+        for step in (0..k).step_by(STREAM_TRANSPOSED) {
+            let (lanes, depth) = (width.min(columns.end - j), STREAM_TRANSPOSED.min(k - step));
+            // SAFETY: the lanes and the steps are inside B, and `memory` has room for a panel.
+            unsafe {
+                pack::pack(&g.right(), kernel.transpose, (j, lanes), (step, depth), width, memory);
+            }
+            tiles(j, step, depth, memory, width, false);
+        }
+    }
+}
+
 /// Visits the panels of B, at most `elements` at a time: all blocks of K for some columns, then the next columns. The
-/// blocks are as equal as multiples of 8 can be, and depend on K alone.
+/// blocks are as equal as multiples of 8 can be.
 fn for_panels<T>(n: usize, k: usize, kernel: &Kernel<T>, elements: usize, mut visit: impl FnMut(&Panels)) {
     let depth = k.div_ceil(k.div_ceil(kernel.depth)).next_multiple_of(8);
     let columns = elements / depth / kernel.width * kernel.width;
@@ -423,6 +513,7 @@ unsafe fn run_part<T: Real>(
                     a_row,
                     a_step,
                     b: memory.wrapping_add(j * depth),
+                    b_step: width,
                     c: g.c.as_ptr().wrapping_add((part.row + i) * g.c.stride + panels.column + j),
                     c_row: g.c.stride,
                     add: g.accumulate || !panels.first,
@@ -452,19 +543,22 @@ unsafe fn run_tile<T: Real>(kernel: &Kernel<T>, rows: usize, columns: usize, mut
     }
     let mut whole = MaybeUninit::<[T; MAX_TILE]>::uninit();
     let sums = whole.as_mut_ptr().cast::<T>();
-    let (c, c_row, add) = (tile.c, tile.c_row, tile.add);
-    (tile.c, tile.c_row, tile.add) = (sums, kernel.width, false);
-    // SAFETY: the tile on the stack is large enough.
+    let (c, c_row) = (tile.c, tile.c_row);
+    (tile.c, tile.c_row) = (sums, kernel.width);
+    if tile.add {
+        for i in 0..rows {
+            // SAFETY: the tile on the stack is large enough; for C, the caller's promise.
+            unsafe {
+                std::slice::from_raw_parts_mut(sums.add(i * kernel.width), kernel.width).fill(T::ZERO);
+                std::ptr::copy_nonoverlapping(c.add(i * c_row), sums.add(i * kernel.width), columns);
+            }
+        }
+    }
+    // SAFETY: the tile on the stack is large enough, and initialised if it is read.
     unsafe { (kernel.tile)(rows, &tile) };
     for i in 0..rows {
         // SAFETY: the kernel has written `rows` rows of `width`; for C, the caller's promise.
-        let (sums, c) = unsafe {
-            let sums = std::slice::from_raw_parts(sums.add(i * kernel.width), columns);
-            (sums, std::slice::from_raw_parts_mut(c.add(i * c_row), columns))
-        };
-        for (c, &sum) in c.iter_mut().zip(sums) {
-            *c = if add { *c + sum } else { sum };
-        }
+        unsafe { std::ptr::copy_nonoverlapping(sums.add(i * kernel.width), c.add(i * c_row), columns) };
     }
 }
 
@@ -472,54 +566,12 @@ unsafe fn run_tile<T: Real>(kernel: &Kernel<T>, rows: usize, columns: usize, mut
 ///
 /// # Safety
 /// Nobody else touches that part.
-unsafe fn finish<T>(
-    c: &MatMut<'_, T>,
-    rows: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
-    epilogue: Epilogue<'_, T>,
-) {
+unsafe fn finish<T>(c: &MatMut<'_, T>, rows: Range<usize>, columns: Range<usize>, epilogue: Epilogue<'_, T>) {
     let part = c.block(rows.start, rows.len(), columns.start, columns.len());
     for i in 0..part.rows {
         // SAFETY: the caller's promise.
         epilogue(rows.start + i, columns.start, unsafe { part.row_mut(i) });
     }
-}
-
-/// Whether B is streamed rather than packed. The transposed kernel reads rows of A; and a K of 0 is nothing to pack.
-fn is_thin<T>(g: &Gemm<'_, T>, m: usize, k: usize) -> bool {
-    k == 0 || (m <= thin::MAX_ROWS && !(g.ta && g.tb))
-}
-
-/// All rows of C in columns `column .. column + columns`, by a thin kernel.
-///
-/// # Safety
-/// Nobody else touches these columns of C; `is_thin`.
-unsafe fn run_thin<T: Real>(kernel: &Kernel<T>, g: &Gemm<'_, T>, column: usize, columns: usize) {
-    let (m, _, k) = g.shape();
-    let c = g.c.block(0, m, column, columns);
-    if k == 0 {
-        if !g.accumulate {
-            // SAFETY: the caller's promise.
-            (0..m).for_each(|i| unsafe { c.row_mut(i) }.fill(T::ZERO));
-        }
-        return;
-    }
-    let (a_row, a_step) = g.left().strides();
-    let thin = Thin {
-        rows: m,
-        columns,
-        depth: k,
-        a: g.a.as_ptr(),
-        a_row,
-        a_step,
-        b: g.right().at(column, 0),
-        b_stride: g.b.stride,
-        c: c.as_ptr(),
-        c_row: c.stride,
-        add: g.accumulate,
-    };
-    // SAFETY: the views and `shape` vouch for the addresses.
-    unsafe { (kernel.thin)(g.tb, &thin) };
 }
 
 #[cfg(test)]

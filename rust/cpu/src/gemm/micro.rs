@@ -7,7 +7,6 @@
 //! so edges give the same bits as the inside.
 
 use super::pack::{self, Transpose};
-use super::thin::{self, Thin};
 use super::vector::Vector;
 use crate::simd::Level;
 
@@ -19,13 +18,17 @@ pub(super) struct Tile<T> {
     pub(super) a: *const T,
     pub(super) a_row: usize,
     pub(super) a_step: usize,
-    /// B's element (step p, column j) is at `b + p·width + j`.
+    /// B's element (step p, column j) is at `b + p·b_step + j`.
     pub(super) b: *const T,
+    pub(super) b_step: usize,
     /// C's element (row i, column j) is at `c + i·c_row + j`.
     pub(super) c: *mut T,
     pub(super) c_row: usize,
     pub(super) add: bool,
 }
+
+/// Computes a tile of so many rows.
+pub(super) type TileFn<T> = unsafe fn(rows: usize, tile: &Tile<T>);
 
 /// The functions of a type at a level, and the sizes that they are made for.
 #[derive(Clone, Copy, Debug)]
@@ -41,9 +44,15 @@ pub struct Kernel<T> {
     /// # Safety
     /// * the CPU has the level;
     /// * `1 ≤ rows ≤ height`; A, B are readable and C is writable (readable if `add`) at the places that [`Tile`] names.
-    pub(super) tile: unsafe fn(rows: usize, tile: &Tile<T>),
-    /// Computes a product with few rows; safe as [`thin::run`].
-    pub(super) thin: unsafe fn(transposed: bool, thin: &Thin<T>),
+    pub(super) tile: TileFn<T>,
+    /// The same, and asks for the `depth` steps of B behind these, which need not exist.
+    ///
+    /// # Safety
+    /// As `tile`.
+    pub(super) stream: TileFn<T>,
+    /// If the level has one: the same for columns that are rows of B in memory, with `b_step` between columns, and the
+    /// most rows that it takes.
+    pub(super) across: Option<(usize, TileFn<T>)>,
     /// Packs a panel whose lanes are rows of memory; its width is `height` or `width`.
     pub(super) transpose: Transpose<T>,
 }
@@ -54,27 +63,31 @@ pub(super) const MAX_TILE: usize = 12 * 32;
 /// Defines a function that gives a kernel: `heights` rows of two registers, compiled with `features`.
 macro_rules! kernel {
     ($name:ident: $element:ty, $register:ty, depth: $depth:literal, $($features:literal,)?
-     heights: $($height:literal)+, transpose: $transpose:path) => {
+     heights: $($height:literal)+, transpose: $transpose:path, across: $across:expr) => {
         fn $name() -> Kernel<$element> {
             $(#[target_feature(enable = $features)])?
             unsafe fn run_tile(rows: usize, at: &Tile<$element>) {
                 match rows {
                     // SAFETY: the caller's promise; the height is the number of rows.
-                    $($height => unsafe { tile::<$register, $height>(at) },)+
+                    $($height => unsafe { tile::<$register, $height, false>(at) },)+
                     _ => debug_assert!(false, "a tile of {rows} rows"),
                 }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn run_thin(transposed: bool, at: &Thin<$element>) {
-                // SAFETY: the caller's promise.
-                unsafe { thin::run::<$register>(transposed, at) }
+            unsafe fn run_stream(rows: usize, at: &Tile<$element>) {
+                match rows {
+                    // SAFETY: as above.
+                    $($height => unsafe { tile::<$register, $height, true>(at) },)+
+                    _ => debug_assert!(false, "a tile of {rows} rows"),
+                }
             }
             Kernel {
                 height: [$($height),+].len(),
                 width: 2 * <$register as Vector>::LANES,
                 depth: $depth,
                 tile: run_tile,
-                thin: run_thin,
+                stream: run_stream,
+                across: $across,
                 transpose: $transpose,
             }
         }
@@ -85,16 +98,18 @@ macro_rules! kernel {
 mod x86 {
     use std::arch::x86_64::{__m128, __m128d, __m256, __m256d, __m512, __m512d};
 
+    use super::super::across;
     use super::*;
 
-    kernel!(f32_sse2: f32, __m128, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose);
-    kernel!(f64_sse2: f64, __m128d, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose);
-    kernel!(f32_avx2: f32, __m256, depth: 384, "avx2,fma", heights: 1 2 3 4 5 6, transpose: pack::x86::transpose);
-    kernel!(f64_avx2: f64, __m256d, depth: 384, "avx2,fma", heights: 1 2 3 4 5 6, transpose: pack::transpose);
+    kernel!(f32_sse2: f32, __m128, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
+    kernel!(f64_sse2: f64, __m128d, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
+    kernel!(f32_avx2: f32, __m256, depth: 384, "avx2,fma", heights: 1 2 3 4 5 6, transpose: pack::x86::transpose,
+        across: Some((across::MAX_ROWS, across::tile)));
+    kernel!(f64_avx2: f64, __m256d, depth: 384, "avx2,fma", heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
     kernel!(f32_avx512: f32, __m512, depth: 256, "avx2,fma,avx512f", heights: 1 2 3 4 5 6 7 8 9 10 11 12,
-        transpose: pack::x86::transpose);
+        transpose: pack::x86::transpose, across: None);
     kernel!(f64_avx512: f64, __m512d, depth: 256, "avx2,fma,avx512f", heights: 1 2 3 4 5 6 7 8 9 10 11 12,
-        transpose: pack::transpose);
+        transpose: pack::transpose, across: None);
 
     pub(crate) fn kernel_f32(level: Level) -> Kernel<f32> {
         match level {
@@ -121,8 +136,8 @@ pub(super) mod portable {
     use super::super::vector::Lanes;
     use super::*;
 
-    kernel!(f32_lanes: f32, Lanes<f32, 8>, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose);
-    kernel!(f64_lanes: f64, Lanes<f64, 4>, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose);
+    kernel!(f32_lanes: f32, Lanes<f32, 8>, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
+    kernel!(f64_lanes: f64, Lanes<f64, 4>, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
 
     pub(crate) fn kernel_f32(_level: Level) -> Kernel<f32> {
         f32_lanes()
@@ -141,30 +156,36 @@ pub(crate) use portable::{kernel_f32, kernel_f64};
 /// # Safety
 /// As [`Kernel::tile`] with `rows = H`; inlined into code compiled for `V`.
 #[inline(always)]
-unsafe fn tile<V: Vector, const H: usize>(tile: &Tile<V::Element>) {
-    let Tile { depth, mut a, a_row, a_step, mut b, c, c_row, add } = *tile;
+unsafe fn tile<V: Vector, const H: usize, const AHEAD: bool>(tile: &Tile<V::Element>) {
+    let Tile { depth, mut a, a_row, a_step, mut b, b_step, c, c_row, add } = *tile;
     // SAFETY: the caller's promise: row `p` of B has two registers, A has `H` rows, C has `H` rows of two registers.
     unsafe {
         let mut sums = [[V::splat(<V::Element as crate::real::Real>::ZERO); 2]; H];
         for i in 0..H {
-            prefetch(c.wrapping_add(i * c_row));
-            prefetch(c.wrapping_add(i * c_row + 2 * V::LANES - 1));
+            let c = c.wrapping_add(i * c_row);
+            if add {
+                sums[i] = [V::load(c), V::load(c.add(V::LANES))];
+            } else {
+                prefetch(c);
+                prefetch(c.wrapping_add(2 * V::LANES - 1));
+            }
         }
         for _ in 0..depth {
             let (b0, b1) = (V::load(b), V::load(b.add(V::LANES)));
+            if AHEAD {
+                prefetch(b.wrapping_add(depth * b_step));
+            }
             for i in 0..H {
                 let x = V::splat(*a.add(i * a_row));
                 sums[i][0] = x.mul_add(b0, sums[i][0]);
                 sums[i][1] = x.mul_add(b1, sums[i][1]);
             }
             a = a.wrapping_add(a_step);
-            b = b.wrapping_add(2 * V::LANES);
+            b = b.wrapping_add(b_step);
         }
         for i in 0..H {
             for (half, &sum) in sums[i].iter().enumerate() {
-                let c = c.add(i * c_row + half * V::LANES);
-                let sum = if add { V::load(c).add(sum) } else { sum };
-                sum.store(c);
+                sum.store(c.add(i * c_row + half * V::LANES));
             }
         }
     }

@@ -163,6 +163,11 @@ pub(super) unsafe fn transpose<T: Real>(
 pub(super) mod x86 {
     use std::arch::x86_64::*;
 
+    use crate::gemm::micro::prefetch;
+
+    /// How far ahead of what is read the next is asked for.
+    const AHEAD: usize = 128;
+
     /// [`super::Transpose`] by blocks of 8 × 8 in registers, for widths made of groups of 8, 6 and 4 lanes.
     ///
     /// # Safety
@@ -183,8 +188,10 @@ pub(super) mod x86 {
                 let mut rows = [_mm256_setzero_ps(); 8];
                 for (l, row) in rows.iter_mut().enumerate() {
                     if group + l < lanes {
+                        let at = (group + l) * stride + p;
                         // SAFETY: the lane exists, and so do steps `p..p + 8`.
-                        *row = unsafe { _mm256_loadu_ps(from.add((group + l) * stride + p)) };
+                        *row = unsafe { _mm256_loadu_ps(from.add(at)) };
+                        prefetch(from.wrapping_add(at + AHEAD));
                     }
                 }
                 let steps = transpose_8x8(rows);
@@ -225,7 +232,7 @@ pub(super) mod x86 {
     /// Element j of result i is element i of row j.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn transpose_8x8(rows: [__m256; 8]) -> [__m256; 8] {
+    pub(in crate::gemm) fn transpose_8x8(rows: [__m256; 8]) -> [__m256; 8] {
         let [r0, r1, r2, r3, r4, r5, r6, r7] = rows;
         let (a0, a1) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
         let (a2, a3) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));

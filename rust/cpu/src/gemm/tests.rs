@@ -212,6 +212,40 @@ fn bits_do_not_depend_on_threads() {
     }
 }
 
+/// A row of C is the same bits whatever rows stand beside it: streamed, packed, or in a serial product.
+#[test]
+fn bits_do_not_depend_on_other_rows() {
+    let pool = Pool::new(2);
+    for (n, k) in [(16, 64), (64, 400), (150, 33), (37, 130), (300, 9)] {
+        transpositions(|ta, tb| {
+            let case = |m| Case { m, n, k, ta, tb, accumulate: true, gap: 0 };
+            for level in levels() {
+                let first = |m: usize, pool| {
+                    let (a, b, mut c) = case(70).operands::<f32>();
+                    let view = a.view();
+                    let a = if ta { view.block(0, k, 0, m) } else { view.block(0, m, 0, k) };
+                    let g =
+                        Gemm { a, ta, b: b.view(), tb, c: c.view_mut().block(0, m, 0, n), accumulate: true };
+                    let kernel = f32::kernel(level);
+                    // SAFETY: `c` is ours.
+                    unsafe {
+                        match pool {
+                            Some(pool) => gemm(pool, &PackBuffers::with_kernel(2, kernel), &g, &no_epilogue),
+                            None => gemm_serial(&mut Scratch::with_kernel(kernel), &g),
+                        }
+                    }
+                    bits(&c.data[..n])
+                };
+                let want = first(70, Some(&pool));
+                for m in [1, 2, 4, 5, 6, 7, 13, 30, 48, 49] {
+                    assert_eq!(first(m, Some(&pool)), want, "{m} rows of {n} x {k}, {ta} {tb} {level:?}");
+                    assert_eq!(first(m, None), want, "serial {m} rows of {n} x {k}, {ta} {tb} {level:?}");
+                }
+            }
+        });
+    }
+}
+
 #[test]
 #[should_panic(expected = "does not give")]
 fn shapes_must_fit() {

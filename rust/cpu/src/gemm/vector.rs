@@ -11,25 +11,13 @@ use crate::real::Real;
 pub(super) trait Vector: Copy {
     type Element: Real;
     const LANES: usize;
-    /// Whether `mul_add` rounds once.
-    const FUSED: bool;
 
     unsafe fn splat(x: Self::Element) -> Self;
     unsafe fn load(from: *const Self::Element) -> Self;
     unsafe fn store(self, to: *mut Self::Element);
-    unsafe fn add(self, other: Self) -> Self;
     /// `self·a + b`.
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;
-
-    /// The same for one element.
-    #[inline(always)]
-    fn mul_add_one(x: Self::Element, a: Self::Element, b: Self::Element) -> Self::Element {
-        if Self::FUSED { x.mul_add(a, b) } else { x * a + b }
-    }
 }
-
-/// The most lanes of a register.
-pub(super) const MAX_LANES: usize = 16;
 
 /// Lanes in plain Rust, for the compiler to vectorise.
 #[cfg_attr(
@@ -42,7 +30,6 @@ pub(super) struct Lanes<T, const N: usize>([T; N]);
 impl<T: Real, const N: usize> Vector for Lanes<T, N> {
     type Element = T;
     const LANES: usize = N;
-    const FUSED: bool = cfg!(target_arch = "aarch64");
 
     #[inline(always)]
     unsafe fn splat(x: T) -> Self {
@@ -59,12 +46,12 @@ impl<T: Real, const N: usize> Vector for Lanes<T, N> {
         unsafe { to.cast::<[T; N]>().write(self.0) };
     }
     #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        Self(std::array::from_fn(|l| self.0[l] + other.0[l]))
-    }
-    #[inline(always)]
     unsafe fn mul_add(self, a: Self, b: Self) -> Self {
-        Self(std::array::from_fn(|l| Self::mul_add_one(self.0[l], a.0[l], b.0[l])))
+        // One rounding where the machine has the instruction.
+        let fused = cfg!(target_arch = "aarch64");
+        Self(std::array::from_fn(|l| {
+            if fused { self.0[l].mul_add(a.0[l], b.0[l]) } else { self.0[l] * a.0[l] + b.0[l] }
+        }))
     }
 }
 
@@ -75,12 +62,11 @@ mod x86 {
     use super::Vector;
 
     macro_rules! vector {
-        ($register:ty: $element:ty, $lanes:literal, $fused:literal, $splat:ident $load:ident $store:ident $add:ident,
+        ($register:ty: $element:ty, $lanes:literal, $splat:ident $load:ident $store:ident,
          |$x:ident, $a:ident, $b:ident| $mul_add:expr) => {
             impl Vector for $register {
                 type Element = $element;
                 const LANES: usize = $lanes;
-                const FUSED: bool = $fused;
 
                 #[inline(always)]
                 unsafe fn splat(x: $element) -> Self {
@@ -98,11 +84,6 @@ mod x86 {
                     unsafe { $store(to, self) }
                 }
                 #[inline(always)]
-                unsafe fn add(self, other: Self) -> Self {
-                    // SAFETY: the caller's promise.
-                    unsafe { $add(self, other) }
-                }
-                #[inline(always)]
                 unsafe fn mul_add(self, $a: Self, $b: Self) -> Self {
                     let $x = self;
                     // SAFETY: the caller's promise.
@@ -112,16 +93,16 @@ mod x86 {
         };
     }
 
-    vector!(__m128: f32, 4, false, _mm_set1_ps _mm_loadu_ps _mm_storeu_ps _mm_add_ps,
+    vector!(__m128: f32, 4, _mm_set1_ps _mm_loadu_ps _mm_storeu_ps,
         |x, a, b| _mm_add_ps(_mm_mul_ps(x, a), b));
-    vector!(__m128d: f64, 2, false, _mm_set1_pd _mm_loadu_pd _mm_storeu_pd _mm_add_pd,
+    vector!(__m128d: f64, 2, _mm_set1_pd _mm_loadu_pd _mm_storeu_pd,
         |x, a, b| _mm_add_pd(_mm_mul_pd(x, a), b));
-    vector!(__m256: f32, 8, true, _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps,
+    vector!(__m256: f32, 8, _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps,
         |x, a, b| _mm256_fmadd_ps(x, a, b));
-    vector!(__m256d: f64, 4, true, _mm256_set1_pd _mm256_loadu_pd _mm256_storeu_pd _mm256_add_pd,
+    vector!(__m256d: f64, 4, _mm256_set1_pd _mm256_loadu_pd _mm256_storeu_pd,
         |x, a, b| _mm256_fmadd_pd(x, a, b));
-    vector!(__m512: f32, 16, true, _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps,
+    vector!(__m512: f32, 16, _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps,
         |x, a, b| _mm512_fmadd_ps(x, a, b));
-    vector!(__m512d: f64, 8, true, _mm512_set1_pd _mm512_loadu_pd _mm512_storeu_pd _mm512_add_pd,
+    vector!(__m512d: f64, 8, _mm512_set1_pd _mm512_loadu_pd _mm512_storeu_pd,
         |x, a, b| _mm512_fmadd_pd(x, a, b));
 }
