@@ -106,6 +106,15 @@ struct Mish {
         return g + x * (1.f - g * g) * sigmoid(x);
     }
 };
+struct Sqrt {
+    static __device__ __forceinline__ float f(float x) { return sqrtf(x); }
+    static __device__ __forceinline__ float df(float x) { return 0.5f / sqrtf(x); }
+};
+// The sign of 0 and of NaN is 0.
+struct Sign {
+    static __device__ __forceinline__ float f(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : 0.f; }
+    static __device__ __forceinline__ float df(float) { return 0.f; }
+};
 
 template <class F>
 __device__ __forceinline__ float4 map(float4 x) {
@@ -157,6 +166,8 @@ UNARY(silu, Silu)
 UNARY(quick_gelu, QuickGelu)
 UNARY(relu2, Relu2)
 UNARY(mish, Mish)
+UNARY(sqrt, Sqrt)
+UNARY(sign, Sign)
 
 // y = s * x, which is its own gradient. x, y [N, C]; y may be x.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -230,7 +241,7 @@ dropout_forward_f32(const float* x, const int* rng, float* y, int rows, int cols
 // ---- The epilogue of a matrix product ------------------------------------------------------------------------------
 
 // Numbers of the functions in epilogue_forward_f32; 0 is none.
-enum Function { NONE, EXP, TANH, SIGMOID, RELU, GELU, GELU_TANH, SILU, QUICK_GELU, RELU2, MISH };
+enum Function { NONE, EXP, TANH, SIGMOID, RELU, GELU, GELU_TANH, SILU, QUICK_GELU, RELU2, MISH, SQRT, SIGN };
 
 __device__ __forceinline__ float4 apply(int function, float4 x) {
     switch (function) {
@@ -244,6 +255,8 @@ __device__ __forceinline__ float4 apply(int function, float4 x) {
         case QUICK_GELU: return map<QuickGelu>(x);
         case RELU2: return map<Relu2>(x);
         case MISH: return map<Mish>(x);
+        case SQRT: return map<Sqrt>(x);
+        case SIGN: return map<Sign>(x);
         default: return x;
     }
 }
@@ -260,6 +273,8 @@ __device__ __forceinline__ float4 apply_slope(int function, float4 x) {
         case QUICK_GELU: return slopes<QuickGelu>(x);
         case RELU2: return slopes<Relu2>(x);
         case MISH: return slopes<Mish>(x);
+        case SQRT: return slopes<Sqrt>(x);
+        case SIGN: return slopes<Sign>(x);
         default: return make_float4(1.f, 1.f, 1.f, 1.f);
     }
 }

@@ -4,8 +4,10 @@
 // Launch: block = 256, grid = N; a block has a row.
 // Shared memory: static, 64 bytes.
 //
-// loss[n] = log(sum_v exp(z[n, v])) - z[n, label[n]] with z = logits + bias; 0 where the label is negative, NaN where it
-// is V or more. The losses of all chunks are summed by sum_forward_f32 (reduce.cu).
+// loss[n] = lse - (1 - smoothing) * z[label[n]] - smoothing * mean(z) + z_loss * lse^2 with z = logits[n] + bias and
+// lse = log(sum_v exp(z[v])); 0 where the label is negative, NaN where it is V or more. The losses of all chunks are summed
+// by sum_forward_f32 (reduce.cu). Sources: Szegedy et al. 2016, section 7 (smoothing); Chowdhery et al. 2022, section 5
+// (z-loss).
 
 #define THREADS 256
 
@@ -44,10 +46,27 @@ __device__ __forceinline__ Softmax softmax_of(const float* row, const float* bia
     return all;
 }
 
+// The mean of a row of logits, in every thread; 0 where nobody asks. All threads must call it.
+__device__ __forceinline__ float mean_of(const float* row, const float* bias, int classes, float smoothing) {
+    if (smoothing == 0.f) return 0.f;
+    float sum = 0.f;
+    for (int v = threadIdx.x; v < classes; v += THREADS) sum += row[v] + (bias ? bias[v] : 0.f);
+    return block_sum<THREADS / WARP>(sum) / classes;
+}
+
+// The loss of a row. Differences from the largest logit first: they are small where logits are huge.
+__device__ __forceinline__ float loss_of(Softmax softmax, float target, float mean, float smoothing, float z_loss) {
+    float log_sum = logf(softmax.sum), loss = log_sum + (softmax.largest - target);
+    if (smoothing != 0.f) loss += smoothing * (target - mean);
+    float lse = log_sum + softmax.largest;
+    return z_loss == 0.f ? loss : loss + z_loss * lse * lse;
+}
+
 // loss [N]; logits [N, V], optional bias [V], labels [N].
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_forward_f32(const float* __restrict__ logits, const float* __restrict__ bias,
-                          const int* __restrict__ labels, float* __restrict__ loss, int classes, int logits_ld) {
+                          const int* __restrict__ labels, float* __restrict__ loss, int classes, int logits_ld,
+                          float smoothing, float z_loss) {
     const float* row = logits + (long long)blockIdx.x * logits_ld;
     int label = labels[blockIdx.x];
     if (label < 0 || label >= classes) {
@@ -56,14 +75,16 @@ cross_entropy_forward_f32(const float* __restrict__ logits, const float* __restr
     }
     Softmax softmax = softmax_of(row, bias, classes);
     float target = row[label] + (bias ? bias[label] : 0.f);
-    if (threadIdx.x == 0) loss[blockIdx.x] = logf(softmax.sum) + (softmax.largest - target);
+    float mean = mean_of(row, bias, classes, smoothing);
+    if (threadIdx.x == 0) loss[blockIdx.x] = loss_of(softmax, target, mean, smoothing, z_loss);
 }
 
-// The same, and the gradient in place: logits = (softmax(z) - onehot(label)) * dloss, or zeros in a row without a label.
-// dloss [].
+// The same, and the gradient in place: logits = (softmax(z) * (1 + 2 * z_loss * lse) - (1 - smoothing) * onehot(label)
+// - smoothing / V) * dloss, or zeros in a row without a label. dloss [].
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_backward_f32(float* logits, const float* __restrict__ bias, const int* __restrict__ labels,
-                           const float* __restrict__ dloss, float* __restrict__ loss, int classes, int logits_ld) {
+                           const float* __restrict__ dloss, float* __restrict__ loss, int classes, int logits_ld,
+                           float smoothing, float z_loss) {
     float* row = logits + (long long)blockIdx.x * logits_ld;
     int label = labels[blockIdx.x];
     if (label < 0 || label >= classes) {
@@ -76,16 +97,19 @@ cross_entropy_backward_f32(float* logits, const float* __restrict__ bias, const 
     // Read before softmax_of's barriers, so before anyone overwrites it.
     float target = row[label] + (bias ? bias[label] : 0.f);
     Softmax softmax = softmax_of(row, bias, classes);
-    float scale = *dloss, factor = scale / softmax.sum;
+    float mean = mean_of(row, bias, classes, smoothing);
+    float scale = *dloss, factor = scale / softmax.sum, even = scale * smoothing / classes;
+    if (z_loss != 0.f) factor *= 1.f + 2.f * z_loss * (logf(softmax.sum) + softmax.largest);
+    scale *= 1.f - smoothing;
     for (int v = 4 * threadIdx.x; v < classes; v += 4 * THREADS) {
         float4 z = logits4(row, bias, v, classes);
-        float4 d = make_float4(expf(z.x - softmax.largest) * factor, expf(z.y - softmax.largest) * factor,
-                               expf(z.z - softmax.largest) * factor, expf(z.w - softmax.largest) * factor);
+        float4 d = make_float4(expf(z.x - softmax.largest) * factor - even, expf(z.y - softmax.largest) * factor - even,
+                               expf(z.z - softmax.largest) * factor - even, expf(z.w - softmax.largest) * factor - even);
         d.x -= v == label ? scale : 0.f;
         d.y -= v + 1 == label ? scale : 0.f;
         d.z -= v + 2 == label ? scale : 0.f;
         d.w -= v + 3 == label ? scale : 0.f;
         store4(row + v, d, classes - v);
     }
-    if (threadIdx.x == 0) loss[blockIdx.x] = logf(softmax.sum) + (softmax.largest - target);
+    if (threadIdx.x == 0) loss[blockIdx.x] = loss_of(softmax, target, mean, smoothing, z_loss);
 }

@@ -18,7 +18,7 @@ iota_forward_f32(int* __restrict__ y, int rows, int start, int step) {
 }
 
 // table[n, i] = scale * cos(2 pi * positions[n] * turns[i]), table[n, R / 2 + i] = scale * sin(the same) for i < R / 2.
-// positions [N], none negative; turns [R / 2]: fractions of a turn a position, times 2^64, as (low, high) words.
+// positions [N]; turns [R / 2]: fractions of a turn a position, times 2^64, as (low, high) words.
 //
 // The product keeps what is left of whole turns, exactly: a float32 angle would be off by 0.004 at position 10^5.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -27,14 +27,14 @@ rope_table_forward_f32(const int* __restrict__ positions, const uint2* __restric
     unsigned i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= (unsigned)rows * half) return;
     int n = i / half, c = i % half;
-    unsigned position = positions[n];
+    unsigned position = positions[n] < 0 ? 0u - (unsigned)positions[n] : (unsigned)positions[n];
     uint2 turn = turns[c];
     // The upper word of the product modulo 2^64, as a signed part of a turn, in half turns.
     int part = (int)(__umulhi(position, turn.x) + position * turn.y);
     float angle = (float)part * (1.f / 2147483648.f);
     float* row = table + (long long)n * table_ld;
     row[c] = scale * cospif(angle);
-    row[half + c] = scale * sinpif(angle);
+    row[half + c] = (positions[n] < 0 ? -scale : scale) * sinpif(angle);
 }
 
 // Turns the pairs (i, i + R / 2), i < R / 2, of each head by the table's angles, backwards if sign is -1; the other columns

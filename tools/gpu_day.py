@@ -44,7 +44,7 @@ from pyrformer.optimizers import AdamW
 
 #: The files whose tests launch one kernel each.
 KERNEL_TESTS = (
-    "attention", "cache", "elementwise", "loss", "norm", "optimizer", "positions", "reduce", "rows",
+    "attention", "cache", "elementwise", "loss", "norm", "optimizer", "positions", "reduce", "relative", "rows",
 )  # fmt: skip
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 #: Relative and absolute, between float32 programs on the device and on the CPU.

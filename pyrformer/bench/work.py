@@ -13,9 +13,10 @@ from typing import Any
 WORD = 4
 SECTOR = 32
 #: FLOPs of one value of each function of ``elementwise.cu``, by its number there, and of its slope.
-FUNCTION_FLOPS = (0, 8, 14, 12, 1, 22, 24, 12, 13, 2, 24)
+FUNCTION_FLOPS = (0, 8, 14, 12, 1, 22, 24, 12, 13, 2, 24, 1, 2)
 FUNCTIONS = (
     "none", "exp", "tanh", "sigmoid", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "mish",
+    "sqrt", "sign",
 )  # fmt: skip
 #: Tiles of ``attention.cu``.
 TILE, DEPTH, SLICE, THREADS = 64, 32, 128, 256
@@ -416,6 +417,65 @@ def cached_attention_forward(
     unique = WORD * (2 * b * t * h * d + 2 * b * seen * kv * d + b * seen)
     sectors = 2 * _sectors(b * t * h * seen, d) + 2 * _sectors(b * t * h, d)
     return Work(unique, sectors, 4 * b * t * h * seen * d)
+
+
+# ---- Relative attention ---------------------------------------------------------------------------------------------
+
+
+def _relative(pairs: int, d: int, rows: float, results: int, flops: float) -> Work:
+    """``pairs`` of query and key, for each of which ``rows`` rows of a head are read, and ``results`` rows written."""
+    return Work(0, int(rows * pairs * _sectors(1, d)) + results * _sectors(1, d), flops * pairs * d)
+
+
+def _relative_bytes(b: int, h: int, t: int, s: int, u: int, d: int, hidden: Any) -> int:
+    floats = b * h * d * (4 * t + 2 * s) + (s + u + 2) * h * d
+    return WORD * (floats + b * (t + u + s) + bool(hidden) * b * u * u)
+
+
+@_rule
+def relative_attention_forward(grid: list[int], *a: Any) -> Work:
+    (t, h, b), hidden = grid, a[10]
+    _, s, u, d = a[13:17]
+    pairs = b * h * t * s
+    # Each score reads three rows a side; then every row of v is added up.
+    tiles = _relative(pairs, d, 7, b * h * t, 8)
+    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden), 0, 40 * pairs)
+
+
+@_rule
+def relative_attention_dq_backward(grid: list[int], *a: Any) -> Work:
+    (t, h, b), hidden = grid, a[11]
+    _, s, u, d = a[20:24]
+    pairs = b * h * t * s
+    tiles = _relative(pairs, d, 18, 3 * b * h * t, 20)
+    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden) + WORD * 5 * b * h * t, 0, 60 * pairs)
+
+
+@_rule
+def relative_attention_dkv_backward(grid: list[int], *a: Any) -> Work:
+    (s, h, b), hidden = grid, a[11]
+    t, _, u, d = a[18:22]
+    pairs = b * h * t * s
+    tiles = _relative(pairs, d, 10, 2 * b * h * s, 12)
+    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden) + WORD * 3 * b * h * t, 0, 30 * pairs)
+
+
+@_rule
+def relative_attention_dr_backward(grid: list[int], *a: Any) -> Work:
+    h, hidden, b = grid[1], a[11], a[17]
+    t, s, u, d = a[18:22]
+    pairs = b * h * t * s
+    # Every distance reads all queries, whether they have a key there or not.
+    tiles = _relative(pairs, d, 8 + (s + u) / s, h * (s + u), 8 + 2 * (s + u) / s)
+    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden) + WORD * 3 * b * h * t, 0, 30 * pairs)
+
+
+@_rule
+def relative_attention_dkinds_backward(
+    grid: list[int], by_kind: Any, q_s: Any, dkinds: Any, b: int, t: int, d: int, *_: Any
+) -> Work:
+    h, rows = grid[1], b * t * grid[1]
+    return Work(WORD * (2 * rows + rows * d + 2 * h * d), 2 * rows * (_sectors(1, d) + 1), 4 * rows * d)
 
 
 # ---- Records --------------------------------------------------------------------------------------------------------

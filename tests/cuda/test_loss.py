@@ -25,6 +25,19 @@ def test_loss_and_gradient(device, rng, close, shape, layout):
         close(got, 0.37 * d)
 
 
+@LAYOUTS
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3), (1.0, 0.0)])
+def test_smoothing_and_z_loss(device, rng, close, smoothing, z_loss, layout):
+    logits, bias = (3 * rng.normal(size=(5, 1030)) + 4).astype(np.float32), rng.normal(size=1030)
+    labels = np.array([0, 1029, -100, 513, 7])
+    want, d = reference.cross_entropy(logits + bias.astype(np.float32), labels, smoothing, z_loss)
+    more = (smoothing, z_loss)
+    close(run.cross_entropy(device, logits, labels, bias, None, layout, *more)[0], want)
+    loss, got = run.cross_entropy(device, logits, labels, bias, 0.37, layout, *more)
+    close(loss, want)
+    close(got, 0.37 * d)
+
+
 def test_huge_and_hidden_logits(device, close):
     logits = np.array(
         [[3e38, 0, -3e38, -np.inf], [-np.inf, -np.inf, 5, 5], [-3e38, -3e38, -3e38, -3e38]], np.float32
@@ -50,7 +63,9 @@ def test_a_label_outside_the_classes_reads_nothing_outside(device):
 
 def test_gradient_is_the_derivative(device, rng, close):
     logits, labels = rng.normal(size=(3, 5)).astype(np.float32), np.array([4, -1, 0])
-    _, got = run.cross_entropy(device, logits, labels, None, 1.0)
-    close(
-        got, reference.numeric_gradient(lambda z: reference.cross_entropy(z, labels)[0].sum(), logits), 1e-5
-    )
+    for more in ((0.0, 0.0), (0.2, 0.05)):
+        _, got = run.cross_entropy(device, logits, labels, None, 1.0, run.PLAIN, *more)
+        want = reference.numeric_gradient(
+            lambda z, m=more: reference.cross_entropy(z, labels, *m)[0].sum(), logits
+        )
+        close(got, want, 1e-5)

@@ -11,7 +11,8 @@ import sim
 from kernels import launches as run
 from kernels import nvrtc, reference
 from kernels.checks import attention as check_attention
-from kernels.checks import attention_operands
+from kernels.checks import attention_operands, relative_operands
+from kernels.checks import relative_attention as check_relative
 
 CROOKED = run.LAYOUTS["crooked"]
 
@@ -176,7 +177,7 @@ def rms_norm(device, rng, close):
 
 
 def rope(device, rng, close):
-    positions, frequencies = np.array([0, 3, 131071]), [1.0, 0.1, 3e-4]
+    positions, frequencies = np.array([0, -3, 131071]), [1.0, 0.1, 3e-4]
     angle = positions[:, None] * np.array(frequencies)
     want = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     table = run.rope_table(device, positions, frequencies, 1.0)
@@ -219,10 +220,42 @@ def activations(device, rng, close):
         close(run.unary_grad(device, name, x, dy), want)
 
 
+def relative(device, rng, close):
+    x = relative_operands(rng, 1, 4, 7, 5, 2, 6)
+    x["at"][0, :2] = [0, 4]
+    check_relative(device, close, x, normal(rng, 1, 4, 2, 6), site=run.Site(np.array([1, 2, 3, 4]), 9, 0.2))
+
+
+def relative_long(device, rng, close):
+    x = relative_operands(rng, 1, 2, 131, 3, 1, 2)
+    x["hidden"] = None
+    x["k"][0, 130] = 4 * x["q_k"][0, 0]  # the largest score comes last, in the second round
+    check_relative(device, close, x, normal(rng, 1, 2, 1, 2))
+
+
+def relative_queries(device, rng, close):
+    check_relative(device, close, relative_operands(rng, 1, 130, 3, 2, 1, 2), normal(rng, 1, 130, 1, 2))
+
+
+def roots_and_signs(device, rng, close):
+    x, dy = np.abs(normal(rng, 3, 9)) + 0.1, normal(rng, 3, 9)
+    close(run.unary_grad(device, "sqrt", x, dy), dy / (2 * np.sqrt(x.astype(float))))
+    close(run.unary(device, "sign", dy), np.sign(dy))
+
+
+def smoothed(device, rng, close):
+    z, labels = normal(rng, 3, 9) + 5, np.array([0, -1, 8])
+    loss, d = reference.cross_entropy(z, labels, 0.2, 0.01)
+    got = run.cross_entropy(device, z, labels, None, 0.5, CROOKED, 0.2, 0.01)
+    close(got[0], loss)
+    close(got[1], 0.5 * d)
+
+
 CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
     global_norm, adamw, attention, attention_grad, blind, attention_of_wide_heads, cache_write, cached,
-    cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations,
+    cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
+    relative_queries, roots_and_signs, smoothed,
 )}  # fmt: skip
 
 # ---- The bugs: case, file, kernels to compile, text, replacement ----------------------------------------------------
@@ -248,6 +281,8 @@ MUTANTS = [
     ("activations", "elementwise", "UNARY(", "2.f * Relu::f(x)", "Relu::f(x)"),
     ("activations", "elementwise", "UNARY(", "n / (n + 2.f)", "n / (n + 1.f)"),
     ("gelu_tanh", "elementwise", "UNARY(", "1.f + 3.f * GELU_CUBIC", "1.f + GELU_CUBIC"),
+    ("roots_and_signs", "elementwise", "UNARY(", "0.5f / sqrtf(x)", "0.5f * sqrtf(x)"),
+    ("roots_and_signs", "elementwise", "UNARY(", "x < 0.f ? -1.f : 0.f", "0.f"),
     # Normalisation.
     ("layer_norm", "norm", "layer_norm_forward_f32", "n > 1 ? x.y - shift : 0.f", "x.y - shift"),
     ("layer_norm", "norm", "layer_norm_forward_f32", "    if (row >= rows) return;\n    x += (long long)row * x_ld;\n    y +=", "    x += (long long)row * x_ld;\n    y +="),
@@ -259,7 +294,8 @@ MUTANTS = [
     ("rms_norm", "norm", "layer_norm_backward_f32", "float average = center ? warp_sum(sum) / cols : 0.f;\n    float along", "float average = warp_sum(sum) / cols;\n    float along"),
     # Positions.
     ("rope", "positions", "rope_", "__umulhi(position, turn.x) + ", ""),
-    ("rope", "positions", "rope_", "row[half + c] = scale * sinpif", "row[half + c] = scale * cospif"),
+    ("rope", "positions", "rope_", "scale) * sinpif", "scale) * cospif"),
+    ("rope", "positions", "rope_", "(positions[n] < 0 ? -scale : scale)", "scale"),
     ("rope", "positions", "rope_forward_f32", "sine = sign * ", "sine = "),
     ("rope", "positions", "rope_forward_f32", "y[half + c] = x[half + c];\n        return;", "return;"),
     ("rope", "positions", "rope_forward_f32", "y[half + c] = b * cosine + a * sine", "y[half + c] = b * cosine + y[c] * sine"),
@@ -276,6 +312,22 @@ MUTANTS = [
     ("cross_entropy", "loss", "cross_entropy_", "d.z -= v + 2 == label", "d.z -= v + 1 == label"),
     ("cross_entropy", "loss", "cross_entropy_forward_f32", "if (label < 0 || label >= classes)", "if (label >= classes)"),
     ("cross_entropy", "loss", "cross_entropy_", "n > 2 ? z.z : -INFINITY", "z.z"),
+    ("smoothed", "loss", "cross_entropy_", "scale *= 1.f - smoothing;", ""),
+    ("smoothed", "loss", "cross_entropy_", "1.f + 2.f * z_loss", "1.f + z_loss"),
+    ("smoothed", "loss", "cross_entropy_", "smoothing * (target - mean)", "smoothing * target"),
+    # Relative attention.
+    ("relative", "relative", "relative_", "r.row(places - p + j)", "r.row(places + p - j)"),
+    ("relative", "relative", "relative_", "bool itself = sees_itself && own == p;", "bool itself = own == p - 1;"),
+    ("relative", "relative", "relative_", "return p < places ? p : -1;", "return max(p, 0);"),
+    ("relative", "relative", "relative_", "place == 1 ? words.y", "place == 1 ? words.x"),
+    ("relative", "relative", "relative_attention_dq", "if (x.kind(b, p, j)) other += ds;", "if (!x.kind(b, p, j)) other += ds;"),
+    ("relative", "relative", "relative_attention_dq", "expf(x.score(b, i, p, j) - above) * share", "expf(x.score(b, i, p, j) - above)"),
+    ("relative", "relative", "relative_attention_dkv", "weight *= factor;", ""),
+    ("relative", "relative", "relative_attention_dr", "p >= 0 && j >= 0 && j < keys", "p >= 0 && j >= 0"),
+    ("relative_queries", "relative", "relative_attention_dr", "__syncthreads();  // the slopes are used up", ""),
+    ("relative_long", "relative", "relative_attention_forward", "sum.scale(correction);", ""),
+    ("relative_long", "relative", "relative_attention_forward", "sum.scale(correction);\n        __syncthreads();", "sum.scale(correction);"),
+    ("relative_long", "relative", "relative_attention_dq", "along = along * correction + ", "along = along + "),
     # Reductions, optimiser.
     ("sum_to", "reduce", "sum_to_forward_f32", "    __syncthreads();\n    if (threadIdx.y == 0", "    if (threadIdx.y == 0"),
     ("sum_to", "reduce", "sum_to_forward_f32", "int from = blockIdx.y * per, to = min(from + per, copies)", "int from = blockIdx.y * per, to = from + per"),

@@ -21,7 +21,7 @@ def turned(x, table, heads, sign):
 
 @LAYOUTS
 def test_rope_table(device, rng, close, layout):
-    positions = np.array([0, 1, 2, 77, 4095, 131071, 2**30])
+    positions = np.array([0, 1, 2, 77, -1, -300, 4095, 131071, 2**30, -(2**30)])
     angle = positions[:, None] * np.array(FREQUENCIES)
     # Angles of 2^30 radians are exact to 1e-7 in float64 alone.
     got = run.rope_table(device, positions, FREQUENCIES, 1.5, layout)

@@ -13,7 +13,7 @@ pub struct Limit {
     pub input: String,
     /// The operation that wants it.
     pub op: String,
-    /// Smallest value; none for labels, of which negative ones are ignored.
+    /// Smallest value; none where negative values mean nothing: labels, places of queries.
     pub least: Option<usize>,
     /// All values are smaller.
     pub below: usize,
@@ -28,10 +28,12 @@ fn indices(op: &Op, inputs: &[Operand]) -> Vec<(usize, Option<usize>, usize)> {
         Op::LinearCrossEntropy(spec) | Op::LinearCrossEntropyGrad(spec) => {
             vec![(2 + usize::from(spec.bias), None, dim(1, 0))]
         }
+        Op::LinearTokenLosses { bias } => vec![(2 + usize::from(*bias), None, dim(1, 0))],
+        // A query at −1 stands nowhere.
+        Op::RelativeAttention(_) => vec![(7, None, dim(8, 1))],
+        Op::RelativeAttentionGrad(_) => vec![(8, None, dim(9, 1))],
         Op::CacheWrite => vec![(2, Some(0), dim(0, 0)), (3, Some(0), dim(0, 1) + 1)],
         Op::CachedAttention(_) => vec![(3, Some(0), dim(1, 0)), (4, Some(0), dim(1, 1) + 1)],
-        // The kernel takes positions as unsigned.
-        Op::RopeTable { .. } => vec![(0, Some(0), i32::MAX as usize)],
         _ => vec![],
     }
 }

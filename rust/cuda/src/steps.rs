@@ -3,12 +3,17 @@
 //! Geometry and arguments are those that the heads of `cuda/*.cu` state. Sums go through chunks whose number depends on
 //! shapes alone. A contiguous tensor is given to elementwise kernels as one row.
 
-use pyrformer_graph::op::{AttentionExtras, DropoutSpec};
-use pyrformer_graph::{
-    AttentionSpec, Binary, DType, Epilogue, LossSpec, Op, Step, Target, TensorType, Unary,
-};
+use pyrformer_graph::op::DropoutSpec;
+use pyrformer_graph::{Binary, DType, Epilogue, LossSpec, Op, Step, Target, TensorType, Unary};
 
 use crate::launch::{Arg, Launch, Matrix, Memory, Place, Product, Record};
+
+/// A list of arguments of mixed types.
+macro_rules! args {
+    ($($x:expr),* $(,)?) => { vec![$(Arg::from($x)),*] };
+}
+
+mod attention;
 
 /// A CUDA device as a target of lowering: how much work space the launches of a step need.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,9 +27,6 @@ const ELEMENTS_PER_PART: usize = 4096;
 const PARTS: usize = 256;
 /// Elements of a gradient whose squares one block adds up.
 const NORM_CHUNK: usize = 16384;
-/// The widest head that attention over a cache holds in registers.
-const CACHED_WIDTH: usize = 256;
-const NO_WINDOW: usize = i32::MAX as usize;
 
 /// Values that one partial sum has, given all of them.
 fn per_part(n: usize, least: usize) -> usize {
@@ -59,7 +61,8 @@ impl Target for Cuda {
                 2 * x.rows().div_ceil(per_part(x.rows(), ROWS_PER_PART)) * x.cols()
             }
             Op::AttentionGrad(_) => inputs[5].shape.elements(),
-            Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) => {
+            Op::RelativeAttentionGrad(spec) => 5 * inputs[8].shape.elements() * spec.heads,
+            Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) | Op::LinearTokenLosses { .. } => {
                 let (rows, classes) = (inputs[0].shape.rows(), inputs[1].shape.0[0]);
                 chunk_rows(rows, classes) * classes + rows + element_parts(rows) + classes
             }
@@ -75,11 +78,6 @@ pub(crate) fn record(step: &Step, constants: &mut Vec<u32>) -> Result<Vec<Record
     let mut r = Recorder { step, constants, records: Vec::new() };
     r.step()?;
     Ok(r.records)
-}
-
-/// A list of arguments of mixed types.
-macro_rules! args {
-    ($($x:expr),* $(,)?) => { vec![$(Arg::from($x)),*] };
 }
 
 struct Recorder<'a> {
@@ -129,7 +127,8 @@ fn function(f: Option<Unary>) -> Result<Arg, String> {
         Some(Unary::QuickGelu) => 8,
         Some(Unary::Relu2) => 9,
         Some(Unary::Mish) => 10,
-        Some(Unary::Sqrt | Unary::Sign) => return Err("it has no kernel".to_owned()),
+        Some(Unary::Sqrt) => 11,
+        Some(Unary::Sign) => 12,
         Some(Unary::Scale(_)) => return Err("the product's epilogue does not scale".to_owned()),
     };
     Ok(number.into())
@@ -235,7 +234,6 @@ impl Recorder<'_> {
             Op::ScatterAdd { rows } => self.scatter_add(*rows),
             Op::Unary(Unary::Scale(s)) => self.scale(*s, self.x(0)),
             Op::UnaryGrad(Unary::Scale(s)) => self.scale(*s, self.x(1)),
-            Op::Unary(Unary::Sqrt | Unary::Sign) => return Err("it has no kernel".to_owned()),
             Op::Unary(f) => {
                 let [x, y] = flat([self.x(0), self.y(0)]);
                 let args = args![x, y, y.rows, y.cols, x.ld, y.ld];
@@ -289,11 +287,12 @@ impl Recorder<'_> {
             }
             Op::Attention(spec) => self.attention(spec),
             Op::AttentionGrad(spec) => self.attention_grad(spec)?,
-            Op::LinearCrossEntropy(spec) if *spec == plain(spec.bias) => {
-                self.cross_entropy(spec.bias, false)?;
-            }
-            Op::LinearCrossEntropyGrad(spec) if *spec == plain(spec.bias) => {
-                self.cross_entropy(spec.bias, true)?;
+            Op::RelativeAttention(spec) => self.relative_attention(spec)?,
+            Op::RelativeAttentionGrad(spec) => self.relative_attention_grad(spec)?,
+            Op::LinearCrossEntropy(spec) => self.cross_entropy(spec, false)?,
+            Op::LinearCrossEntropyGrad(spec) => self.cross_entropy(spec, true)?,
+            Op::LinearTokenLosses { bias } => {
+                self.cross_entropy(&LossSpec { bias: *bias, ..LossSpec::default() }, false)?;
             }
             Op::CountLabels { .. } => {
                 let args = args![self.x(0), self.y(0), self.x(0).elements()];
@@ -427,57 +426,11 @@ impl Recorder<'_> {
         Ok(())
     }
 
-    /// Sizes [B, T, H, K, D] of attention whose q is operand `q`, and the arguments after the strides.
-    fn attention_sizes(&self, spec: &AttentionSpec, q: usize) -> ([usize; 5], Vec<Arg>) {
-        let d = self.dims(q);
-        let sizes = [d[0], d[1], spec.heads, spec.kv_heads, d[2] / spec.heads];
-        let mut tail = args![spec.causal, spec.window.unwrap_or(NO_WINDOW), spec.scale];
-        tail.extend(keep(spec.dropout.as_ref()));
-        (sizes, tail)
-    }
-
-    /// Segments, key bias, prefix, random state: null where absent.
-    fn attention_extras(&self, at: AttentionExtras) -> [Arg; 4] {
-        [at.segments, at.key_bias, at.prefix, at.rng].map(|i| Arg::from(i.map(|i| self.x(i))))
-    }
-
-    fn attention(&mut self, spec: &AttentionSpec) {
-        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 0);
-        let [q, k, v] = [0, 1, 2].map(|i| self.x(i));
-        let (out, lse) = (self.y(0), self.y(1));
-        let mut args = args![q, k, v];
-        args.extend(self.attention_extras(spec.extras(3)));
-        args.extend(args![out, lse]);
-        args.extend(args![b, t, h, kv, d, q.ld, k.ld, v.ld, out.ld]);
-        args.extend(tail);
-        let grid = [t.div_ceil(64), h, b * d.div_ceil(128)];
-        self.launch("attention_forward_f32", grid, [256, 1, 1], args);
-    }
-
-    fn attention_grad(&mut self, spec: &AttentionSpec) -> Result<(), String> {
-        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 1);
-        let [dout, q, k, v, out, lse] = [0, 1, 2, 3, 4, 5].map(|i| self.x(i));
-        let [dq, dk, dv] = [0, 1, 2].map(|i| self.y(i));
-        let delta = self.scratch(0, b * h, t)?;
-        let args = args![dout, out, delta, b, t, h, d, dout.ld, out.ld];
-        let warps = (b * t * h).div_ceil(4);
-        self.launch("attention_delta_backward_f32", [warps, 1, 1], [128, 1, 1], args);
-
-        let mut operands = args![dout, q, k, v, lse, delta];
-        operands.extend(self.attention_extras(spec.extras(6)));
-        let sizes = args![b, t, h, kv, d, dout.ld, q.ld, k.ld, v.ld];
-        let slices = b * d.div_ceil(128);
-        let args = [&operands[..], &[dq.into()], &sizes, &[dq.ld.into()], &tail].concat();
-        self.launch("attention_dq_backward_f32", [t.div_ceil(64), h, slices], [256, 1, 1], args);
-        let args =
-            [&operands[..], &[dk.into(), dv.into()], &sizes, &[dk.ld.into(), dv.ld.into()], &tail].concat();
-        self.launch("attention_dkv_backward_f32", [t.div_ceil(64), kv, slices], [256, 1, 1], args);
-        Ok(())
-    }
-
-    /// The linear layer and its loss over chunks of rows; with gradients, dx, dweight and dbias of each chunk while its
-    /// logits exist.
-    fn cross_entropy(&mut self, with_bias: bool, gradients: bool) -> Result<(), String> {
+    /// The linear layer and its loss over chunks of rows: their sum, or each where the result has as many; with gradients,
+    /// dx, dweight and dbias of each chunk while its logits exist.
+    fn cross_entropy(&mut self, spec: &LossSpec, gradients: bool) -> Result<(), String> {
+        let with_bias = spec.bias;
+        let tail = args![spec.smoothing, spec.z_loss];
         let (x, weight) = (self.x(0), self.x(1));
         let bias = with_bias.then(|| self.x(2));
         let labels = self.x(2 + usize::from(with_bias));
@@ -485,7 +438,8 @@ impl Recorder<'_> {
         let labels = labels.part(0, rows, 1);
         let chunk = chunk_rows(rows, classes);
         let mut at = chunk * classes;
-        let losses = self.scratch(at, rows, 1)?;
+        let summed = self.step.outputs[0].ty.shape.rank() == 0;
+        let losses = if summed { self.scratch(at, rows, 1)? } else { self.y(0).part(0, rows, 1) };
         at += rows;
         let parts = element_parts(rows);
         let loss_parts = if parts > 0 { Some(self.scratch(at, 1, parts)?) } else { None };
@@ -498,12 +452,12 @@ impl Recorder<'_> {
             let product = Product { a: xs, ta: false, b: weight, tb: true, c: None, bias: None, y: logits };
             self.records.push(Record::Product(product));
             if !gradients {
-                let args = args![logits, bias, labels, losses, classes, classes];
+                let args = [args![logits, bias, labels, losses, classes, classes], tail.clone()].concat();
                 self.launch("cross_entropy_forward_f32", [n, 1, 1], [256, 1, 1], args);
                 continue;
             }
             let dloss = self.x(3 + usize::from(with_bias));
-            let args = args![logits, bias, labels, dloss, losses, classes, classes];
+            let args = [args![logits, bias, labels, dloss, losses, classes, classes], tail.clone()].concat();
             self.launch("cross_entropy_backward_f32", [n, 1, 1], [256, 1, 1], args);
             let (dx, dw) = (self.y(1).rows(from, n), self.y(2));
             let onto = (from > 0).then_some(dw);
@@ -521,34 +475,9 @@ impl Recorder<'_> {
                 }
             }
         }
-        self.sum_all(losses.part(0, 1, rows), self.y(0), loss_parts);
-        Ok(())
-    }
-
-    fn cache_write(&mut self) {
-        let (old, new, cache) = (self.x(0), self.x(1), self.y(0));
-        // The state is updated in place; where it is not, the rest of it comes first.
-        if old != cache {
-            self.copy(old, cache);
+        if summed {
+            self.sum_all(losses.part(0, 1, rows), self.y(0), loss_parts);
         }
-        let (c, n) = (self.dims(0), self.dims(1));
-        let mut args = args![new, self.x(2), self.x(3), self.x(4), cache];
-        args.extend(args![n[0], n[1], n[2], new.ld, c[0], c[1]]);
-        self.launch("cache_write_forward_f32", groups(n[0] * n[1], n[2]), [256, 1, 1], args);
-    }
-
-    fn cached_attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {
-        let (d, slots) = (self.dims(0), self.dims(1));
-        let width = d[2] / spec.heads;
-        if width > CACHED_WIDTH {
-            return Err(format!("heads of {width} columns, its kernel takes up to {CACHED_WIDTH}"));
-        }
-        let (q, out) = (self.x(0), self.y(0));
-        let bias = spec.key_bias.then(|| self.x(6));
-        let mut args = args![q, self.x(1), self.x(2), self.x(3), self.x(4), self.x(5), bias, out];
-        args.extend(args![d[1], spec.heads, spec.kv_heads, width, q.ld, out.ld, slots[0], slots[1]]);
-        args.extend(args![spec.window.unwrap_or(NO_WINDOW), spec.scale]);
-        self.launch("cached_attention_forward_f32", [d[1], spec.heads, d[0]], [128, 1, 1], args);
         Ok(())
     }
 
@@ -568,9 +497,4 @@ impl Recorder<'_> {
         self.launch("global_norm_forward_f32", [1; 3], [256, 1, 1], args);
         Ok(())
     }
-}
-
-/// The loss that the kernels compute: without label smoothing and z-loss.
-fn plain(bias: bool) -> LossSpec {
-    LossSpec { bias, ..LossSpec::default() }
 }

@@ -28,3 +28,35 @@ def attention(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, **ma
         return
     for name, want in zip(("dq", "dk", "dv"), dense.gradient(dout), strict=True):
         close(got[name], want, 1e-5)
+
+
+def relative_operands(rng, batch, tokens, keys, places, heads, width, hidden=True):
+    """Queries at random places, one of them nowhere; the last `places` keys are the sequence's own."""
+
+    def normal(*shape):
+        return rng.normal(size=(*shape, heads, width)).astype(np.float32)
+
+    x = {name: normal(batch, tokens) for name in ("q_k", "q_r", "q_s")}
+    x |= {name: normal(batch, keys) for name in ("k", "v")}
+    x |= {"r": normal(keys + places), "kinds": normal(2), "at": rng.integers(places, size=(batch, tokens))}
+    x["at"][0, -1] = -1
+    x["q_kinds"] = rng.integers(2, size=(batch, places))
+    x["k_kinds"] = rng.integers(2, size=(batch, keys))
+    x["hidden"] = (rng.random((batch, places, places)) < 0.4).astype(int) if hidden else None
+    return x
+
+
+def relative_attention(device, close, x, dout, *, sees_itself=True, site=None, layout=run.PLAIN):
+    scale = x["q_k"].shape[3] ** -0.5
+    factors = None
+    if site is not None:
+        batch, tokens, heads, _ = x["q_k"].shape
+        shape = (batch, heads, tokens, x["k"].shape[1])
+        factors = reference.keep(site.rng, site.stream, site.p, int(np.prod(shape))).reshape(shape)
+    dense = reference.RelativeAttention(x, scale, sees_itself, factors)
+    got = run.relative_attention(
+        device, x, scale, sees_itself=sees_itself, dout=dout, site=site, layout=layout
+    )
+    close(got["out"], dense.out)
+    for name, want in dense.gradient(dout).items():
+        close(got[name], want, 1e-5)

@@ -26,6 +26,8 @@ FUNCTIONS = (
     "quick_gelu",
     "relu2",
     "mish",
+    "sqrt",
+    "sign",
 )
 i32, u32, f32 = np.int32, np.uint32, np.float32
 
@@ -299,16 +301,20 @@ def cross_entropy(
     bias: Array | None,
     dloss: float | None,
     layout: Layout = PLAIN,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[Array, Array | None]:
     """The loss of each row; with dloss also the gradient, computed over the logits."""
+    tail = (f32(smoothing), f32(z_loss))
     z, n, loss = upload(device, logits, layout), device.array(labels, i32), device.empty((len(labels),))
     b = None if bias is None else device.array(bias)
     rows, classes = logits.shape
     if dloss is None:
-        device.launch("cross_entropy_forward_f32", rows, 256, z.at, b, n, loss, i32(classes), ld(z))
+        device.launch("cross_entropy_forward_f32", rows, 256, z.at, b, n, loss, i32(classes), ld(z), *tail)
         return device.read(loss), None
     scale = device.array([dloss])
-    device.launch("cross_entropy_backward_f32", rows, 256, z.at, b, n, scale, loss, i32(classes), ld(z))
+    sizes = (i32(classes), ld(z), *tail)
+    device.launch("cross_entropy_backward_f32", rows, 256, z.at, b, n, scale, loss, *sizes)
     return device.read(loss), download(device, z)
 
 
@@ -547,3 +553,54 @@ def cached_attention(
         f32(scale),
     )
     return download(device, out).reshape(q.shape)
+
+
+# ---- relative.cu ----------------------------------------------------------------------------------------------------
+
+
+def relative_attention(
+    device: Device, x: dict[str, Array], scale: float, *, sees_itself: bool = True, dout: Array | None = None,
+    site: Site | None = None, layout: Layout = PLAIN,
+) -> dict[str, Array]:  # fmt: skip
+    """out; with dout also the gradients of x's float operands: q_k, q_r, q_s [B, T, H, D], k, v [B, S, H, D],
+    r [S + U, H, D], kinds [2, H, D]; at, q_kinds, k_kinds, hidden (or None) as the kernels take them."""
+    names = ("q_k", "q_r", "q_s", "k", "v", "r", "kinds")
+    batch, tokens, heads, width = x["q_k"].shape
+    keys, places = x["k"].shape[1], x["q_kinds"].shape[1]
+    flat = [upload(device, x[n].reshape(*x[n].shape[:-2], -1), layout) for n in names]
+    integers = [
+        None if x[n] is None else device.array(x[n], i32) for n in ("at", "q_kinds", "k_kinds", "hidden")
+    ]
+    rng = None if site is None else device.array(site.rng, i32)
+    rule = dropout_args(site.p, site.stream) if site else dropout_args(0, 0)
+    tail = (i32(sees_itself), f32(scale), *rule)
+    operands = (*(m.at for m in flat), *integers, rng)
+    counts, strides = tuple(map(i32, (tokens, keys, places, width))), [ld(m) for m in flat]
+    out, kernel = blank(device, flat[0].shape, layout), "relative_attention_{}_f32"
+    grid = (tokens, heads, batch)
+    device.launch(kernel.format("forward"), grid, 128, *operands, out.at, *counts, *strides, ld(out), *tail)
+    results = {"out": download(device, out).reshape(x["q_k"].shape)}
+    if dout is None:
+        return results
+    d = upload(device, dout.reshape(batch, tokens, -1), layout)
+    made = {n: blank(device, m.shape, layout) for n, m in zip(names, flat, strict=True)}
+    rows = [device.empty((batch, heads, tokens)) for _ in range(3)]
+    by_kind = device.empty((2, batch, heads, tokens))
+
+    def launch(which: str, grid: tuple[int, ...], results: Any, more: Any = (), count: Any = ()) -> None:
+        pointers = (*results, *(made[n].at for n in more))
+        lds = (ld(d), *strides, *(ld(made[n]) for n in more))
+        name = kernel.format(f"{which}_backward")
+        device.launch(name, grid, 128, d.at, *operands, *pointers, *count, *counts, *lds, *tail)
+
+    dq = [made[n] for n in ("q_k", "q_r", "q_s")]
+    pointers = (*(m.at for m in dq), *rows, by_kind)
+    lds = (ld(d), *strides, *(ld(m) for m in dq))
+    device.launch(kernel.format("dq_backward"), grid, 128, d.at, *operands, *pointers, *counts, *lds, *tail)
+    launch("dkv", (keys, heads, batch), rows, ("k", "v"))
+    launch("dr", (keys + places, heads), rows, ("r",), (i32(batch),))
+    sizes = (*map(i32, (batch, tokens, width)), strides[2], ld(made["kinds"]))
+    device.launch(
+        kernel.format("dkinds_backward"), (2, heads), 128, by_kind, flat[2].at, made["kinds"].at, *sizes
+    )
+    return results | {n: download(device, m).reshape(x[n].shape) for n, m in made.items()}

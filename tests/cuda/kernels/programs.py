@@ -11,6 +11,7 @@ from pyrformer.compile import Traced
 from pyrformer.model import Model
 from pyrformer.optimizers import AdamW
 from pyrformer.programs import (
+    LossOptions,
     Sizes,
     accumulate_step,
     apply_step,
@@ -18,6 +19,7 @@ from pyrformer.programs import (
     evaluate,
     forward,
     gradients,
+    token_losses,
     train_step,
 )
 
@@ -48,11 +50,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "opt", "num_hidden_layers": 1, "hidden_size": 12, "num_attention_heads": 2, "ffn_dim": 20,
         "vocab_size": 37, "max_position_embeddings": 24, "word_embed_proj_dim": 12,
     },
+    "xlnet": {
+        "model_type": "xlnet", "n_layer": 2, "d_model": 12, "n_head": 2, "d_inner": 20, "vocab_size": 37,
+    },
 }  # fmt: skip
 #: Families whose every program runs on a device.
 FAMILIES = list(CONFIGS)
 OPTIMIZER = AdamW(weight_decay=0.1, max_grad_norm=0.5)
 BATCH, TOKENS = 2, 7
+#: Tokens of each row that XLNet predicts.
+TARGETS = 4
 
 
 def model(name: str, **options: Any) -> Model:
@@ -62,6 +69,8 @@ def model(name: str, **options: Any) -> Model:
 
 def sizes(model: Model, segments: bool = False) -> Sizes:
     """Two rows of seven tokens."""
+    if model.family.objective == "plm":
+        return Sizes(BATCH, TOKENS, BATCH * TARGETS, targets=TARGETS, hidden=True)
     return Sizes(BATCH, TOKENS, 0 if model.family.objective == "ar" else 8, segments)
 
 
@@ -71,6 +80,8 @@ PROGRAMS: dict[str, Callable[[Model], Traced]] = {
     "evaluate": lambda m: evaluate(m.family, sizes(m)),
     "gradients": lambda m: gradients(m.family, sizes(m)),
     "train_step": lambda m: train_step(m.family, sizes(m), OPTIMIZER),
+    "smoothed_step": lambda m: train_step(m.family, sizes(m), OPTIMIZER, options=LossOptions(0.1, 0.01)),
+    "token_losses": lambda m: token_losses(m.family, sizes(m)),
     "accumulate_step": lambda m: accumulate_step(m.family, sizes(m)),
     "apply_step": lambda m: apply_step(m.family, OPTIMIZER),
     "decode_step": lambda m: decode_step(m.family, 2, 3, (3, 8), "cache"),
@@ -89,16 +100,19 @@ def cases() -> list[tuple[str, str]]:
 
 def inputs(model: Model, plan: Any, rng: np.random.Generator, step: int = 0) -> dict[str, np.ndarray]:
     """Values for all inputs of a plan."""
-    vocab, m = model.family.config.vocab_size, 8
+    vocab, m, plm = model.family.config.vocab_size, 8, model.family.objective == "plm"
     own = {
         "input_ids": lambda shape: rng.integers(vocab, size=shape),
         "position_ids": lambda shape: np.broadcast_to(np.arange(shape[1]), shape),
         "token_type_ids": lambda shape: rng.integers(2, size=shape),
         "segments": lambda shape: np.array([[1, 1, 1, 2, 2, 0, 0], [1] * 7]),
-        "positions": lambda shape: rng.integers(BATCH * TOKENS, size=shape),
+        "positions": lambda shape: rng.integers(BATCH * (TARGETS if plm else TOKENS), size=shape),
+        "targets": lambda shape: np.array([[3, 6, -1, 0], [5, 1, 4, 2]]),
+        "hidden": lambda shape: rng.integers(2, size=shape),
         "labels": lambda shape: np.where(rng.random(shape) < 0.2, -100, rng.integers(vocab, size=shape)),
         "rng": lambda shape: np.array([5, -7, step, 0]),
         "loss_scale": lambda shape: np.array(1 / m),
+        "beta2": lambda shape: np.array(1 - (step + 1) ** -0.8),
         "lr": lambda shape: np.array(0.01),
         "step": lambda shape: np.array(step + 1),
         "rows": lambda shape: rng.integers(3, size=shape),

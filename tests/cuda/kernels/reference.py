@@ -59,6 +59,8 @@ UNARY: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * sigmoid(1.702 * x),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
     "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
+    "sqrt": np.sqrt,
+    "sign": np.sign,
 }
 
 
@@ -105,16 +107,21 @@ def layer_norm_grad(
     return dx, (dy * hat).sum(0), dy.astype(float).sum(0)
 
 
-def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+def cross_entropy(
+    logits: Array, labels: Array, smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Array, Array]:
     """Loss of each row, and its gradient; rows with a negative label have none."""
     z = logits.astype(float)
-    z = z - z.max(1, keepdims=True)
-    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
-    rows, seen = np.arange(len(labels)), labels >= 0
-    target = np.where(seen, labels, 0)
-    d = np.exp(log_p)
-    d[rows, target] -= 1
-    return np.where(seen, -log_p[rows, target], 0), d * seen[:, None]
+    largest = z.max(1, keepdims=True)
+    lse = largest + np.log(np.exp(z - largest).sum(1, keepdims=True))
+    seen = labels >= 0
+    target = np.zeros(z.shape)
+    target[np.arange(len(labels)), np.where(seen, labels, 0)] = 1 - smoothing
+    target += smoothing / z.shape[1]
+    with np.errstate(invalid="ignore"):  # 0 · ∞ is nothing here: what is no target is not asked for
+        loss = -np.where(target > 0, target * (z - lse), 0).sum(1) + z_loss * lse[:, 0] ** 2
+    d = np.exp(z - lse) * (1 + 2 * z_loss * lse) - target
+    return np.where(seen, loss, 0), d * seen[:, None]
 
 
 def adamw(
@@ -208,3 +215,57 @@ def cached_attention(
             w = np.exp(s - s.max())
             out[b, t, h] = w @ values / w.sum()
     return out
+
+
+class RelativeAttention:
+    """Dense attention with relative positions and kinds, and its gradient. q_k, q_r, q_s [B, T, H, D],
+    k, v [B, S, H, D], r [S + U, H, D], kinds [2, H, D], at [B, T], q_kinds [B, U], k_kinds [B, S], hidden [B, U, U]
+    or None, factors [B, H, T, S]. Source: Yang et al. 2019, sections 2.3 and 2.5."""
+
+    def __init__(
+        self, x: dict[str, Array], scale: float, sees_itself: bool = True, factors: Array | None = None
+    ) -> None:
+        f = {n: x[n].astype(float) for n in ("q_k", "q_r", "q_s", "k", "v", "r", "kinds")}
+        self.f, self.scale = f, scale
+        at = x["at"]
+        batch, places, keys = len(at), x["q_kinds"].shape[1], x["k"].shape[1]
+        self.stands, j = (at >= 0)[:, None, :, None], np.arange(keys)
+        p = np.maximum(at, 0)
+        # Row of r, and kind, of each pair [B, T, S].
+        self.rows = places - p[:, :, None] + j
+        self.other = (np.take_along_axis(x["q_kinds"], p, 1)[:, :, None] != x["k_kinds"][:, None]).astype(int)
+        content = np.einsum("bihd,bjhd->bhij", f["q_k"], f["k"])
+        position = np.einsum("bihd,bijhd->bhij", f["q_r"], f["r"][self.rows])
+        kind = np.einsum("bihd,bijhd->bhij", f["q_s"], f["kinds"][self.other])
+        scores = scale * (content + position + kind)
+        own = j - (keys - places)
+        if x["hidden"] is not None:
+            unseen = x["hidden"][np.arange(batch)[:, None, None], p[:, :, None], np.maximum(own, 0)] != 0
+            unseen &= (own >= 0) & ~(sees_itself & (own == p[:, :, None]))
+            scores = np.where(unseen[:, None], -1e30, scores)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        # What the kernels keep of each query between their launches.
+        self.largest = (scores.max(-1, keepdims=True) * self.stands)[..., 0]
+        self.inverse = (self.stands / weights.sum(-1, keepdims=True))[..., 0]
+        self.p = weights * self.inverse[..., None]
+        self.factors = np.ones_like(self.p) if factors is None else factors
+        self.out = np.einsum("bhij,bjhd->bihd", self.p * self.factors, f["v"])
+
+    def gradient(self, dout: Array) -> dict[str, Array]:
+        """By operand."""
+        f, dout = self.f, dout.astype(float)
+        dp = self.factors * np.einsum("bihd,bjhd->bhij", dout, f["v"])
+        self.delta = (self.p * dp).sum(-1)
+        self.ds = ds = self.scale * self.p * (dp - self.delta[..., None])
+        dr, dkinds = np.zeros_like(f["r"]), np.zeros_like(f["kinds"])
+        np.add.at(dr, self.rows, np.einsum("bhij,bihd->bijhd", ds, f["q_r"]))
+        np.add.at(dkinds, self.other, np.einsum("bhij,bihd->bijhd", ds, f["q_s"]))
+        return {
+            "q_k": np.einsum("bhij,bjhd->bihd", ds, f["k"]),
+            "q_r": np.einsum("bhij,bijhd->bihd", ds, f["r"][self.rows]),
+            "q_s": np.einsum("bhij,bijhd->bihd", ds, f["kinds"][self.other]),
+            "k": np.einsum("bhij,bihd->bjhd", ds, f["q_k"]),
+            "v": np.einsum("bhij,bihd->bjhd", self.p * self.factors, dout),
+            "r": dr,
+            "kinds": dkinds,
+        }

@@ -119,6 +119,8 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "quick_gelu": lambda x: _sloped_silu(x, 1.702),
     "relu2": lambda x: (np.maximum(x, 0) ** 2, 2 * np.maximum(x, 0)),
     "mish": lambda x: _mish(x, np.tanh(np.logaddexp(0, x))),
+    "sqrt": lambda x: (np.sqrt(x), 0.5 / np.sqrt(x)),
+    "sign": lambda x: (np.sign(x), np.zeros_like(x)),
 }
 BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 
@@ -268,30 +270,34 @@ def count_labels_forward(m, grid, labels, y, rows):
     matrix(m, y, 1, 1, 0, write=True)[:] = (matrix(m, labels, 1, rows, 0, i32) >= 0).sum()
 
 
-def _cross_entropy(m, rows, logits, bias, labels, loss, classes, logits_ld):
+def _cross_entropy(m, rows, logits, bias, labels, loss, classes, logits_ld, smoothing, z_loss):
     z = matrix(m, logits, rows, classes, logits_ld).astype(float)
     if bias:
         z = z + matrix(m, bias, 1, classes, 0)
     label = matrix(m, labels, rows, 1, 1, i32)[:, 0]
-    log_p = z - z.max(1, keepdims=True)
-    log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
+    top = z.max(1)
+    lse = top + np.log(np.exp(z - top[:, None]).sum(1))
     seen = (label >= 0) & (label < classes)
-    value = np.where(label < 0, 0, np.where(seen, -log_p[np.arange(rows), np.where(seen, label, 0)], np.nan))
+    target = (1 - smoothing) * z[np.arange(rows), np.where(seen, label, 0)]
+    if smoothing:
+        target = target + smoothing * z.mean(1)
+    value = np.where(label < 0, 0, np.where(seen, lse - target + z_loss * lse**2, np.nan))
     matrix(m, loss, rows, 1, 1, write=True)[:, 0] = value
-    return np.exp(log_p), label, seen
+    slope = np.exp(z - lse[:, None]) * (1 + 2 * z_loss * lse[:, None]) - smoothing / classes
+    slope[np.flatnonzero(seen), label[seen]] -= 1 - smoothing
+    return np.where(seen[:, None], slope, 0)
 
 
 @twin
-def cross_entropy_forward(m, grid, logits, bias, labels, loss, classes, logits_ld):
-    _cross_entropy(m, grid[0], logits, bias, labels, loss, classes, logits_ld)
+def cross_entropy_forward(m, grid, *args):
+    _cross_entropy(m, grid[0], *args)
 
 
 @twin
-def cross_entropy_backward(m, grid, logits, bias, labels, dloss, loss, classes, logits_ld):
-    p, label, seen = _cross_entropy(m, grid[0], logits, bias, labels, loss, classes, logits_ld)
-    p[np.flatnonzero(seen), label[seen]] -= 1
-    p = np.where(seen[:, None], p * float(matrix(m, dloss, 1, 1, 0)[0, 0]), 0)
-    matrix(m, logits, grid[0], classes, logits_ld, write=True)[:] = p
+def cross_entropy_backward(m, grid, logits, bias, labels, dloss, loss, classes, logits_ld, *tail):
+    slope = _cross_entropy(m, grid[0], logits, bias, labels, loss, classes, logits_ld, *tail)
+    slope = slope * float(matrix(m, dloss, 1, 1, 0)[0, 0])
+    matrix(m, logits, grid[0], classes, logits_ld, write=True)[:] = slope
 
 
 @twin
@@ -358,7 +364,7 @@ def rope_table_forward(m, grid, positions, turns, table, rows, half, table_ld, s
     words = matrix(m, turns, half, 2, 2, np.uint32).tolist()
     at = matrix(m, positions, 1, rows, 0, i32)[0].tolist()
     # Python's integers keep what is left of whole turns.
-    parts = [[(p * (high << 32 | low) % 2**64) / 2.0**63 for low, high in words] for p in at]
+    parts = [[p * (high << 32 | low) % 2**64 / 2.0**63 for low, high in words] for p in at]
     angle = np.pi * np.array(parts).reshape(rows, half)
     value = scale * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     matrix(m, table, rows, 2 * half, table_ld, write=True)[:] = value
@@ -580,3 +586,100 @@ def cached_attention_forward(
             w = np.exp(z - z.max(1, keepdims=True))
             result[n, i] = np.einsum("hp,phd->hd", w / w.sum(1, keepdims=True), values)
     matrix(m, out, b * t, h * d, out_ld, write=True)[:] = result.reshape(b * t, -1)
+
+
+# ---- Relative attention ---------------------------------------------------------------------------------------------
+
+
+class _Relative:
+    """What the launches of relative attention share. The dense definition is the reference's."""
+
+    def __init__(self, m, operands, batch, heads, sizes, strides, sees_itself, scale, stream, p, factor):
+        from kernels import reference
+
+        t, s, u, d = sizes
+        rows = (batch * t,) * 3 + (batch * s,) * 2 + (s + u, 2)
+        shapes = ((batch, t),) * 3 + ((batch, s),) * 2 + ((s + u,), (2,))
+        names = ("q_k", "q_r", "q_s", "k", "v", "r", "kinds")
+        x = {
+            name: matrix(m, at, n, heads * d, ld).reshape(*shape, heads, d)
+            for name, at, n, shape, ld in zip(names, operands, rows, shapes, strides, strict=False)
+        }
+        *counted, hidden, rng = operands[7:]
+        for name, at, n in zip(("at", "q_kinds", "k_kinds"), counted, (t, u, s), strict=True):
+            x[name] = matrix(m, at, batch, n, n, i32)
+        x["hidden"] = matrix(m, hidden, batch * u, u, u, i32).reshape(batch, u, u) if hidden else None
+        kept = keep(m, rng, stream, p, factor, batch * heads * t * s) if rng else None
+        kept = None if kept is None else kept.reshape(batch, heads, t, s)
+        self.dense = reference.RelativeAttention(x, scale, bool(sees_itself), kept)
+        self.m, self.batch, self.heads, self.sizes = m, batch, heads, sizes
+
+    def gradient(self, dout, ld):
+        t, _, _, d = self.sizes
+        value = matrix(self.m, dout, self.batch * t, self.heads * d, ld)
+        return self.dense.gradient(value.reshape(self.batch, t, self.heads, d))
+
+    def store(self, at, ld, value):
+        value = value.reshape(-1, self.heads * self.sizes[3])
+        matrix(self.m, at, *value.shape, ld, write=True)[:] = value
+
+
+@twin
+def relative_attention_forward(m, grid, *args):
+    operands, out, sizes, strides, out_ld, tail = (
+        args[:12],
+        args[12],
+        args[13:17],
+        args[17:24],
+        args[24],
+        args[25:],
+    )
+    x = _Relative(m, operands, grid[2], grid[1], sizes, strides, *tail)
+    x.store(out, out_ld, x.dense.out)
+
+
+@twin
+def relative_attention_dq_backward(m, grid, dout, *args):
+    operands, results, rows, sizes = args[:12], args[12:15], args[15:19], args[19:23]
+    (dout_ld, *strides), lds, tail = args[23:31], args[31:34], args[34:]
+    batch, heads, tokens = grid[2], grid[1], grid[0]
+    x = _Relative(m, operands, batch, heads, sizes, strides, *tail)
+    found = x.gradient(dout, dout_ld)
+    for name, at, ld in zip(("q_k", "q_r", "q_s"), results, lds, strict=True):
+        x.store(at, ld, found[name])
+    dense, shape = x.dense, (batch * heads, tokens, tokens)
+    for at, value in zip(rows, (dense.largest, dense.inverse, dense.delta), strict=False):
+        matrix(m, at, *shape, write=True)[:] = value.reshape(batch * heads, tokens)
+    by_kind = np.stack([(dense.ds * (dense.other[:, None] == kind)).sum(-1) for kind in (0, 1)])
+    matrix(m, rows[3], 2 * batch * heads, tokens, tokens, write=True)[:] = by_kind.reshape(-1, tokens)
+
+
+@twin
+def relative_attention_dkv_backward(m, grid, dout, *args):
+    operands, results, sizes = args[:12], args[15:17], args[17:21]
+    (dout_ld, *strides), lds, tail = args[21:29], args[29:31], args[31:]
+    x = _Relative(m, operands, grid[2], grid[1], sizes, strides, *tail)
+    found = x.gradient(dout, dout_ld)
+    for name, at, ld in zip("kv", results, lds, strict=True):
+        x.store(at, ld, found[name])
+
+
+@twin
+def relative_attention_dr_backward(m, grid, dout, *args):
+    operands, dr, batch, sizes = args[:12], args[15], args[16], args[17:21]
+    (dout_ld, *strides), dr_ld, tail = args[21:29], args[29], args[30:]
+    x = _Relative(m, operands, batch, grid[1], sizes, strides, *tail)
+    x.store(dr, dr_ld, x.gradient(dout, dout_ld)["r"])
+
+
+@twin
+def relative_attention_dkinds_backward(
+    m, grid, by_kind, q_s, dkinds, batch, tokens, width, q_s_ld, dkinds_ld
+):
+    heads = grid[1]
+    sums = (
+        matrix(m, by_kind, 2 * batch * heads, tokens, tokens).astype(float).reshape(2, batch, heads, tokens)
+    )
+    q = matrix(m, q_s, batch * tokens, heads * width, q_s_ld).reshape(batch, tokens, heads, width)
+    value = np.einsum("nbhi,bihd->nhd", sums, q)
+    matrix(m, dkinds, 2, heads * width, dkinds_ld, write=True)[:] = value.reshape(2, -1)

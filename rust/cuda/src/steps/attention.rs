@@ -1,0 +1,163 @@
+//! The launches of attention: of whole sequences, over a cache, with relative positions.
+
+use pyrformer_graph::op::AttentionExtras;
+use pyrformer_graph::{AttentionSpec, RelativeSpec};
+
+use super::{Recorder, groups, keep};
+use crate::launch::Arg;
+
+/// The widest head that attention over a cache, and relative attention, hold in registers.
+const WIDEST: usize = 256;
+const NO_WINDOW: usize = i32::MAX as usize;
+
+/// The arguments that all launches of relative attention share.
+struct Relative {
+    /// B, T, S, U, D.
+    sizes: [usize; 5],
+    operands: Vec<Arg>,
+    strides: Vec<Arg>,
+    tail: Vec<Arg>,
+}
+
+impl Relative {
+    /// T, S, U, D.
+    fn counts(&self) -> Vec<Arg> {
+        self.sizes[1..].iter().map(|&n| n.into()).collect()
+    }
+}
+
+impl Recorder<'_> {
+    /// Sizes [B, T, H, K, D] of attention whose q is operand `q`, and the arguments after the strides.
+    fn attention_sizes(&self, spec: &AttentionSpec, q: usize) -> ([usize; 5], Vec<Arg>) {
+        let d = self.dims(q);
+        let sizes = [d[0], d[1], spec.heads, spec.kv_heads, d[2] / spec.heads];
+        let mut tail = args![spec.causal, spec.window.unwrap_or(NO_WINDOW), spec.scale];
+        tail.extend(keep(spec.dropout.as_ref()));
+        (sizes, tail)
+    }
+
+    /// Segments, key bias, prefix, random state: null where absent.
+    fn attention_extras(&self, at: AttentionExtras) -> [Arg; 4] {
+        [at.segments, at.key_bias, at.prefix, at.rng].map(|i| Arg::from(i.map(|i| self.x(i))))
+    }
+
+    pub(super) fn attention(&mut self, spec: &AttentionSpec) {
+        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 0);
+        let [q, k, v] = [0, 1, 2].map(|i| self.x(i));
+        let (out, lse) = (self.y(0), self.y(1));
+        let mut args = args![q, k, v];
+        args.extend(self.attention_extras(spec.extras(3)));
+        args.extend(args![out, lse]);
+        args.extend(args![b, t, h, kv, d, q.ld, k.ld, v.ld, out.ld]);
+        args.extend(tail);
+        let grid = [t.div_ceil(64), h, b * d.div_ceil(128)];
+        self.launch("attention_forward_f32", grid, [256, 1, 1], args);
+    }
+
+    pub(super) fn attention_grad(&mut self, spec: &AttentionSpec) -> Result<(), String> {
+        let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 1);
+        let [dout, q, k, v, out, lse] = [0, 1, 2, 3, 4, 5].map(|i| self.x(i));
+        let [dq, dk, dv] = [0, 1, 2].map(|i| self.y(i));
+        let delta = self.scratch(0, b * h, t)?;
+        let args = args![dout, out, delta, b, t, h, d, dout.ld, out.ld];
+        let warps = (b * t * h).div_ceil(4);
+        self.launch("attention_delta_backward_f32", [warps, 1, 1], [128, 1, 1], args);
+
+        let mut operands = args![dout, q, k, v, lse, delta];
+        operands.extend(self.attention_extras(spec.extras(6)));
+        let sizes = args![b, t, h, kv, d, dout.ld, q.ld, k.ld, v.ld];
+        let slices = b * d.div_ceil(128);
+        let args = [&operands[..], &[dq.into()], &sizes, &[dq.ld.into()], &tail].concat();
+        self.launch("attention_dq_backward_f32", [t.div_ceil(64), h, slices], [256, 1, 1], args);
+        let args =
+            [&operands[..], &[dk.into(), dv.into()], &sizes, &[dk.ld.into(), dv.ld.into()], &tail].concat();
+        self.launch("attention_dkv_backward_f32", [t.div_ceil(64), kv, slices], [256, 1, 1], args);
+        Ok(())
+    }
+
+    /// Sizes [B, T, S, U, D] of relative attention whose queries are operand `q`, its operands from there on with hidden
+    /// and rng null where absent, and the strides of those that have one.
+    fn relative(&self, spec: &RelativeSpec, q: usize) -> Result<Relative, String> {
+        let (queries, keys) = (self.dims(q), self.dims(q + 3));
+        let sizes = [queries[0], queries[1], keys[1], self.dims(q + 8)[1], queries[2] / spec.heads];
+        if sizes[4] > WIDEST {
+            return Err(format!("heads of {} columns, its kernels take up to {WIDEST}", sizes[4]));
+        }
+        let mut operands: Vec<Arg> = (q..q + 10).map(|i| self.x(i).into()).collect();
+        operands.push(Arg::from(spec.hidden.then(|| self.x(q + 10))));
+        let rng = q + 10 + usize::from(spec.hidden);
+        operands.push(Arg::from(spec.dropout.as_ref().map(|_| self.x(rng))));
+        let mut tail = args![spec.sees_itself, spec.scale];
+        tail.extend(keep(spec.dropout.as_ref()));
+        let strides = (q..q + 7).map(|i| self.x(i).ld.into()).collect();
+        Ok(Relative { sizes, operands, strides, tail })
+    }
+
+    pub(super) fn relative_attention(&mut self, spec: &RelativeSpec) -> Result<(), String> {
+        let at = self.relative(spec, 0)?;
+        let ([b, t, ..], out) = (at.sizes, self.y(0));
+        let args = [&at.operands[..], &[out.into()], &at.counts(), &at.strides, &[out.ld.into()], &at.tail];
+        self.launch("relative_attention_forward_f32", [t, spec.heads, b], [128, 1, 1], args.concat());
+        Ok(())
+    }
+
+    pub(super) fn relative_attention_grad(&mut self, spec: &RelativeSpec) -> Result<(), String> {
+        let (at, h) = (self.relative(spec, 1)?, spec.heads);
+        let [b, t, s, u, d] = at.sizes;
+        let dout = self.x(0);
+        let [dq_k, dq_r, dq_s, dk, dv, dr, dkinds] = [0, 1, 2, 3, 4, 5, 6].map(|i| self.y(i));
+        let rows = b * h * t;
+        let [largest, inverse, delta] = [0, 1, 2].map(|i| self.scratch(i * rows, 1, rows));
+        let (largest, inverse, delta) = (largest?, inverse?, delta?);
+        let by_kind = self.scratch(3 * rows, 2, rows)?;
+        let operands = [&[dout.into()], &at.operands[..]].concat();
+        let strides = [&[dout.ld.into()], &at.strides[..]].concat();
+        let saved = args![largest, inverse, delta];
+
+        let results = args![dq_k, dq_r, dq_s, largest, inverse, delta, by_kind];
+        let more = args![dq_k.ld, dq_r.ld, dq_s.ld];
+        let args = [&operands[..], &results, &at.counts(), &strides, &more, &at.tail].concat();
+        self.launch("relative_attention_dq_backward_f32", [t, h, b], [128, 1, 1], args);
+
+        let (results, more) = (args![dk, dv], args![dk.ld, dv.ld]);
+        let args = [&operands[..], &saved, &results, &at.counts(), &strides, &more, &at.tail].concat();
+        self.launch("relative_attention_dkv_backward_f32", [s, h, b], [128, 1, 1], args);
+
+        let results = args![dr, b];
+        let args =
+            [&operands[..], &saved, &results, &at.counts(), &strides, &[dr.ld.into()], &at.tail].concat();
+        self.launch("relative_attention_dr_backward_f32", [s + u, h, 1], [128, 1, 1], args);
+
+        let q_s = self.x(3);
+        let args = args![by_kind, q_s, dkinds, b, t, d, q_s.ld, dkinds.ld];
+        self.launch("relative_attention_dkinds_backward_f32", [2, h, 1], [128, 1, 1], args);
+        Ok(())
+    }
+
+    pub(super) fn cache_write(&mut self) {
+        let (old, new, cache) = (self.x(0), self.x(1), self.y(0));
+        // The state is updated in place; where it is not, the rest of it comes first.
+        if old != cache {
+            self.copy(old, cache);
+        }
+        let (c, n) = (self.dims(0), self.dims(1));
+        let mut args = args![new, self.x(2), self.x(3), self.x(4), cache];
+        args.extend(args![n[0], n[1], n[2], new.ld, c[0], c[1]]);
+        self.launch("cache_write_forward_f32", groups(n[0] * n[1], n[2]), [256, 1, 1], args);
+    }
+
+    pub(super) fn cached_attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {
+        let (d, slots) = (self.dims(0), self.dims(1));
+        let width = d[2] / spec.heads;
+        if width > WIDEST {
+            return Err(format!("heads of {width} columns, its kernel takes up to {WIDEST}"));
+        }
+        let (q, out) = (self.x(0), self.y(0));
+        let bias = spec.key_bias.then(|| self.x(6));
+        let mut args = args![q, self.x(1), self.x(2), self.x(3), self.x(4), self.x(5), bias, out];
+        args.extend(args![d[1], spec.heads, spec.kv_heads, width, q.ld, out.ld, slots[0], slots[1]]);
+        args.extend(args![spec.window.unwrap_or(NO_WINDOW), spec.scale]);
+        self.launch("cached_attention_forward_f32", [d[1], spec.heads, d[0]], [128, 1, 1], args);
+        Ok(())
+    }
+}
