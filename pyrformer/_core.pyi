@@ -147,6 +147,9 @@ class Executor:
     def run(self, inputs: dict[str, _Array]) -> dict[str, _Array]: ...
     def profile(self, inputs: dict[str, _Array]) -> list[float]:
         """Runs once; the seconds that each step of the plan took."""
+    def find_nonfinite(self, inputs: dict[str, _Array]) -> tuple[int, list[_Values], list[_Values]] | None:
+        """Runs up to the first step that reads or makes a value that is not finite: its number, what it reads and what
+        it makes."""
 
 def simd_levels() -> tuple[str, str]:
     """The vector instructions that the CPU has, and those that kernels use."""
@@ -322,6 +325,8 @@ class CausalBatches:
     @property
     def batches_per_pass(self) -> int:
         """Batches that visit every block once."""
+    def documents(self, step: int) -> list[list[int]]:
+        """The numbers of the documents in each row."""
     def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
         """input_ids, labels, position_ids, where documents are separate segments, [B, S] each; number of labels."""
 
@@ -348,6 +353,8 @@ class MaskedBatches:
     @property
     def batches_per_pass(self) -> int:
         """Batches that visit every piece once."""
+    def documents(self, step: int) -> list[list[int]]:
+        """The numbers of the documents in each row."""
     def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
         """input_ids, attention_mask, token_type_ids, labels [B, S], positions, masked_labels [P]; number of labels."""
 

@@ -1,5 +1,6 @@
 //! Runs a plan: copies the inputs in, walks the steps, copies the outputs out. Nothing is allocated inside a step.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -153,6 +154,13 @@ impl Element for f64 {
     }
 }
 
+/// A moment of a run: before or after the step of a number.
+#[derive(Clone, Copy)]
+pub(crate) enum Moment {
+    Before(usize),
+    After(usize),
+}
+
 /// A plan bound to its states, its memory and a pool of threads.
 pub struct CpuExecutor {
     plan: Arc<Plan>,
@@ -180,10 +188,13 @@ impl CpuExecutor {
 
     /// Runs the plan once. `inputs` names a value for each of the plan's inputs; gives the outputs in the plan's order.
     ///
+    /// A global norm that is no finite number ends the run there if no state was changed before: all states keep their
+    /// values, and outputs of later steps are arbitrary.
+    ///
     /// # Errors
     /// When an input is missing, unknown or of another type, or an index is out of range.
     pub fn run(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<Array>> {
-        self.watched(inputs, |_| {})
+        self.watched(inputs, |_, _| ControlFlow::Continue(()))
     }
 
     /// Runs the plan once as [`run`](Self::run) does, and gives the seconds that each step took.
@@ -192,22 +203,22 @@ impl CpuExecutor {
     /// As [`run`](Self::run).
     pub fn profile(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<f64>> {
         let mut seconds = vec![0.0; self.plan.steps.len()];
-        let mut before = Instant::now();
-        self.watched(inputs, |step| {
-            let now = Instant::now();
-            if let Some(step) = step {
-                seconds[step] = (now - before).as_secs_f64();
+        let mut began = Instant::now();
+        self.watched(inputs, |moment, _| {
+            match moment {
+                Moment::Before(_) => began = Instant::now(),
+                Moment::After(step) => seconds[step] = began.elapsed().as_secs_f64(),
             }
-            before = now;
+            ControlFlow::Continue(())
         })?;
         Ok(seconds)
     }
 
-    /// Runs the plan once, calling `after` before the first step (with nothing) and after each (with its number).
-    fn watched(
+    /// Runs the plan once, calling `watch` before and after each step until it breaks off the run.
+    pub(crate) fn watched(
         &self,
         inputs: &[(&str, TensorType, &[u8])],
-        mut after: impl FnMut(Option<usize>),
+        mut watch: impl FnMut(Moment, &Memory<'_>) -> ControlFlow<()>,
     ) -> Result<Vec<Array>> {
         let slot = self.store.work();
         let Some(work) = slot.as_ref() else {
@@ -225,15 +236,22 @@ impl CpuExecutor {
                 std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.address(&port.operand), bytes.len())
             };
         }
-        after(None);
+        let mut changed = false;
         for (number, step) in self.plan.steps.iter().enumerate() {
+            if watch(Moment::Before(number), &memory).is_break() {
+                break;
+            }
             let run = Run { memory, pool: &self.pool, work, step };
             match step.outputs[0].ty.dtype {
                 DType::I32 => run.integers()?,
                 DType::F32 => run.floats::<f32>()?,
                 DType::F64 => run.floats::<f64>()?,
             }
-            after(Some(number));
+            changed |= step.outputs.iter().any(|o| matches!(o.space, Space::State(_)));
+            let spoiled = !changed && step.op == Op::GlobalNorm && !run.is_finite();
+            if watch(Moment::After(number), &memory).is_break() || spoiled {
+                break;
+            }
         }
         Ok(self.plan.outputs.iter().map(|port| memory.read(port)).collect())
     }
@@ -257,7 +275,7 @@ impl CpuExecutor {
 
 /// Where the operands of a plan are.
 #[derive(Clone, Copy)]
-struct Memory<'a> {
+pub(crate) struct Memory<'a> {
     arena: &'a Block,
     states: &'a [Arc<State>],
 }
@@ -272,7 +290,7 @@ impl<'a> Memory<'a> {
         unsafe { base.add(o.offset) }
     }
 
-    fn mat<T>(&self, o: &Operand) -> Mat<'a, T> {
+    pub(crate) fn mat<T>(&self, o: &Operand) -> Mat<'a, T> {
         let shape = &o.ty.shape;
         // SAFETY: the memory plan gives the operand these rows, and no step writes to what it reads but as
         // `Op::in_place` allows, which kernels respect.
@@ -352,6 +370,16 @@ impl<'a> Run<'a> {
 
     fn scalar<T: Real>(&self, i: usize) -> f64 {
         self.x::<T>(i).row(0)[0].to_f64()
+    }
+
+    /// Whether the first result, a scalar, is a finite number.
+    fn is_finite(&self) -> bool {
+        let o = &self.step.outputs[0];
+        match o.ty.dtype {
+            DType::F32 => self.memory.mat::<f32>(o).row(0)[0].is_finite(),
+            DType::F64 => self.memory.mat::<f64>(o).row(0)[0].is_finite(),
+            DType::I32 => true,
+        }
     }
 
     fn keep(&self, spec: &DropoutSpec, operand: usize) -> Keep {

@@ -2,7 +2,7 @@
 //!
 //! `view` and `real` are the vocabulary of kernels, `simd` picks the instruction set at run time, `threads` runs tasks,
 //! `gemm` and `math` carry most of the arithmetic. `kernels` holds one file per family of operations, `executor` walks a
-//! plan over `memory`, and `reference` computes the same from the definitions, for tests.
+//! plan over `memory`, `nonfinite` looks for the step that spoils a run, and `reference` computes the same from the definitions, for tests.
 
 mod error;
 mod executor;
@@ -10,6 +10,7 @@ pub mod gemm;
 pub mod kernels;
 pub mod math;
 mod memory;
+mod nonfinite;
 pub mod real;
 pub mod reference;
 pub mod simd;
@@ -19,3 +20,4 @@ pub mod view;
 pub use error::{Error, Result};
 pub use executor::{Array, Cpu, CpuExecutor};
 pub use memory::Store;
+pub use nonfinite::{NonFinite, Summary};

@@ -280,6 +280,14 @@ impl MaskedBatches {
         batch
     }
 
+    /// The number of the document in each row of batch `step`, padding rows left out.
+    #[must_use]
+    pub fn documents(&self, step: u64) -> Vec<Vec<usize>> {
+        let starts = self.corpus.documents();
+        let number = |at: usize| starts.partition_point(|&offset| offset <= at as u64) - 1;
+        self.rows(step).iter().map(|row| vec![number(self.pieces[row.piece].0)]).collect()
+    }
+
     fn piece(&self, row: Row) -> Cow<'_, [u32]> {
         let (start, len) = self.pieces[row.piece];
         self.corpus.ids(start..start + len)

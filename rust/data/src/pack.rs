@@ -126,6 +126,35 @@ impl CausalBatches {
         batch
     }
 
+    /// The numbers of the documents in each row of batch `step`, in their order; none for a missing row.
+    #[must_use]
+    pub fn documents(&self, step: u64) -> Vec<Vec<usize>> {
+        let row = |row| {
+            let Some(mut at) = self.block_start(step, row) else { return Vec::new() };
+            let mut left = self.options.seq_len;
+            let mut found = Vec::new();
+            while left > 0 {
+                let end = self.document_end(at);
+                found.push(self.document(at));
+                left -= left.min(end - at);
+                at = end;
+                if at == self.corpus.len() {
+                    if !self.options.shuffle {
+                        break;
+                    }
+                    at = 0;
+                }
+            }
+            found
+        };
+        (0..self.options.batch_size).map(row).collect()
+    }
+
+    /// The number of the document that holds token `at`.
+    fn document(&self, at: usize) -> usize {
+        self.corpus.documents().partition_point(|&offset| offset <= at as u64) - 1
+    }
+
     /// Where the block of `row` begins in the corpus; `None` for a missing row of an evaluation.
     fn block_start(&self, step: u64, row: usize) -> Option<usize> {
         let CausalOptions { seq_len, batch_size, seed, shuffle, .. } = self.options;
@@ -211,6 +240,7 @@ mod tests {
         assert_eq!(batch.labels, [19, 20, -100, -100, -100, -100, -100, -100]);
         assert_eq!(batch.labels_count, 2);
         assert_eq!(corpus.batch(2), corpus.batch(0));
+        assert_eq!(corpus.documents(1), [vec![0], vec![]]);
         // The last token is only a label where the blocks end right before it.
         let corpus = batches(&[0, 5], OPTIONS).unwrap();
         assert_eq!(corpus.batch(0).input_ids, [10, 11, 12, 13, 0, 0, 0, 0]);
@@ -226,6 +256,11 @@ mod tests {
         assert_eq!(batch.labels, [11, 12, -100, -100, 15, 16, 17, 18, 19, -100, -100, -100]);
         assert_eq!(batch.segment_ids.unwrap(), [1, 1, 1, 2, 3, 3, 1, 1, 1, 1, 0, 0]);
         assert_eq!(batch.position_ids, [0, 1, 2, 0, 0, 1, 0, 1, 2, 3, 0, 0]);
+        assert_eq!(
+            batches(&[0, 3, 3, 4, 10], options).unwrap().documents(0),
+            [vec![0, 2, 3], vec![3]],
+            "document 1 is empty"
+        );
         // Empty neighbours do not make one document two.
         assert!(batches(&[0, 0, 10, 10], options).unwrap().batch(0).segment_ids.is_none());
         let joined = CausalOptions { separate_documents: false, ..options };
@@ -293,7 +328,16 @@ mod tests {
             let options = CausalOptions { seq_len, seed, shuffle: true, separate_documents: true, ..OPTIONS };
             let batch = batches(&offsets, options).unwrap().batch(step);
             let segments = batch.segment_ids.unwrap();
+            let documents = batches(&offsets, options).unwrap().documents(step);
             for row in 0..2 {
+                let mut seen: Vec<usize> = Vec::new();
+                for t in 0..seq_len {
+                    let at = batch.input_ids[row * seq_len + t] as u64 - 10;
+                    if t == 0 || offsets.contains(&at) {
+                        seen.push(offsets.partition_point(|&offset| offset <= at) - 1);
+                    }
+                }
+                prop_assert_eq!(&seen, &documents[row]);
                 let (mut segment, mut position) = (1, 0);
                 for t in 0..seq_len {
                     let place = row * seq_len + t;

@@ -226,6 +226,11 @@ impl CausalBatches {
         self.inner.batches_per_pass()
     }
 
+    /// The numbers of the documents in each row of batch `step`.
+    fn documents(&self, step: u64) -> Vec<Vec<usize>> {
+        self.inner.documents(step)
+    }
+
     /// Batch `step` as arrays, and its number of labels.
     fn batch<'py>(&self, py: Python<'py>, step: u64) -> PyResult<(Bound<'py, PyDict>, usize)> {
         let b = py.detach(|| self.inner.batch(step));
@@ -284,6 +289,11 @@ impl MaskedBatches {
     #[getter]
     fn batches_per_pass(&self) -> u64 {
         self.inner.batches_per_pass()
+    }
+
+    /// The numbers of the documents in each row of batch `step`.
+    fn documents(&self, step: u64) -> Vec<Vec<usize>> {
+        self.inner.documents(step)
     }
 
     /// Batch `step` as arrays, and its number of labels.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use pyrformer_cpu::{Cpu, CpuExecutor, simd, threads};
+use pyrformer_cpu::{Cpu, CpuExecutor, Summary, simd, threads};
 use pyrformer_cuda::Cuda;
 use pyrformer_graph::autodiff::gradients;
 use pyrformer_graph::verify::verify;
@@ -36,6 +36,8 @@ fn dtype_name(dtype: DType) -> &'static str {
 
 /// A name, an element type and a shape.
 type Typed = (String, &'static str, Vec<usize>);
+/// A tensor, its least and its greatest finite value, and how many values are not finite.
+type Values = (Typed, f64, f64, usize);
 
 fn typed(name: &str, ty: &TensorType) -> Typed {
     (name.to_owned(), dtype_name(ty.dtype), ty.shape.0.clone())
@@ -332,6 +334,23 @@ impl Executor {
         let given = given(inputs)?;
         let raw = raw(&given);
         enter(py, || self.inner.profile(&raw))
+    }
+
+    /// Runs the plan up to the first step that reads or makes a value that is not finite: its number, what it reads and
+    /// what it makes, each as (name, dtype, shape, least and greatest finite value, values that are not finite).
+    fn find_nonfinite(
+        &self,
+        py: Python<'_>,
+        inputs: &Bound<'_, PyDict>,
+    ) -> PyResult<Option<(usize, Vec<Values>, Vec<Values>)>> {
+        let given = given(inputs)?;
+        let raw = raw(&given);
+        let found = enter(py, || self.inner.find_nonfinite(&raw))?;
+        let values = |all: Vec<Summary>| {
+            let one = |s: Summary| (typed(&s.name, &s.ty), s.min, s.max, s.nonfinite);
+            all.into_iter().map(one).collect()
+        };
+        Ok(found.map(|f| (f.step, values(f.inputs), values(f.outputs))))
     }
 }
 
