@@ -26,6 +26,7 @@ COMMANDS = {
     "fill-mask": ("fill_mask", "Propose tokens for the masks in a text."),
     "plan": ("plan", "Print the compiled plan of a model."),
     "prepare": ("prepare", "Tokenize text once, for many runs."),
+    "replay": ("replay", "Make an update that was not finite again, and say where."),
     "report": ("report", "Write a page about runs: curves, options, machine."),
     "runs": ("runs", "List runs."),
     "sample": ("sample", "Continue a text."),

@@ -188,7 +188,7 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
 @click.option("--max-time", help="Stop after this time (90s, 30m, 8h), saved and resumable.")
 @click.option(
     "--on-nonfinite",
-    type=click.Choice(["stop", "rollback"]),
+    type=click.Choice(["stop", "skip", "rollback"]),
     help="When loss or gradient are no finite numbers.",
 )
 @click.option("--log-every", type=int, help="Updates between lines of metrics.jsonl.")

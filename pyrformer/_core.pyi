@@ -42,6 +42,8 @@ __all__ = [
 
 _DType = Literal["float32", "float64", "int32"]
 _Typed = tuple[str, _DType, list[int]]
+# A tensor, its least and its greatest finite value, and how many values are not finite.
+_Values = tuple[tuple[str, str, list[int]], float, float, int]
 """A name, an element type and a shape."""
 _Path = str | os.PathLike[str]
 _Array = npt.NDArray[Any]
@@ -233,6 +235,8 @@ class SafeTensors:
         """Name, element type as the format names it, and shape of each."""
     def get(self, name: str) -> _Floats:
         """A tensor as float32."""
+    def get_int32(self, name: str) -> _Ints:
+        """A tensor of int32."""
     def load_into(
         self, store: Store, names: list[tuple[str, str]], dtype: str, threads: int | None = None
     ) -> None:

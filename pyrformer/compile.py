@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core, forks
-from pyrformer.errors import InputError
+from pyrformer.errors import DeviceError, InputError
 from pyrformer.executors import AnyExecutor, AnyStore
 from pyrformer.nn import Trace
 
 Array = npt.NDArray[Any]
+#: A tensor's (name, dtype, shape), its least and its greatest finite value, and how many values are not finite.
+Values = tuple[tuple[str, str, list[int]], float, float, int]
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,18 @@ class Compiled:
     def profile(self, **inputs: Any) -> list[float]:
         """Runs once and gives the seconds that each step of the plan took."""
         return self.executor.profile(self._typed(inputs))
+
+    def find_nonfinite(self, **inputs: Any) -> tuple[int, list[Values], list[Values]] | None:
+        """Runs up to the first step that reads or makes a value that is not finite: its number, what it reads, what it
+        makes (nothing where it read such a value and did not run). The −∞ that attention keeps for rows that see
+        nothing is no finding.
+
+        Raises:
+            DeviceError: the program is not one of the CPU.
+        """
+        if not isinstance(self.executor, _core.Executor):
+            raise DeviceError("[find] values between operations are seen on the CPU only; set device to cpu")
+        return self.executor.find_nonfinite(self._typed(inputs))
 
     def _typed(self, inputs: dict[str, Any]) -> dict[str, Array]:
         types = {name: dtype for name, dtype, _ in self.plan.inputs}

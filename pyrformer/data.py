@@ -348,6 +348,10 @@ class Batches:
         """The arrays of a step, counted from 0."""
         return self._core.batch(step)[0]
 
+    def documents(self, step: int) -> list[list[int]]:
+        """The numbers of the documents in each row of a step."""
+        return self._core.documents(step)
+
     def ready(self, step: int) -> Batch:
         """The batch of a step under the names that the programs take."""
         arrays, labels = self._core.batch(step)

@@ -148,15 +148,23 @@ class PairBatches:
             kept.append(text[front : front + keep])
         return kept[0], kept[1]
 
-    def ready(self, step: int) -> Batch:
-        """The batch of a step under the names that the programs take; ``sentence_labels`` are Hugging Face's: 0 where
-        the second text follows, 1 where it is random."""
+    def documents(self, step: int) -> list[list[int]]:
+        """The number of the paragraph that each row of a step begins in; sentences of others may follow."""
+        return [[self._chunks[i][2]] for i in self._chosen(step)]
+
+    def _chosen(self, step: int) -> list[int]:
+        """The runs of sentences of a step."""
         epoch, at = divmod(step, self.batches_per_pass)
         count = len(self._chunks)
         order = draws_of(self._seed, ORDER, epoch).permutation(count) if self._shuffle else np.arange(count)
-        chosen = order[at * self._size : (at + 1) * self._size].tolist()
+        chosen: list[int] = order[at * self._size : (at + 1) * self._size].tolist()
+        return chosen
+
+    def ready(self, step: int) -> Batch:
+        """The batch of a step under the names that the programs take; ``sentence_labels`` are Hugging Face's: 0 where
+        the second text follows, 1 where it is random."""
         draws = draws_of(self._seed, PAIRS, step)
-        pairs = [self._pair(self._chunks[i], draws) for i in chosen]
+        pairs = [self._pair(self._chunks[i], draws) for i in self._chosen(step)]
         longest = max(len(a) + len(b) + 3 for a, b, _ in pairs)
         # Few distinct widths: each is a program of its own.
         width = min(-(-longest // 32) * 32, self._seq_len)

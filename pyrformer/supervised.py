@@ -41,6 +41,10 @@ class PrefixBatches:
         """How many batches visit the whole corpus once."""
         return self._rows.batches_per_pass
 
+    def documents(self, step: int) -> list[list[int]]:
+        """The numbers of the documents in each row of a step."""
+        return self._rows.documents(step)
+
     def ready(self, step: int) -> Batch:
         """The batch of a step under the names that the programs take."""
         rows = self._rows.ready(step)
@@ -83,6 +87,10 @@ class PermutationBatches:
     def batches_per_pass(self) -> int:
         """How many batches visit the whole corpus once."""
         return self._rows.batches_per_pass
+
+    def documents(self, step: int) -> list[list[int]]:
+        """The numbers of the documents in each row of a step."""
+        return self._rows.documents(step)
 
     def batch(self, step: int) -> dict[str, npt.NDArray[np.int32]]:
         """``input_ids``, ``position_ids``, ``token_type_ids [B, T]``; ``hidden [B, T, T]``, 1 where the first token
@@ -228,12 +236,20 @@ class LabelledBatches:
         """How many batches visit all texts once."""
         return -(-len(self._corpus.classes) // self._size)
 
-    def ready(self, step: int) -> Batch:
-        """The batch of a step under the names that the programs take."""
+    def documents(self, step: int) -> list[list[int]]:
+        """The numbers of the documents in each row of a step."""
+        return [[i] for i in self._chosen(step).tolist()]
+
+    def _chosen(self, step: int) -> npt.NDArray[np.int64]:
+        """The numbers of the texts of a step."""
         count = len(self._corpus.classes)
         epoch, at = divmod(step, self.batches_per_pass)
         order = draws_of(self._seed, ORDER, epoch).permutation(count) if self._shuffle else np.arange(count)
-        chosen = order[at * self._size : (at + 1) * self._size]
+        return order[at * self._size : (at + 1) * self._size]
+
+    def ready(self, step: int) -> Batch:
+        """The batch of a step under the names that the programs take."""
+        chosen = self._chosen(step)
         offsets = self._corpus.texts.offsets
         lengths = offsets[chosen + 1] - offsets[chosen]
         # Few distinct widths: each is a program of its own.

@@ -2,7 +2,8 @@
 
 A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json``,
 ``generation_config.json`` (the model of the last checkpoint), ``training.json`` (all options), ``metrics.jsonl`` (a
-line per log step) and ``checkpoint-500`` … (all that is needed to go on; see :mod:`pyrformer.training.checkpoints`).
+line per log step), ``checkpoint-500`` … (all that is needed to go on; see :mod:`pyrformer.training.checkpoints`) and,
+where an update was not finite, ``failed-step-7`` (see :mod:`pyrformer.training.failure`).
 The batch of a step is a pure function of (seed, step), so going on gives the bits that a straight run gives.
 """
 
@@ -18,7 +19,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -26,12 +27,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
-
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, write_json
-from pyrformer.compile import Compiled, Lowered, Traced
 from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.initial import apply_changes, initial_model
@@ -43,7 +41,10 @@ from pyrformer.tokenizers import Tokenizer
 from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_rows, read_state
 from pyrformer.training.comm import Comm, GradientSum, Mpi, share, world
 from pyrformer.training.config import OBJECTIVES, TrainConfig, seconds, steps_or_seconds
+from pyrformer.training.failure import Failure, examine, keep, rows_of
+from pyrformer.training.folder import METRICS, OPTIONS
 from pyrformer.training.lock import hold
+from pyrformer.training.passes import SUM, Passes, Update
 from pyrformer.training.signals import Signals
 from pyrformer.training.source import Source
 from pyrformer.training.watch import Clock, Spikes, UpdateRatio, resident_bytes
@@ -53,10 +54,8 @@ __all__ = ["OBJECTIVES", "Callback", "Event", "Run", "TrainConfig", "train"]
 #: What happens, as ``on_event`` sees it: "stage", "note", "start", "step", "eval", "save" or "end", and its numbers.
 Event = Callable[[str, dict[str, Any]], None]
 
-#: Rollbacks to one and the same checkpoint after which a run stops.
-MOST_ROLLBACKS = 5
-#: The losses of objectives that have others than that of tokens.
-LOSSES = {"sentence": ("sentence_loss",), "mlm+nsp": ("loss", "sentence_loss")}
+#: Updates left out in a row, or rollbacks to one and the same checkpoint, after which a run stops.
+MOST_LEFT_OUT = 5
 
 
 class Callback(Protocol):
@@ -101,7 +100,8 @@ def train(config: TrainConfig, on_event: Event | None = None, callbacks: Sequenc
     Raises:
         ConfigError, DataError, FileError, TokenizerError: something given is wrong; nothing is left behind then.
         FileError: the disk is full, or a file cannot be written; the checkpoints before are whole.
-        NonFiniteError: the loss or the gradient is no finite number; ``RUN/nonfinite.json`` says where.
+        NonFiniteError: the loss or the gradient is no finite number; ``RUN/failed-step-N`` holds the update for
+            ``pyrformer replay``.
         Stopped: SIGINT or SIGTERM; the state was saved.
         KeyboardInterrupt: one raised by ``on_event`` is passed on after the state was saved.
     """
@@ -137,13 +137,8 @@ class Trainer:
             raise ConfigError(f"[train] seq_len ({seq_len}) is more than the model's {most} positions")
         self.seq_len = seq_len
         self.batches, self.evaluation, self.data = self.source.batches(seq_len)
-        self.optimizer = config.optimizer()
-        #: How programs trade time for memory.
-        self.saving: dict[str, Any] = {}
+        self.passes = Passes(self.model, config, shared=comm.size > 1)
         self._check_groups()
-        self.loss_options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
-        #: The losses whose means are added.
-        self.losses = LOSSES.get(config.objective, ("loss",))
         self.ratio = UpdateRatio(self.model)
         self.gradients: GradientSum | None = None
         if comm.size > 1:
@@ -151,7 +146,8 @@ class Trainer:
             self.gradients = GradientSum(comm, shapes)
         #: Updates in the newest checkpoint, when it was begun, and the seconds that training waited for checkpoints.
         self.saved, self.saved_at, self.stall = self.start, 0.0, 0.0
-        self.rollbacks = 0
+        #: Updates left out since one was made, or rollbacks; and the last update that was made.
+        self.lost, self.made = 0, -1
         self._set_state({})
         if before:
             self._restore(self.start)
@@ -171,7 +167,7 @@ class Trainer:
             return 0
         if not folder.is_dir():
             raise FileError(f"[train] {folder} is a file; choose another --out")
-        if (c.overwrite or c.resume) and not (folder / "training.json").is_file():
+        if (c.overwrite or c.resume) and not (folder / OPTIONS).is_file():
             raise FileError(
                 f"[train] {folder} is not a run folder, so it is neither overwritten nor resumed; choose another one"
             )
@@ -186,7 +182,7 @@ class Trainer:
             self.on_event("note", {"what": f"{what}; skipped"})
         if step is None:
             self.on_event("note", {"what": f"{folder} has no checkpoint yet; starting from step 0"})
-            state = {"config": read_json(folder / "training.json")}
+            state = {"config": read_json(folder / OPTIONS)}
         else:
             state = read_state(self.checkpoints.path(step))
             self.on_event("note", {"what": f"going on from {self.checkpoints.path(step)}"})
@@ -212,7 +208,7 @@ class Trainer:
         try:
             if self.start:
                 self.checkpoints.clean()
-                write_json(self.folder / "training.json", self._facts())
+                write_json(self.folder / OPTIONS, self._facts())
             else:
                 self._create_folder()
         except OSError as e:
@@ -246,8 +242,8 @@ class Trainer:
         path = Path(directory.path or "")
         try:
             save_config(self.model, path)
-            write_json(path / "training.json", self._facts())
-            (path / "metrics.jsonl").touch()
+            write_json(path / OPTIONS, self._facts())
+            (path / METRICS).touch()
             directory.commit(replace=True)
         finally:
             directory.discard()
@@ -255,9 +251,7 @@ class Trainer:
     def run(self) -> Run:
         try:
             share(self.comm, self._open_folder)
-            with _Metrics(
-                self.folder / "metrics.jsonl", self.start, self.callbacks, self.leads
-            ) as self.metrics:
+            with _Metrics(self.folder / METRICS, self.start, self.callbacks, self.leads) as self.metrics:
                 try:
                     return self._loop()
                 finally:
@@ -420,6 +414,9 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._nonfinite(loss, norm)
             return None
+        if self.config.on_nonfinite == "skip":
+            self.lost = 0
+        self.made = self.step
         self.step += 1
         self.recent.append(loss)
         for name, spikes in self.spikes.items():
@@ -440,32 +437,54 @@ class Trainer:
         return numbers
 
     def _nonfinite(self, loss: float, norm: float) -> None:
-        """Stops, or goes back to the last checkpoint and leaves this update out."""
-        bad = self.step
-        numbers = {
-            "step": bad + 1,
-            "loss": repr(loss),
-            "grad_norm": repr(norm),
-            "left_out": sorted(self.left_out),
-        }
-
-        def newest() -> int | None:
-            write_json(self.folder / "nonfinite.json", numbers)
-            self.checkpoints.wait()
-            return self.checkpoints.newest()[0]
-
-        step = share(self.comm, newest)
+        """Keeps the update and says where it fails; then stops, leaves it out, or goes back and leaves it out."""
+        c, bad = self.config, self.step
+        self.passes.clear()
         what = f"step {bad + 1}: the loss is {loss} and the gradient norm {norm}"
-        if self.config.on_nonfinite == "stop" or step is None or self.rollbacks == MOST_ROLLBACKS:
+
+        def kept() -> tuple[str, int | None, bool]:
+            failure = self._failure(bad)
+            finding = examine(self.passes, failure)
+            numbers = {"loss": repr(loss), "grad_norm": repr(norm), "left_out": sorted(self.left_out)}
+            path = keep(self.folder, self.passes, failure, finding, numbers)
+            with suppress(NonFiniteError):  # a checkpoint of weights that are spoiled already
+                self.checkpoints.wait()
+            known = list(dict.fromkeys(n for row in failure.rows for n in row["documents"]))
+            texts = ", ".join(map(str, known[:8])) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+            said = f"{what}: {finding}" if finding else what
+            states = {name for name, _, _ in self.model.store.types()}
+            before = finding is not None and any(v.nonfinite and v.name in states for v in finding.inputs)
+            said = f"{said}; the batch holds documents {texts}; kept in {path}"
+            return said, self.checkpoints.newest()[0], before
+
+        what, newest, before = share(self.comm, kept)
+        skips = c.on_nonfinite == "skip" and not before
+        if before:
+            bad = self.made  # the update that spoiled the weights, with finite loss and gradient
+        if c.on_nonfinite == "stop" or self.lost == MOST_LEFT_OUT or (newest is None and not skips):
             raise NonFiniteError(
-                f"[train] {what}; lower learning_rate or raise warmup_steps; "
-                f"{self.folder}/nonfinite.json names the update"
+                f"[train] {what}; lower learning_rate or raise warmup_steps; `pyrformer replay` makes the update again"
             )
+        self.lost += 1
         left_out = self.left_out | {bad}
-        self._restore(step)
-        self.left_out, self.rollbacks, self.saved = left_out, self.rollbacks + 1, -1
-        self.metrics.cut(step)
-        self.on_event("note", {"what": f"{what}; back to step {step}, without update {bad + 1}"})
+        if not skips and newest is not None:
+            self._restore(newest)
+            self.saved = -1
+            self.metrics.cut(newest)
+            what = f"{what}; back to step {newest}"
+        self.left_out = left_out
+        self.on_event("note", {"what": f"{what}; going on without update {bad + 1}"})
+
+    def _failure(self, step: int) -> Failure:
+        """All that the update of a step is made of."""
+        parts = self.config.gradient_accumulation_steps
+        batches = [(i, self.batches.ready(i)) for i in range(step * parts, (step + 1) * parts)]
+        labels = sum(b.labels for _, b in batches), sum(b.sentence_labels for _, b in batches)
+        rows = []
+        for i, (draw, batch) in enumerate(batches):
+            documents = [[*map(self.source.number, row)] for row in self.batches.documents(draw)]
+            rows += [{"batch": i, **row} for row in rows_of(self.source.tokenizer, batch, documents)]
+        return Failure(Update(step, self._rate(step), self.passes.counts(*labels)), batches, rows)
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -488,26 +507,25 @@ class Trainer:
         mine = range(step * parts + self.comm.rank, (step + 1) * parts, self.comm.size)
         batches = [self.batches.ready(i) for i in mine]
         loaded = time.perf_counter()
-        counts = self._counts(batches)
-        scales = {programs.SCALES[name]: 1.0 / counts[name] for name in self.losses}
+        update = Update(step, lr, self._counts(batches))
         losses = []
         for i, batch in zip(mine, batches, strict=True):
-            out = self._run(batch, i, scales, step, lr)
-            losses.append({name: float(out[name]) for name in self.losses})
+            program, inputs = self.passes.ready(batch, i, update)
+            out = program(**inputs)
+            losses.append({name: float(out[name]) for name in self.passes.losses})
             if self.gradients:
                 self.gradients.add({n: out[f"grad.{n}"] for n in self.gradients.shapes})
         if self.gradients:
             for name, grad in self.gradients.take().items():
-                self.model.store.set(f"grad_sum.{name}", grad)
-        if parts > 1:
-            make = partial(programs.apply_step, self.model.family, self.optimizer)
-            program = self.model.program(("apply_step",), make)
-            out = program(lr=lr, **self._known(program, self.optimizer.inputs(step + 1)))
+                self.model.store.set(SUM + name, grad)
+        if self.passes.several:
+            program, inputs = self.passes.end(update)
+            out = program(**inputs)
         ended = time.perf_counter()
         self.seconds += ended - began
         tokens = sum(self.comm.gather(sum(b.sizes.batch * b.sizes.tokens for b in batches)))
         return {
-            "loss": sum(self._means(losses, counts).values()),
+            "loss": sum(self._means(losses, update.counts).values()),
             "learning_rate": lr,
             "grad_norm": float(out["grad_norm"]),
             "tokens_per_s": tokens / (ended - began),
@@ -519,61 +537,33 @@ class Trainer:
         """How many labels each loss of all processes' batches is summed over, at least 1."""
         mine = (sum(b.labels for b in batches), sum(b.sentence_labels for b in batches))
         labels, sentences = map(sum, zip(*self.comm.gather(mine), strict=True))
-        return {"loss": max(1, labels), "sentence_loss": max(1, sentences)}
+        return self.passes.counts(labels, sentences)
 
     def _means(self, losses: list[dict[str, float]], counts: dict[str, int]) -> dict[str, float]:
         """The means of summed losses, added over all processes' batches in the order of the batches."""
         rounds = zip_longest(*self.comm.gather(losses))
         every = [one for some in rounds for one in some if one is not None]
-        return {name: sum(one[name] for one in every) / counts[name] for name in self.losses}
-
-    def _run(self, batch: Batch, draw: int, scales: dict[str, float], step: int, lr: float) -> dict[str, Any]:
-        """One forward and backward pass; with the update where it is the step's only one, and with the gradients as
-        outputs where there are other processes."""
-        inputs: dict[str, Any] = {**self._arrays(batch), **scales}
-        program = self.model.program(("pass", batch.sizes), partial(self._pass, batch), **self.saving)
-        if self.config.gradient_accumulation_steps == 1:
-            inputs |= {"lr": lr, **self._known(program, self.optimizer.inputs(step + 1))}
-        if any(name == "rng" for name, _, _ in program.plan.inputs):
-            inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)
-        return program(**inputs)
-
-    def _pass(self, batch: Batch) -> Traced:
-        """The program of one forward and backward pass."""
-        family, sizes, options = self.model.family, batch.sizes, self.loss_options
-        if self.config.gradient_accumulation_steps == 1:
-            return programs.train_step(family, sizes, self.optimizer, options=options)
-        if self.gradients:
-            return programs.gradients(family, sizes, options=options, training=True)
-        return programs.accumulate_step(family, sizes, options=options)
-
-    def _apart(self, lowered: Lowered) -> int:
-        """Bytes of the states that a pass does not touch, but the update that follows: they are there, too."""
-        if self.config.gradient_accumulation_steps == 1:
-            return 0
-        there = {name for name, _, _ in lowered.plan.states}
-        apply = programs.apply_step(self.model.family, self.optimizer).lower(self.model.device).plan
-        return 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)
+        return {name: sum(one[name] for one in every) / counts[name] for name in self.passes.losses}
 
     def predicted_bytes(self, rows: int) -> int:
         """The memory that a pass over a batch of so many rows takes, states included."""
         batch = self.batches.ready(0)
         labelled = math.ceil(batch.sizes.labelled * rows / batch.sizes.batch)
         sizes = replace(batch.sizes, batch=rows, labelled=labelled)
-        traced = self._pass(replace(batch, arrays={}, sizes=sizes))
+        traced = self.passes.trace(replace(batch, arrays={}, sizes=sizes))
         lowered = traced.lower(self.model.device, recompute=self.config.recompute)
-        return lowered.bytes + self._apart(lowered)
+        return lowered.bytes + self.passes.apart(lowered)
 
     def _predict(self) -> None:
         """Sets what is recomputed, and says what that saves and costs."""
         c = self.config
         if not c.recompute and not c.memory:
             return
-        traced = self._pass(self.batches.ready(self.step * c.gradient_accumulation_steps))
+        traced = self.passes.trace(self.batches.ready(self.step * c.gradient_accumulation_steps))
         plain = traced.lower(self.model.device)
-        apart = self._apart(plain)
+        apart = self.passes.apart(plain)
         memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
-        self.saving = {"recompute": c.recompute, "memory": memory}
+        self.passes.saving = {"recompute": c.recompute, "memory": memory}
         chosen = traced.lower(self.model.device, recompute=c.recompute, memory=memory)
         more = chosen.plan.flops / max(1, plain.plan.flops) - 1.0
         what = (
@@ -583,25 +573,6 @@ class Trainer:
         )
         self.on_event("note", {"what": what})
 
-    @staticmethod
-    def _known(program: Compiled, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Those of the inputs that a program has: an optimizer of several rules may need none of one's."""
-        names = {name for name, _, _ in program.plan.inputs}
-        return {name: value for name, value in inputs.items() if name in names}
-
-    def _arrays(self, batch: Batch) -> dict[str, Any]:
-        """A batch's arrays as the family takes them: positions from its first row on, types only where it has some."""
-        arrays = dict(batch.arrays)
-        arrays["position_ids"] = arrays["position_ids"] + np.int32(self.model.family.position_offset)
-        unseen = self.model.family.unseen(batch.sizes.tokens) if "hidden" in arrays else None
-        if unseen is not None:
-            arrays["hidden"] = arrays["hidden"] | unseen
-        if not self.model.family.uses_token_types:
-            arrays.pop("token_type_ids", None)
-        elif "token_type_ids" not in arrays:
-            arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
-        return arrays
-
     def _evaluate(self) -> float:
         """Measures the loss over the whole held-out text, always the same batches."""
         losses, batches = [], []
@@ -610,14 +581,14 @@ class Trainer:
             batch = self.evaluation.ready(i)
             make = partial(programs.evaluate, self.model.family, batch.sizes)
             run = self.model.program(("evaluate", batch.sizes), make)
-            out = run(**self._arrays(batch))
-            losses.append({name: float(out[name]) for name in self.losses})
+            out = run(**self.passes.arrays(batch))
+            losses.append({name: float(out[name]) for name in self.passes.losses})
             batches.append(replace(batch, arrays={}))
         self._exchange()
         counts = self._counts(batches)
         means = self._means(losses, counts)
         loss = sum(means.values())
-        numbers = {"step": self.step, "valid_loss": loss, "valid_labels": counts[self.losses[0]]}
+        numbers = {"step": self.step, "valid_loss": loss, "valid_labels": counts[self.passes.losses[0]]}
         if len(means) > 1:
             numbers |= {f"valid_{name}": mean for name, mean in means.items() if name != "loss"}
         self.metrics.write(numbers)

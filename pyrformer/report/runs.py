@@ -16,12 +16,11 @@ from pyrformer.errors import Error, FileError
 from pyrformer.models import build
 from pyrformer.models.base import Family
 from pyrformer.training.checkpoints import read_rows
+from pyrformer.training.folder import METRICS, OPTIONS, failures
 from pyrformer.training.lock import held
 
-#: What marks a run folder, and what it holds that is no option.
-OPTIONS, FACTS = "training.json", ("data", "environment")
-#: The rows of a run, one a log step or an evaluation.
-METRICS = "metrics.jsonl"
+#: What the options' file holds that is no option.
+FACTS = ("data", "environment")
 
 
 @dataclass(frozen=True)
@@ -140,11 +139,7 @@ class Record:
             return "running"
         if step >= (self._whole("max_steps") or math.inf):
             return "finished"
-        try:
-            bad = read_json(self.folder / "nonfinite.json").get("step")
-        except FileError:
-            return "stopped"
-        return "failed" if isinstance(bad, int) and bad > step else "stopped"
+        return "failed" if max(failures(self.folder), default=0) > step else "stopped"
 
 
 def find(folder: Path) -> list[Path]:

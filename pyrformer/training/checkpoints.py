@@ -9,6 +9,7 @@ checkpoints before it as they were.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ from pyrformer.checkpoint import (
     write_json,
 )
 from pyrformer.compile import Array
-from pyrformer.errors import Error, FileError
+from pyrformer.errors import Error, FileError, NonFiniteError
 from pyrformer.model import Model
 from pyrformer.optimizers import AVERAGES
 
@@ -53,6 +54,22 @@ class Snapshot:
     parameters: dict[str, Array]
     moments: dict[str, Array]
     state: dict[str, Any]
+
+
+def check_finite(snapshot: Snapshot) -> None:
+    """Refuses values that nobody could go on from: an update can spoil weights or moments while its own loss and
+    gradient are finite.
+
+    Raises:
+        NonFiniteError: one is not finite.
+    """
+    for name, array in (snapshot.parameters | snapshot.moments).items():
+        # Extremes are NaN where any value is; this makes no copy.
+        if array.size and not (math.isfinite(array.min()) and math.isfinite(array.max())):
+            raise NonFiniteError(
+                f"[train] after update {snapshot.step} {name} has values that are not finite; it is not saved, the "
+                "checkpoints before it are whole; lower learning_rate"
+            )
 
 
 def problem(folder: Path) -> str | None:
@@ -128,16 +145,7 @@ class Checkpoints:
         Raises:
             FileError, StateError: a file cannot be read or does not fit the model.
         """
-        weights = _core.SafeTensors(self.path(step) / WEIGHTS)
-        stored = {name: tuple(shape) for name, _, shape in weights.tensors()}
-        wanted = {name: p.shape for name, p in model.family.named_parameters()}
-        if stored != wanted:
-            differ = next(n for n in {**wanted, **stored} if stored.get(n) != wanted.get(n))
-            raise FileError(
-                f"[train] {self.path(step) / WEIGHTS} does not fit the configuration at {differ!r}; "
-                "resume from another checkpoint"
-            )
-        copy_into(model, weights, {name: name for name in stored})
+        load_parameters(self.path(step), model)
         moments = _core.SafeTensors(self.path(step) / OPTIMIZER)
         copy_into(model, moments, {name: name for name, _, _ in moments.tensors()})
 
@@ -151,11 +159,13 @@ class Checkpoints:
 
         Raises:
             FileError: the one before could not be written.
+            NonFiniteError: the one before held a value that is not finite, and was not written.
         """
         self.wait()
 
         def work() -> None:
             try:
+                check_finite(snapshot)
                 then()
                 # The run folder's model first: it is never older than the newest checkpoint.
                 averages = {
@@ -183,6 +193,7 @@ class Checkpoints:
 
         Raises:
             FileError: it could not be written; those before it are as they were.
+            NonFiniteError: it would have held a value that is not finite.
         """
         self.join()
         self.raise_failure()
@@ -221,6 +232,23 @@ class Checkpoints:
                 aside = self.folder / f".checkpoint-{step}.{os.getpid()}.partial"
                 os.rename(self.path(step), aside)
                 shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_parameters(folder: Path, model: Model) -> None:
+    """Sets a model's parameters from ``model.safetensors`` of a checkpoint, which holds them as they are in training.
+
+    Raises:
+        FileError, StateError: the file cannot be read or does not fit the model.
+    """
+    weights = _core.SafeTensors(folder / WEIGHTS)
+    stored = {name: tuple(shape) for name, _, shape in weights.tensors()}
+    wanted = {name: p.shape for name, p in model.family.named_parameters()}
+    if stored != wanted:
+        differ = next(n for n in {**wanted, **stored} if stored.get(n) != wanted.get(n))
+        raise FileError(
+            f"[train] {folder / WEIGHTS} does not fit the configuration at {differ!r}; take another checkpoint"
+        )
+    copy_into(model, weights, {name: name for name in stored})
 
 
 def read_state(folder: Path) -> dict[str, Any]:

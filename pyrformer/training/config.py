@@ -16,7 +16,7 @@ from pyrformer.optimizers import Optimizer, make_optimizer
 from pyrformer.schedules import SCHEDULES, check_settings
 
 OBJECTIVES = ("ar", "prefix", "mlm", "mlm+nsp", "plm", "sentence")
-ON_NONFINITE = ("stop", "rollback")
+ON_NONFINITE = ("stop", "skip", "rollback")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -60,8 +60,8 @@ class TrainConfig:
         load_best_model_at_end: save whenever the held-out loss is the lowest so far, keep that checkpoint, and leave
             its weights in the run folder at the end.
         max_time: stop after this time ("8h"), saved and resumable; "": none.
-        on_nonfinite: at the first loss or gradient that is no finite number, "stop", or go back ("rollback") to the
-            last checkpoint and leave out the update that led there.
+        on_nonfinite: at a loss or gradient that is no finite number, "stop"; or leave out that update, which has
+            changed nothing yet ("skip", on the CPU); or go back to the last checkpoint and leave it out ("rollback").
         recompute: compute what the layers made again in the backward pass instead of keeping it; the bits are the same.
         memory: as ``recompute``, for the fewest layers with which weights, optimizer and an update's work memory stay
             within a size such as "2GB"; "": no bound.
@@ -177,6 +177,11 @@ class TrainConfig:
         require(
             self.on_nonfinite in ON_NONFINITE,
             f"on_nonfinite must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}",
+        )
+        require(
+            self.on_nonfinite != "skip" or self.device == "cpu",
+            "on_nonfinite 'skip' needs device 'cpu': on CUDA an update changes the weights before it is known to fail; "
+            "use 'rollback'",
         )
         for pattern, decay in self.weight_decay_groups.items():
             number = isinstance(decay, (int, float)) and not isinstance(decay, bool)

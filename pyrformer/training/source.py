@@ -75,6 +75,8 @@ class Source:
         stage("reading")
         self.prepared = self._prepared(config.files)
         self.documents = self.held_out = _Documents([], [])
+        #: Each so many-th document is held out; 0: none of those to learn from.
+        self._every = 0
         if self.prepared:
             self.tokenizer = self._tokenizer_of(self.prepared, tokenizer)
         else:
@@ -98,6 +100,14 @@ class Source:
             facts[f"{name}_tokens"], facts[f"{name}_sha256"] = tokens, sha256
             made.append(self._batches(corpus, seq_len, shuffle=name == "train"))
         return made[0], made[1], facts
+
+    def number(self, document: int) -> int:
+        """The number of a document to learn from among all that the files hold, from 0; of pairs of texts, its number
+        among the paragraphs to learn from."""
+        if self.config.objective == "mlm+nsp" or not self._every:
+            return document
+        rest = self._every - 1
+        return document // rest * self._every + document % rest + 1
 
     def _identified(self, corpus: AnyCorpus) -> _Identified:
         texts = corpus if isinstance(corpus, Ragged) else corpus.texts
@@ -180,7 +190,7 @@ class Source:
             return documents, self._read(c.valid)
         if len(documents.texts) > 1:
             # Every k-th document, so that ordered files are represented.
-            every = max(2, round(1 / c.valid_fraction))
+            self._every = every = max(2, round(1 / c.valid_fraction))
             return documents.where(lambda i: i % every > 0), documents.where(lambda i: i % every == 0)
         text = documents.texts[0]
         cut = int(len(text) * (1 - c.valid_fraction))

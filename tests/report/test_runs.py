@@ -103,7 +103,7 @@ def test_states(runs: Path, tmp_path: Path) -> None:
     assert states == ["running"]
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n')
     assert listed(tmp_path / "run")[0]["state"] == "stopped"
-    (tmp_path / "run" / "nonfinite.json").write_text('{"step": 1}')
+    (tmp_path / "run" / "failed-step-1").mkdir()
     assert listed(tmp_path / "run")[0]["state"] == "failed"
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
     assert listed(tmp_path / "run")[0]["state"] == "finished"

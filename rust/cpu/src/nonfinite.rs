@@ -82,7 +82,9 @@ impl CpuExecutor {
             return plan.states[i].name.clone();
         }
         let holds = |o: &Operand| {
-            o.space == operand.space && o.offset <= operand.offset && operand.offset < o.end().max(o.offset + 1)
+            o.space == operand.space
+                && o.offset <= operand.offset
+                && operand.offset < o.end().max(o.offset + 1)
         };
         let before = plan.steps[..number].iter().rposition(|s| s.outputs.iter().any(holds));
         let port = || plan.inputs.iter().find(|p| holds(&p.operand)).map(|p| p.name.clone());

@@ -62,6 +62,17 @@ impl SafeTensors {
         Ok(PyArray1::from_vec(py, values).reshape(shape)?.into_any())
     }
 
+    /// A tensor of int32.
+    fn get_int32<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        let tensor = self.tensor(name)?;
+        if tensor.dtype != Stored::I32 {
+            let text = format!("[safetensors] tensor {name:?} does not hold int32");
+            return Err(Failure::new("FileError", text).into());
+        }
+        let values = tensor.bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b)).collect();
+        Ok(PyArray1::from_vec(py, values).reshape(tensor.shape.to_vec())?.into_any())
+    }
+
     /// Copies tensors into a store as `dtype`, each under the first name of its pair, from the second.
     #[pyo3(signature = (store, names, dtype, threads=None))]
     fn load_into(

@@ -38,6 +38,8 @@ fn dtype_name(dtype: DType) -> &'static str {
 type Typed = (String, &'static str, Vec<usize>);
 /// A tensor, its least and its greatest finite value, and how many values are not finite.
 type Values = (Typed, f64, f64, usize);
+/// A step's number, what it reads, what it makes.
+type Looked = (usize, Vec<Values>, Vec<Values>);
 
 fn typed(name: &str, ty: &TensorType) -> Typed {
     (name.to_owned(), dtype_name(ty.dtype), ty.shape.0.clone())
@@ -338,11 +340,7 @@ impl Executor {
 
     /// Runs the plan up to the first step that reads or makes a value that is not finite: its number, what it reads and
     /// what it makes, each as (name, dtype, shape, least and greatest finite value, values that are not finite).
-    fn find_nonfinite(
-        &self,
-        py: Python<'_>,
-        inputs: &Bound<'_, PyDict>,
-    ) -> PyResult<Option<(usize, Vec<Values>, Vec<Values>)>> {
+    fn find_nonfinite(&self, py: Python<'_>, inputs: &Bound<'_, PyDict>) -> PyResult<Option<Looked>> {
         let given = given(inputs)?;
         let raw = raw(&given);
         let found = enter(py, || self.inner.find_nonfinite(&raw))?;

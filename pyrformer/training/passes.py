@@ -1,0 +1,123 @@
+"""The programs of an update and what they are given: passes over batches, and the step of the optimizer behind them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pyrformer import programs
+from pyrformer.batch import Batch
+from pyrformer.compile import Array, Compiled, Lowered, Traced
+from pyrformer.model import Model
+from pyrformer.training.config import TrainConfig
+
+#: The losses of objectives that have others than that of tokens.
+LOSSES = {"sentence": ("sentence_loss",), "mlm+nsp": ("loss", "sentence_loss")}
+#: The states that gradients of several batches are added in.
+SUM = "grad_sum."
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update depends on beside its batches: its number from 0, the learning rate, and how many labels each loss
+    is summed over."""
+
+    step: int
+    lr: float
+    counts: dict[str, int]
+
+
+class Passes:
+    """The passes of a run's updates.
+
+    Attributes:
+        losses: the losses whose means are added.
+        saving: how programs trade time for memory; keyword arguments of :meth:`pyrformer.compile.Traced.lower`.
+    """
+
+    def __init__(self, model: Model, config: TrainConfig, *, shared: bool = False):
+        """
+        Args:
+            shared: whether other processes compute a part of each update: gradients are outputs then.
+        """
+        self.model, self.config, self.shared = model, config, shared
+        self.optimizer = config.optimizer()
+        self.options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
+        self.losses = LOSSES.get(config.objective, ("loss",))
+        self.saving: dict[str, Any] = {}
+
+    @property
+    def several(self) -> bool:
+        """Whether the optimizer's step is a program of its own, behind passes over several batches."""
+        return self.config.gradient_accumulation_steps > 1
+
+    def counts(self, labels: int, sentences: int) -> dict[str, int]:
+        """How many labels each loss is summed over, at least 1."""
+        return {"loss": max(1, labels), "sentence_loss": max(1, sentences)}
+
+    def trace(self, batch: Batch) -> Traced:
+        """The program of one forward and backward pass, with the update where it is the step's only one."""
+        family, sizes = self.model.family, batch.sizes
+        if not self.several:
+            return programs.train_step(family, sizes, self.optimizer, options=self.options)
+        if self.shared:
+            return programs.gradients(family, sizes, options=self.options, training=True)
+        return programs.accumulate_step(family, sizes, options=self.options)
+
+    def ready(self, batch: Batch, draw: int, update: Update) -> tuple[Compiled, dict[str, Any]]:
+        """The program of a pass, and its inputs.
+
+        Args:
+            draw: the batch's number in the run, by which dropout is drawn.
+        """
+        scales = {programs.SCALES[name]: 1.0 / update.counts[name] for name in self.losses}
+        inputs: dict[str, Any] = {**self.arrays(batch), **scales}
+        program = self.model.program(("pass", batch.sizes), partial(self.trace, batch), **self.saving)
+        if not self.several:
+            inputs |= self._rates(program, update)
+        if any(name == "rng" for name, _, _ in program.plan.inputs):
+            inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)
+        return program, inputs
+
+    def end(self, update: Update) -> tuple[Compiled, dict[str, Any]]:
+        """The program of the optimizer's step behind several passes, and its inputs."""
+        make = partial(programs.apply_step, self.model.family, self.optimizer)
+        program = self.model.program(("apply_step",), make)
+        return program, self._rates(program, update)
+
+    def clear(self) -> None:
+        """Sets the sums of gradients to zero, as they are between updates."""
+        for name, dtype, shape in self.model.store.types():
+            if name.startswith(SUM):
+                self.model.store.set(name, np.zeros(shape, dtype))
+
+    def apart(self, lowered: Lowered) -> int:
+        """Bytes of the states that a pass does not touch, but the update that follows: they are there, too."""
+        if not self.several:
+            return 0
+        there = {name for name, _, _ in lowered.plan.states}
+        apply = programs.apply_step(self.model.family, self.optimizer).lower(self.model.device).plan
+        return 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)
+
+    def _rates(self, program: Compiled, update: Update) -> dict[str, Any]:
+        """Those of the optimizer's inputs that a program has: one of several rules may need none of one's."""
+        names = {name for name, _, _ in program.plan.inputs}
+        given = {"lr": update.lr, **self.optimizer.inputs(update.step + 1)}
+        return {name: value for name, value in given.items() if name in names}
+
+    def arrays(self, batch: Batch) -> dict[str, Array]:
+        """A batch's arrays as the family takes them: positions from its first row on, types only where it has some."""
+        arrays = dict(batch.arrays)
+        arrays["position_ids"] = arrays["position_ids"] + np.int32(self.model.family.position_offset)
+        unseen = self.model.family.unseen(batch.sizes.tokens) if "hidden" in arrays else None
+        if unseen is not None:
+            arrays["hidden"] = arrays["hidden"] | unseen
+        if not self.model.family.uses_token_types:
+            arrays.pop("token_type_ids", None)
+        elif "token_type_ids" not in arrays:
+            arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
+        return arrays
