@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+#: Characters of a sampled text that are shown.
+SHOWN = 160
+
 
 class Display:
     """Turns a run's events into output on standard error."""
@@ -62,9 +65,14 @@ class Display:
             if not self.live:
                 self._line(f"step {n['step']}: validation loss {n['valid_loss']:.4f}")
 
+        elif kind == "sample":
+            for sample in n["samples"]:
+                text = sample["text"]
+                self._line(f"step {n['step']}: {text[:SHOWN]!r}{' …' if len(text) > SHOWN else ''}")
+
     def _line(self, text: str) -> None:
         if self.live:
-            self.console.print(text)
+            self.console.print(text, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)  # noqa: T201
 

@@ -178,6 +178,16 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
     help="A cleaning step: nfc, nfkc, control, whitespace, html, duplicates, min-length=N; may be given again.",
 )
 @click.option("--eval-every", type=int, help="Updates between evaluations.")
+@click.option("--sample-every", type=int, help="Updates between texts by the model.  [default: at the end]")
+@click.option(
+    "--sample-prompt",
+    "sample_prompts",
+    multiple=True,
+    help="What it continues, or whose masks it fills; may be given again.",
+)
+@click.option(
+    "--tensorboard/--no-tensorboard", default=None, help="Write event files for TensorBoard into the run."
+)
 @click.option("--save-every", help='Updates ("500") or time ("10m") between checkpoints.')
 @click.option("--save-total-limit", type=int, help="Checkpoints to keep; 0: all.")
 @click.option(
@@ -236,7 +246,7 @@ def command(
         texts = [text for text in texts if text]
         if texts:
             options[key] = options.get(key, {}) | assignments(texts)
-    for key in ("valid", "clean", "freeze"):
+    for key in ("valid", "clean", "freeze", "sample_prompts"):
         given[key] = list(given[key]) or None
     options |= {key: value for key, value in given.items() if value is not None}
     if files:

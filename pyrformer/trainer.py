@@ -2,7 +2,7 @@
 
 A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json``,
 ``generation_config.json`` (the model of the last checkpoint), ``training.json`` (all options), ``metrics.jsonl`` (a
-line per log step), ``checkpoint-500`` … (all that is needed to go on; see :mod:`pyrformer.training.checkpoints`) and,
+line per log step), ``samples.jsonl`` (texts by the model, if asked for), ``checkpoint-500`` … (all that is needed to go on; see :mod:`pyrformer.training.checkpoints`) and,
 where an update was not finite, ``failed-step-7`` (see :mod:`pyrformer.training.failure`).
 The batch of a step is a pure function of (seed, step), so going on gives the bits that a straight run gives.
 """
@@ -18,14 +18,14 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
@@ -38,31 +38,27 @@ from pyrformer.models import build
 from pyrformer.optimizers import AVERAGES, STATES
 from pyrformer.schedules import learning_rate
 from pyrformer.tokenizers import Tokenizer
-from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_rows, read_state
+from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_state
 from pyrformer.training.comm import Comm, GradientSum, Mpi, share, world
 from pyrformer.training.config import OBJECTIVES, TrainConfig, seconds, steps_or_seconds
 from pyrformer.training.failure import Failure, examine, keep, rows_of
-from pyrformer.training.folder import METRICS, OPTIONS
-from pyrformer.training.lock import hold
+from pyrformer.training.folder import METRICS, OPTIONS, SAMPLES
 from pyrformer.training.passes import SUM, Passes, Update
+from pyrformer.training.rows import Callback, Callbacks, Metrics, Rows
+from pyrformer.training.sampling import check_prompts, samples
 from pyrformer.training.signals import Signals
 from pyrformer.training.source import Source
+from pyrformer.training.tensorboard import FOLDER, TensorBoard
 from pyrformer.training.watch import Clock, Spikes, UpdateRatio, resident_bytes
 
 __all__ = ["OBJECTIVES", "Callback", "Event", "Run", "TrainConfig", "train"]
 
-#: What happens, as ``on_event`` sees it: "stage", "note", "start", "step", "eval", "save" or "end", and its numbers.
+#: What happens, as ``on_event`` sees it: "stage", "note", "start", "step", "eval", "sample", "save" or "end", and its
+#: numbers.
 Event = Callable[[str, dict[str, Any]], None]
 
 #: Updates left out in a row, or rollbacks to one and the same checkpoint, after which a run stops.
 MOST_LEFT_OUT = 5
-
-
-class Callback(Protocol):
-    """What takes the numbers of a run as they come; a ``wandb`` run does."""
-
-    def log(self, data: dict[str, Any], step: int) -> Any:
-        """Takes a row of ``metrics.jsonl``."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,8 @@ def train(config: TrainConfig, on_event: Event | None = None, callbacks: Sequenc
     Args:
         config: all options.
         on_event: called with what happens, for progress displays.
-        callbacks: each gets every row of ``metrics.jsonl``, by ``log(row, step=…)``.
+        callbacks: each gets every row of ``metrics.jsonl``, by ``log(row, step=…)``, and more if it wants to; see
+            :class:`Callback`.
 
     Raises:
         ConfigError, DataError, FileError, TokenizerError: something given is wrong; nothing is left behind then.
@@ -122,7 +119,9 @@ class Trainer:
             )
         if comm.cores and not config.threads and "PYRFORMER_NUM_THREADS" not in os.environ:
             config = dataclasses.replace(config, threads=comm.cores)
-        self.config, self.callbacks = config, callbacks
+        self.config = config
+        board = [TensorBoard(Path(config.out) / FOLDER)] if config.tensorboard else []
+        self.callbacks = Callbacks([*callbacks, *board] if self.leads else ())
         self.on_event: Event = on_event if self.leads else lambda _kind, _numbers: None
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(self.folder, config.save_total_limit)
@@ -139,6 +138,7 @@ class Trainer:
         self.batches, self.evaluation, self.data = self.source.batches(seq_len)
         self.passes = Passes(self.model, config, shared=comm.size > 1)
         self._check_groups()
+        check_prompts(self.model, config.sample_prompts, config.objective)
         self.ratio = UpdateRatio(self.model)
         self.gradients: GradientSum | None = None
         if comm.size > 1:
@@ -251,7 +251,13 @@ class Trainer:
     def run(self) -> Run:
         try:
             share(self.comm, self._open_folder)
-            with _Metrics(self.folder / METRICS, self.start, self.callbacks, self.leads) as self.metrics:
+            with ExitStack() as files:
+                if self.leads:
+                    self.metrics = Metrics(self.folder / METRICS, self.start)
+                    files.callback(self.metrics.close)
+                    if self.config.sample_prompts:
+                        self.samples = Rows(self.folder / SAMPLES, self.start)
+                        files.callback(self.samples.close)
                 try:
                     return self._loop()
                 finally:
@@ -321,10 +327,16 @@ class Trainer:
             self._state(),
         )
         keep = self.best_step if self.config.load_best_model_at_end else 0
-        self.checkpoints.save(snapshot, self.model, keep, self.metrics.sync)
+        self.checkpoints.save(snapshot, self.model, keep, self._sync)
         self.saved, self.saved_at = self.step, time.monotonic()
         self.stall += time.perf_counter() - began
         self.on_event("save", {"step": self.step, "folder": str(self.checkpoints.path(self.step))})
+
+    def _sync(self) -> None:
+        """Flushes what must not be younger than a checkpoint."""
+        self.metrics.sync()
+        if self.config.sample_prompts:
+            self.samples.sync()
 
     # -- The loop ---------------------------------------------------------------------------------------------------
 
@@ -359,6 +371,8 @@ class Trainer:
                 step, last = self.step, self.step == c.max_steps
                 if c.eval_every and step % c.eval_every == 0 and not last:
                     self._evaluate()
+                if c.sample_every and step % c.sample_every == 0 and not last:
+                    self._sample()
                 due = (
                     step % every == 0 if every else bool(pause) and time.monotonic() - self.saved_at >= pause
                 )
@@ -375,9 +389,12 @@ class Trainer:
                     self.checkpoints.wait()
                     raise interrupt
                 self.checkpoints.raise_failure()
+                self._tell_saved()
             valid_loss = self._evaluate()
+            self._sample()
             self._save()
             self.checkpoints.wait()
+            self._tell_saved()
             if c.load_best_model_at_end and self.best_step not in (0, self.step):
                 share(self.comm, lambda: None)  # the checkpoint is on disk
                 self.checkpoints.load(self.best_step, self.model)
@@ -389,16 +406,15 @@ class Trainer:
                 self._exchange()
         train_loss = statistics.fmean(self.recent) if self.recent else math.nan
         run = Run(self.folder, self.model, self.step, train_loss, valid_loss, self.seconds)
-        self.on_event(
-            "end",
-            {
-                "train_loss": train_loss,
-                "valid_loss": valid_loss,
-                "seconds": self.seconds,
-                "steps": self.step,
-                "save_stall_seconds": self.stall,
-            },
-        )
+        numbers = {
+            "train_loss": train_loss,
+            "valid_loss": valid_loss,
+            "seconds": self.seconds,
+            "steps": self.step,
+            "save_stall_seconds": self.stall,
+        }
+        self.callbacks.tell("end", numbers)
+        self.on_event("end", numbers)
         return run
 
     def _update(self) -> dict[str, Any] | None:
@@ -433,7 +449,7 @@ class Trainer:
             }
         numbers = {"step": self.step, **numbers}
         if logged:
-            self.metrics.write(numbers)
+            self._log(numbers)
         return numbers
 
     def _nonfinite(self, loss: float, norm: float) -> None:
@@ -470,7 +486,10 @@ class Trainer:
         if not skips and newest is not None:
             self._restore(newest)
             self.saved = -1
-            self.metrics.cut(newest)
+            if self.leads:
+                self.metrics.cut(newest)
+                if c.sample_prompts:
+                    self.samples.cut(newest)
             what = f"{what}; back to step {newest}"
         self.left_out = left_out
         self.on_event("note", {"what": f"{what}; going on without update {bad + 1}"})
@@ -591,7 +610,8 @@ class Trainer:
         numbers = {"step": self.step, "valid_loss": loss, "valid_labels": counts[self.passes.losses[0]]}
         if len(means) > 1:
             numbers |= {f"valid_{name}": mean for name, mean in means.items() if name != "loss"}
-        self.metrics.write(numbers)
+        self._log(numbers)
+        self.callbacks.tell("evaluate", self.step, numbers)
         self.on_event("eval", numbers)
         self._judge(loss)
         if loss < self.best:
@@ -599,6 +619,32 @@ class Trainer:
             if self.config.load_best_model_at_end:
                 self._save()
         return loss
+
+    def _log(self, row: dict[str, Any]) -> None:
+        """Writes a row of figures, unless it is an evaluation that is there."""
+        if self.leads and not self.metrics.known(row):
+            self.metrics.write(row)
+            self.callbacks.log(row)
+
+    def _sample(self) -> None:
+        """Writes what the model makes of the prompts."""
+        prompts = self.config.sample_prompts
+        if not prompts or not self.leads or self.step in self.samples.steps:
+            return
+        self._exchange()
+        texts = samples(self.model, prompts, self.config.seed)
+        self._exchange()
+        made = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        for one in made:
+            self.samples.write({"step": self.step, **one})
+        self.callbacks.tell("sample", self.step, made)
+        self.on_event("sample", {"step": self.step, "samples": made})
+
+    def _tell_saved(self) -> None:
+        """Tells of the checkpoints that are on disk since the last call."""
+        while self.checkpoints.written:
+            step = self.checkpoints.written.popleft()
+            self.callbacks.tell("save", step, self.checkpoints.path(step))
 
     def _exchange(self) -> None:
         """Exchanges the weights with their running average, if there is one."""
@@ -625,50 +671,3 @@ class Trainer:
 
     def _stalled(self) -> bool:
         return 0 < self.config.early_stopping_patience <= self.patience_used
-
-
-class _Metrics:
-    """``metrics.jsonl``, open for appending; what was logged after ``step``, by a process that is gone, is cut off."""
-
-    def __init__(self, path: Path, step: int, callbacks: Iterable[Callback], leads: bool):
-        """
-        Args:
-            leads: whether this process writes.
-        """
-        self.path, self.callbacks, self.leads = path, list(callbacks), leads
-        self.cut(step)
-
-    def cut(self, step: int) -> None:
-        """Removes the rows after a step."""
-        if not self.leads:
-            return
-        rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        self.measured = {row["step"] for row in rows if "valid_loss" in row}
-        _core.write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        if hasattr(self, "file"):
-            self.file.close()
-        self.file: BinaryIO = self.path.open("ab", buffering=0)
-        hold(self.file)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a row; one that a resumed run measures once more is there already."""
-        if not self.leads:
-            return
-        if "valid_loss" in row:
-            if row["step"] in self.measured:
-                return
-            self.measured.add(row["step"])
-        self.file.write((json.dumps(row) + "\n").encode())
-        for callback in self.callbacks:
-            callback.log(row, step=row["step"])
-
-    def sync(self) -> None:
-        """Flushes all rows to disk."""
-        os.fsync(self.file.fileno())
-
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.leads:
-            self.file.close()

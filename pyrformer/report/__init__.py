@@ -36,6 +36,8 @@ CHARTS = {
 }
 #: Colours there are; runs beyond are refused.
 MOST_RUNS = 8
+#: Steps whose samples are shown; of more, those that are evenly spread.
+SAMPLES_SHOWN = 20
 #: Options without influence on what is learned; they are no difference worth a line.
 ASIDE = ("out", "overwrite", "resume")
 
@@ -65,6 +67,7 @@ def report(runs: Sequence[str | Path]) -> str:
     }
     sections = [
         ("curves", "Curves", _CURVES),
+        *([("samples", "Samples", _samples(names, records))] if any(r.samples for r in records) else []),
         ("options", "Differences" if len(records) > 1 else "Options", _options(names, records)),
         ("text", "Text", _table("", names, [r.data for r in records])),
         ("environment", "Machine", _table("", names, [r.environment for r in records])),
@@ -151,6 +154,36 @@ def _options(names: list[str], records: list[Record]) -> str:
         note = "Options other than their defaults."
     first = _table(f'<p class="note">{note}</p>', names, every, keys)
     return f"{first}<details><summary>All options</summary>{_table('', names, every)}</details>"
+
+
+def _samples(names: list[str], records: list[Record]) -> str:
+    """For each prompt a table of its texts, the newest first: a row for each step, a column for each run."""
+    told: dict[str, dict[int, dict[int, str]]] = {}
+    for i, record in enumerate(records):
+        for row in record.samples:
+            prompt, text = row.get("prompt"), row.get("text")
+            if isinstance(prompt, str) and isinstance(text, str):
+                told.setdefault(prompt, {}).setdefault(row["step"], {})[i] = text
+    with_samples = [i for i, record in enumerate(records) if record.samples]
+    head = "".join(f'<th scope="col"><i class="key c{i}"></i>{esc(names[i])}</th>' for i in with_samples)
+    parts = []
+    for number, (prompt, by_step) in enumerate(told.items()):
+        rows = []
+        for step in reversed(_spread(sorted(by_step), SAMPLES_SHOWN)):
+            texts = by_step[step]
+            cells = "".join(f"<td>{esc(texts.get(i, '–'))}</td>" for i in with_samples)
+            rows.append(f'<tr><th scope="row">{step:,}</th>{cells}</tr>')
+        table = _framed(f'<th scope="col">step</th>{head}', rows, ' class="texts"')
+        opened = "" if number else " open"
+        parts.append(f"<details{opened}><summary>{esc(prompt)}</summary>{table}</details>")
+    return "".join(parts)
+
+
+def _spread(steps: list[int], most: int) -> list[int]:
+    """At most so many of an ascending list, the first and the last among them."""
+    if len(steps) <= most:
+        return steps
+    return [steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)]
 
 
 def _changed(key: str, value: object) -> bool:

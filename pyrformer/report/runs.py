@@ -16,7 +16,7 @@ from pyrformer.errors import Error, FileError
 from pyrformer.models import build
 from pyrformer.models.base import Family
 from pyrformer.training.checkpoints import read_rows
-from pyrformer.training.folder import METRICS, OPTIONS, failures
+from pyrformer.training.folder import METRICS, OPTIONS, SAMPLES, failures
 from pyrformer.training.lock import held
 
 #: What the options' file holds that is no option.
@@ -68,6 +68,7 @@ class Record:
         environment: versions and machine of the process that trained last; empty for older runs.
         model: ``config.json``; empty where there is none.
         rows: ``metrics.jsonl``.
+        samples: ``samples.jsonl``; empty where nothing was sampled.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Record:
     environment: dict[str, Any]
     model: dict[str, Any]
     rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
 
     @staticmethod
     def read(folder: Path) -> Record:
@@ -90,10 +92,10 @@ class Record:
         data, environment = (_table(options.pop(name, None)) for name in FACTS)
         model = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         try:
-            rows = read_rows(folder / METRICS)
+            rows, samples = read_rows(folder / METRICS), read_rows(folder / SAMPLES)
         except OSError as e:
-            raise FileError(f"[report] cannot read {folder / METRICS}: {e.strerror}") from None
-        return Record(folder, options, data, environment, model, rows)
+            raise FileError(f"[report] cannot read {e.filename or folder}: {e.strerror}") from None
+        return Record(folder, options, data, environment, model, rows, samples)
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of one figure, in the order of the rows; values that are no finite number are left out."""

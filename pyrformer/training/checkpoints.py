@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,8 @@ class Checkpoints:
             keep: how many of the newest to keep; 0: all.
         """
         self.folder, self.keep = folder, keep
+        #: Steps whose checkpoints were finished and not yet told of.
+        self.written: deque[int] = deque()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -176,6 +179,7 @@ class Checkpoints:
                 save(model, self.folder, stored_tensors(model, snapshot.parameters | averages))
                 self._write(snapshot, model)
                 self._prune(best)
+                self.written.append(snapshot.step)
             except BaseException as e:
                 self._error = e
 

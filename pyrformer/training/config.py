@@ -55,6 +55,10 @@ class TrainConfig:
         cross_documents: for "ar", let tokens see the document before their own.
         column, errors, clean: see :class:`pyrformer.data.Documents`.
         eval_every, log_every: in updates; 0: only at the end.
+        sample_every: updates between texts by the model; 0: only at the end.
+        sample_prompts: what it continues then (64 tokens, drawn with ``seed``) or, for masked models, whose masks it
+            fills; ``samples.jsonl`` holds the texts.
+        tensorboard: write event files for TensorBoard into ``OUT/tensorboard``.
         save_every: updates (500, "500") or time ("30s", "10m", "2h") between checkpoints; 0: only at the end.
         save_total_limit: how many checkpoints are kept, the newest ones; 0: all.
         load_best_model_at_end: save whenever the held-out loss is the lowest so far, keep that checkpoint, and leave
@@ -115,6 +119,9 @@ class TrainConfig:
     clean: list[str] = field(default_factory=list)
     eval_every: int = 250
     log_every: int = 10
+    sample_every: int = 0
+    sample_prompts: list[str] = field(default_factory=list)
+    tensorboard: bool = False
     save_every: int | str = 500
     save_total_limit: int = 2
     load_best_model_at_end: bool = False
@@ -152,6 +159,7 @@ class TrainConfig:
             "warmup_steps",
             "eval_every",
             "log_every",
+            "sample_every",
             "save_total_limit",
             "early_stopping_patience",
             "seed",
@@ -193,6 +201,7 @@ class TrainConfig:
             self.early_stopping_patience == 0 or self.eval_every > 0,
             "early_stopping_patience counts evaluations; set eval_every",
         )
+        require(not self.sample_every or bool(self.sample_prompts), "sample_every needs sample_prompts")
         self.optimizer()
         check_settings(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         steps_or_seconds(self.save_every)
@@ -224,6 +233,7 @@ class TrainConfig:
 _FREE = (
     *("out", "overwrite", "resume", "device", "threads", "max_steps", "max_time", "eval_every", "log_every"),
     *("save_every", "save_total_limit", "load_best_model_at_end", "on_nonfinite"),
+    *("sample_every", "sample_prompts", "tensorboard"),
     *("early_stopping_patience", "early_stopping_threshold", "recompute", "memory"),
 )
 
