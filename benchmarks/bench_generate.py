@@ -1,16 +1,19 @@
 """Generating text on the CPU: tokens a second beside CTranslate2 and transformers, in turns of one run.
 
     python benchmarks/bench_generate.py [--turns 5] [--threads 2] [--new 32] [--prompt 128]
+    python benchmarks/bench_generate.py --perplexity MODEL FILE
 
 The model has the shape of GPT-2 (124M) and fresh weights; the prompt's time is included. Peers that are not installed
 are left out (`pip install ctranslate2 transformers torch`). The first table gives median tokens a second and the range
-of the turns; the second says how fast one greedy step reads the weights, beside a plain read of as many bytes.
+of the turns; the second says how fast one greedy step reads the weights, beside a plain read of as many bytes. With
+--perplexity, what weights of 8 bits cost: the perplexity of a text under a model of yours, with and without them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -39,8 +42,8 @@ ROWS = [(1, 1), (8, 1), (1, 4), (4, 4)]
 Generate = Callable[[list[list[int]], int, int], object]
 
 
-def ours(folder: Path, dtype: str) -> Generate:
-    model = pf.load(folder, dtype=dtype)
+def ours(folder: Path, load_in_8bit: bool) -> Generate:
+    model = pf.load(folder, load_in_8bit=load_in_8bit)
 
     def generate(prompts: list[list[int]], beams: int, new: int) -> object:
         return model.generate(prompts, max_new_tokens=new, min_new_tokens=new, num_beams=beams)
@@ -119,6 +122,18 @@ def save_model(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(roles))
 
 
+def print_perplexity(folder: str, file: str) -> None:
+    text = Path(file).read_text(encoding="utf-8")[:10_000]
+    found = {}
+    for name, load_in_8bit in (("float32", False), ("int8", True)):
+        scores = pf.load(folder, load_in_8bit=load_in_8bit).score([text], context=512)
+        found[name] = math.exp(-float(scores.log_likelihood[0]) / int(scores.tokens[0]))
+    print(
+        f"perplexity on {file}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()), end=""
+    )
+    print(f" ({100 * (found['int8'] / found['float32'] - 1):+.2f} %)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,14 +142,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--perplexity", nargs=2, metavar=("MODEL", "FILE"))
     parser.add_argument("--only", default="", help="those whose name contains this")
     o = parser.parse_args()
     os.environ["PYRFORMER_NUM_THREADS"] = str(o.threads)
+    if o.perplexity:
+        print_perplexity(*o.perplexity)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         save_model(folder)
         makers: dict[str, Callable[[], Generate]] = {
-            "pyrformer float32": lambda: ours(folder, "float32"),
+            "pyrformer float32": lambda: ours(folder, False),
+            "pyrformer int8": lambda: ours(folder, True),
         }
         if find_spec("ctranslate2") and find_spec("transformers"):
             makers["CTranslate2 float32"] = lambda: ctranslate2(folder, "float32", o.threads)

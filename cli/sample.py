@@ -133,6 +133,7 @@ def generation_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
 )
+@click.option("--load-in-8bit", is_flag=True, help="Keep weights in 8 bits: a quarter of the memory, faster.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a continuation.")
 def command(
@@ -154,6 +155,7 @@ def command(
     show_probs: bool,
     html_file: str | None,
     device: str,
+    load_in_8bit: bool,
     threads: int | None,
     as_json: bool,
     **options: Any,
@@ -185,7 +187,7 @@ def command(
     if mbr is not None and (num_return_sequences < 2 or show_beams or show_probs):
         raise click.UsageError("--mbr chooses among several continuations: give -n above 1, and no view")
     as_json = as_json or bool(file and file.endswith(".jsonl"))
-    model = pf.load(run, device=device, threads=threads)
+    model = pf.load(run, device=device, threads=threads, load_in_8bit=load_in_8bit)
     if model.family.objective == "mlm":
         others = {
             "iterations": iterations,

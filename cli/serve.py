@@ -46,6 +46,7 @@ import pyrformer as pf
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
 )
+@click.option("--load-in-8bit", is_flag=True, help="Keep weights in 8 bits: a quarter of the memory, faster.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 def command(
     run: str,
@@ -60,6 +61,7 @@ def command(
     timeout: float,
     stop_seconds: int,
     device: str,
+    load_in_8bit: bool,
     threads: int | None,
 ) -> None:
     """Serve the model in the folder RUN, in the manner of OpenAI's API: /v1/completions, /v1/embeddings, /v1/models,
@@ -78,7 +80,7 @@ def command(
         max_body,
         timeout,
     )
-    model = pf.load(run, device=device, threads=threads)
+    model = pf.load(run, device=device, threads=threads, load_in_8bit=load_in_8bit)
     serve(
         model,
         settings,

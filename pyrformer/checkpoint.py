@@ -65,7 +65,12 @@ def digest(path: Path) -> str:
 
 
 def load(
-    folder: str | Path, *, device: str = "cpu", dtype: str | None = None, threads: int | None = None
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    load_in_8bit: bool = False,
 ) -> Model:
     """Opens a model folder or a ``.gguf`` file.
 
@@ -75,6 +80,9 @@ def load(
         device: "cpu", or "cuda" for an NVIDIA GPU (`pip install pyrformer[cuda13]`).
         dtype: "float32" (the default) or "float64", for computing.
         threads: how many to use; default: ``PYRFORMER_NUM_THREADS``, or all the machine has.
+        load_in_8bit: keep the weights of products in 8 bits, with a scale for each output feature: a quarter of the
+            memory and faster decoding, for a small loss (see docs/generation.md). Such a model generates, scores and
+            embeds; it is not trained or saved. CPU and float32 only.
 
     Raises:
         FileError: a file is missing, truncated, or does not fit the configuration.
@@ -86,10 +94,15 @@ def load(
         raise InputError(f"[load] dtype must be 'float32' or 'float64', got {dtype!r}")
     if threads is not None and threads < 1:
         raise InputError(f"[load] threads must be 1 or more, got {threads}")
+    if load_in_8bit and (device != "cpu" or dtype == "float64"):
+        raise InputError("[load] load_in_8bit computes in float32 on the CPU; leave out dtype and device")
     # The marks are taken before anything is read: what is written meanwhile is seen as a change.
-    origin = Origin.of(folder, device=device, dtype=dtype, threads=threads)
+    origin = Origin.of(folder, device=device, dtype=dtype, threads=threads, load_in_8bit=load_in_8bit)
     if folder.suffix == ".gguf" and folder.is_file():
-        return _load_gguf(folder, dtype or "float32", threads, device, origin)
+        model = _load_gguf(folder, dtype or "float32", threads, device, origin)
+        if load_in_8bit:
+            model.quantise()
+        return model
     if not folder.is_dir():
         raise FileError(f"[load] there is no folder {folder}")
     family = build(read_json(folder / CONFIG))
@@ -102,6 +115,8 @@ def load(
     loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder), "device": device}
     model = Model(family, tokenizer, dtype or "float32", threads, origin=origin, **loaded)
     copy_into(model, *_tensors(folder, family))
+    if load_in_8bit:
+        model.quantise()
     return model
 
 

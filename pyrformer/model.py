@@ -97,6 +97,8 @@ class Model:
     #: How :meth:`embed` makes a text's vector, where the model's folder says it: "pooling" and "normalize".
     pooling: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
+    #: Whether the weights of products are kept in 8 bits.
+    in_8bit: bool = False
     #: States by name, on the device; made unless given.
     store: AnyStore = field(default_factory=_core.Store)
     #: Where it was opened, while it is as it was then.
@@ -220,6 +222,10 @@ class Model:
             FileError: the folder cannot be written, or a number is too large for float16; the tensor is named.
             InputError: the dtype or the size, or, for GGUF, the family is not one that can be written.
         """
+        if self.in_8bit:
+            raise InputError(
+                "[save] the weights are rounded to 8 bits; load the model without load_in_8bit to save it"
+            )
         if str(folder).endswith(".gguf"):
             from pyrformer.gguf_save import save_gguf
 
@@ -228,6 +234,20 @@ class Model:
         from pyrformer.checkpoint import save
 
         save(self, folder, dtype=dtype or "float32", max_shard_size=max_shard_size)
+
+    def quantise(self) -> None:
+        """Keeps the weights of products in 8 bits from here on; see ``load_in_8bit`` of :func:`pyrformer.load`.
+
+        Raises:
+            InputError: the model is not of float32 on the CPU.
+        """
+        if not isinstance(self.store, _core.Store) or self.dtype != "float32":
+            raise InputError("[model] weights of 8 bits are for models of float32 on the CPU")
+        traced = programs.forward(self.family, programs.Sizes(1, 1), self.dtype)
+        with self._lock:
+            self.store.quantise(traced.lower(self.device).plan)
+            self._programs.clear()
+            self.in_8bit = True
 
     def program(
         self, key: tuple[Any, ...], trace: Callable[[], Traced], *, recompute: bool = False, memory: int = 0

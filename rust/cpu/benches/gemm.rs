@@ -9,7 +9,9 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use pyrformer_cpu::gemm::{Gemm, PackBuffers, Scratch, gemm, gemm_serial, no_epilogue};
+use pyrformer_cpu::gemm::{
+    Factor, Gemm, Int8, PackBuffers, Scratch, gemm, gemm_by, gemm_serial, no_epilogue,
+};
 use pyrformer_cpu::simd;
 use pyrformer_cpu::threads::Pool;
 use pyrformer_cpu::view::{Mat, MatMut};
@@ -218,5 +220,32 @@ fn main() {
             rates[1].0,
             rates[1].1
         );
+    }
+
+    for m in [1, 2, 4, 6, 8, 12, 16, 32, 128] {
+        let shape = shape("int8", m, 3072, 768, false, false);
+        if !shape.label().contains(&filter) {
+            continue;
+        }
+        // As many copies as are read from memory and not from cache.
+        let copies = 24;
+        let weight = random(3072 * 768);
+        let weights: Vec<Int8> =
+            (0..copies).map(|_| Int8::new(&Mat::new(&weight, 768, 3072), false)).collect();
+        let rates = [1, 2].map(|threads| {
+            let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads));
+            let mut copy = 0;
+            let seconds = shape.time(1, |g| {
+                copy = (copy + 1) % copies;
+                // SAFETY: C is the benchmark's alone.
+                unsafe {
+                    let b = Factor::Int8(&weights[copy]);
+                    gemm_by(&pool, &buffers, (g.a, false), b, (g.c, false), &no_epilogue);
+                }
+            });
+            (shape.flops() / seconds / 1e9, (3072 * 768) as f64 / seconds / 1e9)
+        });
+        let [(one, one_read), (two, two_read)] = rates;
+        println!("{:<40} {one:>9.1} {one_read:>5.1} GB/s {two:>6.1} {two_read:>5.1} GB/s", shape.label());
     }
 }

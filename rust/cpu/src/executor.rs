@@ -11,7 +11,7 @@ use pyrformer_graph::{
 };
 
 use crate::error::{Error, Result};
-use crate::gemm::PackBuffers;
+use crate::gemm::{Factor, Int8, PackBuffers};
 use crate::kernels::attention::{self, Mask, Saved};
 use crate::kernels::dropout::{Keep, dropout};
 use crate::kernels::loss::{self, Gradients, Head, linear_cross_entropy};
@@ -332,6 +332,19 @@ impl<'a> Run<'a> {
         self.memory.mat_mut(&self.step.outputs[i])
     }
 
+    /// An operand that is kept in 8 bits.
+    fn int8(&self, i: usize) -> Option<&'a Int8> {
+        match self.step.inputs[i].space {
+            Space::State(number) => self.memory.states[number].int8.as_ref(),
+            Space::Arena => None,
+        }
+    }
+
+    /// A right factor, `[N, K]` if transposed.
+    fn factor<T>(&self, i: usize, transposed: bool) -> Factor<'a, T> {
+        self.int8(i).map_or_else(|| Factor::Floats(self.x(i), transposed), Factor::Int8)
+    }
+
     /// A contiguous integer operand, flattened.
     fn ints(&self, i: usize) -> &'a [i32] {
         let o = &self.step.inputs[i];
@@ -448,7 +461,13 @@ impl<'a> Run<'a> {
         match &self.step.op {
             Op::Copy => elementwise::copy::<T>(pool, self.x(0), self.y(0)),
             Op::Fill { value } => elementwise::fill::<T>(pool, *value, self.y(0)),
-            Op::Gather => rows::gather::<T>(pool, self.x(0), self.ints(1), self.y(0))?,
+            Op::Gather => match self.int8(0) {
+                Some(table) => {
+                    let rows = self.step.inputs[0].ty.shape.rows();
+                    rows::gather_int8::<T>(pool, (table, rows), self.ints(1), self.y(0))?;
+                }
+                None => rows::gather::<T>(pool, self.x(0), self.ints(1), self.y(0))?,
+            },
             Op::ScatterAdd { .. } => {
                 let base = (self.step.inputs.len() == 3).then(|| self.x::<T>(2));
                 rows::scatter_add(pool, self.x::<T>(0), self.ints(1), base, self.y(0))?;
@@ -472,7 +491,14 @@ impl<'a> Run<'a> {
                     residual: operand(e.residual),
                     pre: e.keep_pre.then(|| self.y(1)),
                 };
-                matmul::<T>(pool, T::packs(self.work), (self.x(0), *ta), (self.x(1), *tb), self.y(0), fused);
+                matmul::<T>(
+                    pool,
+                    T::packs(self.work),
+                    (self.x(0), *ta),
+                    self.factor(1, *tb),
+                    self.y(0),
+                    fused,
+                );
             }
             Op::LayerNorm { eps, center } => {
                 let bias: &[T] = if self.step.inputs.len() == 3 { self.flat(2) } else { &[] };
@@ -623,7 +649,8 @@ impl<'a> Run<'a> {
     fn loss<T: Element>(&self, spec: &LossSpec, gradients: Option<Gradients<'_, T>>) -> Result<()> {
         let labels = self.ints(2 + usize::from(spec.bias));
         let bias = spec.bias.then(|| self.x(2));
-        let head = Head { spec: *spec, x: self.x(0), weight: self.x(1), bias, labels };
+        let vocab = self.step.inputs[1].ty.shape.0[0];
+        let head = Head { spec: *spec, x: self.x(0), weight: self.factor(1, true), vocab, bias, labels };
         let loss = self.flat_mut(0);
         linear_cross_entropy(self.pool, T::packs(self.work), head, loss, gradients, self.scratch())
     }

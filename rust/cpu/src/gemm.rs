@@ -18,6 +18,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod across;
+mod int8;
 mod micro;
 mod pack;
 mod vector;
@@ -27,6 +28,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub use int8::Int8;
 pub use micro::Kernel;
 use micro::{MAX_TILE, Tile};
 pub(crate) use micro::{kernel_f32, kernel_f64};
@@ -51,8 +53,8 @@ const STREAM_ROWS: usize = 48;
 /// Steps of K for which such a task visits its columns: few if they are read once, more if several rows of tiles read
 /// them, as each visit has its cost.
 const STREAM_STEPS: [usize; 2] = [8, 64];
-/// Steps that it transposes at a time, where rows of B are columns.
-const STREAM_TRANSPOSED: usize = 128;
+/// Steps that it packs at a time, where B must be transposed or turned into floats.
+const STREAM_PACKED: usize = 128;
 /// Elements of C that such a task works on: half of the first cache.
 const STREAM_ELEMENTS: usize = 1 << 12;
 /// Below this many multiply-adds, a product runs on one thread: waking another takes longer.
@@ -77,28 +79,68 @@ pub struct Gemm<'a, T> {
     pub accumulate: bool,
 }
 
-impl<T: Real> Gemm<'_, T> {
-    /// (M, N, K).
-    fn shape(&self) -> (usize, usize, usize) {
+impl<'a, T: Real> Gemm<'a, T> {
+    fn product(&self) -> Product<'a, T> {
         let (m, k) = if self.ta { (self.a.cols, self.a.rows) } else { (self.a.rows, self.a.cols) };
         let (k2, n) = if self.tb { (self.b.cols, self.b.rows) } else { (self.b.rows, self.b.cols) };
+        let left = Source { data: self.a.as_ptr(), stride: self.a.stride, lanes_adjacent: self.ta };
+        let right = Source { data: self.b.as_ptr(), stride: self.b.stride, lanes_adjacent: !self.tb };
+        let product =
+            Product { m, n, k, left, right: Right::Floats(right), c: self.c, accumulate: self.accumulate };
+        product.check(k2)
+    }
+}
+
+/// A right factor.
+#[derive(Clone, Copy)]
+pub enum Factor<'a, T> {
+    /// `[K, N]` or, if the flag is set, `[N, K]`.
+    Floats(Mat<'a, T>, bool),
+    /// Either, in 8 bits.
+    Int8(&'a Int8),
+}
+
+/// What is multiplied: M × K rows as lanes by K × N columns as lanes.
+struct Product<'a, T> {
+    m: usize,
+    n: usize,
+    k: usize,
+    left: Source<T>,
+    right: Right<'a, T>,
+    c: MatMut<'a, T>,
+    accumulate: bool,
+}
+
+/// Columns of the right factor.
+enum Right<'a, T> {
+    Floats(Source<T>),
+    Int8(&'a Int8),
+}
+
+impl<T: Real> Product<'_, T> {
+    fn check(self, k2: usize) -> Self {
+        let Product { m, n, k, .. } = self;
         assert!(
             k == k2 && (self.c.rows, self.c.cols) == (m, n),
             "gemm: [{m}, {k}] times [{k2}, {n}] does not give [{}, {}]",
             self.c.rows,
             self.c.cols
         );
-        (m, n, k)
+        self
     }
 
-    /// Rows of op(A) as lanes.
-    fn left(&self) -> Source<T> {
-        Source { data: self.a.as_ptr(), stride: self.a.stride, lanes_adjacent: self.ta }
-    }
-
-    /// Columns of op(B) as lanes.
-    fn right(&self) -> Source<T> {
-        Source { data: self.b.as_ptr(), stride: self.b.stride, lanes_adjacent: !self.tb }
+    /// Packs columns `first .. first + lanes` and steps `step .. step + depth` of the right factor.
+    ///
+    /// # Safety
+    /// They are inside it, `first` is a multiple of the width, and nobody else touches `to`, which has room for them.
+    unsafe fn pack(&self, kernel: &Kernel<T>, lanes: (usize, usize), steps: (usize, usize), to: *mut T) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.right {
+                Right::Floats(source) => pack::pack(source, kernel.transpose, lanes, steps, kernel.width, to),
+                Right::Int8(weight) => weight.expand(lanes, steps, kernel.width, to),
+            }
+        }
     }
 }
 
@@ -257,7 +299,47 @@ pub unsafe fn gemm<T: Real>(
     g: &Gemm<'_, T>,
     epilogue: Epilogue<'_, T>,
 ) {
-    let (m, n, k) = g.shape();
+    // SAFETY: the caller's promise.
+    unsafe { multiply(pool, buffers, &g.product(), epilogue) }
+}
+
+/// `C = op(A)·B` (or `+=`) as [`gemm`] does, by a factor of floats or of 8 bits.
+///
+/// # Panics
+/// As [`gemm`]; and if A is transposed and B of 8 bits.
+///
+/// # Safety
+/// As [`gemm`].
+pub unsafe fn gemm_by<T: Real>(
+    pool: &Pool,
+    buffers: &PackBuffers<T>,
+    (a, ta): (Mat<'_, T>, bool),
+    b: Factor<'_, T>,
+    (c, accumulate): (MatMut<'_, T>, bool),
+    epilogue: Epilogue<'_, T>,
+) {
+    let product = match b {
+        Factor::Floats(b, tb) => Gemm { a, ta, b, tb, c, accumulate }.product(),
+        Factor::Int8(b) => {
+            assert!(!ta, "gemm: a transposed factor times one of 8 bits");
+            let left = Source { data: a.as_ptr(), stride: a.stride, lanes_adjacent: false };
+            let (n, k) = b.shape();
+            Product { m: a.rows, n, k: a.cols, left, right: Right::Int8(b), c, accumulate }.check(k)
+        }
+    };
+    // SAFETY: the caller's promise.
+    unsafe { multiply(pool, buffers, &product, epilogue) }
+}
+
+/// # Safety
+/// As [`gemm`].
+unsafe fn multiply<T: Real>(
+    pool: &Pool,
+    buffers: &PackBuffers<T>,
+    g: &Product<'_, T>,
+    epilogue: Epilogue<'_, T>,
+) {
+    let &Product { m, n, k, .. } = g;
     if m == 0 || n == 0 {
         return;
     }
@@ -320,7 +402,8 @@ pub unsafe fn gemm<T: Real>(
 /// # Safety
 /// While it runs, nobody else touches the elements of C (so A and B do not overlap it).
 pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
-    let (m, n, k) = g.shape();
+    let g = &g.product();
+    let &Product { m, n, k, .. } = g;
     if m == 0 || n == 0 {
         return;
     }
@@ -347,18 +430,20 @@ pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
 ///
 /// # Safety
 /// * nobody else touches these columns of C, or `memory`, which has room for a panel.
-unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Gemm<'_, T>, columns: Range<usize>, memory: *mut T) {
-    let (m, _, k) = g.shape();
+unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Product<'_, T>, columns: Range<usize>, memory: *mut T) {
+    let &Product { m, k, .. } = g;
     let &Kernel { height, width, .. } = kernel;
     if k == 0 && !g.accumulate {
         let c = g.c.block(0, m, columns.start, columns.len());
         // SAFETY: the caller's promise.
         (0..m).for_each(|i| unsafe { c.row_mut(i) }.fill(T::ZERO));
     }
-    let source = g.left();
+    let source = g.left;
     let (a_row, a_step) = source.strides();
+    // Tiles of equal height: a low one takes as long as a high one.
+    let rows = m.div_ceil(m.div_ceil(height));
     let tiles = |j: usize, step: usize, depth: usize, b: *const T, b_step: usize, ahead: bool| {
-        for i in (0..m).step_by(height) {
+        for i in (0..m).step_by(rows) {
             let tile = Tile {
                 depth,
                 a: source.at(i, step),
@@ -370,7 +455,7 @@ unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Gemm<'_, T>, columns: Range<us
                 c_row: g.c.stride,
                 add: g.accumulate || step > 0,
             };
-            let (rows, columns) = (height.min(m - i), width.min(columns.end - j));
+            let (rows, columns) = (rows.min(m - i), width.min(columns.end - j));
             // SAFETY: rows inside A; B is the caller's promise below; C is ours.
             unsafe {
                 if ahead && i == 0 {
@@ -381,39 +466,43 @@ unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Gemm<'_, T>, columns: Range<us
             }
         }
     };
-    let steps = STREAM_STEPS[usize::from(m > height)];
-    // Columns that are read as they lie; the others are packed.
-    let across = kernel.across.filter(|&(most, _)| g.tb && m <= most);
-    let whole = if g.tb && across.is_none() { 0 } else { columns.len() / width * width };
-    if let Some((_, tile)) = across {
-        for j in (columns.start..columns.start + whole).step_by(width) {
-            let tile_at = Tile {
-                depth: k,
-                a: source.at(0, 0),
-                a_row,
-                a_step,
-                b: g.right().at(j, 0),
-                b_step: g.b.stride,
-                c: g.c.as_ptr().wrapping_add(j),
-                c_row: g.c.stride,
-                add: g.accumulate,
-            };
-            // SAFETY: rows inside A, columns inside B and C; C is ours.
-            unsafe { tile(m, &tile_at) };
-        }
-    }
-    for step in (0..if g.tb { 0 } else { k }).step_by(steps) {
-        for j in (columns.start..columns.start + whole).step_by(width) {
-            tiles(j, step, steps.min(k - step), g.right().at(j, step), g.b.stride, true);
-        }
-    }
-    for j in (columns.start + whole..columns.end).step_by(width) {
-        for step in (0..k).step_by(STREAM_TRANSPOSED) {
-            let (lanes, depth) = (width.min(columns.end - j), STREAM_TRANSPOSED.min(k - step));
-            // SAFETY: the lanes and the steps are inside B, and `memory` has room for a panel.
-            unsafe {
-                pack::pack(&g.right(), kernel.transpose, (j, lanes), (step, depth), width, memory);
+    // Columns that are read as they lie fill tiles; the others are packed.
+    let fit = columns.start..columns.start + columns.len() / width * width;
+    let packed_from = match (&g.right, kernel.across) {
+        (Right::Floats(b), _) if b.lanes_adjacent => {
+            let depth = STREAM_STEPS[usize::from(m > height)];
+            for step in (0..k).step_by(depth) {
+                for j in fit.clone().step_by(width) {
+                    tiles(j, step, depth.min(k - step), b.at(j, step), b.stride, true);
+                }
             }
+            fit.end
+        }
+        (Right::Floats(b), Some((most, across))) if m <= most => {
+            for j in fit.clone().step_by(width) {
+                let tile = Tile {
+                    depth: k,
+                    a: source.at(0, 0),
+                    a_row,
+                    a_step,
+                    b: b.at(j, 0),
+                    b_step: b.stride,
+                    c: g.c.as_ptr().wrapping_add(j),
+                    c_row: g.c.stride,
+                    add: g.accumulate,
+                };
+                // SAFETY: rows inside A, columns inside B and C; C is ours.
+                unsafe { across(m, &tile) };
+            }
+            fit.end
+        }
+        _ => columns.start,
+    };
+    for j in (packed_from..columns.end).step_by(width) {
+        for step in (0..k).step_by(STREAM_PACKED) {
+            let (lanes, depth) = (width.min(columns.end - j), STREAM_PACKED.min(k - step));
+            // SAFETY: the lanes and the steps are inside B, and `memory` has room for a panel.
+            unsafe { g.pack(kernel, (j, lanes), (step, depth), memory) };
             tiles(j, step, depth, memory, width, false);
         }
     }
@@ -454,7 +543,7 @@ fn grid<T>(m: usize, n: usize, threads: usize, kernel: &Kernel<T>) -> (usize, us
 /// `memory` has room for `panels`, and nobody else touches these columns there.
 unsafe fn pack_panels<T: Real>(
     kernel: &Kernel<T>,
-    g: &Gemm<'_, T>,
+    g: &Product<'_, T>,
     panels: &Panels,
     column: usize,
     columns: usize,
@@ -463,16 +552,7 @@ unsafe fn pack_panels<T: Real>(
     let &Panels { step, depth, .. } = panels;
     let lanes = (panels.column + column, columns);
     // SAFETY: the steps and the columns are inside B; the rest is the caller's promise.
-    unsafe {
-        pack::pack(
-            &g.right(),
-            kernel.transpose,
-            lanes,
-            (step, depth),
-            kernel.width,
-            memory.add(column * depth),
-        );
-    }
+    unsafe { g.pack(kernel, lanes, (step, depth), memory.add(column * depth)) };
 }
 
 /// Computes a part of C from packed panels, and runs the epilogue if these are the last.
@@ -482,7 +562,7 @@ unsafe fn pack_panels<T: Real>(
 /// * nobody else touches this part of C, or `left`.
 unsafe fn run_part<T: Real>(
     kernel: &Kernel<T>,
-    g: &Gemm<'_, T>,
+    g: &Product<'_, T>,
     panels: &Panels,
     memory: *const T,
     left: *mut T,
@@ -491,7 +571,7 @@ unsafe fn run_part<T: Real>(
 ) {
     let &Panels { step, depth, .. } = panels;
     let &Kernel { height, width, .. } = kernel;
-    let source = g.left();
+    let source = g.left;
     // Reading A as it lies saves packing it, which pays only if it is read for many columns, or lies badly.
     let packed = part.columns > 256 || (source.lanes_adjacent && part.rows * depth > 16384);
     let (a, (a_row, a_step)) = if packed {

@@ -7,6 +7,7 @@
 mod error;
 mod executor;
 pub mod gemm;
+mod int8;
 pub mod kernels;
 pub mod math;
 mod memory;

@@ -10,6 +10,9 @@ use pyrformer_graph::{Plan, TensorType};
 
 use crate::error::{Error, Result};
 use crate::executor::Work;
+use crate::gemm::Int8;
+use crate::int8;
+use crate::view::Mat;
 
 /// A zeroed block of memory on a 64-byte boundary.
 #[derive(Debug)]
@@ -62,7 +65,15 @@ impl Drop for Block {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) ty: TensorType,
+    /// Its elements; none if it is kept in 8 bits.
     pub(crate) block: Block,
+    pub(crate) int8: Option<Int8>,
+}
+
+impl State {
+    fn new(ty: &TensorType, block: Block) -> Self {
+        Self { ty: ty.clone(), block, int8: None }
+    }
 }
 
 /// Named tensors that several plans share: parameters, optimiser moments, caches.
@@ -100,7 +111,7 @@ impl Store {
             }
             return Err(Error::State(format!("state {name:?} is {}, the plan wants {ty}", state.ty)));
         }
-        let state = Arc::new(State { ty: ty.clone(), block: Block::new(ty.bytes())? });
+        let state = Arc::new(State::new(ty, Block::new(ty.bytes())?));
         states.insert(name.to_owned(), state.clone());
         Ok(state)
     }
@@ -125,6 +136,9 @@ impl Store {
     pub fn fill(&self, name: &str, ty: &TensorType, put: impl FnOnce(&mut [u8])) -> Result<()> {
         if read(&self.states).contains_key(name) {
             let state = self.ensure(name, ty)?;
+            if state.int8.is_some() {
+                return Err(Error::State(format!("state {name:?} is kept in 8 bits and cannot be set")));
+            }
             let _alone = write(&self.access);
             // SAFETY: the block holds `ty.bytes()` initialised bytes, and nobody else has access.
             put(unsafe { std::slice::from_raw_parts_mut(state.block.as_ptr(), ty.bytes()) });
@@ -136,7 +150,7 @@ impl Store {
         put(bytes);
         match write(&self.states).entry(name.to_owned()) {
             Entry::Vacant(place) => {
-                place.insert(Arc::new(State { ty: ty.clone(), block }));
+                place.insert(Arc::new(State::new(ty, block)));
                 return Ok(());
             }
             Entry::Occupied(_) => {}
@@ -154,10 +168,45 @@ impl Store {
             .get(name)
             .cloned()
             .ok_or_else(|| Error::State(format!("there is no state called {name:?}")))?;
+        if let Some(int8) = &state.int8 {
+            let cols = state.ty.shape.cols();
+            let mut floats = vec![0f32; state.ty.shape.elements()];
+            floats.chunks_exact_mut(cols).enumerate().for_each(|(r, row)| int8.row(r, row));
+            return Ok((state.ty.clone(), floats.iter().flat_map(|x| x.to_ne_bytes()).collect()));
+        }
         let _shared = read(&self.access);
         // SAFETY: the block holds `ty.bytes()` initialised bytes, and writers wait.
         let bytes = unsafe { std::slice::from_raw_parts(state.block.as_ptr(), state.ty.bytes()) };
         Ok((state.ty.clone(), bytes.to_vec()))
+    }
+
+    /// Keeps the weights of a plan in 8 bits from here on: the float32 states that it only multiplies by, or takes rows
+    /// of. Plans bound before go on with what they hold. Gives the names.
+    ///
+    /// # Errors
+    /// When a state of the plan has another type.
+    pub fn quantise(&self, plan: &Plan) -> Result<Vec<String>> {
+        let mut names = vec![];
+        for (number, state) in self.link(plan)?.into_iter().enumerate() {
+            let Some(Some(transposed)) = int8::uses(plan, number) else { continue };
+            if state.int8.is_some() {
+                continue;
+            }
+            let (rows, cols) = (state.ty.shape.rows(), state.ty.shape.cols());
+            let kept = {
+                let _shared = read(&self.access);
+                // SAFETY: a float32 state holds rows × cols floats, and writers wait.
+                Int8::new(
+                    &unsafe { Mat::from_raw(state.block.as_ptr().cast(), rows, cols, cols) },
+                    transposed,
+                )
+            };
+            let name = &plan.states[number].name;
+            let kept = State { int8: Some(kept), ..State::new(&state.ty, Block::new(0)?) };
+            write(&self.states).insert(name.clone(), Arc::new(kept));
+            names.push(name.clone());
+        }
+        Ok(names)
     }
 
     /// Forgets a state; plans that hold it keep it alive.
@@ -167,7 +216,20 @@ impl Store {
 
     /// The states of a plan, in its order.
     pub(crate) fn link(&self, plan: &Plan) -> Result<Vec<Arc<State>>> {
-        plan.states.iter().map(|s| self.ensure(&s.name, &s.ty)).collect()
+        let states: Vec<Arc<State>> =
+            plan.states.iter().map(|s| self.ensure(&s.name, &s.ty)).collect::<Result<_>>()?;
+        for (number, state) in states.iter().enumerate() {
+            if let Some(kept) = &state.int8
+                && int8::uses(plan, number).is_none_or(|way| way.is_some_and(|t| t != kept.transposed()))
+            {
+                let name = &plan.states[number].name;
+                return Err(Error::State(format!(
+                    "{name} is kept in 8 bits, which serves generation, scoring and embedding only; load the model \
+                     without load_in_8bit"
+                )));
+            }
+        }
+        Ok(states)
     }
 
     /// The memory that runs of this store's plans use, one at a time.

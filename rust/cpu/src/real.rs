@@ -44,6 +44,8 @@ pub trait Real:
 
     /// The nearest value to `x`.
     fn from_f64(x: f64) -> Self;
+    /// The integer as a float.
+    fn from_i8(x: i8) -> Self;
     /// The value itself: both types fit into `f64`.
     fn to_f64(self) -> f64;
     /// √x.
@@ -103,6 +105,10 @@ macro_rules! real {
             #[inline(always)]
             fn from_f64(x: f64) -> Self {
                 x as $t
+            }
+            #[inline(always)]
+            fn from_i8(x: i8) -> Self {
+                <$t>::from(x)
             }
             #[inline(always)]
             fn to_f64(self) -> f64 {

@@ -272,6 +272,11 @@ impl Store {
     fn remove(&self, name: &str) {
         self.inner.remove(name);
     }
+
+    /// Keeps the weights that a plan multiplies by in 8 bits from here on; gives their names.
+    fn quantise(&self, py: Python<'_>, plan: &Plan) -> PyResult<Vec<String>> {
+        enter(py, || self.inner.quantise(&plan.inner))
+    }
 }
 
 /// A plan bound to a store, run on the CPU.

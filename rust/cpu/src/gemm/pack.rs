@@ -16,6 +16,9 @@ pub(super) struct Source<T> {
     pub(super) lanes_adjacent: bool,
 }
 
+// SAFETY: it is only an address; those who read there promise that it is readable and that nobody writes.
+unsafe impl<T: Sync> Sync for Source<T> {}
+
 impl<T> Source<T> {
     /// Address of lane `lane` at step `step`.
     #[inline(always)]

@@ -279,3 +279,40 @@ proptest! {
         }
     }
 }
+
+/// A product by a factor of 8 bits is the one by its floats, to the bit, whatever the rows and the threads.
+#[test]
+fn factors_of_8_bits() {
+    let pool = Pool::new(2);
+    for (n, k) in [(1, 1), (16, 8), (37, 130), (300, 33), (64, 400), (20, 900)] {
+        for transposed in [false, true] {
+            let case = Case { m: 60, n, k, ta: false, tb: transposed, accumulate: true, gap: 0 };
+            let (a, b, c) = case.operands::<f32>();
+            let int8 = Int8::new(&b.view(), transposed);
+            let mut floats = b.data.clone();
+            floats.chunks_exact_mut(b.cols).enumerate().for_each(|(r, row)| int8.row(r, row));
+            let off = floats.iter().zip(&b.data).fold(0f32, |most, (x, y)| most.max((x - y).abs()));
+            assert!(off <= 1.0 / 254.0 + 1e-6, "rounded by {off}");
+            let b = Mat::new(&floats, b.rows, b.cols);
+            for level in levels() {
+                let buffers = PackBuffers::with_kernel(2, f32::kernel(level));
+                let run = |m: usize, factor: Factor<'_, f32>| {
+                    let mut c = c.data.clone();
+                    let to = MatMut::new(&mut c[..m * n], m, n);
+                    let a = a.view().block(0, m, 0, k);
+                    // SAFETY: `c` is ours.
+                    unsafe { gemm_by(&pool, &buffers, (a, false), factor, (to, true), &no_epilogue) };
+                    bits(&c[..n])
+                };
+                let want = run(60, Factor::Floats(b, transposed));
+                for m in [1, 2, 5, 8, 17, 48, 60] {
+                    assert_eq!(
+                        run(m, Factor::Int8(&int8)),
+                        want,
+                        "{m} rows of {n} x {k}, {transposed} {level:?}"
+                    );
+                }
+            }
+        }
+    }
+}

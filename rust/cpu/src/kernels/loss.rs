@@ -3,7 +3,7 @@
 use pyrformer_graph::LossSpec;
 
 use crate::error::{Error, Result};
-use crate::gemm::{Gemm, PackBuffers, gemm, no_epilogue};
+use crate::gemm::{Factor, Gemm, PackBuffers, gemm, gemm_by, no_epilogue};
 use crate::kernels::elementwise::add_row;
 use crate::kernels::{for_rows, rows_per_task};
 use crate::real::Real;
@@ -25,12 +25,13 @@ pub(crate) fn scratch_elements(rows: usize, vocab: usize) -> usize {
     chunk_rows(rows, vocab) * vocab + rows
 }
 
-/// The layer and its labels. Shapes: x [N, C], weight [V, C], bias [V], labels [N].
+/// The layer and its labels. Shapes: x [N, C], weight [V, C], bias [V], labels [N]. Gradients need a weight of floats.
 #[derive(Clone, Copy)]
 pub(crate) struct Head<'a, T> {
     pub(crate) spec: LossSpec,
     pub(crate) x: Mat<'a, T>,
-    pub(crate) weight: Mat<'a, T>,
+    pub(crate) weight: Factor<'a, T>,
+    pub(crate) vocab: usize,
     pub(crate) bias: Option<Mat<'a, T>>,
     pub(crate) labels: &'a [i32],
 }
@@ -82,9 +83,9 @@ pub(crate) fn linear_cross_entropy<T: Real>(
     gradients: Option<Gradients<'_, T>>,
     scratch: MatMut<'_, T>,
 ) -> Result<()> {
-    let Head { spec, x, weight, bias, labels } = head;
+    let Head { spec, x, weight, vocab, bias, labels } = head;
     let (smoothing, z_loss) = (T::from_f64(spec.smoothing), T::from_f64(spec.z_loss));
-    let (rows, vocab) = (x.rows, weight.rows);
+    let rows = x.rows;
     if let Some(at) = labels.iter().position(|&l| l >= 0 && l as usize >= vocab) {
         let message = format!("label {} at place {at} is outside 0..{vocab}", labels[at]);
         return Err(Error::Index { op: "linear_cross_entropy", message });
@@ -96,14 +97,13 @@ pub(crate) fn linear_cross_entropy<T: Real>(
         // SAFETY: the scratch holds `chunk · vocab` elements before the losses.
         let logits = unsafe { MatMut::from_raw(scratch.as_ptr(), n, vocab, vocab) };
         let xs = x.block(from, n, 0, x.cols);
-        let product = Gemm { a: xs, ta: false, b: weight, tb: true, c: logits, accumulate: false };
         let add_bias = |_, col, piece: &mut [T]| {
             if let Some(bias) = &bias {
                 add_row(bias.block(0, 1, col, piece.len()).row(0), piece);
             }
         };
         // SAFETY: the logits are this kernel's scratch.
-        unsafe { gemm(pool, packs, &product, &add_bias) };
+        unsafe { gemm_by(pool, packs, (xs, false), weight, (logits, false), &add_bias) };
         let scale = gradients.as_ref().map_or(T::ZERO, |g| g.dloss);
         for_rows(pool, n, rows_per_task(4 * vocab), |r| {
             // SAFETY: one task a row.
@@ -118,7 +118,7 @@ pub(crate) fn linear_cross_entropy<T: Real>(
             // SAFETY: as above.
             unsafe { losses.set(0, from + r, value) };
         });
-        let Some(g) = &gradients else { continue };
+        let (Some(g), Factor::Floats(weight, _)) = (&gradients, weight) else { continue };
         // SAFETY: the rows are finished, and read only from here on.
         let d = unsafe { logits.as_mat() };
         let dx = g.dx.block(from, n, 0, x.cols);

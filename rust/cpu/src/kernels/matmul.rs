@@ -2,7 +2,7 @@
 
 use pyrformer_graph::Epilogue;
 
-use crate::gemm::{Gemm, PackBuffers, gemm};
+use crate::gemm::{Factor, PackBuffers, gemm_by};
 use crate::kernels::elementwise::{add_row, unary_grad_row, unary_in_place};
 use crate::real::Real;
 use crate::threads::Pool;
@@ -18,19 +18,18 @@ pub(crate) struct Fused<'a, T> {
     pub(crate) pre: Option<MatMut<'a, T>>,
 }
 
-/// `y = epilogue(op(a)·op(b))`. Shapes: a [M, K] or, with `ta`, [K, M]; b [K, N] or, with `tb`, [N, K]; y [M, N].
+/// `y = epilogue(op(a)·b)`. Shapes: a [M, K] or, with `ta`, [K, M]; b [K, N], y [M, N].
 pub(crate) fn matmul<T: Real>(
     pool: &Pool,
     packs: &PackBuffers<T>,
-    (a, ta): (Mat<'_, T>, bool),
-    (b, tb): (Mat<'_, T>, bool),
+    a: (Mat<'_, T>, bool),
+    b: Factor<'_, T>,
     y: MatMut<'_, T>,
     f: Fused<'_, T>,
 ) {
     // A residual that shares y's memory is there already: the product is accumulated onto it.
     let onto = f.residual.is_some_and(|r| std::ptr::eq(r.as_ptr(), y.as_ptr()));
     let residual = f.residual.filter(|_| !onto);
-    let g = Gemm { a, ta, b, tb, c: y, accumulate: onto };
     let finish = |row, col, piece: &mut [T]| {
         let cols = piece.len();
         if let Some(bias) = &f.bias {
@@ -51,5 +50,5 @@ pub(crate) fn matmul<T: Real>(
         }
     };
     // SAFETY: the result overlaps no factor; a residual in its place is what the product is added to.
-    unsafe { gemm(pool, packs, &g, &finish) };
+    unsafe { gemm_by(pool, packs, a, b, (y, onto), &finish) };
 }

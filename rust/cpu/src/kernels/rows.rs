@@ -1,6 +1,7 @@
 //! Rows by index: gather, scatter-add, counting labels.
 
 use crate::error::{Error, Result};
+use crate::gemm::Int8;
 use crate::kernels::elementwise::add_row;
 use crate::kernels::{for_rows, rows_per_task};
 use crate::real::Real;
@@ -35,6 +36,21 @@ pub(crate) fn gather<T: Copy + Send + Sync>(
     for_rows(pool, index.len(), rows_per_task(y.cols), |n| {
         // SAFETY: one task a row.
         unsafe { y.row_mut(n) }.copy_from_slice(table.row(index[n] as usize));
+    });
+    Ok(())
+}
+
+/// As [`gather`], from a table in 8 bits of `rows` rows.
+pub(crate) fn gather_int8<T: Real>(
+    pool: &Pool,
+    (table, rows): (&Int8, usize),
+    index: &[i32],
+    y: MatMut<'_, T>,
+) -> Result<()> {
+    check("gather", index, rows)?;
+    for_rows(pool, index.len(), rows_per_task(y.cols), |n| {
+        // SAFETY: one task a row.
+        table.row(index[n] as usize, unsafe { y.row_mut(n) });
     });
     Ok(())
 }
