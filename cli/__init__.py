@@ -32,6 +32,7 @@ COMMANDS = {
     "sample": ("sample", "Continue a text."),
     "score": ("score", "Print how probable texts are."),
     "serve": ("serve", "Serve a model over HTTP."),
+    "tokenize": ("tokenize", "Print the ids of texts."),
     "tokenizer": ("tokenizer", "Train a tokenizer, use one, compare them."),
     "train": ("train", "Train a model on text files."),
 }

@@ -1,27 +1,108 @@
-"""What commands over files share: lines in, lines or pages out."""
+"""What commands over files share: rows in, rows with results out; pages."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
-from itertools import islice
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import click
 
-from pyrformer.errors import DataError, FileError
+import pyrformer as pf
+from pyrformer.errors import FileError
+from pyrformer.pipeline import Verb, run
+from pyrformer.prepared import ON_CORRUPT
 
-#: Texts that go through a model between two stretches of output.
-STRETCH = 512
+from ._progress import Told, files_bar
+
+# fmt: off
+#: The options of commands over files, and what they are told by.
+OPTIONS = (
+    click.argument("files", nargs=-1, type=click.Path()),
+    click.option("--column", default="text", show_default=True, help="Field or column that holds the text."),
+    click.option(
+        "--out", type=click.Path(), default="-",
+        help="A .jsonl, .jsonl.gz, .jsonl.zst or .parquet file.  [default: lines to standard output]",
+    ),
+    click.option("--prefix", default="", help="Put before the names of the fields that are added."),
+    click.option(
+        "--on-corrupt", type=click.Choice(ON_CORRUPT), default="fail", show_default=True,
+        help="What to do with rows that cannot be read; quarantine writes them to OUT.quarantine.jsonl.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace OUT, and forget what was begun."),
+)
+# fmt: on
 
 
-def stretches(path: str, column: str) -> Iterator[list[str]]:
-    """The texts of :func:`rows` in lists of at most :data:`STRETCH`."""
-    source = rows(path, column)
-    while texts := list(islice(source, STRETCH)):
-        yield texts
+def over_files(
+    command: Callable[..., tuple[Verb, pf.Model | pf.Tokenizer, dict[str, Any]]],
+) -> Callable[..., None]:
+    """Makes a command over files of a function that takes the other options and gives what is done to texts, by what,
+    and the options that decide the results."""
+
+    @wraps(command)
+    def whole(
+        files: tuple[str, ...],
+        column: str,
+        out: str,
+        prefix: str,
+        on_corrupt: str,
+        overwrite: bool,
+        **options: Any,
+    ) -> None:
+        verb, handle, deciding = command(**options)
+        source = list(files) or ["-"]
+        with files_bar(source, hidden=out == "-" and sys.stdout.isatty()) as told:
+            counts = run(
+                source,
+                verb,
+                _echo if out == "-" else out,
+                column=column,
+                prefix=prefix,
+                on_corrupt=on_corrupt,
+                identity={
+                    "command": click.get_current_context().info_name,
+                    "by": _by(handle),
+                    "given": deciding,
+                },
+                overwrite=overwrite,
+                progress=_telling(told),
+            )
+        rejected = counts.unread + counts.refused
+        if rejected:
+            where = f"; see {out}.quarantine.jsonl" if on_corrupt == "quarantine" else ""
+            click.echo(f"{rejected:,} rows or files were left out{where}", err=True)
+        if out != "-":
+            click.echo(f"{out}: {counts.rows - counts.refused:,} rows", err=True)
+
+    for option in reversed(OPTIONS):
+        whole = option(whole)
+    return whole
+
+
+def _echo(lines: str) -> None:
+    click.echo(lines, nl=False)
+
+
+def _by(handle: pf.Model | pf.Tokenizer) -> Any:
+    """What tells one model or tokenizer from another."""
+    if isinstance(handle, pf.Tokenizer):
+        return hashlib.sha256(handle.to_json().encode()).hexdigest()
+    return [str(handle.origin.path), handle.origin.marks] if handle.origin else None
+
+
+def _telling(told: Told) -> Callable[[int, int, int], None]:
+    return lambda read, rows, rejected: told(
+        read, f"{rows:,} rows" + (f", {rejected:,} left out" if rejected else "")
+    )
+
+
+def texts_of(file: str, column: str) -> Iterator[str]:
+    """The texts of a file's rows, or of standard input for "-"."""
+    return (row[column] for row in pf.Documents([file], column=column).rows())
 
 
 def write_page(page: str, out: str, command: str) -> None:
@@ -38,36 +119,3 @@ def write_page(page: str, out: str, command: str) -> None:
     except OSError as e:
         raise FileError(f"[{command}] cannot write {out}: {e.strerror}") from None
     click.echo(f"{out}: {len(page.encode('utf-8')) / 1e3:,.0f} kB; open it in a browser")
-
-
-def rows(path: str, column: str) -> Iterator[str]:
-    """Texts of a file, or of standard input for "-": field ``column`` of ``.jsonl`` lines, else every line that is not
-    empty.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not what it should be; the message names the place.
-    """
-    structured = path.endswith(".jsonl")
-    try:
-        with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as source:
-            for number, line in enumerate(source, 1):
-                if not line.strip():
-                    continue
-                if path == "-" and number == 1:
-                    structured = line.lstrip().startswith("{")
-                yield _field(path, number, line, column) if structured else line.rstrip("\n")
-    except OSError as e:
-        raise DataError(f"[data] cannot read {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise DataError(f"[data] {path} is not UTF-8 at byte {e.start}") from None
-
-
-def _field(path: str, number: int, line: str, column: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as e:
-        raise DataError(f"[data] {path}, line {number} is not JSON: {e}") from None
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        raise DataError(f"[data] {path}, line {number} has no text {column!r}; name the field with --column")
-    text: str = row[column]
-    return text

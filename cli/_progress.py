@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 #: Characters of a sampled text that are shown.
 SHOWN = 160
+#: Told the bytes read of files, and what else there is to say.
+Told: TypeAlias = Callable[[int, str], None]
+
+
+@contextmanager
+def files_bar(inputs: Sequence[str], *, hidden: bool = False) -> Iterator[Told]:
+    """A bar over the bytes of files, with the time left, on standard error where that is a terminal.
+
+    Raises:
+        DataError: a folder or pattern stands for no file.
+    """
+    from pyrformer.data import expand
+
+    console = Console(stderr=True, highlight=False)
+    bar = Progress(
+        TextColumn("{task.fields[numbers]}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=hidden or not console.is_terminal,
+    )
+    size = sum(path.stat().st_size for path in expand(inputs) if path.is_file()) or None
+    task = bar.add_task("", total=None if "-" in inputs else size, numbers="")
+    with bar:
+        yield lambda read, numbers: bar.update(task, completed=read, numbers=numbers)
 
 
 class Display:

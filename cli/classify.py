@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import click
 
 import pyrformer as pf
+from pyrformer.pipeline import Verb
 
-from ._files import stretches
+from ._files import over_files
 
 
 @click.command()
 @click.argument("run", type=click.Path())
-@click.argument("file", type=click.Path(), default="-")
-@click.option(
-    "--column", default="text", show_default=True, help="Field of .jsonl lines that holds the text."
-)
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
-def command(run: str, file: str, column: str, threads: int | None) -> None:
-    """Print the class of each text, with the model in the folder RUN.
+@over_files
+def command(run: str, threads: int | None) -> tuple[Verb, pf.Model, dict[str, Any]]:
+    """Give texts their classes, with the model in the folder RUN.
 
-    FILE holds a text a line, plain or .jsonl; without it, standard input does. Each line of output is a JSON object:
-    "label" and "score", or "tokens", "labels" and "scores" of a model that classifies tokens.
+    FILES are as for `pyrformer train`, but each line of a .txt file is a text; without FILES, standard input is read.
+    Each row comes out with "label" and "score", or "tokens", "labels" and "scores" of a model that classifies tokens.
+    What was ended goes on when the same command is given again.
     """
     model = pf.load(run, threads=threads)
     tokenizer = model.require_tokenizer()
-    for texts in stretches(file, column):
+
+    def verb(texts: list[str]) -> list[dict[str, Any]]:
         found = model.classify(texts)
+        results: list[dict[str, Any]] = []
         for ids, label, scores in zip(found.ids, found.labels, found.scores, strict=True):
             best = scores.max(-1)
-            line = (
-                {"label": label, "score": round(float(best), 7)}
-                if best.ndim == 0
-                else {
-                    "tokens": [tokenizer.id_to_token(i) for i in ids],
-                    "labels": label,
-                    "scores": [round(x, 7) for x in best.tolist()],
-                }
-            )
-            click.echo(json.dumps(line, ensure_ascii=False))
+            if best.ndim == 0:
+                results.append({"label": label, "score": round(float(best), 7)})
+            else:
+                tokens = [tokenizer.id_to_token(i) for i in ids]
+                each = [round(x, 7) for x in best.tolist()]
+                results.append({"tokens": tokens, "labels": label, "scores": each})
+        return results
+
+    return verb, model, {}

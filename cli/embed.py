@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import click
 
 import pyrformer as pf
+from pyrformer.pipeline import Verb
 
-from ._files import stretches
+from ._files import over_files
 
 
 @click.command()
 @click.argument("run", type=click.Path())
-@click.argument("file", type=click.Path(), default="-")
-@click.option(
-    "--column", default="text", show_default=True, help="Field of .jsonl lines that holds the text."
-)
 @click.option(
     "--pooling", type=click.Choice(["mean", "cls", "last"]), help="[default: what RUN says, or mean]"
 )
@@ -24,14 +21,20 @@ from ._files import stretches
     "--normalize/--no-normalize", default=None, help="Scale to length 1.  [default: what RUN says, or yes]"
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
+@over_files
 def command(
-    run: str, file: str, column: str, pooling: str | None, normalize: bool | None, threads: int | None
-) -> None:
-    """Print a vector for each text, with the model in the folder RUN.
+    run: str, pooling: str | None, normalize: bool | None, threads: int | None
+) -> tuple[Verb, pf.Model, dict[str, Any]]:
+    """Give texts their vectors, with the model in the folder RUN.
 
-    FILE holds a text a line, plain or .jsonl; without it, standard input does. Each line of output is a JSON list.
+    FILES are as for `pyrformer train`, but each line of a .txt file is a text; without FILES, standard input is read.
+    Each row comes out with its vector, a list, in "embedding". What was ended goes on when the same command is given
+    again.
     """
     model = pf.load(run, threads=threads)
-    for texts in stretches(file, column):
-        for vector in model.embed(texts, pooling=pooling, normalize=normalize):
-            click.echo(json.dumps([round(x, 7) for x in vector.tolist()]))
+
+    def verb(texts: list[str]) -> list[dict[str, Any]]:
+        vectors = model.embed(texts, pooling=pooling, normalize=normalize)
+        return [{"embedding": [round(x, 7) for x in vector.tolist()]} for vector in vectors]
+
+    return verb, model, {"pooling": pooling, "normalize": normalize}

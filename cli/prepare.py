@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import pyrformer as pf
+
+from ._progress import files_bar
 
 
 @click.command()
@@ -63,25 +63,7 @@ def command(
     INPUTS are as for `pyrformer train`. Memory does not grow with them. A run that was ended goes on when the same
     command is given again; the folder ends up the same to the byte.
     """
-    console = Console(stderr=True, highlight=False)
-    bar = Progress(
-        TextColumn("{task.fields[numbers]}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    from pyrformer.data import expand
-
-    size = sum(path.stat().st_size for path in expand(inputs) if path.is_file()) or None
-    task = bar.add_task("", total=None if "-" in inputs else size, numbers="")
-
-    def progress(read: int, documents: int, tokens: int) -> None:
-        bar.update(task, completed=read, numbers=f"{documents:,} documents, {tokens:,} tokens")
-
-    with bar:
+    with files_bar(inputs) as told:
         manifest = pf.prepare(
             list(inputs),
             out,
@@ -93,7 +75,9 @@ def command(
             on_corrupt=on_corrupt,
             shard_tokens=shard_tokens,
             threads=threads,
-            progress=progress,
+            progress=lambda read, documents, tokens: told(
+                read, f"{documents:,} documents, {tokens:,} tokens"
+            ),
         )
     for step in manifest["cleaning"]:
         click.echo(

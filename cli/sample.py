@@ -13,7 +13,7 @@ import click
 
 import pyrformer as pf
 
-from ._files import rows
+from ._files import texts_of
 from ._masked import fill
 
 
@@ -99,11 +99,9 @@ def generation_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("run", type=click.Path())
 @click.argument("prompt", required=False)
 @click.option(
-    "--prompts", "file", type=click.Path(), help="Prompts, one a line, plain or .jsonl; - reads input."
+    "--prompts", "file", type=click.Path(), help="Prompts, as files of pyrformer score; - reads input."
 )
-@click.option(
-    "--column", default="text", show_default=True, help="Field of .jsonl lines that holds the prompt."
-)
+@click.option("--column", default="text", show_default=True, help="Field or column that holds the prompt.")
 @click.option(
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts taken together."
 )
@@ -198,7 +196,7 @@ def command(
             "show_probs": show_probs or None,
         }
         asked = {**settings, **{k: v for k, v in others.items() if v is not None}}
-        fill(model, [prompt] if prompt is not None else list(rows(file or "-", column)), asked, as_json)
+        fill(model, [prompt] if prompt is not None else list(texts_of(file or "-", column)), asked, as_json)
         return
     if iterations is not None:
         raise click.UsageError("--iterations is for masked models")
@@ -283,7 +281,7 @@ def _many(
     mbr: str | None,
 ) -> None:
     """Continues the prompts of a file. What is drawn depends on a prompt's place in it, not on the batch."""
-    prompts = list(rows(file, column))
+    prompts = list(texts_of(file, column))
     number = settings.get("num_return_sequences", 1)
     for at in _progress(range(0, len(prompts), batch_size), batch_size, len(prompts)):
         batch = prompts[at : at + batch_size]

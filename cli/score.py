@@ -1,37 +1,40 @@
-"""``pyrformer score``: how probable texts are, a line each."""
+"""``pyrformer score``: how probable texts are."""
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import click
 
 import pyrformer as pf
+from pyrformer.pipeline import Verb
 
-from ._files import stretches
+from ._files import over_files
+
+#: Fields of a text's score.
+FIELDS = ("log_likelihood", "tokens", "bytes", "bits_per_byte")
 
 
 @click.command()
 @click.argument("run", type=click.Path())
-@click.argument("file", type=click.Path(), default="-")
-@click.option(
-    "--column", default="text", show_default=True, help="Field of .jsonl lines that holds the text."
-)
 @click.option("--stride", type=int, help="Tokens between windows over long texts.  [default: half a window]")
 @click.option("--within-word", is_flag=True, help="Masked models: hide the rest of a token's word, too.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
+@over_files
 def command(
-    run: str, file: str, column: str, stride: int | None, within_word: bool, threads: int | None
-) -> None:
+    run: str, stride: int | None, within_word: bool, threads: int | None
+) -> tuple[Verb, pf.Model, dict[str, Any]]:
     """Score texts with the model in the folder RUN.
 
-    FILE holds a text a line, plain or .jsonl; without it, standard input does. Each line of output is a JSON object:
-    log_likelihood in nats, tokens, bytes, bits_per_byte.
+    FILES are as for `pyrformer train`, but each line of a .txt file is a text; without FILES, standard input is read.
+    Each row comes out with log_likelihood in nats, tokens, bytes and bits_per_byte. What was ended goes on when the
+    same command is given again.
     """
     model = pf.load(run, threads=threads)
-    for texts in stretches(file, column):
+
+    def verb(texts: list[str]) -> list[dict[str, Any]]:
         scores = model.score(texts, stride=stride, within_word=within_word)
-        columns = (scores.log_likelihood, scores.tokens, scores.bytes, scores.bits_per_byte)
-        for log_likelihood, tokens, size, bits in zip(*(c.tolist() for c in columns), strict=True):
-            row = {"log_likelihood": log_likelihood, "tokens": tokens, "bytes": size, "bits_per_byte": bits}
-            click.echo(json.dumps(row))
+        columns = (getattr(scores, name).tolist() for name in FIELDS)
+        return [dict(zip(FIELDS, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    return verb, model, {"stride": stride, "within_word": within_word}

@@ -38,6 +38,7 @@ __all__ = [
     "write_file",
     "write_safetensors",
     "write_shard",
+    "zstd_frame",
 ]
 
 _DType = Literal["float32", "float64", "int32"]
@@ -269,10 +270,15 @@ class Documents:
     """The documents of files, a few at a time."""
 
     def __new__(
-        cls, paths: Sequence[_Path], column: str, replace_errors: bool, lenient: bool
+        cls,
+        paths: Sequence[_Path],
+        column: str,
+        replace_errors: bool,
+        lenient: bool,
+        rows: bool = False,
     ) -> Documents: ...
     def read(self, size: int) -> list[str] | None:
-        """Documents of about ``size`` bytes together; ``None`` at the end."""
+        """Documents of about ``size`` bytes together, or rows as JSON objects; ``None`` at the end."""
 
     @property
     def bytes_read(self) -> int:
@@ -311,6 +317,9 @@ class Corpus:
         """The number of documents."""
     def document(self, index: int) -> _Ids:
         """The ids of document ``index``."""
+
+def zstd_frame(content: bytes) -> bytes:
+    """Bytes as a frame of zstd."""
 
 def write_shard(path: _Path, ids: _Ids, offsets: _Offsets, vocab_size: int) -> None:
     """Writes a shard of prepared tokens; it appears whole or not at all."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -30,6 +31,8 @@ OBJECTIVES = ("ar", "mlm")
 EXTENSIONS = (".txt", ".jsonl", ".csv", ".tsv")
 #: Bytes of text that pass from the reader to the cleaning steps at once.
 CHUNK = 1 << 20
+#: Bytes of rows that are read at once.
+ROWS_CHUNK = 1 << 16
 
 #: Names of files and folders, or texts themselves; see :class:`Documents`.
 Source: TypeAlias = "str | PathLike[str] | Sequence[str | PathLike[str]] | Iterable[str] | Any"
@@ -129,31 +132,48 @@ class Documents:
             DataError: as for iterating over the documents.
         """
         source: Any = self._source
+        if isinstance(source, (str, PathLike, list, tuple)) or hasattr(source, "__arrow_c_stream__"):
+            yield from self._chunks()
+            return
+        texts = iter(source)
+        while chunk := list(itertools.islice(texts, 256)):
+            for text in chunk:
+                if not isinstance(text, str):
+                    raise InputError(f"[data] documents must be strings, got a {type(text).__name__}")
+            yield chunk
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of files or of an Arrow stream, not cleaned: dicts with all fields in their order, the text among
+        them. A row of a ``.txt`` file is a line that is not blank; it has the text alone.
+
+        Raises:
+            DataError: as for iterating over the documents.
+        """
+        for chunk in self._chunks(rows=True):
+            for row in chunk:
+                yield json.loads(row) if isinstance(row, str) else row
+
+    def _chunks(self, *, rows: bool = False) -> Iterator[list[Any]]:
+        """Texts, or rows as dicts or JSON."""
+        source: Any = self._source
         if isinstance(source, (str, PathLike)):
             source = [source]
         if isinstance(source, (list, tuple)):
             files = expand(source)
             for is_parquet, group in itertools.groupby(files, lambda f: f.suffix.lower() == ".parquet"):
                 for file in group if is_parquet else ():
-                    yield from self._parquet(file)
+                    yield from self._parquet(file, rows)
                     self._bytes_before += file.stat().st_size
                 if not is_parquet:
-                    yield from self._read(list(group))
-        elif hasattr(source, "__arrow_c_stream__"):
-            arrow = import_arrow("an Arrow stream")
-            yield from self._batches(arrow.RecordBatchReader.from_stream(source), "the Arrow stream")
+                    yield from self._read(list(group), rows)
         else:
-            texts = iter(source)
-            while chunk := list(itertools.islice(texts, 256)):
-                for text in chunk:
-                    if not isinstance(text, str):
-                        raise InputError(f"[data] documents must be strings, got a {type(text).__name__}")
-                yield chunk
+            stream = import_arrow("an Arrow stream").RecordBatchReader.from_stream(source)
+            yield from self._batches(stream, "the Arrow stream", rows)
 
-    def _read(self, files: list[Path]) -> Iterator[list[str]]:
+    def _read(self, files: list[Path], rows: bool) -> Iterator[list[str]]:
         lenient = self._on_corrupt is not None
-        self._reader = reader = _core.Documents(files, self._column, self._replace, lenient)
-        while (chunk := reader.read(CHUNK)) is not None:
+        self._reader = reader = _core.Documents(files, self._column, self._replace, lenient, rows)
+        while (chunk := reader.read(ROWS_CHUNK if rows else CHUNK)) is not None:
             for reason, raw in reader.rejected():
                 self._reject(DataError(reason), raw)
             yield chunk
@@ -164,12 +184,13 @@ class Documents:
             raise error
         self._on_corrupt(str(error), raw)
 
-    def _parquet(self, file: Path) -> Iterator[list[str]]:
+    def _parquet(self, file: Path, rows: bool) -> Iterator[list[Any]]:
         arrow = import_arrow(str(file))
         try:
             with arrow.parquet.ParquetFile(file) as table:
                 if self._has_column(table.schema_arrow, str(file)):
-                    yield from self._batches(table.iter_batches(1024, columns=[self._column]), str(file))
+                    columns = None if rows else [self._column]
+                    yield from self._batches(table.iter_batches(1024, columns=columns), str(file), rows)
         except FileNotFoundError as e:
             raise DataError(f"[data] {file} does not exist; check the path") from e
         except (OSError, arrow.ArrowException) as e:
@@ -185,15 +206,17 @@ class Documents:
         )
         return False
 
-    def _batches(self, batches: Any, where: str) -> Iterator[list[str]]:
+    def _batches(self, batches: Any, where: str, rows: bool) -> Iterator[list[Any]]:
         row = 0
         for batch in batches:
             if not self._has_column(batch.schema, where):
                 return
-            texts = []
-            for value in batch.column(batch.schema.get_field_index(self._column)).to_pylist():
+            found: list[Any] = []
+            whole = batch.to_pylist() if rows else ()
+            values = batch.column(batch.schema.get_field_index(self._column)).to_pylist()
+            for value, kept in itertools.zip_longest(values, whole):
                 if isinstance(value, str):
-                    texts.append(value)
+                    found.append(kept if rows else value)
                 else:
                     what = "no value" if value is None else f"a value of type {type(value).__name__}"
                     self._reject(
@@ -203,7 +226,7 @@ class Documents:
                         repr(value),
                     )
                 row += 1
-            yield texts
+            yield found
 
 
 def expand(paths: Sequence[str | PathLike[str]]) -> list[Path]:

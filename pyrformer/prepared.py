@@ -134,7 +134,7 @@ def prepare(
         "format": FORMAT,
         "version": VERSION,
         "complete": False,
-        "sources": _sources(source),
+        "sources": describe(source),
         "options": {
             "objective": objective,
             "column": column,
@@ -290,7 +290,7 @@ class _Work:
         return self.manifest
 
 
-def _sources(source: Any) -> list[dict[str, Any]]:
+def describe(source: Any) -> list[dict[str, Any]]:
     """What a source is made of, as far as that can be known before it is read."""
     if isinstance(source, (str, PathLike)):
         source = [source]

@@ -5,17 +5,15 @@ As everywhere, the batch of a step is a pure function of (seed, step). Letters: 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.batch import IGNORE, Batch
-from pyrformer.data import Batches, as_corpus
+from pyrformer.data import Batches, Documents, as_corpus
 from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
@@ -153,35 +151,22 @@ class Labelled:
 def read_labelled(
     files: Sequence[str], *, column: str = "text", label_column: str = "label"
 ) -> tuple[list[str], list[str]]:
-    """Texts and labels of ``.jsonl`` files; labels are strings, numbers are written as such.
+    """Texts and labels of the rows of files, see :meth:`pyrformer.data.Documents.rows`; labels are strings, whole
+    numbers are written as such.
 
     Raises:
-        DataError: a file is missing or a line does not hold both fields; the message names the place.
+        DataError: a file is missing or a row does not hold both fields; the message names the place.
     """
     texts, labels = [], []
-    for name in files:
-        try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
-        except OSError as e:
-            raise DataError(f"[data] cannot read {name}: {e.strerror}") from None
-        except UnicodeDecodeError as e:
-            raise DataError(f"[data] {name} is not UTF-8 at byte {e.start}") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise DataError(f"[data] {name}, line {number} is not JSON: {e}") from None
-            fits = isinstance(row, dict) and isinstance(row.get(column), str)
-            if not fits or not isinstance(row.get(label_column), (str, int)):
-                raise DataError(
-                    f"[data] {name}, line {number} must be an object with a text {column!r} and a {label_column!r}"
-                )
-            texts.append(row[column])
-            labels.append(str(row[label_column]))
-    if not texts:
-        raise DataError(f"[data] there are no texts in {', '.join(map(str, files))}")
+    for number, row in enumerate(Documents(list(files), column=column).rows(), 1):
+        label = row.get(label_column)
+        if not isinstance(label, (str, int)):
+            names = ", ".join(files)
+            raise DataError(
+                f"[data] row {number} of {names} must have a string or a whole number in {label_column!r}"
+            )
+        texts.append(row[column])
+        labels.append(str(label))
     return texts, labels
 
 

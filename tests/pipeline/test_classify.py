@@ -84,7 +84,8 @@ def test_command(kind: str, tmp_path: Path) -> None:
     model = model_of(kind, vocab_size=tokenizer.vocab_size)
     model.tokenizer = tokenizer
     model.save(tmp_path / "run")
-    result = CliRunner().invoke(main, ["classify", str(tmp_path / "run")], input="the cat\nthe mat sat\n")
+    (tmp_path / "texts.txt").write_text("the cat\nthe mat sat\n")
+    result = CliRunner().invoke(main, ["classify", str(tmp_path / "run"), str(tmp_path / "texts.txt")])
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     want = model.classify(["the cat", "the mat sat"])

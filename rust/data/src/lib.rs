@@ -17,8 +17,9 @@ pub use clean::{Cleaner, Step, StepReport};
 pub use corpus::{Corpus, write_shard};
 pub use error::{Error, Result};
 pub use mask::{MaskedBatch, MaskedBatches, MaskedOptions};
+pub use open::zstd_frame;
 pub use pack::{CausalBatch, CausalBatches, CausalOptions};
-pub use read::{DecodeErrors, Documents, ReadOptions, Rejected};
+pub use read::{DecodeErrors, Documents, Form, ReadOptions, Rejected};
 
 /// The label that the loss leaves out (Hugging Face's convention).
 pub const IGNORED_LABEL: i32 = -100;

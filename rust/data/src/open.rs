@@ -1,4 +1,4 @@
-//! Opens a file, standard input or a compressed file as a stream of bytes.
+//! Opens a file, standard input or a compressed file as a stream of bytes; packs bytes.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Error as IoError, ErrorKind, Read, Result as IoResult};
@@ -8,8 +8,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use flate2::bufread::MultiGzDecoder;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
+use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
 use crate::error::{Error, Result};
+
+/// `content` as a frame of zstd; frames may follow each other in a file.
+#[must_use]
+pub fn zstd_frame(content: &[u8]) -> Vec<u8> {
+    compress_to_vec(content, CompressionLevel::Fastest)
+}
 
 /// Bytes read at once.
 const BUFFER: usize = 1 << 18;

@@ -24,6 +24,18 @@ pub enum DecodeErrors {
     Replace,
 }
 
+/// What a source is read as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Form {
+    /// Documents to learn from: a `.txt` file is one, and nothing but the text is kept.
+    #[default]
+    Documents,
+    /// Rows to work on: each is a JSON object with all its fields in their order, the text among them. A line of a
+    /// `.txt` file that is not blank is one, with the text alone, without the line's end.
+    Rows,
+}
+
 /// How to read documents.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -32,11 +44,13 @@ pub struct ReadOptions {
     pub column: String,
     /// What to do with bytes that are not UTF-8; default [`DecodeErrors::Strict`].
     pub errors: DecodeErrors,
+    /// What the source is read as; default [`Form::Documents`].
+    pub form: Form,
 }
 
 impl Default for ReadOptions {
     fn default() -> Self {
-        Self { column: "text".to_owned(), errors: DecodeErrors::Strict }
+        Self { column: "text".to_owned(), errors: DecodeErrors::Strict, form: Form::Documents }
     }
 }
 
@@ -45,7 +59,7 @@ impl Default for ReadOptions {
 /// A `.txt` file is one document; a `.jsonl` file has one for each line that is not blank, the string in its field
 /// `options.column`; a `.csv` or `.tsv` file one for each record after the header, the field in that column. Each may
 /// be compressed (`.gz`, `.zst` after the extension). The path `-` is standard input: JSON lines if its first byte is
-/// `{`, otherwise one text. Extensions are read without regard to case; a leading byte-order mark is dropped.
+/// `{`, otherwise as a `.txt` file. Extensions are read without regard to case; a leading byte-order mark is dropped.
 ///
 /// What cannot be read is given in its place, as a [`Rejected`]: a line or record that has no string in the column or is
 /// not UTF-8 (with [`DecodeErrors::Strict`]), after which the next one follows; a file that is damaged or without a
@@ -218,22 +232,35 @@ impl Source {
         Ok(Self { path, kind, packing, bytes, line: 0, offset: 0, header: None, empty: true })
     }
 
-    /// The next document; `None` at the end.
+    /// The next document or row; `None` at the end.
     fn next(&mut self, options: &ReadOptions) -> Result<Option<String>, Rejected> {
         match self.kind {
+            Kind::Text if options.form == Form::Rows => {
+                let line = self.line(options)?;
+                Ok(line.map(|line| object_of(&[&options.column], &[line.trim_end_matches(['\n', '\r'])])))
+            }
             Kind::Text if self.line > 0 => Ok(None),
             Kind::Text => self.text(None, options),
             Kind::Lines => {
-                while let Some(content) = self.text(Some(b'\n'), options)? {
-                    if !content.trim().is_empty() {
-                        let object = self.object(&content, &options.column);
-                        return object.map(Some).map_err(|error| Rejected::record(error, content));
-                    }
+                let Some(content) = self.line(options)? else { return Ok(None) };
+                match self.object(&content, &options.column) {
+                    Ok(_) if options.form == Form::Rows => Ok(Some(content)),
+                    Ok(text) => Ok(Some(text)),
+                    Err(error) => Err(Rejected::record(error, content)),
                 }
-                Ok(None)
             }
             Kind::Table(delimiter) => self.record(delimiter, options),
         }
+    }
+
+    /// The next line that is not blank; `None` at the end.
+    fn line(&mut self, options: &ReadOptions) -> Result<Option<String>, Rejected> {
+        while let Some(content) = self.text(Some(b'\n'), options)? {
+            if !content.trim().is_empty() {
+                return Ok(Some(content));
+            }
+        }
+        Ok(None)
     }
 
     /// The text up to and with the byte `until`, or all of it; `None` at the end.
@@ -324,9 +351,25 @@ impl Source {
                 let reason = format!("{} fields, but the header has {}", fields.len(), names.len());
                 return Err(malformed(reason));
             }
-            return Ok(Some(fields.swap_remove(*place)));
+            return Ok(Some(match options.form {
+                Form::Documents => fields.swap_remove(*place),
+                Form::Rows => object_of(names, &fields),
+            }));
         }
     }
+}
+
+/// A JSON object of texts, in the order given; of fields of one name, the first.
+fn object_of<T: AsRef<str>, U: AsRef<str>>(names: &[T], texts: &[U]) -> String {
+    let mut object = String::from("{");
+    for (i, (name, text)) in names.iter().zip(texts).enumerate() {
+        if names[..i].iter().any(|before| before.as_ref() == name.as_ref()) {
+            continue;
+        }
+        let comma = if i > 0 { "," } else { "" };
+        object += &format!("{comma}{}:{}", Value::from(name.as_ref()), Value::from(text.as_ref()));
+    }
+    object + "}"
 }
 
 fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
@@ -443,6 +486,29 @@ mod tests {
             let text = message(&[("a.csv", content.as_bytes())]);
             assert!(parts.iter().all(|part| text.contains(part)), "{text}");
         }
+    }
+
+    #[test]
+    fn rows_come_with_the_object_they_stand_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let files: &[(&str, &[u8])] = &[
+            ("a.txt", b"\xEF\xBB\xBFone \"1\"\r\n\n  two\n"),
+            ("b.jsonl", b"{\"z\": 1.0, \"text\": \"b\", \"a\": [2]}\n"),
+            ("c.csv", b"z,text,a,z\n\"1,\",c,,2\n"),
+        ];
+        let paths = files.iter().map(|(name, bytes)| {
+            fs::write(folder.path().join(name), bytes).unwrap();
+            folder.path().join(name)
+        });
+        let options = ReadOptions { form: Form::Rows, ..Default::default() };
+        let rows: Result<Vec<String>, Rejected> = Documents::new(paths.collect(), options).unwrap().collect();
+        let expected = [
+            r#"{"text":"one \"1\""}"#,
+            r#"{"text":"  two"}"#,
+            "{\"z\": 1.0, \"text\": \"b\", \"a\": [2]}\n",
+            r#"{"z":"1,","text":"c","a":""}"#,
+        ];
+        assert_eq!(rows.unwrap(), expected);
     }
 
     #[test]

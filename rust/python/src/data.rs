@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
-use pyrformer_data::{CausalOptions, DecodeErrors, MaskedOptions, ReadOptions, Rejected, Step};
+use pyo3::types::{PyBytes, PyDict};
+use pyrformer_data::{CausalOptions, DecodeErrors, Form, MaskedOptions, ReadOptions, Rejected, Step};
 
 use crate::enter::{Failure, enter};
 
@@ -33,13 +33,21 @@ pub(crate) struct Documents {
 #[pymethods]
 impl Documents {
     #[new]
-    fn new(paths: Vec<PathBuf>, column: String, replace_errors: bool, lenient: bool) -> PyResult<Self> {
+    #[pyo3(signature = (paths, column, replace_errors, lenient, rows = false))]
+    fn new(
+        paths: Vec<PathBuf>,
+        column: String,
+        replace_errors: bool,
+        lenient: bool,
+        rows: bool,
+    ) -> PyResult<Self> {
         let errors = if replace_errors { DecodeErrors::Replace } else { DecodeErrors::Strict };
-        let inner = pyrformer_data::Documents::new(paths, ReadOptions { column, errors });
+        let form = if rows { Form::Rows } else { Form::Documents };
+        let inner = pyrformer_data::Documents::new(paths, ReadOptions { column, errors, form });
         Ok(Self { inner: inner.map_err(Failure::from)?, lenient, rejected: Vec::new(), failed: None })
     }
 
-    /// Documents of about `size` bytes together; `None` at the end.
+    /// Documents of about `size` bytes together, or rows as JSON objects; `None` at the end.
     fn read(&mut self, py: Python<'_>, size: usize) -> PyResult<Option<Vec<String>>> {
         enter(py, || {
             let (mut documents, mut bytes, mut ended) = (Vec::new(), 0, false);
@@ -76,6 +84,12 @@ impl Documents {
     fn rejected(&mut self) -> Vec<(String, String)> {
         std::mem::take(&mut self.rejected)
     }
+}
+
+/// Bytes as a frame of zstd.
+#[pyfunction]
+pub(crate) fn zstd_frame<'py>(py: Python<'py>, content: &[u8]) -> Bound<'py, PyBytes> {
+    PyBytes::new(py, &py.detach(|| pyrformer_data::zstd_frame(content)))
 }
 
 /// Named cleaning steps and the counts of what they did.

@@ -1,0 +1,312 @@
+"""Files through a model: rows in, the same rows with results out.
+
+Rows pass in stretches of :data:`STRETCH`, so memory does not grow with the input. A file to write grows under a hidden
+name, ``.NAME.partial``, beside ``.NAME.state.json``, which says after each stretch how far it is whole. A process that
+is killed leaves both; the next one of the same command cuts the file to that length, reads over the rows that are done
+and goes on, and the file ends up the same to the byte. A stretch is a piece of its own in compressed files (a member of
+gzip, a frame of zstd), as both formats allow. Parquet is made of the lines at the end, when all types are known.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from pyrformer import _core
+from pyrformer.arrow import import_arrow
+from pyrformer.checkpoint import read_json, write_json
+from pyrformer.data import Documents, Source
+from pyrformer.errors import DataError, Error, FileError, InputError
+from pyrformer.prepared import ON_CORRUPT, describe
+
+#: Rows that go through a model between two stretches of output.
+STRETCH = 512
+#: Results of texts: a dict of fields for each.
+Verb = Callable[[list[str]], list[dict[str, Any]]]
+#: Told how far the work is: bytes of the files read, rows, rows kept out.
+Progress = Callable[[int, int, int], None]
+
+#: Ending of a file to write → what its pieces are packed with.
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    ".jsonl": bytes,
+    ".jsonl.gz": lambda piece: gzip.compress(piece, mtime=0),
+    ".jsonl.zst": _core.zstd_frame,
+    ".parquet": bytes,
+}
+
+
+@dataclass
+class Counts:
+    """How far a file is.
+
+    Attributes:
+        rows: rows read, without those that cannot be.
+        unread: lines, records and files that cannot be read.
+        refused: rows whose text the model does not take.
+        size, kept: bytes of the output and of the quarantine.
+    """
+
+    rows: int = 0
+    unread: int = 0
+    refused: int = 0
+    size: int = 0
+    kept: int = 0
+
+
+def run(
+    source: Source,
+    verb: Verb,
+    out: str | os.PathLike[str] | Callable[[str], object],
+    *,
+    column: str = "text",
+    prefix: str = "",
+    on_corrupt: str = "fail",
+    identity: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Counts:
+    """Adds the results of texts to the rows they stand in.
+
+    Args:
+        source: files, as :class:`pyrformer.data.Documents` takes them, or an Arrow stream; a line of a ``.txt`` file is
+            a row of its own.
+        verb: what gives the fields to add; called with an empty list first, where it may complain of its options.
+        out: the file to write: .jsonl, .jsonl.gz, .jsonl.zst or .parquet, one row a line or record; or what takes
+            lines of JSON, end included.
+        column: the field with the text.
+        prefix: put before the names of the fields that are added.
+        on_corrupt: what cannot be read, or is refused with an :class:`InputError`, is an error ("fail"), left out
+            ("skip"), or left out and written to OUT.quarantine.jsonl with the reason ("quarantine").
+        identity: what else decides the results, such as the model: a file that was begun is gone on with where this,
+            the source and the options are the same.
+        overwrite: replace ``out``, and forget what was begun.
+        progress: told how far the work is, after each stretch.
+
+    Raises:
+        DataError: a row cannot be read, or the file was begun with something else.
+        FileError: the file exists or cannot be written, or its ending is unknown.
+        InputError: an option is unknown, a text is refused, or a field is there already.
+    """
+    if on_corrupt not in ON_CORRUPT:
+        raise InputError(f"[files] on_corrupt must be one of {', '.join(ON_CORRUPT)}, got {on_corrupt!r}")
+    if not isinstance(out, (str, os.PathLike)):
+        if on_corrupt == "quarantine":
+            raise InputError("[files] quarantine needs a file to write: what is kept aside goes beside it")
+        work = _Work(source, verb, column, prefix, on_corrupt, progress)
+        for _, lines in work.stretches():
+            out(lines.decode())
+        return work.counts
+    path = Path(out)
+    ending = next((e for e in sorted(PACKINGS, key=len, reverse=True) if path.name.lower().endswith(e)), None)
+    if ending is None:
+        raise FileError(f"[files] cannot tell what {path} should be; name it {', '.join(PACKINGS)}")
+    if ending == ".parquet":
+        import_arrow(str(path))
+    options = {"column": column, "prefix": prefix, "on_corrupt": on_corrupt}
+    # As JSON gives it back.
+    known = json.loads(json.dumps({"sources": describe(source), "options": options, **(identity or {})}))
+    try:
+        with _Target(path, PACKINGS[ending], known, overwrite) as target:
+            work = _Work(source, verb, column, prefix, on_corrupt, progress, target)
+            for number, lines in work.stretches():
+                target.write(lines, number)
+            target.finish(parquet=ending == ".parquet")
+            return work.counts
+    except OSError as e:
+        if isinstance(e, Error):
+            raise
+        raise FileError(f"[files] {e.filename or path}: {e.strerror or e}") from None
+
+
+class _Target:
+    """A file that grows under a hidden name, and what is kept aside."""
+
+    def __init__(self, path: Path, pack: Callable[[bytes], bytes], identity: dict[str, Any], overwrite: bool):
+        self.path, self.pack, self.identity = path, pack, identity
+        self.partial = path.with_name(f".{path.name}.partial")
+        self.aside = path.with_name(f".{path.name}.quarantine.partial")
+        self.state = path.with_name(f".{path.name}.state.json")
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise FileError(f"[files] {path} exists; name another file, or overwrite it")
+        self.counts = Counts() if overwrite else self._begun()
+        self._open: list[IO[bytes]] = []
+
+    def _begun(self) -> Counts:
+        if not self.state.exists():
+            return Counts()
+        state = read_json(self.state)
+        if state.get("identity") != self.identity:
+            raise DataError(
+                f"[files] {self.path} was begun with other sources, options or another model; name another file, or "
+                "overwrite it"
+            )
+        counts = Counts(**state["counts"])
+        sizes = {p: p.stat().st_size if p.exists() else 0 for p in (self.partial, self.aside)}
+        whole = sizes[self.partial] >= counts.size and sizes[self.aside] >= counts.kept
+        return counts if whole else Counts()
+
+    def __enter__(self) -> _Target:
+        for path, size in ((self.partial, self.counts.size), (self.aside, self.counts.kept)):
+            path.touch()
+            file = path.open("r+b")
+            self._open.append(file)
+            file.truncate(size)
+            file.seek(size)
+        self.out, self.kept = self._open
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._open:
+            file.close()
+
+    def keep(self, reason: str, raw: str) -> None:
+        """Writes down what is kept out."""
+        self.kept.write(f"{_json({'reason': reason, 'text': raw})}\n".encode())
+
+    def write(self, lines: bytes, counts: Counts) -> None:
+        """A stretch, and how far the file is with it."""
+        self.out.write(self.pack(lines))
+        for file in self._open:
+            file.flush()
+            os.fsync(file.fileno())
+        counts.size, counts.kept = self.out.tell(), self.kept.tell()
+        write_json(self.state, {"identity": self.identity, "counts": asdict(counts)})
+
+    def finish(self, *, parquet: bool) -> None:
+        """Gives the files their names."""
+        if not self.out.tell():
+            # Compressed, nothing is something.
+            self.out.write(self.pack(b""))
+        self.__exit__()
+        made = self.partial
+        if parquet:
+            made = self.path.with_name(f".{self.path.name}.made")
+            _to_parquet(self.partial, made)
+        if self.aside.stat().st_size:
+            self.aside.replace(self.path.with_name(f"{self.path.name}.quarantine.jsonl"))
+        made.replace(self.path)
+        for left in (self.partial, self.aside, self.state):
+            left.unlink(missing_ok=True)
+
+
+class _Work:
+    """Rows in, lines with results out."""
+
+    def __init__(
+        self,
+        source: Source,
+        verb: Verb,
+        column: str,
+        prefix: str,
+        on_corrupt: str,
+        progress: Progress | None,
+        target: _Target | None = None,
+    ):
+        self.verb, self.column, self.prefix, self.progress = verb, column, prefix, progress
+        self.lenient = on_corrupt != "fail"
+        self.keep = target.keep if target is not None and on_corrupt == "quarantine" else None
+        self.counts = target.counts if target is not None else Counts()
+        #: Rows and rejections met in this process, those of an earlier one read over.
+        self.read = self.met = 0
+        self.documents = Documents(source, column=column, on_corrupt=self._unread if self.lenient else None)
+
+    def _unread(self, reason: str, raw: str) -> None:
+        self.met += 1
+        if self.met > self.counts.unread:
+            self.counts.unread += 1
+            if self.keep is not None:
+                self.keep(reason, raw)
+
+    def stretches(self) -> Iterator[tuple[Counts, bytes]]:
+        """The lines of each stretch, and the counts with it."""
+        self.verb([])
+        source = self.documents.rows()
+        done = self.counts.rows
+        while stretch := list(islice(source, STRETCH)):
+            first, self.read = self.read, self.read + len(stretch)
+            if self.read > done:
+                lines = "".join(f"{_json(row)}\n" for row in self._results(stretch, first)).encode()
+                self.counts.rows = self.read
+                yield self.counts, lines
+            if self.progress is not None:
+                counts = self.counts
+                self.progress(self.documents.bytes_read, self.read, counts.unread + counts.refused)
+        if self.read < done:
+            raise DataError("[files] the source is shorter than when the file was begun; overwrite it")
+
+    def _results(self, rows: list[dict[str, Any]], first: int) -> Iterator[dict[str, Any]]:
+        try:
+            results = self.verb([row[self.column] for row in rows])
+        except InputError:
+            # One by one, to find the text that is refused.
+            for number, row in enumerate(rows, first + 1):
+                try:
+                    alone = self.verb([row[self.column]])
+                except InputError as e:
+                    if not self.lenient:
+                        raise InputError(f"{e}; this is row {number} of the input") from None
+                    self.counts.refused += 1
+                    if self.keep is not None:
+                        self.keep(f"row {number}: {e}", _json(row))
+                    continue
+                yield self._joined(row, alone[0])
+            return
+        for row, result in zip(rows, results, strict=True):
+            yield self._joined(row, result)
+
+    def _joined(self, row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        added = {self.prefix + name: value for name, value in result.items()}
+        taken = next((name for name in added if name in row), None)
+        if taken is not None:
+            raise DataError(f"[files] the rows have a field {taken!r} already; set a prefix for those added")
+        return {**row, **added}
+
+
+def _json(row: dict[str, Any]) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(row), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can say: numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _to_parquet(lines: Path, path: Path) -> None:
+    """Lines of JSON as records, with the types that fit all of them.
+
+    Raises:
+        DataError: no type fits a field.
+    """
+    arrow = import_arrow(str(path))
+    try:
+        schemas = [table.schema for table in _tables(arrow, lines)]
+        schema = arrow.unify_schemas(schemas or [arrow.schema([])], promote_options="permissive")
+        with arrow.parquet.ParquetWriter(path, schema) as writer:
+            for table in _tables(arrow, lines, schema):
+                writer.write_table(table)
+    except arrow.ArrowException as e:
+        raise DataError(f"[files] the fields of the rows have no common types ({e}); write .jsonl") from None
+
+
+def _tables(arrow: Any, lines: Path, schema: Any = None) -> Iterator[Any]:
+    with lines.open(encoding="utf-8") as file:
+        while rows := [json.loads(line) for line in islice(file, STRETCH)]:
+            if schema is None:
+                names = list(dict.fromkeys(name for row in rows for name in row))
+                yield arrow.table({name: [row.get(name) for row in rows] for name in names})
+            else:
+                yield arrow.Table.from_pylist(rows, schema=schema)
