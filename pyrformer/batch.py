@@ -80,15 +80,16 @@ def make_batch(
     """
     ids = _ints("input_ids", input_ids, None, family.config.vocab_size)
     b, t = ids.shape
-    if t > family.max_positions and position_ids is None:
+    longest = int(family.max_positions * family.config.stretch)
+    if t > longest and position_ids is None:
         raise InputError(
-            f"[model] {t} tokens are more than the model's {family.max_positions} positions; truncate the input"
+            f"[model] {t} tokens are more than the model's {longest} positions; truncate the input"
         )
     mask = given = None
     if attention_mask is not None:
         mask = (_ints("attention_mask", attention_mask, ids.shape, None) != 0).astype(np.int32)
     if position_ids is not None:
-        most = family.max_positions + family.position_offset
+        most = longest + family.position_offset
         given = _ints("position_ids", position_ids, ids.shape, most)
     arrays: dict[str, Array] = {"input_ids": ids, "position_ids": family.position_rows(ids, mask, given)}
     sizes: dict[str, Any] = {}
@@ -116,10 +117,12 @@ def make_batch(
         if family.objective == "ar":
             shifted = np.full_like(wanted, IGNORE)
             shifted[:, :-1] = wanted[:, 1:]
-            arrays["labels"], count = shifted, int((shifted >= 0).sum())
-        else:
+            wanted = shifted
+        count = int((wanted >= 0).sum())
+        if count and family.objective == "ar":
+            arrays["labels"] = wanted
+        elif count:
             at = np.flatnonzero(wanted >= 0).astype(np.int32)
-            count = len(at)
             labelled = max(8, -(-count // 8) * 8)
             pad = (0, labelled - count)
             arrays["positions"] = np.pad(at, pad)
@@ -139,6 +142,12 @@ def _permutation(
 ) -> None:
     """Adds what only permutation models read: targets, what is hidden, remembered states."""
     b, t = arrays["input_ids"].shape
+    if getattr(family.config, "bi_data", False):
+        if b % 2:
+            raise InputError(
+                f"[model] bi_data reads half of the rows from right to left: give an even number of rows, not {b}"
+            )
+        sizes["mirrored"] = True
     hidden = np.zeros((b, t, t), bool)
     if mask is not None:
         hidden |= mask[:, None, :] == 0

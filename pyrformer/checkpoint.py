@@ -190,7 +190,8 @@ def _tensors(folder: Path, family: Family) -> tuple[_core.SafeTensors, dict[str,
     found: dict[str, str] = {}
     for name, _, shape in stored.tensors():
         ours = family.rename(name)
-        if ours is None or ours in tied:
+        # A tensor under its own name goes before one under another name for it.
+        if ours is None or ours in tied or (ours in found and name != ours):
             continue
         if ours not in parameters:
             if _absent_bias(family, ours):

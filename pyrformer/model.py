@@ -44,7 +44,7 @@ class Output:
         logits: of tokens ``[B, T, V]``; of classes ``[B, N]`` where whole sequences are classified; None for a model
             without a head.
         hidden: the last hidden state ``[B, T, C]``.
-        loss: mean cross-entropy over the labels in nats; None without labels.
+        loss: mean cross-entropy over the labels in nats; None where no label counts.
         seq_relationship_logits: BERT's for pre-training, ``[B, 2]``: does the second text follow the first?
         hidden_states: with ``output_hidden_states``, embeddings and each layer's result, ``[B, T, C]`` each.
     """

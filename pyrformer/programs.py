@@ -25,7 +25,8 @@ from pyrformer.optimizers import Optimizer
 class Sizes:
     """The sizes of a batch: B, T, M (0 where every position has a label, or none has), and whether there are segments,
     prefixes (``prefix int32[B]``: so many first tokens that all may see), labels of sequences and, for permutation
-    models, P targets (0: every token), ``hidden int32[B, T, T]`` and M remembered states (``models.base.Inputs``)."""
+    models, P targets (0: every token), ``hidden int32[B, T, T]``, M remembered states and mirrored rows
+    (``models.base.Inputs``)."""
 
     batch: int
     tokens: int
@@ -36,6 +37,7 @@ class Sizes:
     targets: int = 0
     hidden: bool = False
     remembered: int = 0
+    mirrored: bool = False
 
 
 #: The input that scales each loss.
@@ -76,7 +78,16 @@ def batch_inputs(trace: Trace, model: Family, s: Sizes) -> Inputs:
         states = (s.batch, s.remembered, model.width)
         mems = tuple(trace.input(f"mems.{i}", trace.dtype, states) for i in range(model.depth))
         key_types = trace.input("key_types", "int32", (s.batch, s.remembered + s.tokens))
-    return Inputs(ids, positions, types, targets=targets, hidden=hidden, mems=mems, key_types=key_types)
+    return Inputs(
+        ids,
+        positions,
+        types,
+        targets=targets,
+        hidden=hidden,
+        mems=mems,
+        key_types=key_types,
+        mirrored=s.mirrored,
+    )
 
 
 def _losses(

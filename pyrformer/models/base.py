@@ -6,6 +6,7 @@ Letters: B batch, T tokens, S cache slots, R cache rows, C width.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -53,6 +54,12 @@ class ModelConfig:
         "intermediate_size": 512,
     }
 
+    #: Keys of ``config.json`` that would change the mathematics, and the values with which they do not; others are
+    #: refused.
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    #: The key that names the activation.
+    ACTIVATION: ClassVar[str] = "hidden_act"
+
     vocab_size: int
     architecture: str = ""
     bos_token_id: int | None = None
@@ -78,6 +85,14 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)} - {"extra", "architecture"}
         given = {k: v for k, v in raw.items() if k in known} | {"architecture": named[0]}
         rest = {k: v for k, v in raw.items() if k not in known and k not in ("model_type", "architectures")}
+        fixed = {**cls.FIXED, "is_decoder": (None, False), "add_cross_attention": (None, False)}
+        fixed |= {"quantization_config": (None,), "problem_type": (None, "single_label_classification")}
+        for name, values in fixed.items():
+            if name in rest and rest[name] not in values:
+                raise ConfigError(
+                    f"[config] {cls.model_type}: {name} = {rest[name]!r} is not supported; leave it out or set it to "
+                    f"{json.dumps(values[-1])}"
+                )
         required = [
             f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
         ]
@@ -95,6 +110,11 @@ class ModelConfig:
         check_types(self, f"config {self.model_type}")
         if not self.architecture:
             self.fill(architecture=self.ARCHITECTURES[0])
+        name = getattr(self, self.ACTIVATION)
+        self.require(
+            name in F.ACTIVATIONS,
+            f"{self.ACTIVATION} must be one of {', '.join(F.ACTIVATIONS)}, got {name!r}",
+        )
 
     def fill(self, **values: Any) -> None:
         """Sets fields whose defaults follow from others; for ``__post_init__`` only."""
@@ -113,6 +133,11 @@ class ModelConfig:
         """How many classes a classification head tells apart: the length of ``id2label``, or ``num_labels``, or 2."""
         labels = self.extra.get("id2label")
         return len(labels) if labels else int(self.extra.get("num_labels", 2))
+
+    @property
+    def stretch(self) -> float:
+        """How many times longer than its positions an input may be."""
+        return 1.0
 
     def require(self, ok: bool, message: str) -> None:
         """Raises ConfigError with ``message`` unless ``ok``."""
@@ -155,6 +180,9 @@ class RotaryConfig(ModelConfig):
     #: What ``rope_parameters`` hold where the file does not say.
     ROPE: ClassVar[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0}
 
+    #: Whether the reference reads ``partial_rotary_factor``.
+    PARTIAL: ClassVar[bool] = False
+
     max_position_embeddings: int = 2048
     rope_parameters: dict[str, Any] | None = None
 
@@ -167,10 +195,20 @@ class RotaryConfig(ModelConfig):
         super().__post_init__()
         self.check_sizes(max_position_embeddings=self.max_position_embeddings)
         self.fill(rope_parameters={**self.ROPE, **(self.rope_parameters or {})})
+        part = (self.rope_parameters or {}).get("partial_rotary_factor")
+        self.require(
+            self.PARTIAL or part in (None, 1),
+            f"partial_rotary_factor ({part!r}) is not part of this family; its heads turn whole",
+        )
 
     def rotary_width(self) -> int:
         """D, the width of a head."""
         raise NotImplementedError
+
+    @property
+    def stretch(self) -> float:
+        p = self.rope_parameters or {}
+        return float(p["factor"]) if p.get("rope_type") == "dynamic" else 1.0
 
     def rope(self, length: int) -> Rope:
         """The rotary frequencies for inputs of ``length`` tokens."""
@@ -232,6 +270,8 @@ class Inputs:
     hidden: Tensor | None = None
     mems: tuple[Tensor, ...] = ()
     key_types: Tensor | None = None
+    #: Whether the second half of the batch is read from right to left.
+    mirrored: bool = False
     #: What each layer's attention was given, of two streams the content's; filled while tracing.
     seen: dict[int, Attended] = field(default_factory=dict, compare=False)
 

@@ -209,9 +209,11 @@ class Predictions(Module):
     """The masked-language-model head; its output weights are the word embeddings where tied."""
 
     def __init__(self, c: BertConfig, init: Normal):
-        self.bias = Parameter((c.vocab_size,), ZEROS)
+        # As transformers has it: a bias of the head's own beside tied weights, the layer's own otherwise.
+        tied = c.tie_word_embeddings
+        self.bias = Parameter((c.vocab_size,), ZEROS) if tied else None
         self.transform = Transform(c, init)
-        self.decoder = Linear(c.hidden_size, c.vocab_size, init, bias=False)
+        self.decoder = Linear(c.hidden_size, c.vocab_size, init, bias=not tied)
 
 
 class Heads(Module):
@@ -259,7 +261,8 @@ class Bert(Family):
     def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
         if self.cls is not None:
             predictions = self.cls.predictions
-            return predictions.decoder.weight, trace.parameter(predictions.bias)
+            bias = predictions.bias or predictions.decoder.bias
+            return predictions.decoder.weight, None if bias is None else trace.parameter(bias)
         return self._classes(self.classifier, trace)
 
     def sentence_output(self, hidden: Tensor) -> tuple[Tensor, Parameter, Tensor | None] | None:
@@ -285,10 +288,16 @@ class Bert(Family):
         c = self.config
         return c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
 
+    def absent_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        untied = self.cls is not None and not self.config.tie_word_embeddings
+        return [("cls.predictions.bias", (self.config.vocab_size,))] if untied else []
+
     def rename(self, name: str) -> str | None:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if not name.startswith(("bert.", "cls.", "classifier.")):
             name = f"bert.{name}"
+        if name == "cls.predictions.bias" and not self.config.tie_word_embeddings:
+            name = "cls.predictions.decoder.bias"
         # Further heads are not part of the model, as in transformers.
         known = {n for n, _ in self.named_parameters()} | set(self.tied_names())
         if name.startswith("cls.") and name not in known:

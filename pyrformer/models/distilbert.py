@@ -36,6 +36,7 @@ class DistilBertConfig(ModelConfig):
         "DistilBertForSequenceClassification",
         "DistilBertForTokenClassification",
     )
+    ACTIVATION: ClassVar[str] = "activation"
 
     SIZES: ClassVar[dict[str, str]] = {
         "layers": "n_layers",

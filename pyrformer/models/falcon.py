@@ -27,6 +27,8 @@ class FalconConfig(RotaryConfig):
 
     model_type: ClassVar[str] = "falcon"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("FalconForCausalLM",)
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"apply_residual_connection_post_layernorm": (False,)}
+    ACTIVATION: ClassVar[str] = "activation"
 
     SMALL: ClassVar[dict[str, Any]] = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4}
 

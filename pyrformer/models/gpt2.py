@@ -40,6 +40,7 @@ class GPT2Config(ModelConfig):
 
     model_type: ClassVar[str] = "gpt2"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("GPT2LMHeadModel",)
+    ACTIVATION: ClassVar[str] = "activation_function"
 
     SIZES: ClassVar[dict[str, str]] = {
         "layers": "n_layer",

@@ -27,6 +27,7 @@ class GPTNeoXConfig(RotaryConfig):
     model_type: ClassVar[str] = "gpt_neox"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("GPTNeoXForCausalLM",)
 
+    PARTIAL: ClassVar[bool] = True
     ROPE: ClassVar[dict[str, Any]] = {**RotaryConfig.ROPE, "partial_rotary_factor": 0.25}
 
     tie_word_embeddings: bool = False

@@ -36,6 +36,7 @@ class ModernBertConfig(ModelConfig):
         "ModernBertModel",
         "ModernBertForTokenClassification",
     )
+    ACTIVATION: ClassVar[str] = "hidden_activation"
 
     SMALL: ClassVar[dict[str, Any]] = {
         "num_hidden_layers": 4,

@@ -26,6 +26,8 @@ class OPTConfig(ModelConfig):
 
     model_type: ClassVar[str] = "opt"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("OPTForCausalLM",)
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"layerdrop": (0.0,)}
+    ACTIVATION: ClassVar[str] = "activation_function"
 
     SMALL: ClassVar[dict[str, Any]] = {
         "num_hidden_layers": 4,

@@ -53,10 +53,11 @@ class Head(Module):
     """The masked-language-model head; its output weights are the word embeddings where tied."""
 
     def __init__(self, c: RobertaConfig, init: Normal):
-        self.bias = Parameter((c.vocab_size,), ZEROS)
+        tied = c.tie_word_embeddings
+        self.bias = Parameter((c.vocab_size,), ZEROS) if tied else None
         self.dense = Linear(c.hidden_size, c.hidden_size, init)
         self.layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.decoder = Linear(c.hidden_size, c.vocab_size, init, bias=False)
+        self.decoder = Linear(c.hidden_size, c.vocab_size, init, bias=not tied)
 
     def transform(self, h: Tensor) -> Tensor:
         """What a state goes through before it meets the embeddings."""
@@ -109,7 +110,8 @@ class Roberta(Family):
 
     def output(self, trace: Trace) -> tuple[Parameter, Tensor | None]:
         if self.lm_head is not None:
-            return self.lm_head.decoder.weight, trace.parameter(self.lm_head.bias)
+            bias = self.lm_head.bias or self.lm_head.decoder.bias
+            return self.lm_head.decoder.weight, None if bias is None else trace.parameter(bias)
         if isinstance(self.classifier, Linear) and self.classifier.bias is not None:
             return self.classifier.weight, trace.parameter(self.classifier.bias)
         raise InputError("[roberta] this model has no head that predicts tokens")
@@ -133,11 +135,19 @@ class Roberta(Family):
         real = (ids != self.config.pad_token_id).astype(np.int32)
         return (masked_positions(real) + self.position_offset).astype(np.int32)
 
+    def absent_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        untied = self.lm_head is not None and not self.config.tie_word_embeddings
+        return [("lm_head.bias", (self.config.vocab_size,))] if untied else []
+
     def rename(self, name: str) -> str | None:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if not name.startswith(("roberta.", "lm_head.", "classifier.")):
             name = f"roberta.{name}"
-        surplus = ["lm_head.decoder.bias", "roberta.embeddings.position_ids"]
+        surplus = ["roberta.embeddings.position_ids"]
+        if self.config.tie_word_embeddings:
+            surplus.append("lm_head.decoder.bias")
+        elif name == "lm_head.bias":
+            name = "lm_head.decoder.bias"
         surplus += ["lm_head."] if self.lm_head is None else []
         surplus += ["roberta.pooler."] if self.roberta.pooler is None else []
         return None if name.startswith(tuple(surplus)) else name

@@ -17,6 +17,7 @@ Letters: B batch, T tokens, P targets, S keys (remembered ones and T), C d_model
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,16 +31,21 @@ from pyrformer.nn import functional as F
 
 @dataclass(frozen=True, kw_only=True)
 class XLNetConfig(ModelConfig):
-    """Hugging Face's ``XLNetConfig``. ``bi_data``, which mirrors half of a batch, is refused."""
+    """Hugging Face's ``XLNetConfig``.
+
+    ``bi_data``: in calls with arrays, distances of the batch's second half count the other way, for texts that are
+    given from right to left. What reads texts itself (training, scores, generation) gives none, so it mirrors none.
+    """
 
     model_type: ClassVar[str] = "xlnet"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("XLNetLMHeadModel",)
+    ACTIVATION: ClassVar[str] = "ff_activation"
 
     SIZES: ClassVar[dict[str, str]] = {
         "layers": "n_layer",
         "width": "d_model",
         "heads": "n_head",
-        "positions": "max_position_embeddings",
+        "positions": "n_positions",
     }
     SMALL: ClassVar[dict[str, Any]] = {"n_layer": 4, "d_model": 128, "n_head": 4, "d_inner": 512}
 
@@ -55,8 +61,13 @@ class XLNetConfig(ModelConfig):
     dropout: float = 0.1
     bi_data: bool = False
     clamp_len: int = -1
-    #: XLNet has no table of positions; this bounds training and text, as other families' tables do.
-    max_position_embeddings: int = 512
+    #: XLNet has no table of positions; this bounds training and text, as other families' tables do. A key of our own:
+    #: transformers opens no XLNet whose file says max_position_embeddings.
+    n_positions: int = 512
+
+    @classmethod
+    def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        return {"n_positions" if k == "max_position_embeddings" else k: v for k, v in raw.items()}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +75,7 @@ class XLNetConfig(ModelConfig):
             vocab_size=self.vocab_size,
             n_layer=self.n_layer,
             d_inner=self.d_inner,
-            max_position_embeddings=self.max_position_embeddings,
+            n_positions=self.n_positions,
         )
         self.check_heads("d_model", self.d_model, "n_head", self.n_head)
         self.check_probabilities(dropout=self.dropout)
@@ -72,7 +83,10 @@ class XLNetConfig(ModelConfig):
         self.require(
             self.attn_type in ("bi", "uni"), f"attn_type must be 'bi' or 'uni', got {self.attn_type!r}"
         )
-        self.require(not self.bi_data, "bi_data is not supported")
+        self.require(
+            not (self.extra.get("same_length") and self.attn_type == "uni"),
+            "same_length beside attn_type 'uni' is not supported",
+        )
         self.fill(d_head=self.d_head or self.d_model // self.n_head)
 
 
@@ -81,7 +95,7 @@ class Context:
     """What all layers of one pass share.
 
     Attributes:
-        distances: sinusoids of key distances ``[S + T, C]``.
+        distances: sinusoids of key distances ``[S + T, C]``; where half of the batch is mirrored, of both halves.
         content, query: the places of the streams' rows, int32[B, T] and int32[B, P].
         kinds, key_kinds: token types of rows int32[B, T] and keys int32[B, S].
         hidden: what is hidden from which place, int32[B, T, T].
@@ -89,7 +103,7 @@ class Context:
         seen: what each layer's attention was given; see :class:`pyrformer.models.base.Inputs`.
     """
 
-    distances: Tensor
+    distances: tuple[Tensor, ...]
     content: Tensor
     query: Tensor | None
     kinds: Tensor
@@ -114,12 +128,13 @@ class RelativeAttention(Module):
         self.layer_norm = LayerNorm(c.d_model, c.layer_norm_eps)
         self._c, self._layer, self._width = c, layer, c.n_head * d
 
-    def keys(self, content: Tensor, at: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def keys(self, content: Tensor, at: Context) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Keys and values ``[B, S, H·D]`` of the remembered and present contents, and distances ``[S + T, H·D]``."""
-        return self._head(self.k, content), self._head(self.v, content), self._head(self.r, at.distances)
+        distances = [self._head(self.r, d) for d in at.distances]
+        return self._head(self.k, content), self._head(self.v, content), distances
 
     def __call__(
-        self, x: Tensor, kvr: tuple[Tensor, Tensor, Tensor], at: Context, *, content: bool
+        self, x: Tensor, kvr: tuple[Tensor, Tensor, list[Tensor]], at: Context, *, content: bool
     ) -> Tensor:
         trace, c = x.trace, self._c
         k, v, r = kvr
@@ -129,22 +144,42 @@ class RelativeAttention(Module):
         places = at.content if content or at.query is None else at.query
         scale = (c.d_head or 1) ** -0.5
         if content:
-            operands = {"q": q_k, "q_r": q_r, "q_s": q_s, "k": k, "v": v, "r": r, "kinds": kinds}
+            operands = {"q": q_k, "q_r": q_r, "q_s": q_s, "k": k, "v": v, "r": r[0], "kinds": kinds}
             at.seen[self._layer] = Attended(operands, {"heads": c.n_head, "scale": scale})
-        y = F.relative_attention(
-            (q_k, q_r, q_s),
+        rows = [
+            q_k,
+            q_r,
+            q_s,
             k,
             v,
-            r,
-            kinds,
             places,
             at.kinds,
             at.key_kinds,
-            heads=c.n_head,
-            scale=scale,
-            hidden=at.hidden,
-            sees_itself=content,
-            dropout_p=c.dropout,
+            *([] if at.hidden is None else [at.hidden]),
+        ]
+        # Each half of a batch has distances of its own.
+        cut = [_parts(row, len(r)) for row in rows]
+        y = _joined(
+            [
+                F.relative_attention(
+                    (q1, q2, q3),
+                    keys,
+                    values,
+                    distances,
+                    kinds,
+                    where,
+                    row_kinds,
+                    key_kinds,
+                    heads=c.n_head,
+                    scale=scale,
+                    hidden=hidden[0] if hidden else None,
+                    sees_itself=content,
+                    dropout_p=c.dropout,
+                )
+                for distances, (q1, q2, q3, keys, values, where, row_kinds, key_kinds, *hidden) in zip(
+                    r, zip(*cut, strict=True), strict=True
+                )
+            ]
         )
         o = F.reshape(trace.parameter(self.o), (c.d_model, self._width))
         return self.layer_norm(F.dropout(F.linear(y, o), c.dropout) + x)
@@ -155,6 +190,23 @@ class RelativeAttention(Module):
 
     def _flat(self, parameter: Parameter, trace: Trace) -> Tensor:
         return F.reshape(trace.parameter(parameter), (self._width,))
+
+
+def _parts(x: Tensor, n: int) -> list[Tensor]:
+    """A batch cut into ``n`` equal parts."""
+    if n == 1:
+        return [x]
+    flat = F.reshape(x, (math.prod(x.shape),))
+    return [F.reshape(part, (x.shape[0] // n, *x.shape[1:])) for part in F.split(flat, n)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Parts of a batch put together again."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = parts[0].shape
+    flat = F.concat([F.reshape(part, (math.prod(shape),)) for part in parts])
+    return F.reshape(flat, (shape[0] * len(parts), *shape[1:]))
 
 
 class FeedForward(Module):
@@ -216,7 +268,7 @@ class XLNet(Family):
 
     def __init__(self, config: XLNetConfig):
         self.config: XLNetConfig = config
-        self.max_positions = config.max_position_embeddings
+        self.max_positions = config.n_positions
         self.width, self.depth = config.d_model, config.n_layer
         init = Normal(config.initializer_range)
         self.transformer = Transformer(config, init)
@@ -247,23 +299,23 @@ class XLNet(Family):
     def _context(self, x: Inputs) -> Context:
         trace, t = x.trace, x.input_ids.shape[1]
         m = x.mems[0].shape[1] if x.mems else 0
-        cos, sin = F.split(self._distances(trace, m + t, t), 2)
         assert x.token_type_ids is not None
         kinds = x.token_type_ids
-        distances = F.dropout(F.concat([sin, cos]), self.config.dropout)
+        turned = [F.split(self._distances(trace, m + t, t, s), 2) for s in ((1, -1) if x.mirrored else (1,))]
+        distances = tuple(F.dropout(F.concat([sin, cos]), self.config.dropout) for cos, sin in turned)
         return Context(
             distances, x.position_ids, x.targets, kinds, x.key_types or kinds, x.hidden, x.mems, x.seen
         )
 
-    def _distances(self, trace: Trace, keys: int, rows: int) -> Tensor:
-        """Cosines and sines of the distances ``keys`` to 1 − ``rows``, descending, clamped to ±``clamp_len`` where it
-        is above 0: ``[keys + rows, C]``."""
+    def _distances(self, trace: Trace, keys: int, rows: int, sign: int) -> Tensor:
+        """Cosines and sines of ``sign`` times the distances ``keys`` to 1 − ``rows``, descending, clamped to
+        ±``clamp_len`` where it is above 0: ``[keys + rows, C]``."""
         limit = self.config.clamp_len if self.config.clamp_len > 0 else keys + rows
         first, last = min(keys, limit), max(1 - rows, -limit)
         half = np.arange(0, self.config.d_model, 2) / self.config.d_model
         runs = [(keys - first, first, 0), (first - last + 1, first, -1), (last - (1 - rows), last, 0)]
         tables = [
-            F.rope_table(F.iota(trace, n, start, step), (10000.0**-half).tolist())
+            F.rope_table(F.iota(trace, n, sign * start, sign * step), (10000.0**-half).tolist())
             for n, start, step in runs
             if n
         ]

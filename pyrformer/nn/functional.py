@@ -13,6 +13,7 @@ from pyrformer.nn.trace import Tensor, Trace
 #: Hugging Face's activation names → the graph's.
 ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",

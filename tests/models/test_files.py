@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import pyrformer as pf
 from pyrformer.checkpoint import parsed_size, shards
@@ -249,3 +249,46 @@ def test_a_run_begins_with_the_weights_of_a_folder(tmp_path: Path) -> None:
     )
     for name, value in first.model.state_dict().items():
         np.testing.assert_allclose(more.model.state_dict()[name], value, atol=1e-9)
+
+
+@pytest.mark.parametrize("key", ["is_decoder", "add_cross_attention", "quantization_config", "problem_type"])
+def test_keys_that_would_change_the_mathematics_are_refused(key: str) -> None:
+    config = {"model_type": "bert", "vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2}
+    with pytest.raises(pf.errors.ConfigError, match=key):
+        pf.Model.from_config({**config, key: "x" if key == "problem_type" else True})
+
+
+def test_a_part_of_a_head_that_the_reference_would_turn_whole_is_refused() -> None:
+    config = {"model_type": "llama", "vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2}
+    with pytest.raises(pf.errors.ConfigError, match="partial_rotary_factor"):
+        pf.Model.from_config({**config, "rope_parameters": {"partial_rotary_factor": 0.5}})
+
+
+def test_an_unknown_activation_is_refused_at_once() -> None:
+    with pytest.raises(pf.errors.ConfigError, match="activation_function must be one of"):
+        pf.Model.from_config({"model_type": "gpt2", "vocab_size": 20, "activation_function": "relu6"})
+
+
+@pytest.mark.parametrize(("kind", "names"), [("bert", "cls.predictions"), ("roberta", "lm_head")])
+def test_an_untied_head_has_its_own_bias(kind: str, names: str, tmp_path: Path) -> None:
+    """transformers reads the decoder's bias; its older versions wrote the head's under both names, or one."""
+    config = {"model_type": kind, "vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2}
+    config |= {"num_hidden_layers": 1, "intermediate_size": 8, "tie_word_embeddings": False}
+    model = pf.Model.from_config(config)
+    bias = np.arange(20, dtype=np.float32)
+    model.load_state_dict(model.state_dict() | {f"{names}.decoder.bias": bias})
+    model.save(tmp_path)
+    assert np.array_equal(pf.load(tmp_path).state_dict()[f"{names}.decoder.bias"], bias)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"{names}.decoder.bias"]
+    save_file(tensors | {f"{names}.bias": bias + 1}, tmp_path / "model.safetensors")
+    assert np.array_equal(pf.load(tmp_path).state_dict()[f"{names}.decoder.bias"], bias + 1)
+
+
+def test_a_text_of_one_token_has_nothing_to_predict() -> None:
+    model = pf.Model.from_config(
+        {"model_type": "gpt2", "vocab_size": 20, "n_embd": 8, "n_head": 2, "n_layer": 1}
+    )
+    out = model([[3]], labels=[[3]])
+    assert out.loss is None
+    assert np.shape(out.logits) == (1, 1, 20)

@@ -57,7 +57,7 @@ def test_beams_find_what_exhaustion_finds() -> None:
 
 
 def test_sampling_is_reproducible_and_text_goes_on_beyond_the_positions() -> None:
-    m = model(max_position_embeddings=16)
+    m = model(n_positions=16)
     options = {"do_sample": True, "seed": 4, "max_new_tokens": 40, "eos_token_id": None}
     assert m.generate([[7]], **options).ids == m.generate([[7]], **options).ids
     assert len(m.generate([[7]], **options).ids[0]) == 40
@@ -156,7 +156,30 @@ def test_one_way_training(tmp_path: Path) -> None:
     assert run.model.generate("the c", max_new_tokens=4).texts[0]
 
 
+@pytest.mark.parametrize("more", [{}, {"clamp_len": 3}])
+def test_half_of_the_batch_is_read_backwards(more: dict[str, Any]) -> None:
+    plain, mirrored = model(**more), model(bi_data=True, **more)
+    text = np.array([[7, 8, 9, 11, 12], [30, 31, 32, 33, 34]])
+    types = np.array([[0, 0, 1, 1, 2], [1, 0, 0, 1, 1]])
+    labels = np.array([[7, -100, 3, 4, 5], [-100, 6, 7, 8, 9]])
+    perm = (np.random.default_rng(1).random((2, 5, 5)) < 0.3).astype(float)
+
+    def turned(x: np.ndarray, axes: tuple[int, ...] = (0,)) -> np.ndarray:
+        return np.stack([x[0], np.flip(x[1], axes)])
+
+    want = plain(text, token_type_ids=types, labels=labels, perm_mask=perm)
+    given = {"token_type_ids": turned(types), "labels": turned(labels), "perm_mask": turned(perm, (0, 1))}
+    got = mirrored(turned(text), **given)
+    np.testing.assert_allclose(turned(got.logits), want.logits, atol=1e-10)
+    _, grads = plain.loss_and_grads(text, labels, token_type_ids=types, perm_mask=perm)
+    _, same = mirrored.loss_and_grads(turned(text), given.pop("labels"), **given)
+    for name, gradient in grads.items():
+        np.testing.assert_allclose(same[name], gradient, atol=1e-10)
+    with pytest.raises(InputError, match="even number"):
+        mirrored(text[:1])
+
+
 def test_refusals() -> None:
-    for more in ({"bi_data": True}, {"attn_type": "sideways"}):
+    for more in ({"same_length": True, "attn_type": "uni"}, {"attn_type": "sideways"}):
         with pytest.raises(Error, match=next(iter(more))):
             model(**more)
