@@ -362,9 +362,11 @@ class MaskedBatches:
         mask_rate: float,
         random_rate: float,
         continues: Sequence[bool] | None = None,
+        spans: tuple[float, int] | None = None,
         pad_to_multiple_of: int = 8,
     ) -> MaskedBatches:
-        """``special``: ids of [CLS], [SEP], [PAD], [MASK]; ``continues[id]``: whether a token continues a word."""
+        """``special``: ids of [CLS], [SEP], [PAD], [MASK]; ``continues[id]``: whether a token continues a word;
+        ``spans``: p and the greatest length of masked spans."""
     @property
     def batches_per_pass(self) -> int:
         """Batches that visit every piece once."""

@@ -16,7 +16,7 @@ mod read;
 pub use clean::{Cleaner, Step, StepReport};
 pub use corpus::{Corpus, write_shard};
 pub use error::{Error, Result};
-pub use mask::{MaskedBatch, MaskedBatches, MaskedOptions};
+pub use mask::{MaskedBatch, MaskedBatches, MaskedOptions, Spans};
 pub use open::zstd_frame;
 pub use pack::{CausalBatch, CausalBatches, CausalOptions};
 pub use read::{DecodeErrors, Documents, Form, ReadOptions, Rejected};

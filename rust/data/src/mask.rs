@@ -4,6 +4,10 @@
 //! `DataCollatorForLanguageModeling` applies it: every token that is not special is chosen independently with
 //! `mlm_probability`; a chosen one becomes `[MASK]`, a token drawn from the whole vocabulary, or stays.
 //!
+//! Spans ([`Spans`], Joshi et al. 2020, "SpanBERT", section 3.1) are runs of neighbouring words. Instead of drawing spans
+//! until enough of a row is covered, which makes each draw depend on those before it, a span begins at each word
+//! independently, with the one chance under which a word is covered with `mlm_probability`.
+//!
 //! Whether a token is chosen depends on (seed, epoch, piece, position) only, not on the batch it is in. Training
 //! groups pieces of like length: the epoch's shuffled rows are taken in pools, sorted by length within the pool, and
 //! the pool's batches are shuffled. To reach any step, only its pool is laid out.
@@ -22,6 +26,15 @@ use crate::purpose::{MASK, MASKED_ORDER, MASKED_POOL};
 const POOL: u128 = 32;
 /// [`MaskedBatch::positions`] is padded to a multiple of this, to keep the number of distinct shapes small.
 const POSITIONS_MULTIPLE: usize = 32;
+
+/// Lengths of masked spans, in words (in tokens where words are not kept whole).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spans {
+    /// A length k has a chance proportional to `p (1 - p)^(k - 1)`; above 0 and at most 1. SpanBERT: 0.2.
+    pub p: f64,
+    /// The greatest length, 1 to 255; SpanBERT: 10.
+    pub max_length: usize,
+}
 
 /// How to cut and mask a corpus. [`MaskedOptions::new`] sets the defaults.
 #[derive(Clone, Debug)]
@@ -58,6 +71,9 @@ pub struct MaskedOptions {
     /// by its first token's draw. The first token of a piece, or after a special one, always begins a word. Default
     /// `None`. See [`MaskedOptions::with_whole_words`].
     pub whole_word: Option<Arc<[bool]>>,
+    /// Choose runs of words and not single ones. All tokens of a run share one draw: they become `[MASK]`, each a
+    /// random token, or stay. Runs end at special tokens. Default `None`.
+    pub spans: Option<Spans>,
     /// A batch's width is its longest row rounded up to a multiple of this, but at most `max_length`; default 8.
     pub pad_to_multiple_of: usize,
     /// The width of every batch instead, at least `max_length`; default `None`.
@@ -88,6 +104,7 @@ impl MaskedOptions {
             vocab_size,
             special_ids: Vec::new(),
             whole_word: None,
+            spans: None,
             pad_to_multiple_of: 8,
             fixed_length: None,
         }
@@ -121,6 +138,14 @@ impl MaskedOptions {
         for (name, rate) in [("mask_rate", self.mask_rate), ("random_rate", self.random_rate)] {
             if !(0.0..=1.0).contains(&rate) {
                 return Err(Error::option(name, rate, "between 0 and 1"));
+            }
+        }
+        if let Some(Spans { p, max_length }) = self.spans {
+            if !(p > 0.0 && p <= 1.0) {
+                return Err(Error::option("span_p", p, "above 0 and at most 1"));
+            }
+            if !(1..=255).contains(&max_length) {
+                return Err(Error::option("span_max_length", max_length, "from 1 to 255"));
             }
         }
         // Decimal fractions that add up to 1 may exceed it by a rounding.
@@ -183,6 +208,7 @@ pub struct MaskedBatches {
     pieces: Vec<(usize, usize)>,
     /// For each id, whether it is never chosen.
     special: Vec<bool>,
+    lengths: SpanLengths,
 }
 
 /// A piece as it appears in one epoch.
@@ -216,7 +242,8 @@ impl MaskedBatches {
         for &id in [options.cls, options.sep, options.pad, options.mask].iter().chain(&options.special_ids) {
             special[id as usize] = true;
         }
-        Ok(Self { corpus, options, pieces, special })
+        let lengths = SpanLengths::new(options.spans, options.mlm_probability);
+        Ok(Self { corpus, options, pieces, special, lengths })
     }
 
     /// The number of pieces: the rows of an epoch or of an evaluation.
@@ -335,19 +362,46 @@ impl MaskedBatches {
         for (b, row) in rows.iter().enumerate() {
             let piece = &self.piece(*row);
             let draws = Draws::new(self.options.seed, *row);
-            for at in (0..piece.len()).filter(|&at| self.begins_word(piece, at)) {
-                let draw = draws.at(at)[0];
-                if f64::from(unit_f32(draw)) < self.options.mlm_probability {
-                    any = true;
-                    self.mask_word(batch, b, piece, at, draws);
-                } else if nearest.is_none_or(|(least, ..)| draw < least) {
-                    nearest = Some((draw, b, at));
+            // Words that the run still covers, and where its fate is drawn.
+            let (mut left, mut fate) = (self.reaching(draws), 0);
+            for at in 0..piece.len() {
+                if self.is_special(piece[at]) {
+                    left = 0;
+                }
+                if !self.begins_word(piece, at) {
+                    continue;
+                }
+                let [begins, _, _, length] = draws.at(at);
+                if left == 0 {
+                    fate = at;
+                }
+                if f64::from(unit_f32(begins)) < self.lengths.chance {
+                    left = left.max(self.lengths.draw(length));
+                }
+                if left > 0 {
+                    (any, left) = (true, left - 1);
+                    self.mask_word(batch, b, piece, at, fate, draws);
+                } else if nearest.is_none_or(|(least, ..)| begins < least) {
+                    nearest = Some((begins, b, at));
                 }
             }
         }
         if let (false, Some((_, b, at))) = (any, nearest) {
-            self.mask_word(batch, b, &self.piece(rows[b]), at, Draws::new(self.options.seed, rows[b]));
+            self.mask_word(batch, b, &self.piece(rows[b]), at, at, Draws::new(self.options.seed, rows[b]));
         }
+    }
+
+    /// How many words of a piece are covered by spans that begin before it: without them its first words would be
+    /// chosen less often than the others.
+    fn reaching(&self, draws: Draws) -> usize {
+        (1..self.lengths.longest())
+            .map(|before| {
+                let [begins, _, _, length] = draws.at(usize::MAX - before);
+                let covers = f64::from(unit_f32(begins)) < self.lengths.chance;
+                if covers { self.lengths.draw(length).saturating_sub(before) } else { 0 }
+            })
+            .max()
+            .unwrap_or(0)
     }
 
     /// Whether the token at `at` can be drawn: it is not special and, with whole words, the first of its word.
@@ -357,14 +411,24 @@ impl MaskedBatches {
         !special(at) && self.options.whole_word.as_ref().is_none_or(begins)
     }
 
-    /// Labels and replaces the word that begins at `start` (a single token unless whole words are masked).
-    fn mask_word(&self, batch: &mut MaskedBatch, b: usize, piece: &[u32], start: usize, draws: Draws) {
+    /// Labels and replaces the word that begins at `start` (a single token unless whole words are masked); with spans,
+    /// what becomes of it is drawn at `fate`.
+    fn mask_word(
+        &self,
+        batch: &mut MaskedBatch,
+        b: usize,
+        piece: &[u32],
+        start: usize,
+        fate: usize,
+        draws: Draws,
+    ) {
         let options = &self.options;
         let goes_on = |at: &usize| !self.is_special(piece[*at]) && !self.begins_word(piece, *at);
         for at in std::iter::once(start).chain((start + 1..piece.len()).take_while(goes_on)) {
             let place = b * batch.seq_len + 1 + at;
             batch.labels[place] = piece[at] as i32;
-            let [_, action, token, _] = draws.at(at);
+            let [_, own, token, _] = draws.at(at);
+            let action = if options.spans.is_some() { draws.at(fate)[1] } else { own };
             let action = f64::from(unit_f32(action));
             if action < options.mask_rate {
                 batch.input_ids[place] = options.mask as i32;
@@ -376,7 +440,56 @@ impl MaskedBatches {
     }
 }
 
-/// The draws for the tokens of one piece in one epoch: whether chosen, what becomes of it, which random token.
+/// The law of the lengths of spans. Single words are spans of length 1.
+#[derive(Clone, Debug)]
+struct SpanLengths {
+    /// Chance that a length is at most 1, 2, …; the last is 1.
+    up_to: Vec<f64>,
+    /// Chance that a span begins at a word.
+    chance: f64,
+}
+
+impl SpanLengths {
+    fn new(spans: Option<Spans>, mlm_probability: f64) -> Self {
+        let Some(Spans { p, max_length }) = spans else {
+            return Self { up_to: vec![1.0], chance: mlm_probability };
+        };
+        let shares: Vec<f64> = (0..max_length as i32).map(|k| p * (1.0 - p).powi(k)).collect();
+        let total: f64 = shares.iter().sum();
+        let up_to: Vec<f64> = shares
+            .iter()
+            .scan(0.0, |sum, share| {
+                *sum += share / total;
+                Some(*sum)
+            })
+            .collect();
+        // A word stays uncovered if no span begins at it, and none k words before it that is longer than k.
+        let covered = |chance: f64| {
+            let longer =
+                std::iter::once(1.0).chain(up_to[..max_length - 1].iter().map(|at_most| 1.0 - at_most));
+            1.0 - longer.map(|longer| 1.0 - chance * longer).product::<f64>()
+        };
+        // It rises with the chance; 60 halvings reach the last bit.
+        let (mut low, mut high) = (0.0, 1.0);
+        for _ in 0..60 {
+            let middle = (low + high) / 2.0;
+            if covered(middle) < mlm_probability { low = middle } else { high = middle }
+        }
+        Self { up_to, chance: high }
+    }
+
+    fn longest(&self) -> usize {
+        self.up_to.len()
+    }
+
+    fn draw(&self, draw: u32) -> usize {
+        let unit = f64::from(unit_f32(draw));
+        1 + self.up_to[..self.longest() - 1].partition_point(|&at_most| at_most <= unit)
+    }
+}
+
+/// The draws for the tokens of one piece in one epoch: whether one is chosen (or a span begins), what becomes of it,
+/// which random token, the length of the span.
 #[derive(Clone, Copy)]
 struct Draws {
     key: [u32; 2],

@@ -317,3 +317,85 @@ fn errors_say_what_to_do() {
     let empty = MaskedBatches::new(held(Vec::new(), &[0, 0, 0]), options(2, 16)).unwrap_err();
     assert!(empty.to_string().contains("all 2 documents are empty"));
 }
+
+#[test]
+fn spans_cover_the_share_asked_for_everywhere_in_a_row() {
+    for (p, max_length, mlm_probability) in [(0.2, 10, 0.15), (0.5, 3, 0.4), (1.0, 1, 0.3), (0.01, 40, 0.15)]
+    {
+        let spans = Some(Spans { p, max_length });
+        let batches = corpus(&[30; 400], MaskedOptions { spans, mlm_probability, ..options(400, 32) });
+        let mut chosen = [0u32; 30];
+        for step in 0..40 {
+            let batch = batches.batch(step);
+            check(&batches, &batch, &batches.rows(step));
+            for row in batch.labels.chunks(batch.seq_len) {
+                (0..30).for_each(|t| chosen[t] += u32::from(row[t + 1] != -100));
+            }
+        }
+        for (t, &count) in chosen.iter().enumerate() {
+            let (share, error) =
+                (f64::from(count) / 16e3, (mlm_probability * (1.0 - mlm_probability) / 16e3).sqrt());
+            assert!((share - mlm_probability).abs() < 5.0 * error, "p {p}, place {t}: {share}");
+        }
+    }
+}
+
+#[test]
+fn lengths_of_spans_are_geometric_and_their_tokens_share_one_fate() {
+    let lengths = SpanLengths::new(Some(Spans { p: 0.2, max_length: 10 }), 0.15);
+    let mean = (0..1 << 16).map(|i| lengths.draw(i << 16)).sum::<usize>() as f64 / f64::from(1 << 16);
+    // SpanBERT, section 3.1: a mean of 3.8.
+    assert!((mean - 3.797).abs() < 0.002, "{mean}");
+    // Spans so rare that they seldom touch: a run is a span.
+    let spans = Some(Spans { p: 0.2, max_length: 10 });
+    let rare =
+        MaskedOptions { spans, mlm_probability: 0.002, random_rate: 0.2, mask_rate: 0.6, ..options(1, 502) };
+    let batches = corpus(&vec![500; 2000], rare);
+    let (mut runs, mut total, mut mixed, mut fates) = (0, 0, 0, [0; 3]);
+    for step in 0..2000 {
+        let batch = batches.batch(step);
+        let places = &batch.positions[..batch.labels_count];
+        let fate = |place: i32| match batch.input_ids[place as usize] {
+            id if id == HIDDEN as i32 => 0,
+            id if id == batch.labels[place as usize] => 1,
+            _ => 2,
+        };
+        if batch.labels_count < 2 {
+            continue;
+        }
+        for run in places.chunk_by(|a, b| a + 1 == *b) {
+            mixed += u32::from(run.iter().any(|&place| fate(place) != fate(run[0])));
+            (runs, total) = (runs + 1, total + run.len());
+            fates[fate(run[0])] += 1;
+        }
+    }
+    // Two spans side by side have two fates.
+    assert!(mixed * 50 < runs, "{mixed} of {runs}");
+    // Batches without a span, where one token is chosen by force, are left out, and with them some spans of length 1.
+    assert!(runs > 400 && total as f64 / f64::from(runs) > 3.5, "{runs} runs, {total} tokens");
+    assert!(fates[0] > 2 * fates[2] && fates[1] > 40 && fates[2] > 40, "{fates:?}");
+}
+
+#[test]
+fn spans_keep_words_whole_and_end_at_special_tokens() {
+    // Words of three tokens, the special 499 behind every fourth word.
+    let tokens: Vec<u32> = (0..13 * 60).map(|i| if i % 13 == 12 { 499 } else { 500 + i % 13 % 3 }).collect();
+    let continues: Arc<[bool]> = (0..VOCAB).map(|id| id == 501 || id == 502).collect();
+    let spans = Some(Spans { p: 0.3, max_length: 5 });
+    let words =
+        MaskedOptions { special_ids: vec![499], spans, whole_word: Some(continues), ..options(4, 132) };
+    let batches = MaskedBatches::new(held(tokens, &[0, 780]), words).unwrap();
+    for step in 0..20 {
+        let batch = batches.batch(step);
+        for row in batch.labels.chunks(batch.seq_len) {
+            for word in row[1..131].chunks(13).flat_map(|part| part[..12.min(part.len())].chunks(3)) {
+                assert!(word.iter().all(|&l| (l == -100) == (word[0] == -100)), "{word:?}");
+            }
+        }
+    }
+    let mut wrong = options(1, 8);
+    wrong.spans = Some(Spans { p: 0.0, max_length: 3 });
+    assert!(wrong.check().unwrap_err().to_string().contains("span_p"));
+    wrong.spans = Some(Spans { p: 0.5, max_length: 0 });
+    assert!(wrong.check().unwrap_err().to_string().contains("span_max_length"));
+}

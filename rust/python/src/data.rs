@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use pyrformer_data::{CausalOptions, DecodeErrors, Form, MaskedOptions, ReadOptions, Rejected, Step};
+use pyrformer_data::{CausalOptions, DecodeErrors, Form, MaskedOptions, ReadOptions, Rejected, Spans, Step};
 
 use crate::enter::{Failure, enter};
 
@@ -269,10 +269,10 @@ pub(crate) struct MaskedBatches {
 #[pymethods]
 impl MaskedBatches {
     /// `special` are the ids of [CLS], [SEP], [PAD], [MASK]; `continues[id]` says whether a token continues a word, for
-    /// whole-word masking.
+    /// whole-word masking; `spans` are p and the greatest length of masked spans.
     #[new]
     #[pyo3(signature = (corpus, max_length, batch_size, seed, shuffle, vocab_size, special, mlm_probability,
-        mask_rate, random_rate, continues=None, pad_to_multiple_of=8))]
+        mask_rate, random_rate, continues=None, spans=None, pad_to_multiple_of=8))]
     #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
     fn new(
         corpus: PyRef<'_, Corpus>,
@@ -286,6 +286,7 @@ impl MaskedBatches {
         mask_rate: f64,
         random_rate: f64,
         continues: Option<Vec<bool>>,
+        spans: Option<(f64, usize)>,
         pad_to_multiple_of: usize,
     ) -> PyResult<Self> {
         let mut options = MaskedOptions::new(batch_size, max_length, vocab_size, special);
@@ -293,6 +294,7 @@ impl MaskedBatches {
         (options.mlm_probability, options.mask_rate, options.random_rate) =
             (mlm_probability, mask_rate, random_rate);
         options.whole_word = continues.map(Into::into);
+        options.spans = spans.map(|(p, max_length)| Spans { p, max_length });
         options.pad_to_multiple_of = pad_to_multiple_of;
         let inner =
             pyrformer_data::MaskedBatches::new(corpus.inner.clone(), options).map_err(Failure::from)?;

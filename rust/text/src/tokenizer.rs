@@ -255,11 +255,12 @@ impl Tokenizer {
             _ if self.is_special(id) => false,
             (Model::WordPiece(m), Some(token)) => token.starts_with(&m.continuing_subword_prefix),
             (_, Some(token)) => {
-                let first = match self.words.byte_level {
-                    true => from_alphabet(token).first().map(|&b| b as char),
-                    false => token.chars().next(),
+                // Bytes inside a character are none of the space characters that have their numbers.
+                let space = match self.words.byte_level {
+                    true => from_alphabet(token).first().map(u8::is_ascii_whitespace),
+                    false => token.chars().next().map(|c| c == '▁' || c.is_whitespace()),
                 };
-                first.is_some_and(|c| c != '▁' && !c.is_whitespace())
+                space == Some(false)
             }
         };
         (0..self.vocab_size() as u32).map(continues).collect()
