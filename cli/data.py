@@ -125,6 +125,10 @@ def _text_report(
     "--mlm-probability", type=float, default=0.15, show_default=True, help="Share of masked tokens."
 )
 @click.option("--whole-word-mask", is_flag=True, help="Mask words, not tokens.")
+@click.option("--span-p", type=float, default=0.0, help="Mask runs of words; p of their geometric lengths.")
+@click.option(
+    "--span-max-length", type=int, default=10, show_default=True, help="The greatest length of a run."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the arrays as JSON.")
 def show(
     paths: tuple[str, ...],
@@ -138,6 +142,8 @@ def show(
     clean: tuple[str, ...],
     mlm_probability: float,
     whole_word_mask: bool,
+    span_p: float,
+    span_max_length: int,
     as_json: bool,
 ) -> None:
     """Print the batch of a step: its tokens, masks and documents.
@@ -165,7 +171,9 @@ def show(
         batch_size=batch_size,
         tokenizer=loaded,
         seed=seed,
-        masking=Masking(mlm_probability, whole_word=whole_word_mask),
+        masking=Masking(
+            mlm_probability, whole_word=whole_word_mask, span_p=span_p, span_max_length=span_max_length
+        ),
     )
     batch = batches.batch(step)
     if as_json:

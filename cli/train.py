@@ -167,6 +167,10 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
 @click.option("--z-loss", type=float, help="Factor of log² of the softmax's denominator, added to the loss.")
 @click.option("--mlm-probability", type=float, help="Share of tokens that are masked.")
 @click.option("--whole-word-mask/--no-whole-word-mask", default=None, help="Mask words, not tokens.")
+@click.option("--mask-replace-prob", type=float, help="Share of masked tokens that become [MASK].")
+@click.option("--random-replace-prob", type=float, help="Share that becomes a random token.")
+@click.option("--span-p", type=float, help="Mask runs of words; p of their geometric lengths.")
+@click.option("--span-max-length", type=int, help="The greatest length of such a run.")
 @click.option("--column", help="Field or column that holds the text.  [default: text]")
 @click.option("--label-column", help="Field that holds the class.  [default: label]")
 @click.option(

@@ -290,19 +290,24 @@ def as_corpus(corpus: Ragged | _core.Corpus) -> _core.Corpus:
 
 @dataclass(frozen=True)
 class Masking:
-    """Rates of masked training. Source: Devlin et al. 2019, section 3.1.
+    """Rates of masked training. Sources: Devlin et al. 2019, section 3.1; spans: Joshi et al. 2020, section 3.1.
 
     Attributes:
-        mlm_probability: share of tokens that get a label.
-        mask_rate: share of those that become [MASK].
-        random_rate: share of those that become a random token; the rest stays.
+        mlm_probability: share of tokens (or words) that get a label.
+        mask_replace_prob: share of those that become [MASK].
+        random_replace_prob: share of those that become a random token; the rest stays.
         whole_word: choose words, not tokens.
+        span_p: above 0, choose runs of neighbouring words (tokens without ``whole_word``), of length k with a chance
+            proportional to ``span_p * (1 - span_p) ** (k - 1)``; SpanBERT: 0.2. The tokens of a run share one fate.
+        span_max_length: the greatest length of a run, at most 255.
     """
 
     mlm_probability: float = 0.15
-    mask_rate: float = 0.8
-    random_rate: float = 0.1
+    mask_replace_prob: float = 0.8
+    random_replace_prob: float = 0.1
     whole_word: bool = False
+    span_p: float = 0.0
+    span_max_length: int = 10
 
 
 class Batches:
@@ -316,7 +321,11 @@ class Batches:
     ``token_type_ids``, ``labels`` (−100 where nothing is masked) ``[B, T]``, and the labelled places once more as flat
     ``positions`` and ``masked_labels`` ``[M]``.
 
-    Iteration runs over one pass with ``shuffle=False`` and goes on for ever otherwise.
+    Iteration runs over one pass with ``shuffle=False`` and goes on for ever otherwise. Any step can be had at once:
+    ``batch(step)``, or ``iterate(step)`` to go on from it.
+
+    With ``world_size`` processes, each sees every ``world_size``-th batch, so that together they see what a single one
+    would: step s of rank r is batch ``s * world_size + r``.
     """
 
     def __init__(
@@ -331,6 +340,8 @@ class Batches:
         shuffle: bool = True,
         cross_documents: bool = False,
         masking: Masking | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         """
         Args:
@@ -338,11 +349,15 @@ class Batches:
             objective: "ar" or "mlm"; "mlm" needs the tokenizer for its special tokens.
             seq_len: T, for "mlm" the most it may be.
             cross_documents: for "ar", let tokens see the document before their own in the row.
+            rank, world_size: which process this is, of how many.
 
         Raises:
             DataError: the corpus is too short or a size is out of range.
-            InputError: the objective is unknown.
+            InputError: the objective is unknown, or the rank is not below ``world_size``.
         """
+        if not 0 <= rank < world_size:
+            raise InputError(f"[data] rank must be from 0 to world_size - 1 ({world_size - 1}), got {rank}")
+        self.rank, self.world_size = rank, world_size
         self.objective, self.batch_size, self.shuffle = objective, batch_size, shuffle
         corpus = as_corpus(corpus)
         self._core: _core.CausalBatches | _core.MaskedBatches
@@ -353,23 +368,27 @@ class Batches:
             if tokenizer is None:
                 raise InputError("[data] masked batches need the tokenizer")
             m = masking or Masking()
-            rates = (m.mlm_probability, m.mask_rate, m.random_rate)
+            rates = (m.mlm_probability, m.mask_replace_prob, m.random_replace_prob)
             continues = tokenizer.continues_word() if m.whole_word else None
+            spans = (m.span_p, m.span_max_length) if m.span_p else None
             order = (seq_len, batch_size, seed, shuffle, tokenizer.vocab_size, tokenizer.masking_ids())
             # Few distinct widths: each is a program of its own.
             width = 8 if seq_len <= 64 else 32
-            self._core = _core.MaskedBatches(corpus, *order, *rates, continues, width)
+            self._core = _core.MaskedBatches(corpus, *order, *rates, continues, spans, width)
         else:
             raise InputError(f"[data] unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
 
     @property
     def batches_per_pass(self) -> int:
-        """How many batches visit the whole corpus once."""
-        return self._core.batches_per_pass
+        """How many batches of this rank visit its share of the corpus once."""
+        return -(-(self._core.batches_per_pass - self.rank) // self.world_size)
+
+    def _place(self, step: int) -> int:
+        return step * self.world_size + self.rank
 
     def batch(self, step: int) -> dict[str, npt.NDArray[np.int32]]:
         """The arrays of a step, counted from 0."""
-        return self._core.batch(step)[0]
+        return self._core.batch(self._place(step))[0]
 
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row of a step."""
@@ -377,7 +396,7 @@ class Batches:
 
     def ready(self, step: int) -> Batch:
         """The batch of a step under the names that the programs take."""
-        arrays, labels = self._core.batch(step)
+        arrays, labels = self._core.batch(self._place(step))
         b, t = arrays["input_ids"].shape
         if self.objective == "ar":
             return Batch(Sizes(b, t, 0, "segments" in arrays), arrays, labels)
@@ -390,7 +409,10 @@ class Batches:
         return Batch(Sizes(b, t, len(masked), padded), given, labels)
 
     def __iter__(self) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
-        step = 0
+        return self.iterate()
+
+    def iterate(self, step: int = 0) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
+        """The batches from ``step`` on; the ones before it are not made."""
         while self.shuffle or step < self.batches_per_pass:
             yield self.batch(step)
             step += 1

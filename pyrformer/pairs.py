@@ -203,8 +203,10 @@ class PairBatches:
             chosen = np.take_along_axis(chosen, place, axis=1)
         chosen &= ~special
         what, other = draws.random(ids.shape), draws.integers(self._vocab, size=ids.shape)
-        new = np.where(chosen & (what < m.mask_rate), self._mask, ids)
-        swapped = chosen & (what >= m.mask_rate) & (what < m.mask_rate + m.random_rate)
+        new = np.where(chosen & (what < m.mask_replace_prob), self._mask, ids)
+        swapped = (
+            chosen & (what >= m.mask_replace_prob) & (what < m.mask_replace_prob + m.random_replace_prob)
+        )
         new = np.where(swapped, other, new).astype(np.int32)
         places = np.flatnonzero(chosen).astype(np.int32)
         pad = (0, max(32, -(-len(places) // 32) * 32) - len(places))

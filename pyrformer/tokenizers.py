@@ -271,8 +271,9 @@ class Tokenizer:
         return tuple(self._special[role] for role in roles)  # type: ignore[return-value]
 
     def continues_word(self) -> list[bool]:
-        """For each id, whether it continues the word of the token before it (WordPiece's ``##``)."""
-        return [(self.id_to_token(i) or "").startswith("##") for i in range(self.vocab_size)]
+        """For each id, whether it continues the word of the token before it: WordPiece's ``##``; otherwise what does not
+        begin with a space (``▁``, ``Ġ``), such as the ends of long words and punctuation. Special tokens continue none."""
+        return self._core.continues_word()
 
     def __len__(self) -> int:
         return self.vocab_size

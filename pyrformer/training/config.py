@@ -50,7 +50,8 @@ class TrainConfig:
         early_stopping_patience: stop after so many evaluations without a lower held-out loss; 0: never.
         early_stopping_threshold: how much lower it must be.
         label_smoothing_factor, z_loss: see :class:`pyrformer.programs.LossOptions`; the logged loss includes them.
-        mlm_probability, whole_word_mask: see :class:`pyrformer.data.Masking`.
+        mlm_probability, mask_replace_prob, random_replace_prob, whole_word_mask, span_p, span_max_length: see
+            :class:`pyrformer.data.Masking`.
         plm_probability, max_span_length: see :class:`pyrformer.supervised.PermutationBatches`.
         cross_documents: for "ar", let tokens see the document before their own.
         column, errors, clean: see :class:`pyrformer.data.Documents`.
@@ -109,7 +110,11 @@ class TrainConfig:
     label_smoothing_factor: float = 0.0
     z_loss: float = 0.0
     mlm_probability: float = 0.15
+    mask_replace_prob: float = 0.8
+    random_replace_prob: float = 0.1
     whole_word_mask: bool = False
+    span_p: float = 0.0
+    span_max_length: int = 10
     plm_probability: float = 1 / 6
     max_span_length: int = 5
     cross_documents: bool = False
@@ -151,6 +156,10 @@ class TrainConfig:
         )
         require(
             0 < self.plm_probability <= 1, f"plm_probability must be in (0, 1], got {self.plm_probability}"
+        )
+        require(
+            not self.span_p or self.objective == "mlm",
+            f"span_p is for objective 'mlm' only, got objective {self.objective!r}",
         )
         for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "max_span_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")

@@ -251,7 +251,8 @@ class Source:
         }
         if isinstance(corpus, Labelled):
             return LabelledBatches(corpus, pad_token_id=self.tokenizer.pad_token_id, **shared)
-        masking = Masking(c.mlm_probability, whole_word=c.whole_word_mask)
+        rates = (c.mlm_probability, c.mask_replace_prob, c.random_replace_prob)
+        masking = Masking(*rates, c.whole_word_mask, c.span_p, c.span_max_length)
         if isinstance(corpus, Sentences):
             return PairBatches(corpus, tokenizer=self.tokenizer, masking=masking, **shared)
         if c.objective == "plm":

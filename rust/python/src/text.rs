@@ -106,6 +106,11 @@ impl Tokenizer {
         u32::try_from(id).is_ok_and(|id| self.inner.is_special(id))
     }
 
+    /// For each id, whether it continues the word of the token before it.
+    fn continues_word(&self) -> Vec<bool> {
+        self.inner.continues_word()
+    }
+
     /// Role → id, for the roles that are filled.
     fn special_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let ids = self.inner.special_ids();
