@@ -271,8 +271,8 @@ class Tokenizer:
         return tuple(self._special[role] for role in roles)  # type: ignore[return-value]
 
     def continues_word(self) -> list[bool]:
-        """For each id, whether it continues the word of the token before it: WordPiece's ``##``; otherwise what does not
-        begin with a space (``▁``, ``Ġ``), such as the ends of long words and punctuation. Special tokens continue none."""
+        """For each id, whether it continues the word of the token before it: WordPiece's ``##``; of other
+        models what begins with no space (``▁``, ``Ġ``): ends of words, and punctuation. Special tokens never do."""
         return self._core.continues_word()
 
     def __len__(self) -> int:
