@@ -35,6 +35,9 @@ def command() -> None:
     type=click.Choice(list(GPUS)),
     help="Measure nothing: what the step would take on this GPU, on paper.",
 )
+@click.option(
+    "--bf16", is_flag=True, help="With --estimate: products and attention on tensor cores, in bfloat16."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def train_step(
     steps: int,
@@ -42,6 +45,7 @@ def train_step(
     profile: bool,
     peer: str | None,
     gpu: str | None,
+    bf16: bool,
     as_json: bool,
     **sizes: object,
 ) -> None:
@@ -50,12 +54,14 @@ def train_step(
     if gpu is not None:
         if profile or peer:
             raise click.UsageError("--estimate runs nothing: leave out --profile and --peer.")
-        expected = estimate(shape, GPUS[gpu])
+        expected = estimate(shape, GPUS[gpu], bf16=bf16)
         if as_json:
             click.echo(json.dumps(expected.to_dict()))
         else:
             _print_estimate(expected)
         return
+    if bf16:
+        raise click.UsageError("--bf16 needs --estimate.")
     result = measure(shape, steps=steps, threads=threads, profile=profile, peer=peer is not None)
     if as_json:
         click.echo(json.dumps(result.to_dict()))

@@ -212,6 +212,9 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
 @click.option("--memory", help="Recompute as few layers as keep the memory within this: 2GB.")
 @click.option("--seed", type=int, help="Seed of weights, order, masks and dropout.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute.  [default: cpu]")
+@click.option(
+    "--bf16/--no-bf16", default=None, help="On cuda: products and attention on tensor cores, in bfloat16."
+)
 @click.option("--threads", type=int, help="Threads to use.")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the run in --out.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace the run in --out.")

@@ -142,3 +142,11 @@ __device__ __forceinline__ float4 keep4(const Keep& keep, unsigned long long fir
     }
     return make_float4(keep_factor(keep, a.x), keep_factor(keep, a.y), keep_factor(keep, a.z), keep_factor(keep, a.w));
 }
+
+// The factor of element `at` of a dropout site; 1 without one.
+__device__ __forceinline__ float keep1(const Keep& keep, const int* rng, unsigned long long at) {
+    if (!rng) return 1.f;
+    uint4 words = keep_words(keep, at / 4);
+    unsigned place = (unsigned)(at % 4);
+    return keep_factor(keep, place == 0 ? words.x : place == 1 ? words.y : place == 2 ? words.z : words.w);
+}

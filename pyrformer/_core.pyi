@@ -164,8 +164,9 @@ def simd_levels() -> tuple[str, str]:
 def cuda_bars() -> str:
     """Registers by architecture and shared memory of each kernel, as TOML: the text of ``cuda/bars.toml``."""
 
-def cuda_program(plan: Plan) -> str:
-    """The launch records of a plan that was lowered for "cuda", as JSON."""
+def cuda_program(plan: Plan, bf16: bool = False) -> str:
+    """The launch records of a plan that was lowered for "cuda", as JSON; with `bf16`, products and attention on tensor
+    cores."""
 
 def cuda_sources() -> list[tuple[str, str, list[str]]]:
     """Each file of kernels: its name, its text for NVRTC, the kernels in it."""

@@ -78,7 +78,8 @@ def load(
         folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64; or a GGUF file, see
             :mod:`pyrformer.gguf_layouts`.
         device: "cpu", or "cuda" for an NVIDIA GPU (`pip install pyrformer[cuda13]`).
-        dtype: "float32" (the default) or "float64", for computing.
+        dtype: "float32" (the default) or "float64", for computing; on "cuda" also "bfloat16": weights stay float32,
+            products and attention are computed on tensor cores from factors rounded to bfloat16.
         threads: how many to use; default: ``PYRFORMER_NUM_THREADS``, or all the machine has.
         load_in_8bit: keep the weights of products in 8 bits, with a scale for each output feature: a quarter of the
             memory and faster decoding, for a small loss (see docs/generation.md). Such a model generates, scores and
@@ -90,16 +91,18 @@ def load(
         DeviceError: CUDA is asked for and cannot be used; the message says what is missing.
     """
     folder = Path(folder)
-    if dtype not in (None, "float32", "float64"):
-        raise InputError(f"[load] dtype must be 'float32' or 'float64', got {dtype!r}")
+    if dtype not in (None, "float32", "float64", "bfloat16"):
+        raise InputError(f"[load] dtype must be 'float32', 'float64' or 'bfloat16', got {dtype!r}")
     if threads is not None and threads < 1:
         raise InputError(f"[load] threads must be 1 or more, got {threads}")
-    if load_in_8bit and (device != "cpu" or dtype == "float64"):
+    if load_in_8bit and (device != "cpu" or dtype not in (None, "float32")):
         raise InputError("[load] load_in_8bit computes in float32 on the CPU; leave out dtype and device")
     # The marks are taken before anything is read: what is written meanwhile is seen as a change.
     origin = Origin.of(folder, device=device, dtype=dtype, threads=threads, load_in_8bit=load_in_8bit)
+    bf16 = dtype == "bfloat16"
+    kept = "float32" if dtype is None or bf16 else dtype
     if folder.suffix == ".gguf" and folder.is_file():
-        model = _load_gguf(folder, dtype or "float32", threads, device, origin)
+        model = _load_gguf(folder, kept, threads, device, origin, bf16)
         if load_in_8bit:
             model.quantise()
         return model
@@ -112,8 +115,8 @@ def load(
         from pyrformer.tokenizers import Tokenizer
 
         tokenizer = Tokenizer.load(folder)
-    loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder), "device": device}
-    model = Model(family, tokenizer, dtype or "float32", threads, origin=origin, **loaded)
+    loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder)}
+    model = Model(family, tokenizer, kept, threads, device=device, bf16=bf16, origin=origin, **loaded)
     copy_into(model, *_tensors(folder, family))
     if load_in_8bit:
         model.quantise()
@@ -129,7 +132,7 @@ def copy_into(model: Model, stored: _core.SafeTensors, names: dict[str, str]) ->
         model.store.set(name, stored.get(there).astype(model.dtype, copy=False))
 
 
-def _load_gguf(path: Path, dtype: str, threads: int | None, device: str, origin: Origin) -> Model:
+def _load_gguf(path: Path, dtype: str, threads: int | None, device: str, origin: Origin, bf16: bool) -> Model:
     file = Gguf(path)
     config = config_of(file)
     family = build(config)
@@ -139,7 +142,7 @@ def _load_gguf(path: Path, dtype: str, threads: int | None, device: str, origin:
         from pyrformer.tokenizers import Tokenizer
 
         tokenizer = Tokenizer.load(path)
-    model = Model(family, tokenizer, dtype, threads, device=device, origin=origin)
+    model = Model(family, tokenizer, dtype, threads, device=device, bf16=bf16, origin=origin)
     for name, parameter in family.named_parameters():
         if name not in names and name.startswith(POOLER):
             model.store.set(name, np.zeros(parameter.shape, dtype))

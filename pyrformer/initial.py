@@ -98,13 +98,19 @@ def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mode
         fields.setdefault(family.SIZES["positions"], config.seq_len + before)
     fields |= _head(config.objective, family.ARCHITECTURES, labels)
     return Model.from_config(
-        fields, seed=config.seed, tokenizer=tokenizer, threads=config.threads or None, device=config.device
+        fields,
+        seed=config.seed,
+        tokenizer=tokenizer,
+        threads=config.threads or None,
+        device=config.device,
+        bf16=config.bf16,
     )
 
 
 def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
     """The model of ``init_from``, with the fields of ``model`` on top; a classifier gets a fresh head."""
-    base = load(config.init_from, threads=config.threads or None, device=config.device)
+    dtype = "bfloat16" if config.bf16 else None
+    base = load(config.init_from, threads=config.threads or None, device=config.device, dtype=dtype)
     if base.family.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"[train] the tokenizer's {tokenizer.vocab_size} tokens are more than the "
@@ -118,6 +124,7 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
         threads=base.threads,
         generation_config=base.generation_config,
         device=base.device,
+        bf16=base.bf16,
         store=base.store,
     )
     parameters = dict(model.family.named_parameters())

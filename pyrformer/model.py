@@ -86,6 +86,8 @@ class Model:
         tokenizer: None where the folder has none.
         dtype: "float32" or "float64".
         device: "cpu" or "cuda".
+        bf16: on "cuda", products and attention are computed on tensor cores, from factors rounded to bfloat16; weights,
+            sums and all else stay float32.
         threads: how many to use; None: ``PYRFORMER_NUM_THREADS``, or all the machine has.
     """
 
@@ -99,6 +101,7 @@ class Model:
     device: str = "cpu"
     #: Whether the weights of products are kept in 8 bits.
     in_8bit: bool = False
+    bf16: bool = False
     #: States by name, on the device; made unless given.
     store: AnyStore = field(default_factory=_core.Store)
     #: Where it was opened, while it is as it was then.
@@ -111,8 +114,8 @@ class Model:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
-        if self.device != "cpu" and isinstance(self.store, _core.Store):
-            self.store = open_store(self.device)
+        if (self.device != "cpu" or self.bf16) and isinstance(self.store, _core.Store):
+            self.store = open_store(self.device, bf16=self.bf16)
         self._settings = self._current_settings()
         _models.add(self)
 
@@ -122,7 +125,7 @@ class Model:
         where = f", {self.origin.path}" if self.origin else ""
         return (
             f"Model({config.model_type}: {layers} layers of width {width}, {self.parameter_count:,} parameters, "
-            f"{self.dtype} on {self.device}{where})"
+            f"{'bfloat16' if self.bf16 else self.dtype} on {self.device}{where})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -47,8 +47,8 @@ KERNEL_TESTS = (
     "attention", "cache", "elementwise", "loss", "norm", "optimizer", "positions", "reduce", "relative", "rows",
 )  # fmt: skip
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-#: Relative and absolute, between float32 programs on the device and on the CPU.
-TOLERANCE = 1e-4
+#: Relative and absolute, between programs on the device and float32 programs on the CPU.
+TOLERANCE, BF16_TOLERANCE = 1e-4, 5e-2
 REPLAYS = 3000
 SHAPES = (
     Shape("gpt2", layers=12, width=768, heads=12, vocab=50257, batch=8, seq=1024),
@@ -123,12 +123,12 @@ def kernels(out: Path, run: Run = subprocess.run) -> Stage:
     return Stage("kernels", "failed" if failed else "ok", text, [["test", "what"], *failed] if failed else [])
 
 
-def on_device(cpu: Model, device: Device) -> Model:
+def on_device(cpu: Model, device: Device, *, bf16: bool = False) -> Model:
     """The same model, its states copied."""
-    store = Store(device)
+    store = Store(device, bf16=bf16)
     for name, _, _ in cpu.store.types():
         store.set(name, cpu.store.get(name))
-    return Model(cpu.family, device="cuda", store=store)
+    return Model(cpu.family, device="cuda", bf16=bf16, store=store)
 
 
 def _apart(got: np.ndarray, want: np.ndarray) -> float:
@@ -141,23 +141,31 @@ def _apart(got: np.ndarray, want: np.ndarray) -> float:
     return float(error.max()) if error.size else 0.0
 
 
-def whole_programs(device: Device, cases: list[tuple[str, str]] | None = None) -> Stage:
+def whole_programs(
+    device: Device, cases: list[tuple[str, str]] | None = None, *, bf16: bool = False
+) -> Stage:
     """Every program of every family, walked, captured and replayed, against the CPU: outputs and states."""
+    allowed = BF16_TOLERANCE if bf16 else TOLERANCE
     rows: list[list[Any]] = []
     for name, which in cases or tiny.cases():
         try:
-            rows.append([name, which, *_compare(name, which, device)])
+            rows.append([name, which, *_compare(name, which, device, bf16)])
         except Exception as e:
             rows.append([name, which, float("nan"), f"{type(e).__name__}: {e}"])
-    bad = [row for row in rows if row[3] or not row[2] <= TOLERANCE]
+    bad = [row for row in rows if row[3] or not row[2] <= allowed]
     worst = max((row[2] for row in rows if not row[3]), default=float("nan"))
     text = f"{len(rows) - len(bad)} of {len(rows)} programs agree with the CPU; largest error {worst:.1e}"
-    return Stage("programs", "failed" if bad else "ok", text, [["family", "program", "error", "what"], *rows])
+    return Stage(
+        "bfloat16" if bf16 else "programs",
+        "failed" if bad else "ok",
+        text,
+        [["family", "program", "error", "what"], *rows],
+    )
 
 
-def _compare(name: str, which: str, device: Device) -> tuple[float, str]:
+def _compare(name: str, which: str, device: Device, bf16: bool) -> tuple[float, str]:
     cpu, rng = tiny.model(name), np.random.default_rng(20)
-    other = on_device(cpu, device)
+    other = on_device(cpu, device, bf16=bf16)
     traced = tiny.PROGRAMS[which](cpu)
     one, two = (traced.lower(m.device).compile(m.store) for m in (cpu, other))
     worst = 0.0
@@ -234,18 +242,20 @@ def gpu_of(device_name: str) -> Gpu | None:
 def step_times(device: Device, gpu: Gpu | None, shapes: tuple[Shape, ...] = SHAPES, steps: int = 20) -> Stage:
     """The time of whole training steps, beside the estimate and beside PyTorch."""
     rows: list[list[Any]] = []
-    for shape in shapes:
-        row: list[Any] = [f"{shape.family} {shape.layers}x{shape.width}, {shape.batch}x{shape.seq}"]
+    both = [(shape, bf16) for shape in shapes for bf16 in ((False, True) if gpu and gpu.bf16 else (False,))]
+    for shape, bf16 in both:
+        name = f"{shape.family} {shape.layers}x{shape.width}, {shape.batch}x{shape.seq}"
+        row: list[Any] = [f"{name}, {'bfloat16' if bf16 else 'float32'}"]
         try:
-            compiled, inputs = _training(shape, device)
+            compiled, inputs = _training(shape, device, bf16)
             compiled(**inputs)  # walks; the next is captured
             row.append(1e3 * float(np.median(times(lambda c=compiled, i=inputs: c(**i), steps))))
             del compiled
         except DeviceError as e:
             rows.append([*row, str(e), "", ""])
             continue
-        row.append(estimate(shape, gpu).ms_per_step if gpu else "")
-        rows.append([*row, _torch(shape, steps)])
+        row.append(estimate(shape, gpu, bf16=bf16).ms_per_step if gpu else "")
+        rows.append([*row, _torch(shape, steps, bf16)])
     numbers = [row for row in rows if isinstance(row[1], float)]
     state = "ok" if numbers else "failed"
     text = f"{len(numbers)} of {len(rows)} steps timed" + (
@@ -254,21 +264,23 @@ def step_times(device: Device, gpu: Gpu | None, shapes: tuple[Shape, ...] = SHAP
     return Stage("step times", state, text, [["step", "ms", "on paper", "PyTorch"], *rows])
 
 
-def _training(shape: Shape, device: Device) -> tuple[Any, dict[str, Any]]:
-    model = on_device(Model.from_config(shape.config()), device)
+def _training(shape: Shape, device: Device, bf16: bool = False) -> tuple[Any, dict[str, Any]]:
+    model = on_device(Model.from_config(shape.config()), device, bf16=bf16)
     ids, labels = shape.tokens()
     batch = model.batch(ids, labels=labels)
     compiled = programs.train_step(model.family, batch.sizes, AdamW()).lower("cuda").compile(model.store)
     return compiled, {**batch.arrays, **batch.scales, "lr": 1e-4, "step": 1}
 
 
-def _torch(shape: Shape, steps: int) -> float | str:
+def _torch(shape: Shape, steps: int, bf16: bool) -> float | str:
     try:
         from pyrformer.bench.torch_peer import training_step
     except ImportError:
         return "not installed"
     try:
-        return 1e3 * float(np.median(times(training_step(shape, os.cpu_count() or 1, "cuda"), steps)))
+        return 1e3 * float(
+            np.median(times(training_step(shape, os.cpu_count() or 1, "cuda", bf16=bf16), steps))
+        )
     except (RuntimeError, AssertionError) as e:
         return str(e).splitlines()[0]
 
@@ -372,7 +384,7 @@ def day(out: Path, work: dict[str, Callable[[], Stage]]) -> list[Stage]:
 @click.option("--replays", "steps", type=click.IntRange(1), default=REPLAYS, show_default=True)
 def main(out: Path, steps: int) -> None:
     """Check and time on this machine's GPU all that cannot be checked without one; write a report."""
-    from pyrformer.executors.cuda import CudaDevice, describe
+    from pyrformer.executors.cuda import BF16, CudaDevice, describe
 
     try:
         facts = describe()
@@ -386,6 +398,11 @@ def main(out: Path, steps: int) -> None:
         "doctor": doctor,
         "kernels": lambda: kernels(out),
         "programs": lambda: whole_programs(device),
+        "bfloat16": lambda: (
+            whole_programs(device, bf16=True)
+            if facts["capability"] >= BF16
+            else Stage("bfloat16", "skipped", "the device has none")
+        ),
         "sanitizer": lambda: sanitizer(out),
         "replays": lambda: replays(device, steps),
         "step times": lambda: step_times(device, gpu),

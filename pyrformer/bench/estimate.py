@@ -20,6 +20,7 @@ from pyrformer import _core, programs
 from pyrformer.bench import work
 from pyrformer.bench.gpus import GPUS, Gpu
 from pyrformer.bench.train_step import MASKED, Shape
+from pyrformer.errors import InputError
 from pyrformer.models import build
 from pyrformer.optimizers import AdamW
 
@@ -149,17 +150,19 @@ def plan_of(shape: Shape) -> _core.Plan:
     )
 
 
-def estimate(shape: Shape, gpu: Gpu) -> Estimate:
-    """A training step of ``shape`` on a GPU. Nothing is allocated and nothing runs.
+def estimate(shape: Shape, gpu: Gpu, *, bf16: bool = False) -> Estimate:
+    """A training step of ``shape`` on a GPU, with ``bf16`` on its tensor cores. Nothing is allocated and nothing runs.
 
     Raises:
-        InputError: a size makes no sense.
+        InputError: a size makes no sense, or the GPU has no bfloat16.
         DeviceError: an operation has no kernel.
     """
+    if bf16 and not gpu.bf16:
+        raise InputError(f"[bench] {gpu.name} has no bfloat16")
     plan = plan_of(shape)
     compiled = bars()
     groups: dict[str, list[Costed]] = {}
-    for _, record in json.loads(_core.cuda_program(plan))["records"]:
+    for _, record in json.loads(_core.cuda_program(plan, bf16))["records"]:
         costed = cost(record, gpu, compiled)
         groups.setdefault(costed.name, []).append(costed)
     kernels = sorted((_kernel(name, found) for name, found in groups.items()), key=lambda k: -k.ms)

@@ -45,6 +45,11 @@ class Gpu:
         """FLOP/s in float32, a multiply-add counted as two."""
         return 2 * self.multiprocessors * self.lanes * self.clock
 
+    @property
+    def bf16(self) -> bool:
+        """Whether its tensor cores take bfloat16: compute capability 8.0 and later."""
+        return int(self.arch.removeprefix("sm_")) >= 80
+
     def occupancy(self, threads: int, registers: int, shared: int) -> int:
         """How many blocks of a kernel one multiprocessor holds: the least that warps, registers, shared memory and the
         limit of blocks allow. Source: the CUDA C++ Best Practices Guide, "Calculating Occupancy"."""

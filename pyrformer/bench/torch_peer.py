@@ -106,7 +106,9 @@ class Twin(nn.Module):
         )
 
 
-def training_step(shape: Shape, threads: int, device: str = "cpu") -> Callable[[], object]:
+def training_step(
+    shape: Shape, threads: int, device: str = "cpu", *, bf16: bool = False
+) -> Callable[[], object]:
     """One step of the twin: forward, backward, clipping, fused AdamW where there is one."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -115,7 +117,8 @@ def training_step(shape: Shape, threads: int, device: str = "cpu") -> Callable[[
     ids, labels = (torch.from_numpy(x).to(device) for x in shape.tokens())
 
     def step() -> object:
-        loss = model(ids, labels)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = model(ids, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -400,6 +400,55 @@ def attention_dkv_backward(
     return tiles + Work(unique, 2 * _sectors(b * t * kv, d) + 2 * _sectors(1, b * h * t), 0)
 
 
+#: FLOPs of one mma.m16n8k16, and the rows of shared memory that ldmatrix delivers for it, the larger factor reused.
+MMA_FLOPS, MMA_PASSES = 2 * 16 * 8 * 16, 2.25
+
+
+def _on_tensor_cores(
+    visits: tuple[int, int, int], heads: int, d: int, other: int, products: int, softmax: int
+) -> Work:
+    """The tiles that the blocks of ``heads`` heads visit, for ``products`` products of the head's width each; ``other``
+    matrices pass through shared memory, those of the block's own rows stay in it."""
+    tiles, _, other_rows = (heads * n for n in visits)
+    width = 64 if d <= 64 else 128
+    tensor = 2.0 * tiles * TILE * TILE * width * products
+    stores = other * tiles * TILE * width * 2 / 128
+    return Work(
+        0,
+        other * _sectors(other_rows, d),
+        tensor + softmax * tiles * TILE * TILE,
+        tensor / MMA_FLOPS * MMA_PASSES + stores,
+        tensor,
+    )
+
+
+def _tensor_forward(grid: Any, *a: Any) -> Work:
+    b, t, h, _, d = a[9:14]
+    mask, plain = _Mask(t, a[18], a[19]), RULES["attention_forward_f32"](grid, *a)
+    tiles = _on_tensor_cores(mask.visits(mask.keys), b * h, d, other=2, products=2, softmax=34)
+    return tiles + Work(plain.unique, 2 * _sectors(b * t * h, d) + _sectors(1, b * h * t), 0)
+
+
+def _tensor_dq(grid: Any, *a: Any) -> Work:
+    b, t, h, _, d = a[11:16]
+    mask, plain = _Mask(t, a[21], a[22]), RULES["attention_dq_backward_f32"](grid, *a)
+    tiles = _on_tensor_cores(mask.visits(mask.keys), b * h, d, other=2, products=3, softmax=16)
+    return tiles + Work(plain.unique, 3 * _sectors(b * t * h, d) + 2 * _sectors(1, b * h * t), 0)
+
+
+def _tensor_dkv(grid: Any, *a: Any) -> Work:
+    b, t, h, kv, d = a[12:17]
+    mask, plain = _Mask(t, a[23], a[24]), RULES["attention_dkv_backward_f32"](grid, *a)
+    tiles = _on_tensor_cores(mask.visits(mask.queries), b * h, d, other=2, products=4, softmax=16)
+    return tiles + Work(plain.unique, 4 * _sectors(b * t * kv, d) + 2 * _sectors(1, b * h * t), 0)
+
+
+for _width in (64, 128):
+    RULES[f"attention{_width}_forward_bf16"] = _tensor_forward
+    RULES[f"attention{_width}_dq_backward_bf16"] = _tensor_dq
+    RULES[f"attention{_width}_dkv_backward_bf16"] = _tensor_dkv
+
+
 @_rule
 def cache_write_forward(
     grid: Any, source: Any, row: Any, start: Any, count: Any, cache: Any, b: int, t: int, cols: int, *_: Any
@@ -482,8 +531,9 @@ def relative_attention_dkinds_backward(
 
 
 def product(p: dict[str, Any]) -> Work:
-    """A float32 matrix product: cuBLASLt computes it without tensor cores. It chooses tiles by itself; its sectors are
-    taken to be those of large ones, its blocks those of small ones that share out an inner dimension beyond 512."""
+    """A matrix product of float32 matrices, on tensor cores where factors are rounded to bfloat16. cuBLASLt chooses
+    tiles by itself; its sectors are taken to be those of large ones, its blocks those of small ones that share out an
+    inner dimension beyond 512."""
     m, n = p["y"]["rows"], p["y"]["cols"]
     k = p["a"]["rows"] if p["ta"] else p["a"]["cols"]
     # What is added may be the result's own memory.
@@ -494,7 +544,8 @@ def product(p: dict[str, Any]) -> Work:
         _sectors(1, m * k) * across + _sectors(1, k * n) * down + (1 + (p["c"] is not None)) * _sectors(m, n)
     )
     blocks = _ceil(m, SMALL_TILE) * _ceil(n, SMALL_TILE) * max(1, k // 512)
-    return Work(unique, sectors, 2.0 * m * n * k, blocks=blocks)
+    flops = 2.0 * m * n * k
+    return Work(unique, sectors, flops, tensor=flops if p["bf16"] else 0.0, blocks=blocks)
 
 
 def work(record: dict[str, Any]) -> Work:

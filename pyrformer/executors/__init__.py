@@ -24,18 +24,20 @@ AnyStore: TypeAlias = Union[_core.Store, "Store"]
 AnyExecutor: TypeAlias = Union[_core.Executor, "Executor"]
 
 
-def open_store(device: str) -> AnyStore:
-    """An empty store on a device.
+def open_store(device: str, *, bf16: bool = False) -> AnyStore:
+    """An empty store on a device; with ``bf16``, its programs compute products and attention on tensor cores.
 
     Raises:
-        InputError: there is no such device.
+        InputError: there is no such device, or bf16 is asked of the CPU.
         DeviceError: CUDA cannot be used here; the message says what is missing.
     """
+    if device == "cpu" and bf16:
+        raise InputError("[device] bfloat16 is computed on tensor cores only; use device 'cuda'")
     if device == "cpu":
         return _core.Store()
     if device == "cuda":
         from pyrformer.executors.cuda import CudaDevice
         from pyrformer.executors.program import Store
 
-        return Store(CudaDevice())
+        return Store(CudaDevice(bf16=bf16), bf16=bf16)
     raise InputError(f"[device] device must be one of {DEVICES}, got {device!r}")

@@ -19,7 +19,9 @@ from pyrformer.errors import DeviceError
 from pyrformer.executors.device import Matrix, Product
 
 WORKSPACE = 32 << 20
-_F32, _COMPUTE_32F = 0, 68
+_F32 = 0
+#: Sums in float32; with factors rounded to bfloat16 on the way, tensor cores compute them.
+_COMPUTE_32F, _COMPUTE_32F_FAST_16BF = 68, 75
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8
 _EPILOGUE_BIAS = 4
 _PREFERENCE_WORKSPACE = 1
@@ -107,7 +109,8 @@ class CublasLt:
 
     def _prepare(self, p: Product) -> _Ready:
         m, n, _ = p.sizes
-        description = self._made("cublasLtMatmulDescCreate", _COMPUTE_32F, _F32)
+        how = _COMPUTE_32F_FAST_16BF if p.bf16 else _COMPUTE_32F
+        description = self._made("cublasLtMatmulDescCreate", how, _F32)
         self._set("MatmulDesc", description, _TRANSA, ctypes.c_int32(p.tb))
         self._set("MatmulDesc", description, _TRANSB, ctypes.c_int32(p.ta))
         if p.bias is not None:

@@ -20,6 +20,8 @@ from pyrformer.executors.device import Bytes, Product
 
 #: The oldest architecture that the kernels are compiled and tested for: Turing, compute capability 7.5.
 OLDEST = (7, 5)
+#: The first with bfloat16 in its tensor cores: Ampere.
+BF16 = (8, 0)
 INSTALL = "pip install pyrformer[cuda13] (CUDA 13 driver, 580 or newer) or pyrformer[cuda12]"
 
 
@@ -76,6 +78,7 @@ def describe() -> dict[str, Any]:
         "runtime_cuda": f"{version // 1000}.{version % 1000 // 10}",
         "device": name,
         "arch": f"sm_{arch[0]}{arch[1]}",
+        "capability": arch,
         "multiprocessors": int(properties["multiProcessorCount"]),
         "memory_bytes": int(total),
         "free_bytes": int(free),
@@ -96,9 +99,11 @@ class _Memory:
 class CudaDevice:
     """The current CUDA device behind :class:`pyrformer.executors.device.Device`."""
 
-    def __init__(self) -> None:
-        """Raises DeviceError: CUDA cannot be used here; the message says what is missing."""
-        describe()
+    def __init__(self, *, bf16: bool = False) -> None:
+        """Raises DeviceError: CUDA, or bfloat16 if asked for, cannot be used here; the message says what is missing."""
+        found = describe()
+        if bf16 and found["capability"] < BF16:
+            raise DeviceError(f"[cuda] {found['device']} ({found['arch']}) has no bfloat16; use float32")
         self.cupy = _import()
         self.runtime = self.cupy.cuda.runtime
         self.pool = self.cupy.cuda.MemoryPool()

@@ -36,6 +36,8 @@ class Product:
     c: Matrix | None
     bias: int | None
     y: Matrix
+    #: Factors are rounded to bfloat16, for tensor cores.
+    bf16: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -34,8 +34,10 @@ SLOTS = 2
 class Store:
     """Named tensors on a device that programs share, their arena, and the stream that all of them run on."""
 
-    def __init__(self, device: Device):
+    def __init__(self, device: Device, *, bf16: bool = False):
         self.device = device
+        #: Programs compute products and attention on tensor cores, from factors rounded to bfloat16.
+        self.bf16 = bf16
         self.compute, self.copies = device.stream(), device.stream()
         self.idle = device.event()
         self.arena = device.memory(0)
@@ -204,7 +206,7 @@ class Executor:
     """A plan bound to a store, run on its device."""
 
     def __init__(self, plan: _core.Plan, store: Store):
-        program = json.loads(_core.cuda_program(plan))
+        program = json.loads(_core.cuda_program(plan, store.bf16))
         self.store = store
         self.records: list[tuple[int, dict[str, Any]]] = program["records"]
         self.limits: list[dict[str, Any]] = program["limits"]
@@ -324,7 +326,7 @@ class Executor:
             p = record["product"]
             matrices = {k: self._matrix(p[k]) for k in "abcy"}
             bias = p["bias"] and self._address(p["bias"])
-            return (Product(ta=p["ta"], tb=p["tb"], bias=bias, **matrices),)
+            return (Product(ta=p["ta"], tb=p["tb"], bias=bias, bf16=p["bf16"], **matrices),)
         launch = record["launch"]
         args = tuple(self._arg(arg) for arg in launch["args"])
         return launch["kernel"], launch["grid"], launch["block"], args

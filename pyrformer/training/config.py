@@ -72,6 +72,8 @@ class TrainConfig:
             within a size such as "2GB"; "": no bound.
         seed: of weights, order, masks and dropout.
         device: "cpu" or "cuda".
+        bf16: on "cuda", compute products and attention on tensor cores, from factors rounded to bfloat16; weights, sums
+            and the optimizer's states stay float32.
         threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
         overwrite: replace a run that is there.
         resume: go on with a run that is there.
@@ -136,6 +138,7 @@ class TrainConfig:
     memory: str = ""
     seed: int = 0
     device: str = "cpu"
+    bf16: bool = False
     threads: int = 0
     overwrite: bool = False
     resume: bool = False
@@ -191,6 +194,10 @@ class TrainConfig:
             0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}"
         )
         require(self.device in DEVICES, f"device must be one of {DEVICES}, got {self.device!r}")
+        require(
+            not self.bf16 or self.device == "cuda",
+            "bf16 is computed on tensor cores only; set device to 'cuda'",
+        )
         require(
             self.on_nonfinite in ON_NONFINITE,
             f"on_nonfinite must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}",

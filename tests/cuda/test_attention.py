@@ -19,6 +19,42 @@ def test_shapes(device, rng, close, shape, causal):
     check(device, close, *operands(rng, *shape), causal=causal)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (2, 70, 2, 1, 36), (1, 65, 1, 1, 64), (1, 35, 1, 1, 128)], ids=str
+)
+def test_tensor_cores(device, rng, close, shape, causal):
+    check(device, close, *operands(rng, *shape), causal=causal, bf16=True)
+
+
+@LAYOUTS
+def test_tensor_cores_with_everything(device, rng, close, layout):
+    """A window, packed texts with padding, queries that see nothing, biased keys, dropout, shared heads."""
+    segments = np.array([[0] * 3 + [1] * 20 + [0] * 2 + [1] * 37 + [2] * 7])
+    more = {"segments": segments, "window": 50, "key_bias": rng.normal(size=(1, 2, 69)).astype(np.float32)}
+    site = run.Site(np.array([1, 2, 3, 4]), 9, 0.2)
+    check(
+        device,
+        close,
+        *operands(rng, 1, 69, 2, 1, 37),
+        causal=True,
+        bf16=True,
+        site=site,
+        layout=layout,
+        **more,
+    )
+
+
+def test_tensor_cores_round_to_bfloat16(device, rng):
+    """Factors that bfloat16 holds give float32's result; others show its eight bits."""
+    q, k, v = (rng.integers(-4, 5, size=(1, 9, 1, 8)).astype(np.float32) for _ in range(3))
+    exact = reference.Attention(q, k, v, 0.0)  # all weigh 1/9, rounded once
+    got = run.attention(device, q, k, v, 0.0, bf16=True)["out"]
+    np.testing.assert_allclose(got, exact.out, atol=1e-6)
+    v[:] = 1 + 2.0**-10
+    np.testing.assert_array_equal(run.attention(device, q, k, v, 0.0, bf16=True)["out"], 1)
+
+
 @pytest.mark.parametrize("width", [7, 100, 130, 256])
 def test_widths(device, rng, close, width):
     check(device, close, *operands(rng, 1, 9, 1, 1, width), causal=True)

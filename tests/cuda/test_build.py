@@ -43,9 +43,18 @@ def test_rows_are_moved_in_128_bits(arch):
             assert wide_load or name == "fill_forward_f32", name
 
 
+@pytest.mark.parametrize("arch", [80, 100])
+def test_tensor_cores_are_used_where_meant(arch):
+    text = nvrtc.ptx(nvrtc.unit("attention_bf16"), "attention_bf16", arch)
+    for name, body in re.findall(r"\.entry (\w+)\(.*?\{(.*?)\n\}", text, re.DOTALL):
+        assert "mma.sync.aligned.m16n8k16" in body, name
+        assert "ldmatrix.sync.aligned.m8n8.x4.trans" in body, name
+        assert re.search(r"ld\.global(\.nc)?\.v4\.[bf]32", body), name
+
+
 def test_the_embedded_list_names_the_same_kernels():
     text = (Path(nvrtc.KERNELS).parent / "rust" / "cuda" / "src" / "sources.rs").read_text()
-    listed = set(re.findall(r'"(\w+_f32)"', text.split("#[cfg(test)]")[0]))
+    listed = set(re.findall(r'"(\w+ward_(?:bf16|f32))"', text.split("#[cfg(test)]")[0]))
     assert listed == set(bars.read())
 
 

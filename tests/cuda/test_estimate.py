@@ -87,9 +87,11 @@ def test_a_product_is_counted_with_what_it_adds() -> None:
         "c": None,
         "bias": None,
         "y": matrix(5, 7),
+        "bf16": False,
     }
     assert work.work({"product": p}).flops == 2 * 5 * 7 * 9
     assert work.work({"product": p}).unique == 4 * (45 + 63 + 35)
+    assert work.work({"product": {**p, "bf16": True}}).tensor == 2 * 5 * 7 * 9
     onto, added = {**p, "c": p["y"]}, {**p, "c": matrix(5, 7, 512), "bias": p["y"]["place"]}
     assert work.work({"product": onto}).unique == 4 * (45 + 63 + 35)
     assert work.work({"product": added}).unique == 4 * (45 + 63 + 70 + 7)
@@ -138,6 +140,28 @@ def test_the_command_prints_what_json_says() -> None:
     assert found["bound_ms"] < found["ms_per_step"]
     lines = CliRunner().invoke(command, arguments[1:]).output.splitlines()
     assert any(line.startswith("attention_forward") for line in lines)
+    wide = [
+        "train-step",
+        "--estimate",
+        "a100",
+        "--width",
+        "768",
+        "--heads",
+        "12",
+        "--batch",
+        "8",
+        "--seq",
+        "1024",
+        "--json",
+    ]
+    plain, fast = (
+        json.loads(CliRunner().invoke(command, [*wide, *more]).output) for more in ([], ["--bf16"])
+    )
+    on_tensor_cores = {k["name"] for k in fast["kernels"] if k["tensor_share"]}
+    assert {"attention64_forward_bf16", "matrix products"} <= on_tensor_cores
+    assert fast["ms_per_step"] < plain["ms_per_step"] / 2
+    refused = CliRunner().invoke(command, [*arguments[1:], "--bf16"])
+    assert refused.exit_code == 2 or "T4 has no bfloat16" in str(refused.exception)
     refused = CliRunner().invoke(command, [*arguments[1:], "--profile"])
     assert refused.exit_code == 2
     assert "--estimate runs nothing" in refused.output

@@ -10,23 +10,24 @@ import sim
 from kernels.programs import FAMILIES, OPTIMIZER, PROGRAMS, cases, inputs, model, sizes
 from sim.card import Card
 
-from pyrformer.errors import DeviceError, InputError, StateError
+from pyrformer.errors import ConfigError, DeviceError, InputError, StateError
 from pyrformer.executors.program import Executor, Store
 from pyrformer.model import Model
 from pyrformer.optimizers import OPTIMIZERS
 from pyrformer.programs import train_step
+from pyrformer.training.config import TrainConfig
 
 # float32 sums of some hundred terms in another order, after a few layers.
 TOLERANCE = 2e-5
 
 
-def on_card(cpu: Model, card: Card) -> Model:
+def on_card(cpu: Model, card: Card, *, bf16: bool = False) -> Model:
     """The same model on a card, without the caches of generations, which each model names for itself."""
-    store = Store(card)
+    store = Store(card, bf16=bf16)
     for name, _, _ in cpu.store.types():
         if not name.startswith("cache"):
             store.set(name, cpu.store.get(name))
-    return Model(cpu.family, device="cuda", store=store)
+    return Model(cpu.family, device="cuda", bf16=bf16, store=store)
 
 
 def assert_close(
@@ -70,6 +71,35 @@ def test_a_training_step_of_the_compiled_kernels(
         assert_close(two(**given), one(**given))
     assert_close(states(device), states(cpu), 1e-4)
     assert len(card.kernels) >= 16
+
+
+def test_bfloat16_on_tensor_cores(programs: dict[str, sim.Program], rng: np.random.Generator) -> None:
+    """One step of the compiled kernels, then twenty of their twins: near float32's, and not float32's."""
+    cpu = model("llama")
+    card = Card(programs, how="both")
+    one = train_step(cpu.family, sizes(cpu), OPTIMIZER).lower("cpu").compile(cpu.store)
+    for steps in (1, 20):
+        device = on_card(cpu, card, bf16=True)
+        two = train_step(cpu.family, sizes(cpu), OPTIMIZER).lower("cuda").compile(device.store)
+        given = inputs(cpu, one.plan, rng)
+        losses = []
+        for step in range(steps):
+            given["step"] = np.array(step + 1, np.int32)
+            losses.append((two(**given)["loss"], one(**given)["loss"]))
+        got, want = np.array(losses, float).T
+        np.testing.assert_allclose(got, want, rtol=2e-2)
+        assert not np.allclose(got, want, rtol=1e-7)
+        card.how = "twins"
+    assert want[-1] < 0.9 * want[0]
+    assert {"attention64_forward_bf16", "attention64_dkv_backward_bf16"} <= card.kernels
+    assert "attention_forward_f32" not in card.kernels
+
+
+def test_bfloat16_on_the_cpu_is_refused() -> None:
+    with pytest.raises(InputError, match="tensor cores only; use device 'cuda'"):
+        model("gpt2", bf16=True)
+    with pytest.raises(ConfigError, match="set device to 'cuda'"):
+        TrainConfig(files=["text.txt"], out="run", bf16=True)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])

@@ -33,7 +33,9 @@ def signatures() -> dict[str, list[str]]:
             source = source.replace(macro[0], "")
             for use in re.findall(rf"^{macro[1]}\((\w+),", source, re.MULTILINE):
                 source += macro[2].replace("\\\n", "\n").replace("name##", use)
-        for kernel in re.finditer(r'extern "C" __global__.*?\n?\s*(\w+_f32)\(([^)]*)\)', source, re.DOTALL):
+        for kernel in re.finditer(
+            r'extern "C" __global__.*?\n?\s*(\w+_(?:bf16|f32))\(([^)]*)\)', source, re.DOTALL
+        ):
             params = [p.strip().rsplit(" ", 1)[0] for p in kernel[2].split(",")]
             found[kernel[1]] = ["pointer" if "*" in p else types[p] for p in params]
     return found

@@ -132,6 +132,21 @@ def attention_grad(device, rng, close):
     attention(device, rng, close, backward=True)
 
 
+def tensor_cores(device, rng, close):
+    site, segments = (
+        run.Site(np.array([1, 2, 3, 4]), 9, 0.2),
+        np.array([[1] * 20 + [0] * 2 + [1] * 40 + [2] * 7]),
+    )
+    x = attention_operands(rng, 1, 69, 2, 1, 36)
+    x[1][0, 60] *= 3  # a large score comes late
+    check_attention(device, close, *x, causal=True, window=50, segments=segments, site=site, bf16=True)
+
+
+def blind_tensor_cores(device, rng, close):
+    x = attention_operands(rng, 1, 70, 2, 1, 4)
+    check_attention(device, close, *x, causal=True, segments=np.array([[0] * 66 + [1] * 4]), bf16=True)
+
+
 def blind(device, rng, close):
     x = attention_operands(rng, 1, 70, 2, 1, 4)
     check_attention(device, close, *x, causal=True, segments=np.array([[0] * 66 + [1] * 4]))
@@ -253,7 +268,8 @@ def smoothed(device, rng, close):
 
 CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
-    global_norm, adamw, attention, attention_grad, blind, attention_of_wide_heads, cache_write, cached,
+    global_norm, adamw, attention, attention_grad, blind, tensor_cores,
+    blind_tensor_cores, attention_of_wide_heads, cache_write, cached,
     cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
     relative_queries, roots_and_signs, smoothed,
 )}  # fmt: skip
@@ -370,6 +386,22 @@ MUTANTS = [
     ("attention", "attention", FORWARD, "__syncthreads();  // the weights are written, the last users of b are done", ""),
     ("attention", "attention", FORWARD, "                __syncthreads();\n                multiply(sum[part]", "                multiply(sum[part]"),
     ("attention_grad", "attention", DKV, "__syncthreads();  // the probabilities are used up", ""),
+    # Attention on tensor cores.
+    ("tensor_cores", "attention_bf16", "attention64_", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
+    ("tensor_cores", "attention_bf16", "attention64_", "{%0, %1, %2, %3}, {%4, %5, %6, %7}", "{%0, %1, %2, %3}, {%4, %6, %5, %7}"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "multiply(product[n + 1], a, b[2], b[3])", "multiply(product[n + 1], a, b[1], b[3])"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "load_tiles<true>(b", "load_tiles<false>(b"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "__syncthreads();  // the last keys and values are used up", ""),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "        __syncthreads();\n        float p[KEYS / 8][4];\n        dot_rows", "        float p[KEYS / 8][4];\n        dot_rows"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "sum[n][2 * r] *= correction, ", ""),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));", ""),
+    ("tensor_cores", "attention_bf16", "attention64_dq", "float bias = seen && key_bias ? key_bias[head0 + key] : 0.f;\n                float factor", "float bias = 0.f;\n                float factor = 1.f; if (0) factor"),
+    ("tensor_cores", "attention_bf16", "attention64_dq", "__syncthreads();  // the last keys and values are used up", ""),
+    ("tensor_cores", "attention_bf16", "attention64_dkv", "__syncthreads();  // the last queries are used up", ""),
+    ("tensor_cores", "attention_bf16", "attention64_dkv", "row + e / 2 * 8, query = query0 + 8 * n + 2 * t + e % 2;\n                    bool inside", "row + e % 2 * 8, query = query0 + 8 * n + 2 * t + e / 2;\n                    bool inside"),
+    ("tensor_cores", "attention_bf16", "attention64_dkv", "head < (kv_head + 1) * group; ++head) {\n        Rows qs", "head < kv_head * group + 1; ++head) {\n        Rows qs"),
+    ("blind_tensor_cores", "attention_bf16", "attention64_forward", "mask.blind_weight(largest[e / 2]", "mask.blind_weight(largest[e % 2]"),
+    ("blind_tensor_cores", "attention_bf16", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
     # Decoding.
     ("cache_write", "cache", "cache_write_forward_f32", "t >= count[b] || ", ""),
     ("cached", "cache", "cached_attention_forward_f32", "max(0, end - window)", "max(0, end - window - 1)"),

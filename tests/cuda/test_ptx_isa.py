@@ -103,6 +103,12 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "min.ftz.f32": ("f32", f2, [((1, 2), 1), ((nan, 2), 2), ((-3, nan), -3), ((nan, nan), nan)]),
     "copysign.f32": ("f32", f2, [((-1, 3), -3), ((1, -3), 3), ((-0.0, 5), -5)]),
     "cvt.ftz.sat.f32.f32": ("f32", f1, [((0.25,), 0.25), ((-3,), 0), ((7,), 1), ((nan,), 0), ((TINY,), 0)]),
+    "cvt.rn.bf16x2.f32": (
+        "u32", f2,
+        # The first operand is the upper half. Ties go to even; NaN stays NaN, the largest floats become infinite.
+        [((1, -2), 0x3F80C000), ((1 + 2.0**-8, 1 + 3 * 2.0**-8), 0x3F803F82), ((nan, inf), 0x7FFF7F80),
+         ((3.4e38, TINY), 0x7F800001)],
+    ),
     "cvt.rn.f32.s32": ("f32", ("s32",), [((-5,), -5), ((2**24 + 1,), 2**24)]),
     "cvt.rn.f32.u32": ("f32", ("u32",), [((MAX,), 2.0**32), ((7,), 7)]),
     "cvt.rni.f32.f32": ("f32", f1, [((2.5,), 2), ((-3.5,), -4), ((1e30,), 1e30)]),
@@ -117,6 +123,10 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "mul.lo.s64": ("s64", ("s64", "s64"), [((-3, 2**40), -3 * 2**40)]),
     "mul.hi.u32": ("u32", ("u32", "u32"), [((MAX, MAX), MAX - 1), ((2**16, 2**16), 1)]),
     "mul.wide.s32": ("s64", ("s32", "s32"), [((-3, 2**30), -3 * 2**30)]),
+    "mul.wide.u16": ("u32", ("u16", "u16"), [((65535, 65535), 65535 * 65535), ((3, 5), 15)]),
+    "and.b16": ("u16", ("u16", "u16"), [((0xFF0F, 0x0FF0), 0x0F00)]),
+    "cvt.u16.u32": ("u16", ("u32",), [((0x12345678,), 0x5678)]),
+    "max.u32": ("u32", ("u32", "u32"), [((MAX, 1), MAX), ((2, 3), 3)]),
     "mul.wide.u32": ("u64", ("u32", "u32"), [((MAX, MAX), MAX * MAX)]),
     "mad.lo.s32": ("s32", ("s32",) * 3, [((-3, 5, 7), -8)]),
     "mad.lo.s64": ("s64", ("s64",) * 3, [((-3, 2**40, 7), 7 - 3 * 2**40)]),
@@ -223,6 +233,10 @@ SPECIAL = {
     "ld.shared.b32", "ld.shared.f32", "ld.shared.v4.b32", "ld.shared.v4.f32", "ret", "shfl.sync.bfly.b32",
     "st.global.b32", "st.global.f32", "st.global.u32", "st.global.v2.b64", "st.global.v4.b32", "st.global.v4.f32",
     "st.shared.b32", "st.shared.f32", "st.shared.v4.b32", "st.shared.v4.f32", "vote.sync.ballot.b32",
+    # Tested by name below.
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "st.global.v2.f32", "st.shared.v2.u32",
+    "ld.global.nc.v2.b32", "st.global.v2.b32", "st.shared.v2.b32",
 }  # fmt: skip
 
 
@@ -294,6 +308,23 @@ def test_pairs():
     st.global.u32 [%rd1+4], %r1;
     """
     assert run(body, 1, [np.arange(4, dtype=np.uint32)], ((2,), np.uint32)).tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("kind", ["u32", "b32"])
+def test_pairs_through_shared_memory(kind):
+    body = f"""
+    ld.global.nc.v2.{kind} {{%r1, %r2}}, [%rd0];
+    st.shared.v2.{kind} [buffer], {{%r2, %r1}};
+    ld.shared.b32 %r3, [buffer+4];
+    ld.shared.b32 %r4, [buffer];
+    mov.b32 %f1, %r3;
+    mov.b32 %f2, %r4;
+    st.global.v2.f32 [%rd1], {{%f1, %f2}};
+    st.global.v2.b32 [%rd1+8], {{%r3, %r3}};
+    """
+    given = np.array([1.5, -2], np.float32).view(np.uint32)
+    got = run(body, 1, [given], ((4,), np.float32), ".shared .align 8 .b8 buffer[8];")
+    assert got.tolist() == [1.5, -2, 1.5, 1.5]
 
 
 def test_parameters_and_special_registers():
@@ -428,6 +459,90 @@ def test_a_shuffle_beyond_its_segment_gives_the_own_value():
     # c = 0x181f: segments of eight lanes, which a step of 16 leaves downwards (allowed) or upwards (not).
     got = run(body, 32, [], ((32,), np.uint32))
     assert got.tolist() == [t if t < 16 else t - 16 + 100 for t in range(32)]
+
+
+# CuTe's layouts of the same instruction, an independent statement of who holds what: (extents of lane and value,
+# strides into the matrix, columns first). Source: CUTLASS, include/cute/atom/mma_traits_sm80.hpp, SM80_16x8x16.
+LAYOUTS = {
+    "a": (((4, 8), (2, 2, 2)), ((32, 1), (16, 8, 128))),
+    "b": (((4, 8), (2, 2)), ((16, 1), (8, 64))),
+    "c": (((4, 8), (2, 2)), ((32, 1), (16, 8))),
+}
+
+
+def held(which: str) -> np.ndarray:
+    """Places in the matrix, stored by columns, of each lane's values: [32, values]."""
+    parts = []
+    for extents, strides in zip(*LAYOUTS[which], strict=True):
+        places = np.zeros(1, int)
+        for extent, stride in zip(extents, strides, strict=True):  # the first coordinate runs fastest
+            places = (np.arange(extent)[:, None] * stride + places).reshape(-1)
+        parts.append(places)
+    return parts[0][:, None] + parts[1]
+
+
+def as_bf16(x: np.ndarray) -> np.ndarray:
+    """Small integers as bfloat16, which holds them exactly."""
+    return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def test_mma(rng):
+    a, b, c = (rng.integers(-9, 10, size) for size in ((16, 16), (8, 16), (16, 8)))
+    lanes = [as_bf16(x.T.reshape(-1)[held(n)]).view(np.uint32) for n, x in (("a", a), ("b", b))]
+    sums = c.astype(np.float32).T.reshape(-1)[held("c")]
+    body = """
+    mul.wide.u32 %rd20, %r0, 16;
+    mul.wide.u32 %rd21, %r0, 8;
+    add.s64 %rd0, %rd0, %rd20;
+    add.s64 %rd1, %rd1, %rd21;
+    add.s64 %rd2, %rd2, %rd20;
+    add.s64 %rd3, %rd3, %rd20;
+    ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd0];
+    ld.global.v2.u32 {%r5, %r6}, [%rd1];
+    ld.global.v4.f32 {%f1, %f2, %f3, %f4}, [%rd2];
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {SUM}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4};
+    st.global.v4.f32 [%rd3], {SUM};
+    """.replace("SUM", "%f5, %f6, %f7, %f8")
+    got = run(body, 32, [*lanes, sums], ((32, 4), np.float32))
+    np.testing.assert_array_equal(got, (a @ b.T + c).T.reshape(-1)[held("c")])
+
+
+@pytest.mark.parametrize("turned", ["", ".trans"])
+def test_ldmatrix(turned):
+    """Lane l gives row l % 8 of tile l / 8; the tiles lie in memory one behind the other."""
+    body = f"""
+    mul.wide.u32 %rd20, %r0, 16;
+    add.s64 %rd0, %rd0, %rd20;
+    add.s64 %rd1, %rd1, %rd20;
+    ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd0];
+    shl.b32 %r5, %r0, 4;
+    mov.u32 %r6, buffer;
+    add.s32 %r6, %r6, %r5;
+    st.shared.v4.u32 [%r6], {{%r1, %r2, %r3, %r4}};
+    bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x4{turned}.shared.b16 {{%r1, %r2, %r3, %r4}}, [%r6];
+    st.global.v4.u32 [%rd1], {{%r1, %r2, %r3, %r4}};
+    """
+    tiles = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
+    got = run(body, 32, [tiles.view(np.uint32)], ((32, 4), np.uint32), ".shared .align 16 .b8 buffer[512];")
+    for lane, tile, half in np.ndindex(32, 4, 2):
+        row, col = lane // 4, 2 * (lane % 4) + half
+        want = tiles[tile, col, row] if turned else tiles[tile, row, col]
+        assert got[lane, tile] >> 16 * half & 0xFFFF == want
+
+
+def test_an_unsynchronised_ldmatrix_is_a_race():
+    body = """
+    shl.b32 %r5, %r0, 4;
+    mov.u32 %r6, buffer;
+    add.s32 %r7, %r6, %r5;
+    st.shared.v4.u32 [%r7], {%r0, %r0, %r0, %r0};
+    xor.b32 %r5, %r5, 16;
+    add.s32 %r7, %r6, %r5;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2, %r3, %r4}, [%r7];
+    """
+    with pytest.raises(sim.Fault, match="race: read unsynchronised"):
+        run(body, 32, [], ((1,), np.uint32), ".shared .align 16 .b8 buffer[512];")
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ impl Matrix {
     }
 }
 
-/// A float32 matrix product `y = op(a)·op(b) (+ c) (+ bias)`, all row-major. Shapes: op(a) [M, K], op(b) [K, N], y, c
+/// A matrix product of float32 matrices `y = op(a)·op(b) (+ c) (+ bias)`, all row-major. Shapes: op(a) [M, K], op(b) [K, N], y, c
 /// [M, N], bias [N]. `c` may be `y`'s memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Product {
@@ -182,6 +182,8 @@ pub struct Product {
     pub bias: Option<Place>,
     /// The result.
     pub y: Matrix,
+    /// Whether factors are rounded to bfloat16, so that tensor cores can take them; sums are float32 either way.
+    pub bf16: bool,
 }
 
 /// One thing that the device does.
@@ -209,11 +211,11 @@ pub struct Program {
     pub limits: Vec<Limit>,
 }
 
-/// The records of a plan.
+/// The records of a plan; with `bf16`, products and attention on tensor cores.
 ///
 /// # Errors
 /// When a step has no kernel, or a tensor is too large to be counted.
-pub fn program(plan: &Plan) -> Result<Program> {
+pub fn program(plan: &Plan, bf16: bool) -> Result<Program> {
     let (mut records, mut constants) = (Vec::new(), Vec::new());
     for (i, step) in plan.steps.iter().enumerate() {
         let op = || step.op.name().to_owned();
@@ -227,7 +229,7 @@ pub fn program(plan: &Plan) -> Result<Program> {
                 return Err(Error::Unsupported { step: i, op: op(), why });
             }
         }
-        match record(step, &mut constants) {
+        match record(step, bf16, &mut constants) {
             Ok(made) => records.extend(made.into_iter().map(|r| (i, r))),
             Err(why) => return Err(Error::Unsupported { step: i, op: op(), why }),
         }

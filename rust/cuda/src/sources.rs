@@ -1,11 +1,14 @@
 //! The kernel files, each as one self-contained translation unit.
 //!
-//! A unit is `common.cuh`, then the file, joined by `#line` directives so that compiler messages name the places that
+//! A unit is `common.cuh`, the header that some files share, then the file, joined by `#line` directives so that compiler messages name the places that
 //! people edit. Nothing is included by name: CuPy's kernel cache keys on the text it is given, so an edited header behind
 //! an `#include` would load a stale binary.
 
 /// The text in front of every unit.
 const COMMON: &str = include_str!("../../../cuda/common.cuh");
+
+/// What the files of attention share.
+const ATTENTION: &str = include_str!("../../../cuda/attention.cuh");
 
 /// Registers and shared memory of each kernel by architecture, as TOML: what estimates of occupancy start from.
 pub const BARS: &str = include_str!("../../../cuda/bars.toml");
@@ -38,6 +41,15 @@ pub const SOURCES: &[Source] = &[
         "attention_dkv_backward_f32",
         "attention_dq_backward_f32",
         "attention_forward_f32",
+    ),
+    source!(
+        "attention_bf16",
+        "attention128_dkv_backward_bf16",
+        "attention128_dq_backward_bf16",
+        "attention128_forward_bf16",
+        "attention64_dkv_backward_bf16",
+        "attention64_dq_backward_bf16",
+        "attention64_forward_bf16",
     ),
     source!("cache", "cache_write_forward_f32", "cached_attention_forward_f32"),
     source!(
@@ -115,7 +127,9 @@ impl Source {
     /// The text to hand to NVRTC. It includes nothing.
     #[must_use]
     pub fn unit(&self) -> String {
-        format!("#line 1 \"common.cuh\"\n{COMMON}#line 1 \"{}.cu\"\n{}", self.name, self.text)
+        let shared = self.name.starts_with("attention");
+        let head = if shared { format!("#line 1 \"attention.cuh\"\n{ATTENTION}") } else { String::new() };
+        format!("#line 1 \"common.cuh\"\n{COMMON}{head}#line 1 \"{}.cu\"\n{}", self.name, self.text)
     }
 
     /// A digest of the unit's text in 16 hexadecimal digits: equal exactly when nothing changed, barring a collision that
@@ -164,10 +178,11 @@ mod tests {
                     defined.extend([format!("{name}_forward_f32"), format!("{name}_backward_f32")]);
                 } else if let Some(name) = line.strip_prefix("BINARY(").and_then(|l| l.split(',').next()) {
                     defined.push(format!("{name}_forward_f32"));
-                } else if let Some((name, _)) = line.split_once("_f32(")
-                    && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                } else if let Some((name, _)) = line.split_once('(')
+                    && (name.ends_with("_f32") || name.ends_with("_bf16"))
+                    && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
                 {
-                    defined.push(format!("{name}_f32"));
+                    defined.push(name.to_owned());
                 }
             }
             defined.sort();

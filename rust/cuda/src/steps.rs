@@ -74,14 +74,16 @@ impl Target for Cuda {
 }
 
 /// The records of a step, or what is missing for it.
-pub(crate) fn record(step: &Step, constants: &mut Vec<u32>) -> Result<Vec<Record>, String> {
-    let mut r = Recorder { step, constants, records: Vec::new() };
+pub(crate) fn record(step: &Step, bf16: bool, constants: &mut Vec<u32>) -> Result<Vec<Record>, String> {
+    let mut r = Recorder { step, bf16, constants, records: Vec::new() };
     r.step()?;
     Ok(r.records)
 }
 
 struct Recorder<'a> {
     step: &'a Step,
+    /// Products and attention are to run on tensor cores.
+    bf16: bool,
     constants: &'a mut Vec<u32>,
     records: Vec<Record>,
 }
@@ -387,11 +389,29 @@ impl Recorder<'_> {
         // A transposed factor's rows are the inner dimension, all leading axes together.
         let bias = bias.map(|b| b.place);
         if e.act.is_none() && e.act_grad.is_none() {
-            self.records.push(Record::Product(Product { a, ta, b, tb, c: residual, bias, y }));
+            self.records.push(Record::Product(Product {
+                a,
+                ta,
+                b,
+                tb,
+                c: residual,
+                bias,
+                y,
+                bf16: self.bf16,
+            }));
             return Ok(());
         }
         let product = if e.keep_pre { self.y(1) } else { y };
-        self.records.push(Record::Product(Product { a, ta, b, tb, c: None, bias, y: product }));
+        self.records.push(Record::Product(Product {
+            a,
+            ta,
+            b,
+            tb,
+            c: None,
+            bias,
+            y: product,
+            bf16: self.bf16,
+        }));
         let none = Arg::Pointer(None);
         let ld = |m: Option<Matrix>| Arg::from(m.map_or(0, |m| m.ld));
         let mut args = args![product, none, x, residual, y, none, y.rows, y.cols, product.ld];
@@ -449,7 +469,16 @@ impl Recorder<'_> {
             let n = chunk.min(rows - from);
             let (xs, logits) = (x.rows(from, n), self.scratch(0, n, classes)?);
             let (labels, losses) = (labels.rows(from, n), losses.rows(from, n));
-            let product = Product { a: xs, ta: false, b: weight, tb: true, c: None, bias: None, y: logits };
+            let product = Product {
+                a: xs,
+                ta: false,
+                b: weight,
+                tb: true,
+                c: None,
+                bias: None,
+                y: logits,
+                bf16: self.bf16,
+            };
             self.records.push(Record::Product(product));
             if !gradients {
                 let args = [args![logits, bias, labels, losses, classes, classes], tail.clone()].concat();
@@ -463,8 +492,8 @@ impl Recorder<'_> {
             let onto = (from > 0).then_some(dw);
             let a = logits;
             let products = [
-                Product { a, ta: false, b: weight, tb: false, c: None, bias: None, y: dx },
-                Product { a, ta: true, b: xs, tb: false, c: onto, bias: None, y: dw },
+                Product { a, ta: false, b: weight, tb: false, c: None, bias: None, y: dx, bf16: self.bf16 },
+                Product { a, ta: true, b: xs, tb: false, c: onto, bias: None, y: dw, bf16: self.bf16 },
             ];
             self.records.extend(products.map(Record::Product));
             if with_bias {

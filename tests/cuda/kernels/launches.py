@@ -448,10 +448,13 @@ class Site:
 def attention(
     device: Device, q: Array, k: Array, v: Array, scale: float, *, dout: Array | None = None, causal: bool = False,
     window: int | None = None, segments: Array | None = None, key_bias: Array | None = None,
-    prefix: Array | None = None, site: Site | None = None, layout: Layout = PLAIN,
+    prefix: Array | None = None, site: Site | None = None, layout: Layout = PLAIN, bf16: bool = False,
 ) -> dict[str, Array]:  # fmt: skip
     """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]."""
     batch, tokens, heads, width = q.shape
+    kernel, block = "attention_{}_f32", 256
+    if bf16:
+        kernel, block = f"attention{64 if width <= 64 else 128}_{{}}_bf16", 128
     kv_heads = k.shape[2]
     flat = [upload(device, x.reshape(batch, tokens, -1), layout) for x in (q, k, v)]
     out, lse = blank(device, flat[0].shape, layout), device.empty((batch, heads, tokens))
@@ -466,9 +469,9 @@ def attention(
     pointers, strides = [x.at for x in flat], [ld(x) for x in flat]
     grid = (tiles, heads, batch * slices)
     device.launch(
-        "attention_forward_f32",
+        kernel.format("forward"),
         grid,
-        256,
+        block,
         *pointers,
         s,
         kb,
@@ -499,11 +502,11 @@ def attention(
     dq, dk, dv = (blank(device, x.shape, layout) for x in flat)
     inputs = (d.at, *pointers, lse, delta, s, kb, pre, r)
     device.launch(
-        "attention_dq_backward_f32", grid, 256, *inputs, dq.at, *sizes, ld(d), *strides, ld(dq), *tail
+        kernel.format("dq_backward"), grid, block, *inputs, dq.at, *sizes, ld(d), *strides, ld(dq), *tail
     )
     grid = (tiles, kv_heads, batch * slices)
     strides = [ld(d), *strides, ld(dk), ld(dv)]
-    device.launch("attention_dkv_backward_f32", grid, 256, *inputs, dk.at, dv.at, *sizes, *strides, *tail)
+    device.launch(kernel.format("dkv_backward"), grid, block, *inputs, dk.at, dv.at, *sizes, *strides, *tail)
     shapes = {"dq": (dq, q.shape), "dk": (dk, k.shape), "dv": (dv, v.shape)}
     return results | {name: download(device, x).reshape(shape) for name, (x, shape) in shapes.items()}
 

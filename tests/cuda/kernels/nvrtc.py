@@ -26,8 +26,8 @@ CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space
 
 def unit(name: str) -> str:
     """The translation unit of `cuda/<name>.cu`, as rust/cuda/src/sources.rs assembles it."""
-    common = (KERNELS / "common.cuh").read_text()
-    return f'#line 1 "common.cuh"\n{common}#line 1 "{name}.cu"\n{(KERNELS / f"{name}.cu").read_text()}'
+    heads = ["common.cuh", *(["attention.cuh"] if name.startswith("attention") else [])]
+    return "".join(f'#line 1 "{file}"\n{(KERNELS / file).read_text()}' for file in (*heads, f"{name}.cu"))
 
 
 def files() -> list[str]:

@@ -236,6 +236,6 @@ class Card:
         got, want = m.data[apart].view(np.float32), data[apart].view(np.float32)
         with np.errstate(invalid="ignore"):
             error = np.abs(got.astype(float) - want) / (1 + np.abs(want.astype(float)))
-        if not (error <= twins.TOLERANCE).all():
+        if not (error <= (twins.BF16_TOLERANCE if kernel.endswith("_bf16") else twins.TOLERANCE)).all():
             worst = int(np.nanargmax(np.where(np.isnan(error), np.inf, error)))
             raise Fault(f"{kernel} gives {got[worst]}, its twin {want[worst]}")

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from . import ops
+from . import ops, tensor
 from .counter import Counter
 from .memory import BARRIER_SHIFT, BLOCK_SHIFT, THREAD_SHIFT, WORD, Fault, Memory
-from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, constant, parse
+from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, constant, parse, registers_of
 
 WARP = 32
 THREADS_AT_ONCE = (
@@ -25,7 +25,8 @@ ALL = slice(None)
 Dim = tuple[int, int, int]
 HELPERS = {
     **{n: getattr(ops, n) for n in
-       ("flush", "fma_down", "divide", "reverse_bits", "leading_zeros", "insert_bits", "shift", "to_integer")},
+       ("flush", "fma_down", "divide", "reverse_bits", "leading_zeros", "insert_bits", "shift", "to_integer",
+        "round_bf16")},
     **{n: getattr(np, n) for n in ("float32", "float64", "int16", "int32", "int64", "uint16", "uint32", "uint64")},
     "np": np, "one": np.ones(1, np.float32), "zero": np.zeros(1, np.float32),
 }  # fmt: skip
@@ -222,8 +223,9 @@ class Machine:
         return complete
 
     def _warp_operation(self, end: Instruction, i: np.ndarray) -> np.ndarray:
-        """A shuffle, a vote or a warp barrier, for the warps whose members are all here."""
-        mask = self._value(end.args[-1], i)
+        """A shuffle, a vote, a warp barrier or a matrix operation, for the warps whose members are all here."""
+        matrix = end.opcode.startswith(("mma.", "ldmatrix."))
+        mask = np.full(i.shape, 0xFFFFFFFF, np.uint32) if matrix else self._value(end.args[-1], i)
         members = np.array([int(m).bit_count() for m in np.unique(mask)])[
             np.unique(mask, return_inverse=True)[1].reshape(-1)
         ]
@@ -236,6 +238,10 @@ class Machine:
             self._ballot(end, i)
         elif i.size and end.opcode == "shfl.sync.bfly.b32":
             self._butterfly(end, i, mask)
+        elif i.size and end.opcode == tensor.MMA:
+            self._multiply(end, np.sort(i))
+        elif i.size and end.opcode in tensor.LDMATRIX:
+            self._load_tiles(end, np.sort(i))
         elif i.size and end.opcode == "bar.warp.sync":
             self.stamps[i] += 1
         elif i.size:
@@ -246,6 +252,31 @@ class Machine:
         if operand.startswith("%"):
             return self.registers[self.program.name(operand)][i].view(DTYPES[kind])
         return np.broadcast_to(constant(operand, kind), i.shape)
+
+    def _operands(self, text: str, i: np.ndarray, kind: str) -> np.ndarray:
+        """The registers of a braced list, [registers, warps, 32]; `i` are whole warps in order."""
+        return np.stack([self._value(r, i, kind).reshape(-1, WARP) for r in registers_of(text)])
+
+    def _set(self, text: str, i: np.ndarray, values: np.ndarray) -> None:
+        for register, value in zip(registers_of(text), values, strict=True):
+            held = self.registers[self.program.name(register)]
+            held[i] = np.ascontiguousarray(value).reshape(-1).view(held.dtype)
+
+    def _multiply(self, end: Instruction, i: np.ndarray) -> None:
+        a, b = (self._operands(end.args[n], i, "u32") for n in (1, 2))
+        self._set(end.args[0], i, tensor.multiply(a, b, self._operands(end.args[3], i, "f32")))
+
+    def _load_tiles(self, end: Instruction, i: np.ndarray) -> None:
+        base, _, offset = end.args[1][1:-1].partition("+")
+        at = self._address("shared", self._value(base, i, "u32").astype(np.int64) + int(offset or 0), i)
+        if self.counter:
+            self.counter.access(self.memories["shared"], at, 4, self.warp_of[i])
+        try:
+            rows = self.memories["shared"].load(at, self.stamps[i], 4, 16)
+        except Fault as fault:
+            lane = i[fault.args[1] if len(fault.args) > 1 else 0]
+            raise Fault(f"{fault.args[0]}; by {self._who(lane)} at {end.where} [{end.opcode}]") from None
+        self._set(end.args[0], i, tensor.distribute(rows.reshape(-1, 4, 8, 4), ".trans" in end.opcode))
 
     def _ballot(self, end: Instruction, i: np.ndarray) -> None:
         bits = np.zeros(self.warp_of.max() + 1, np.uint32)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, Writer
+from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, Writer, registers_of
 
 RULES: list[tuple[re.Pattern[str], Callable[..., None]]] = []
 SMALLEST_NORMAL = np.finfo(np.float32).tiny
@@ -90,6 +90,13 @@ def to_integer(x: np.ndarray) -> np.ndarray:
     return np.clip(wide, -(2.0**31), 2.0**31 - 1).astype(np.int32)
 
 
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """Floats as bfloat16, ties to even, in the lower halves of words; NaN is 0x7fff."""
+    bits = x.astype(np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded)
+
+
 # ---- Floats ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +167,11 @@ def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
     w.set(d, m[2], whole if m[2] == "f32" else f"to_integer({whole})")
 
 
+@rule(r"cvt\.rn\.bf16x2\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, "u32", f"round_bf16({w.get(a, 'f32')}) << np.uint32(16) | round_bf16({w.get(b, 'f32')})")
+
+
 # ---- Integers -------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +198,11 @@ def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
     w.set(d, f"{m[1]}64", f"{w.get(a, m[1] + '32')}.astype({wide}) * {w.get(b, m[1] + '32')}.astype({wide})")
 
 
+@rule(r"mul\.wide\.u16")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, "u32", f"{w.get(a, 'u16')}.astype(uint32) * {w.get(b, 'u16')}.astype(uint32)")
+
+
 @rule(r"mul\.hi\.u32")
 def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
     w.set(d, "u32", f"({w.get(a, 'u32')}.astype(uint64) * {w.get(b, 'u32')} >> uint64(32)).astype(uint32)")
@@ -206,7 +223,7 @@ def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
     w.set(d, "s32", f"np.{'abs' if m[1] == 'abs' else 'negative'}({w.get(a, 's32')})")
 
 
-@rule(r"(and|or|xor)\.(pred|b32|b64)")
+@rule(r"(and|or|xor)\.(pred|b16|b32|b64)")
 def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
     w.set(d, m[2], f"{w.get(a, m[2])} { {'and': '&', 'or': '|', 'xor': '^'}[m[1]] } {w.get(b, m[2])}")
 
@@ -316,16 +333,12 @@ def _address(w: Writer, text: str) -> str:
     return f"machine.shared_at[{base!r}].astype(int64) + {int(offset or 0)}"
 
 
-def _registers(text: str) -> list[str]:
-    return [r.strip() for r in text[1:-1].split(",")] if text.startswith("{") else [text]
-
-
 _MEMORY = r"\.(global|shared)(?:\.nc)?(\.v[24])?\.([bufs])(32|64)"
 
 
 @rule("ld" + _MEMORY)
 def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
-    registers, words = _registers(d), int(m[4]) // 32
+    registers, words = registers_of(d), int(m[4]) // 32
     w.lines.append(
         f"  t = machine.load({m[1]!r}, {_address(w, a)}, {w.i}, {words * len(registers)}, {len(w.places) - 1})"
     )
@@ -338,7 +351,7 @@ def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
 
 @rule("st" + _MEMORY)
 def _(w: Writer, m: re.Match[str], a: str, s: str) -> None:
-    registers, words = _registers(s), int(m[4]) // 32
+    registers, words = registers_of(s), int(m[4]) // 32
     values = [w.get(r, "f32" if r.startswith("0f") else f"u{m[4]}") for r in registers]
     w.lines.append(
         f"  machine.store({m[1]!r}, {_address(w, a)}, {w.i}, [{', '.join(values)}], {words}, {len(w.places) - 1})"

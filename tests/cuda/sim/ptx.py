@@ -50,7 +50,7 @@ class Kernel:
 
 
 # Instructions that threads cannot run each for itself, and jumps.
-ENDS = ("bra", "ret", "bar.", "shfl.", "vote.")
+ENDS = ("bra", "ret", "bar.", "shfl.", "vote.", "mma.", "ldmatrix.")
 
 _LOC = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name [^,]+, inlined_at (\d+) (\d+) \d+)?")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\];")
@@ -60,6 +60,11 @@ _ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)[^{]*\{(.*?)\n\}", re.DOTA
 def split_args(text: str) -> list[str]:
     """Operands at the top level: `{a, b}` and `[x+4]` stay whole."""
     return [a.strip() for a in re.findall(r"\s*(\{[^}]*\}|\[[^]]*\]|[^,]+)\s*(?:,|$)", text)] if text else []
+
+
+def registers_of(text: str) -> list[str]:
+    """The registers of an operand that may be a braced list."""
+    return [r.strip() for r in text[1:-1].split(",")] if text.startswith("{") else [text]
 
 
 def parse(text: str) -> dict[str, Kernel]:

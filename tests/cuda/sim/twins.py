@@ -19,6 +19,8 @@ f32, i32 = np.float32, np.int32
 #: Between a kernel and its twin: |got - want| ≤ TOLERANCE · (1 + |want|). Sums of some hundred float32 terms in another
 #: order; the twins compute in float64.
 TOLERANCE = 2e-5
+#: The same where the kernel rounds factors to bfloat16, which its twin does not.
+BF16_TOLERANCE = 3e-2
 NO_WINDOW = 2**31 - 1
 
 
@@ -43,9 +45,16 @@ def matrix(
     return cut(m.data.view(dtype))
 
 
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """To the nearest bfloat16, ties to even."""
+    bits = x.astype(f32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(f32)
+
+
 def product(m: Memory, p: Any) -> None:
-    """y = op(a)·op(b) + c + bias."""
-    a, b = (matrix(m, x.address, x.rows, x.cols, x.ld).astype(float) for x in (p.a, p.b))
+    """y = op(a)·op(b) + c + bias, of factors rounded to bfloat16 where it says so."""
+    a, b = (matrix(m, x.address, x.rows, x.cols, x.ld) for x in (p.a, p.b))
+    a, b = ((round_bf16(x) if p.bf16 else x).astype(float) for x in (a, b))
     a, b = a.T if p.ta else a, b.T if p.tb else b
     y = a @ b
     if p.c:
@@ -380,12 +389,6 @@ def rope_forward(m, grid, x, table, y, rows, heads, width, half, x_ld, table_ld,
     matrix(m, y, rows, heads * width, y_ld, write=True)[:] = value.reshape(rows, -1)
 
 
-def round_bf16(x: np.ndarray) -> np.ndarray:
-    """To the nearest bfloat16, ties to even."""
-    bits = x.astype(f32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(f32)
-
-
 @twin
 def alibi_bias_forward(m, grid, positions, slopes, bias, rows, heads, tokens, bias_ld, scale, rounded):
     slope = matrix(m, slopes, 1, heads, 0)[0]
@@ -529,6 +532,12 @@ def attention_dkv_backward(
         (dv, dv_ld, np.einsum("bhij,bihd->bjhd", s.p * s.factors, d_out)),
     ):
         s.store(x, ld, value.reshape(b, t, kv, -1, d).sum(3))
+
+
+# On tensor cores: the same, but for the rounding of factors.
+for _width in (64, 128):
+    for _way in ("forward", "dq_backward", "dkv_backward"):
+        TWINS[f"attention{_width}_{_way}_bf16"] = TWINS[f"attention_{_way}_f32"]
 
 
 @twin

@@ -41,6 +41,16 @@ impl Recorder<'_> {
         [at.segments, at.key_bias, at.prefix, at.rng].map(|i| Arg::from(i.map(|i| self.x(i))))
     }
 
+    /// The kernel for heads of `width` columns, its block, and how many blocks share a head's columns: on tensor cores
+    /// where asked for and a head fits.
+    fn attention_kernel(&self, way: &str, width: usize) -> (String, [usize; 3], usize) {
+        match width {
+            ..=64 if self.bf16 => (format!("attention64_{way}_bf16"), [128, 1, 1], 1),
+            65..=128 if self.bf16 => (format!("attention128_{way}_bf16"), [128, 1, 1], 1),
+            _ => (format!("attention_{way}_f32"), [256, 1, 1], width.div_ceil(128)),
+        }
+    }
+
     pub(super) fn attention(&mut self, spec: &AttentionSpec) {
         let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 0);
         let [q, k, v] = [0, 1, 2].map(|i| self.x(i));
@@ -50,8 +60,8 @@ impl Recorder<'_> {
         args.extend(args![out, lse]);
         args.extend(args![b, t, h, kv, d, q.ld, k.ld, v.ld, out.ld]);
         args.extend(tail);
-        let grid = [t.div_ceil(64), h, b * d.div_ceil(128)];
-        self.launch("attention_forward_f32", grid, [256, 1, 1], args);
+        let (kernel, block, slices) = self.attention_kernel("forward", d);
+        self.launch(kernel, [t.div_ceil(64), h, b * slices], block, args);
     }
 
     pub(super) fn attention_grad(&mut self, spec: &AttentionSpec) -> Result<(), String> {
@@ -66,12 +76,13 @@ impl Recorder<'_> {
         let mut operands = args![dout, q, k, v, lse, delta];
         operands.extend(self.attention_extras(spec.extras(6)));
         let sizes = args![b, t, h, kv, d, dout.ld, q.ld, k.ld, v.ld];
-        let slices = b * d.div_ceil(128);
         let args = [&operands[..], &[dq.into()], &sizes, &[dq.ld.into()], &tail].concat();
-        self.launch("attention_dq_backward_f32", [t.div_ceil(64), h, slices], [256, 1, 1], args);
+        let (kernel, block, slices) = self.attention_kernel("dq_backward", d);
+        self.launch(kernel, [t.div_ceil(64), h, b * slices], block, args);
         let args =
             [&operands[..], &[dk.into(), dv.into()], &sizes, &[dk.ld.into(), dv.ld.into()], &tail].concat();
-        self.launch("attention_dkv_backward_f32", [t.div_ceil(64), kv, slices], [256, 1, 1], args);
+        let (kernel, block, slices) = self.attention_kernel("dkv_backward", d);
+        self.launch(kernel, [t.div_ceil(64), kv, b * slices], block, args);
         Ok(())
     }
 
