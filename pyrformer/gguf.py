@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's file of a model: metadata, tensors in blocks of few bits, and the tokenizer, in one.
 
-Source: the format's description in ggml's ``docs/gguf.md``, and the block layouts of ``ggml-common.h``. Reading checks
-every size against the file before anything is allocated, so a broken file gives one error.
+Source: the format's description in ggml's ``docs/gguf.md``. Reading checks every size against the file before anything
+is allocated, so a broken file gives one error. What is in a tensor's blocks: :mod:`pyrformer.gguf_blocks`.
 
 Letters: H heads, D head width, C width, N elements.
 """
@@ -9,8 +9,6 @@ Letters: H heads, D head width, C width, N elements.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.errors import FileError
+from pyrformer.gguf_blocks import BLOCKS
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 #: Numbers of the metadata types for lists and texts.
@@ -58,78 +56,6 @@ class Gguf:
             )
         block = BLOCKS[kind]
         return block.read(self._file.data(name).reshape(-1, block.nbytes)).reshape(shape)
-
-
-def _half(raw: Array) -> Floats:
-    """Two bytes of each block as float16, ``[blocks, 1]``."""
-    return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
-
-
-def _nibbles(raw: Array) -> Floats:
-    """Low halves of all bytes, then high halves."""
-    return np.concatenate([raw & 15, raw >> 4], axis=1).astype(np.float32)
-
-
-def _q4_0(raw: Array) -> Floats:
-    """d·(q − 8)."""
-    return _half(raw[:, :2]) * (_nibbles(raw[:, 2:]) - 8)
-
-
-def _q4_1(raw: Array) -> Floats:
-    """d·q + m."""
-    return _half(raw[:, :2]) * _nibbles(raw[:, 4:]) + _half(raw[:, 2:4])
-
-
-def _q8_0(raw: Array) -> Floats:
-    """d·q."""
-    return _half(raw[:, :2]) * raw[:, 2:].view(np.int8).astype(np.float32)
-
-
-def _q4_k(raw: Array) -> Floats:
-    """256 elements in eight groups of 32, each d·s·q − dmin·m with scales s and m of six bits."""
-    d, dmin, packed = _half(raw[:, :2]), _half(raw[:, 2:4]), raw[:, 4:16]
-    low, high, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
-    mins = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], axis=1)
-    pairs = raw[:, 16:].reshape(-1, 4, 32)
-    q = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(-1, 8, 32).astype(np.float32)
-    y = (d * scales)[:, :, None] * q - (dmin * mins)[:, :, None]
-    return np.asarray(y.reshape(-1, 256), np.float32)
-
-
-def _q6_k(raw: Array) -> Floats:
-    """256 elements in sixteen groups of 16, each d·s·(q − 32); four bits of q in one place, two in another."""
-    low, high = raw[:, :128].reshape(-1, 2, 64), raw[:, 128:192].reshape(-1, 2, 32)
-    parts = [low[:, :, :32] & 15, low[:, :, 32:] & 15, low[:, :, :32] >> 4, low[:, :, 32:] >> 4]
-    q = np.stack([part | ((high >> 2 * i & 3) << 4) for i, part in enumerate(parts)], axis=2)
-    scales = raw[:, 192:208].view(np.int8).astype(np.float32)
-    groups = (q.reshape(-1, 16, 16).astype(np.float32) - 32) * scales[:, :, None]
-    return np.asarray(_half(raw[:, 208:210]) * groups.reshape(-1, 256), np.float32)
-
-
-def _bf16(raw: Array) -> Floats:
-    return (np.ascontiguousarray(raw).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
-@dataclass(frozen=True)
-class Block:
-    """How elements of a type are stored: bytes of a block, and how ``uint8[blocks, nbytes]`` is read."""
-
-    name: str
-    nbytes: int
-    read: Callable[[Array], Floats]
-
-
-BLOCKS = {
-    0: Block("F32", 4, lambda raw: np.ascontiguousarray(raw).view(np.float32)),
-    1: Block("F16", 2, _half),
-    2: Block("Q4_0", 18, _q4_0),
-    3: Block("Q4_1", 20, _q4_1),
-    8: Block("Q8_0", 34, _q8_0),
-    12: Block("Q4_K", 144, _q4_k),
-    14: Block("Q6_K", 210, _q6_k),
-    30: Block("BF16", 2, _bf16),
-}
 
 
 #: Element types that can be written.

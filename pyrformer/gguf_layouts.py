@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pyrformer.errors import FileError
-from pyrformer.gguf import Array, Gguf
+from pyrformer.gguf import Gguf
+from pyrformer.gguf_blocks import Array
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from pyrformer.errors import FileError
-from pyrformer.gguf import Array, Gguf
+from pyrformer.gguf import Gguf
+from pyrformer.gguf_blocks import Array
 from pyrformer.gguf_layouts import TRANSPOSED, TWO_NORMS, groups_of, interleaved, layout_of, unpermuted
 
 

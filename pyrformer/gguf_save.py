@@ -10,7 +10,8 @@ import numpy as np
 
 from pyrformer.errors import InputError
 from pyrformer.finetune import merged
-from pyrformer.gguf import ALIASES, KINDS, Array, write_gguf
+from pyrformer.gguf import ALIASES, KINDS, write_gguf
+from pyrformer.gguf_blocks import Array
 from pyrformer.gguf_layouts import (
     LAYOUTS,
     POOLER,
