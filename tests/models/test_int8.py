@@ -63,7 +63,9 @@ def test_logits_are_those_of_the_rounded_weights(folder: Path) -> None:
     original = floats(np.arange(3, 40)[None]).logits
     floats.load_state_dict(model.state_dict())
     ids = np.random.default_rng(0).integers(3, 203, (3, 37))
-    np.testing.assert_allclose(model(ids).logits, floats(ids).logits, rtol=1e-4, atol=1e-5)
+    rounded = floats(ids).logits
+    # Activations are rounded too, to 1/4095 of the largest of their row.
+    assert np.abs(model(ids).logits - rounded).max() < 2e-3 * np.abs(rounded).max()
     near = model(np.arange(3, 40)[None]).logits
     assert 0 < np.abs(near - original).max() < 0.1 * original.std()
 

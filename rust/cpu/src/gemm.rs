@@ -83,12 +83,26 @@ impl<'a, T: Real> Gemm<'a, T> {
     fn product(&self) -> Product<'a, T> {
         let (m, k) = if self.ta { (self.a.cols, self.a.rows) } else { (self.a.rows, self.a.cols) };
         let (k2, n) = if self.tb { (self.b.cols, self.b.rows) } else { (self.b.rows, self.b.cols) };
-        let left = Source { data: self.a.as_ptr(), stride: self.a.stride, lanes_adjacent: self.ta };
-        let right = Source { data: self.b.as_ptr(), stride: self.b.stride, lanes_adjacent: !self.tb };
-        let product =
-            Product { m, n, k, left, right: Right::Floats(right), c: self.c, accumulate: self.accumulate };
-        product.check(k2)
+        check((m, k), (k2, n), &self.c);
+        Product {
+            m,
+            n,
+            k,
+            left: Source { data: self.a.as_ptr(), stride: self.a.stride, lanes_adjacent: self.ta },
+            right: Source { data: self.b.as_ptr(), stride: self.b.stride, lanes_adjacent: !self.tb },
+            c: self.c,
+            accumulate: self.accumulate,
+        }
     }
+}
+
+fn check<T>((m, k): (usize, usize), (k2, n): (usize, usize), c: &MatMut<'_, T>) {
+    assert!(
+        k == k2 && (c.rows, c.cols) == (m, n),
+        "gemm: [{m}, {k}] times [{k2}, {n}] does not give [{}, {}]",
+        c.rows,
+        c.cols
+    );
 }
 
 /// A right factor.
@@ -106,41 +120,19 @@ struct Product<'a, T> {
     n: usize,
     k: usize,
     left: Source<T>,
-    right: Right<'a, T>,
+    right: Source<T>,
     c: MatMut<'a, T>,
     accumulate: bool,
 }
 
-/// Columns of the right factor.
-enum Right<'a, T> {
-    Floats(Source<T>),
-    Int8(&'a Int8),
-}
-
 impl<T: Real> Product<'_, T> {
-    fn check(self, k2: usize) -> Self {
-        let Product { m, n, k, .. } = self;
-        assert!(
-            k == k2 && (self.c.rows, self.c.cols) == (m, n),
-            "gemm: [{m}, {k}] times [{k2}, {n}] does not give [{}, {}]",
-            self.c.rows,
-            self.c.cols
-        );
-        self
-    }
-
     /// Packs columns `first .. first + lanes` and steps `step .. step + depth` of the right factor.
     ///
     /// # Safety
-    /// They are inside it, `first` is a multiple of the width, and nobody else touches `to`, which has room for them.
+    /// They are inside it, and nobody else touches `to`, which has room for them.
     unsafe fn pack(&self, kernel: &Kernel<T>, lanes: (usize, usize), steps: (usize, usize), to: *mut T) {
         // SAFETY: the caller's promise.
-        unsafe {
-            match &self.right {
-                Right::Floats(source) => pack::pack(source, kernel.transpose, lanes, steps, kernel.width, to),
-                Right::Int8(weight) => weight.expand(lanes, steps, kernel.width, to),
-            }
-        }
+        unsafe { pack::pack(&self.right, kernel.transpose, lanes, steps, kernel.width, to) };
     }
 }
 
@@ -168,6 +160,16 @@ impl<T: Real> PackBuffers<T> {
         Self { kernel, panels: Mutex::new(Buffer::new(SHARED_ELEMENTS)), workers }
     }
 
+    /// The buffer that the threads of one product share.
+    fn shared(&self) -> MutexGuard<'_, Buffer<T>> {
+        self.panels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of a worker's buffer for panels.
+    fn scratch_bytes(&self) -> usize {
+        SERIAL_ELEMENTS * size_of::<T>()
+    }
+
     /// The scratch memory of one worker, for [`gemm_serial`] in its tasks. It waits while that worker's [`gemm`] or
     /// another guard uses it.
     ///
@@ -193,6 +195,11 @@ impl<T: Real> Scratch<T> {
     #[must_use]
     pub fn new() -> Self {
         Self::with_kernel(T::kernel(simd::level()))
+    }
+
+    /// The buffer for panels, as bytes.
+    fn bytes_mut(&mut self) -> *mut u8 {
+        self.panels.data.cast()
     }
 
     fn with_kernel(kernel: Kernel<T>) -> Self {
@@ -299,46 +306,7 @@ pub unsafe fn gemm<T: Real>(
     g: &Gemm<'_, T>,
     epilogue: Epilogue<'_, T>,
 ) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply(pool, buffers, &g.product(), epilogue) }
-}
-
-/// `C = op(A)·B` (or `+=`) as [`gemm`] does, by a factor of floats or of 8 bits.
-///
-/// # Panics
-/// As [`gemm`]; and if A is transposed and B of 8 bits.
-///
-/// # Safety
-/// As [`gemm`].
-pub unsafe fn gemm_by<T: Real>(
-    pool: &Pool,
-    buffers: &PackBuffers<T>,
-    (a, ta): (Mat<'_, T>, bool),
-    b: Factor<'_, T>,
-    (c, accumulate): (MatMut<'_, T>, bool),
-    epilogue: Epilogue<'_, T>,
-) {
-    let product = match b {
-        Factor::Floats(b, tb) => Gemm { a, ta, b, tb, c, accumulate }.product(),
-        Factor::Int8(b) => {
-            assert!(!ta, "gemm: a transposed factor times one of 8 bits");
-            let left = Source { data: a.as_ptr(), stride: a.stride, lanes_adjacent: false };
-            let (n, k) = b.shape();
-            Product { m: a.rows, n, k: a.cols, left, right: Right::Int8(b), c, accumulate }.check(k)
-        }
-    };
-    // SAFETY: the caller's promise.
-    unsafe { multiply(pool, buffers, &product, epilogue) }
-}
-
-/// # Safety
-/// As [`gemm`].
-unsafe fn multiply<T: Real>(
-    pool: &Pool,
-    buffers: &PackBuffers<T>,
-    g: &Product<'_, T>,
-    epilogue: Epilogue<'_, T>,
-) {
+    let g = &g.product();
     let &Product { m, n, k, .. } = g;
     if m == 0 || n == 0 {
         return;
@@ -363,7 +331,7 @@ unsafe fn multiply<T: Real>(
         });
         return;
     }
-    let panels_guard = buffers.panels.lock().unwrap_or_else(PoisonError::into_inner);
+    let panels_guard = buffers.shared();
     let memory = Shared(panels_guard.data);
     for_panels(n, k, kernel, SHARED_ELEMENTS, |panels| {
         // Packing, in groups of panels of about 16k elements.
@@ -392,6 +360,35 @@ unsafe fn multiply<T: Real>(
             unsafe { run_part(kernel, g, panels, memory.get(), scratch.left.data, part, epilogue) };
         });
     });
+}
+
+/// `C = op(A)·B` (or `+=`) as [`gemm`] does, by a factor of floats or of 8 bits.
+///
+/// # Panics
+/// As [`gemm`]; and if A is transposed and B of 8 bits.
+///
+/// # Safety
+/// As [`gemm`].
+pub unsafe fn gemm_by<T: Real>(
+    pool: &Pool,
+    buffers: &PackBuffers<T>,
+    (a, ta): (Mat<'_, T>, bool),
+    b: Factor<'_, T>,
+    (c, accumulate): (MatMut<'_, T>, bool),
+    epilogue: Epilogue<'_, T>,
+) {
+    // SAFETY: the caller's promise, in both arms.
+    unsafe {
+        match b {
+            Factor::Floats(b, tb) => gemm(pool, buffers, &Gemm { a, ta, b, tb, c, accumulate }, epilogue),
+            Factor::Int8(b) => {
+                assert!(!ta, "gemm: a transposed factor times one of 8 bits");
+                let (n, k) = b.shape();
+                check((a.rows, a.cols), (k, n), &c);
+                int8::multiply(pool, buffers, &a, b, &c, accumulate, epilogue);
+            }
+        }
+    }
 }
 
 /// `C = op(A)·op(B)` (or `+=`) on the calling thread; made for small products such as 64 × 64 × 32.
@@ -468,8 +465,9 @@ unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Product<'_, T>, columns: Range
     };
     // Columns that are read as they lie fill tiles; the others are packed.
     let fit = columns.start..columns.start + columns.len() / width * width;
-    let packed_from = match (&g.right, kernel.across) {
-        (Right::Floats(b), _) if b.lanes_adjacent => {
+    let b = &g.right;
+    let packed_from = match kernel.across {
+        _ if b.lanes_adjacent => {
             let depth = STREAM_STEPS[usize::from(m > height)];
             for step in (0..k).step_by(depth) {
                 for j in fit.clone().step_by(width) {
@@ -478,7 +476,7 @@ unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Product<'_, T>, columns: Range
             }
             fit.end
         }
-        (Right::Floats(b), Some((most, across))) if m <= most => {
+        Some((most, across)) if m <= most => {
             for j in fit.clone().step_by(width) {
                 let tile = Tile {
                     depth: k,
