@@ -241,6 +241,10 @@ class SafeTensors:
         """A tensor as float32."""
     def get_int32(self, name: str) -> _Ints:
         """A tensor of int32."""
+    def map_into(self, store: Store, names: list[tuple[str, str]], dtype: str) -> list[tuple[str, str]]:
+        """Makes states of tensors without copying them, where they are stored as "float32" or "float64" already; their
+        pages are shared between processes until they are written. The pairs that are left, to be copied."""
+
     def load_into(
         self, store: Store, names: list[tuple[str, str]], dtype: str, threads: int | None = None
     ) -> None:

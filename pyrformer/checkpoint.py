@@ -71,6 +71,7 @@ def load(
     dtype: str | None = None,
     threads: int | None = None,
     load_in_8bit: bool = False,
+    mmap: bool = False,
 ) -> Model:
     """Opens a model folder or a ``.gguf`` file.
 
@@ -84,6 +85,10 @@ def load(
         load_in_8bit: keep the weights of products in 8 bits, with a scale for each output feature: a quarter of the
             memory and faster decoding, for a small loss (see docs/generation.md). Such a model generates, scores and
             embeds; it is not trained or saved. CPU and float32 only.
+        mmap: do not copy weights that are stored as they are computed with, but map them from the file: all processes
+            that do so share their memory, and a page is copied where it is written. The files must not be rewritten in
+            place meanwhile; replacing them by renaming, as saving does, is fine. Folders on the CPU; without effect
+            elsewhere. Handles that come out of pickles are opened so.
 
     Raises:
         FileError: a file is missing, truncated, or does not fit the configuration.
@@ -117,16 +122,21 @@ def load(
         tokenizer = Tokenizer.load(folder)
     loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder)}
     model = Model(family, tokenizer, kept, threads, device=device, bf16=bf16, origin=origin, **loaded)
-    copy_into(model, *_tensors(folder, family))
+    copy_into(model, *_tensors(folder, family), mmap=mmap)
     if load_in_8bit:
         model.quantise()
     return model
 
 
-def copy_into(model: Model, stored: _core.SafeTensors, names: dict[str, str]) -> None:
-    """Sets a model's states by their names from the tensors of files, each copied once, from the memory map."""
+def copy_into(model: Model, stored: _core.SafeTensors, names: dict[str, str], *, mmap: bool = False) -> None:
+    """Sets a model's states by their names from the tensors of files: each is copied once, from the memory map, or
+    stays there."""
     if isinstance(model.store, _core.Store):
-        stored.load_into(model.store, list(names.items()), model.dtype, model.threads)
+        pairs = list(names.items())
+        if mmap:
+            pairs = stored.map_into(model.store, pairs, model.dtype)
+        if pairs:
+            stored.load_into(model.store, pairs, model.dtype, model.threads)
         return
     for name, there in names.items():
         model.store.set(name, stored.get(there).astype(model.dtype, copy=False))

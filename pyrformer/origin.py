@@ -1,8 +1,9 @@
 """Where a model was opened: what makes it a handle that other processes can take.
 
 A pickled model is the path it came from, its options, and the marks (size, time of the last change) of the files that
-were read; weights are never sent. Unpickling opens the path again, once per process: pickles of one handle give one
-model, so a pool of workers that gets a function with each task opens its model with the first.
+were read; weights are never sent. Workers map them from the files, so all of them together hold them once. Unpickling
+opens the path again, once per process: pickles of one handle give one model, so a pool of workers that gets a function
+with each task opens its model with the first.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ class Origin:
         return cls(path, tuple(options.items()), tuple(marks))
 
     def open(self) -> Model:
-        """Opens the model anew.
+        """Opens the model anew, its weights mapped from the files: processes share their memory.
 
         Raises:
             FileError: the path is gone, or its files are others than they were.
         """
         from pyrformer.checkpoint import load
 
-        model = load(self.path, **dict(self.options))
+        model = load(self.path, **dict(self.options), mmap=True)
         if model.origin != self:
             raise FileError(f"[load] {self.path} was changed after this model was opened; open it again")
         return model

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -65,6 +67,72 @@ def test_gguf_files_are_handles_too(saved: Path, tmp_path: Path) -> None:
     pf.load(saved).save(tmp_path / "model.gguf", "f32")
     model = pf.load(tmp_path / "model.gguf")
     assert pickle.loads(pickle.dumps(model)).origin == model.origin
+
+
+WORKER = """
+import pickle, sys
+model = pickle.load(sys.stdin.buffer)
+print(float(model.score(["the cat sat"]).log_likelihood[0]), flush=True)
+sys.stdin.buffer.read()
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="/proc/PID/smaps says what is shared, on Linux"
+)
+def test_workers_share_the_memory_of_weights(run: Path, tmp_path: Path) -> None:
+    small = pf.load(run)
+    wide = {**CONFIG, "n_embd": 256, "vocab_size": small.require_tokenizer().vocab_size}
+    folder = tmp_path / "wide"
+    pf.Model.from_config(wide, seed=1, tokenizer=small.tokenizer).save(folder)
+    model = pf.load(folder, threads=1)
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    try:
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write(pickle.dumps(model))
+            worker.stdin.flush()
+        said = [float(worker.stdout.readline()) for worker in workers if worker.stdout is not None]
+        assert said == [log_likelihood(model, "the cat sat")] * 4
+        maps = [mapped(worker.pid, "model.safetensors") for worker in workers]
+    finally:
+        for worker in workers:
+            worker.communicate()
+    size = (folder / "model.safetensors").stat().st_size
+    # Each has all of it in reach, none a page of its own, and all together hold it once.
+    for one in maps:
+        assert one["Rss"] > 0.5 * size
+        assert one["Private_Dirty"] == 0
+    assert sum(one["Pss"] for one in maps) < 1.05 * size
+
+
+def mapped(pid: int, name: str) -> dict[str, int]:
+    """What a process's maps of a file take, in bytes."""
+    totals: dict[str, int] = {}
+    ours = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        key, *rest = line.split()
+        if not key.endswith(":"):
+            ours = line.endswith(name)
+        elif ours and rest[-1] == "kB":
+            totals[key[:-1]] = totals.get(key[:-1], 0) + 1024 * int(rest[0])
+    return totals
+
+
+def test_mapped_weights_are_the_same_and_copied_where_written(run: Path) -> None:
+    copied, one, other = pf.load(run), pf.load(run, mmap=True), pf.load(run, mmap=True)
+    before = (run / "model.safetensors").read_bytes()
+    assert log_likelihood(one, TEXTS[1]) == log_likelihood(copied, TEXTS[1])
+    changed_weights(one)
+    assert log_likelihood(one, TEXTS[1]) != log_likelihood(copied, TEXTS[1])
+    assert log_likelihood(other, TEXTS[1]) == log_likelihood(copied, TEXTS[1])
+    # Saving over the folder replaces its file; what is mapped is the old one.
+    one.save(run)
+    assert log_likelihood(other, TEXTS[1]) == log_likelihood(copied, TEXTS[1])
+    assert (run / "model.safetensors").read_bytes() != before
 
 
 def changed_weights(model: pf.Model) -> None:

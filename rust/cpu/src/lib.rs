@@ -20,5 +20,5 @@ pub mod view;
 
 pub use error::{Error, Result};
 pub use executor::{Array, Cpu, CpuExecutor};
-pub use memory::Store;
+pub use memory::{Owner, Store};
 pub use nonfinite::{NonFinite, Summary};

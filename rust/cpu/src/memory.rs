@@ -1,6 +1,7 @@
 //! Memory of the executor: aligned blocks, named states, and one block per worker.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::any::Any;
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -14,11 +15,15 @@ use crate::gemm::Int8;
 use crate::int8;
 use crate::view::Mat;
 
-/// A zeroed block of memory on a 64-byte boundary.
+/// Keeps memory alive that a store did not allocate.
+pub type Owner = Arc<dyn Any + Send + Sync>;
+
+/// A block of memory: its own, zeroed, on a 64-byte boundary, or lent by an owner.
 #[derive(Debug)]
 pub(crate) struct Block {
     data: *mut u8,
     layout: Layout,
+    owner: Option<Owner>,
 }
 
 // SAFETY: a block owns its memory like a `Box<[u8]>`; who writes when is settled by the lock or worker that holds it.
@@ -39,7 +44,7 @@ impl Block {
         if data.is_null() {
             handle_alloc_error(layout);
         }
-        Ok(Self { data, layout })
+        Ok(Self { data, layout, owner: None })
     }
 
     /// Its size.
@@ -56,8 +61,10 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.data, self.layout) }
+        if self.owner.is_none() {
+            // SAFETY: allocated in `new` with this layout.
+            unsafe { dealloc(self.data, self.layout) }
+        }
     }
 }
 
@@ -157,6 +164,24 @@ impl Store {
         }
         // Made by another thread meanwhile, and perhaps held by a plan.
         self.set(name, ty, bytes)
+    }
+
+    /// Makes a state of memory that `owner` lends, in the place of one of this name; plans bound before go on with
+    /// what they hold.
+    ///
+    /// # Errors
+    /// When `data` is not aligned for the elements.
+    ///
+    /// # Safety
+    /// `data` points to `ty.bytes()` initialised bytes, valid for reads and writes while `owner` lives, and nobody else
+    /// reads or writes them meanwhile.
+    pub unsafe fn adopt(&self, name: &str, ty: &TensorType, data: *mut u8, owner: Owner) -> Result<()> {
+        let layout = Layout::from_size_align(ty.bytes(), ty.dtype.size());
+        let layout = layout.ok().filter(|l| data.addr().is_multiple_of(l.align()));
+        let layout = layout.ok_or_else(|| Error::Memory(format!("the bytes of {name:?} are not aligned")))?;
+        let block = Block { data, layout, owner: Some(owner) };
+        write(&self.states).insert(name.to_owned(), Arc::new(State::new(ty, block)));
+        Ok(())
     }
 
     /// A copy of a state's type and bytes.

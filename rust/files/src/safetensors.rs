@@ -16,7 +16,7 @@ use std::io::Write as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut, MmapOptions};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
@@ -200,6 +200,7 @@ pub struct SafeTensors {
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
+    file: File,
     map: Mmap,
 }
 
@@ -316,8 +317,28 @@ impl SafeTensors {
             self.entries.insert(name, entry);
         }
         self.metadata.extend(header.metadata);
-        self.shards.push(Shard { path: path.to_owned(), map });
+        self.shards.push(Shard { path: path.to_owned(), file, map });
         Ok(())
+    }
+
+    /// Maps each file once more, privately: who writes gets a copy of the page, all other pages are shared with every
+    /// process that maps the file. The condition on the files (see the type) holds while these maps live.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the system refuses.
+    pub fn private_maps(&self) -> Result<Vec<MmapMut>> {
+        let map = |shard: &Shard| {
+            // SAFETY: the map is private, so nothing written to it reaches the file or another map; that nobody
+            // shortens or rewrites the file meanwhile is the documented condition on callers.
+            unsafe { MmapOptions::new().map_copy(&shard.file) }.map_err(Error::io("map", &shard.path))
+        };
+        self.shards.iter().map(map).collect()
+    }
+
+    /// Where a tensor is: the number of its file, and its bytes there.
+    #[must_use]
+    pub fn place(&self, name: &str) -> Option<(usize, Range<usize>)> {
+        self.entries.get(name).map(|entry| (entry.shard, entry.bytes.clone()))
     }
 
     /// All tensor names, ascending by bytes.

@@ -1,11 +1,11 @@
 //! Model files: safetensors in and out, directories that appear whole or not at all.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use numpy::{PyArray1, PyArrayMethods};
@@ -71,6 +71,48 @@ impl SafeTensors {
         }
         let values = tensor.bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b)).collect();
         Ok(PyArray1::from_vec(py, values).reshape(tensor.shape.to_vec())?.into_any())
+    }
+
+    /// Makes states of tensors without copying them, each under the first name of its pair, from the second: those that
+    /// are stored as `dtype`, on a boundary of its elements. Their pages are shared with all processes that do so, until
+    /// they are written. Gives the pairs that are left, to be copied.
+    fn map_into(
+        &self,
+        py: Python<'_>,
+        store: &Store,
+        names: Vec<(String, String)>,
+        dtype: &str,
+    ) -> PyResult<Vec<(String, String)>> {
+        let (dtype, stored) = match dtype {
+            "float64" => (DType::F64, Stored::F64),
+            _ => (DType::F32, Stored::F32),
+        };
+        enter(py, || -> Result<_, Failure> {
+            let maps = self.inner.private_maps()?.into_iter().map(|mut map| {
+                let start = map.as_mut_ptr().expose_provenance();
+                (start, Arc::new(map))
+            });
+            let maps: Vec<_> = maps.collect();
+            let (mut left, mut taken) = (Vec::new(), BTreeSet::new());
+            for (ours, theirs) in names {
+                let is_first = taken.insert(theirs.clone());
+                let tensor = self.inner.get(&theirs).filter(|t| is_first && t.dtype == stored);
+                let found = tensor.zip(self.inner.place(&theirs)).map(|(tensor, (number, bytes))| {
+                    let (start, map) = &maps[number];
+                    (TensorType::new(dtype, Shape(tensor.shape.to_vec())), start + bytes.start, map)
+                });
+                match found {
+                    Some((ty, at, map)) if cfg!(target_endian = "little") && at % dtype.size() == 0 => {
+                        let data = std::ptr::with_exposed_provenance_mut(at);
+                        // SAFETY: the place was checked to lie in the file and to have the type's size; the map is
+                        // private, its tensors do not overlap and each is taken once, so only this state reads and writes these bytes.
+                        unsafe { store.inner.adopt(&ours, &ty, data, Arc::clone(map) as _) }?;
+                    }
+                    _ => left.push((ours, theirs)),
+                }
+            }
+            Ok(left)
+        })
     }
 
     /// Copies tensors into a store as `dtype`, each under the first name of its pair, from the second.
