@@ -1,4 +1,4 @@
-"""What each of the two models of docs/same-or-not.md is good for, measured: ``python uses.py RUNS TEXT``.
+"""What each of the three models of docs/same-or-not.md is good for, measured: ``python uses.py RUNS TEXT``.
 
 Order: of a line and the same line with two neighbouring words exchanged, how often the real one is more probable.
 Gaps: how often a token of a line is the model's first guess, from what its objective lets it see.
@@ -42,6 +42,15 @@ def gaps(model: pf.Model, lines: list[str]) -> float:
             rows = np.repeat(ids, len(places), axis=0)
             rows[np.arange(len(places)), places] = tokenizer.mask_token_id
             guesses = logits_at(model, rows, places.tolist()).argmax(-1)
+        elif model.family.objective == "plm":
+            # Each place from all others: last in the order, as it were.
+            ids = ids[:, 1:-1]
+            places = np.arange(1, ids.shape[1])
+            hidden = np.zeros((len(places), ids.shape[1], ids.shape[1]))
+            hidden[np.arange(len(places)), :, places] = 1
+            sought = hidden[:, :1].copy()
+            rows = np.repeat(ids, len(places), axis=0)
+            guesses = np.asarray(model(rows, perm_mask=hidden, target_mapping=sought).logits)[:, 0].argmax(-1)
         else:
             # Without the special tokens.
             ids = ids[:, 1:-1]
@@ -69,7 +78,7 @@ def main() -> None:
     lines = [line.strip() for line in text.read_text("utf-8").splitlines()]
     lines = [line for line in lines if 6 <= len(set(line.split())) <= 12][:LINES]
     print(f"{'':8}{'order':>10}{'gaps':>10}{'vectors':>10}")
-    for name in ("gpt", "bert"):
+    for name in ("gpt", "bert", "xlnet"):
         model = pf.load(runs / name)
         print(f"{name:8}" + "".join(f"{f(model, lines):>10.1%}" for f in (order, gaps, vectors)), flush=True)
 
