@@ -84,7 +84,7 @@ demo: build ## Train a small model on eight plays of Shakespeare and let it spea
 	$(BIN)/pyrformer sample runs/shakespeare $$'OTHELLO.\n' --max-new-tokens 300 --seed 1
 
 .PHONY: same-or-not
-same-or-not: build ## Train a GPT and a BERT on one text and compare them: docs/same-or-not.md
+same-or-not: build ## Train a GPT, a BERT and an XLNet on one text and compare them: docs/same-or-not.md
 	PATH="$(BIN):$$PATH" PYTHON=$(BIN)/python examples/same-or-not/run.sh
 
 .PHONY: examples

@@ -36,8 +36,9 @@ def command(
 ) -> None:
     """Measure the model in the folder RUN on FILES (.txt, .jsonl).
 
-    Autoregressive models: exact log-likelihood, perplexity, bits per byte. Masked models: pseudo-log-likelihood (one
-    pass a token: slow; see --limit), pseudo-perplexity, and the share of hidden tokens that are guessed.
+    Autoregressive models, and permutation models from left to right: exact log-likelihood, perplexity, bits per byte.
+    Masked models: pseudo-log-likelihood (one pass a token: slow; see --limit), pseudo-perplexity, and the share of
+    hidden tokens that are guessed.
     """
     model = pf.load(run, threads=threads, load_in_8bit=load_in_8bit)
     texts = [text[:limit] for text in read_documents(list(files), column=column)]
