@@ -153,6 +153,55 @@ def test_gguf_sentencepiece(tmp_path: Path) -> None:
         assert loaded.decode(loaded.encode(text).ids) == text
 
 
+def message(*values: tuple[int, int | float | bytes]) -> bytes:
+    """A protocol buffer of numbered fields."""
+    out = b""
+    for number, value in values:
+        if isinstance(value, float):
+            out += varint(number << 3 | 5) + struct.pack("<f", value)
+        elif isinstance(value, bytes):
+            out += varint(number << 3 | 2) + varint(len(value)) + value
+        else:
+            out += varint(number << 3) + varint(value)
+    return out
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece(tmp_path: Path, prefix: bool) -> None:
+    llama = pf.Tokenizer.train(iter(CORPUS), preset="llama", vocab_size=400)
+    tokens = tokens_of(llama)
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
+    scores = [0.0] * 259 + [-1e9 if len(t) == 1 else -float(i) for i, t in enumerate(tokens[259:])]
+    pieces = [
+        (1, message((1, token.encode()), (2, score), (3, kind)))
+        for token, score, kind in zip(tokens, scores, kinds, strict=True)
+    ]
+    trainer = message((3, 2), (35, 1), (40, 0))
+    plain = message((1, b"identity"), (3, int(prefix)), (4, 0))
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(message(*pieces, (2, trainer), (3, plain)))
+    loaded = pf.Tokenizer.load(tmp_path)
+    for text in (TEXT, "the cat", "☃ the\tcat", "a  b", " a "):
+        ids = loaded.encode(text).ids
+        if prefix:
+            assert ids == llama.encode(text).ids
+        assert loaded.decode(ids) == text
+    for bad, problem in (
+        (message((1, b"nmt_nfkc"), (2, b"map"), (4, 0)), "nmt_nfkc"),
+        (message((1, b"identity")), "runs of spaces"),
+    ):
+        file.write_bytes(message(*pieces, (2, trainer), (3, bad)))
+        with pytest.raises(pf.Error, match=problem):
+            pf.Tokenizer.load(file)
+    file.write_bytes(message(*pieces)[:-3])
+    with pytest.raises(pf.Error, match="no model of SentencePiece"):
+        pf.Tokenizer.load(file)
+
+
 def test_gguf_wordpiece(tmp_path: Path) -> None:
     bert = pf.Tokenizer.train(iter(CORPUS), preset="bert-uncased", vocab_size=150)
     tokens = [

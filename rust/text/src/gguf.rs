@@ -10,20 +10,15 @@ use pyrformer_files::{Gguf, GgufValue};
 use crate::added::AddedToken;
 use crate::bpe::{Bpe, BpeOptions};
 use crate::model::Model;
-use crate::normalize::{Normalizer, Pattern};
 use crate::presets::Preset;
 use crate::pretokenize::PreTokenizer;
-use crate::ranked::{Split, merges};
+use crate::ranked::Split;
 use crate::roles::SpecialIds;
+use crate::sentencepiece::{CONTROL, UNKNOWN, USER_DEFINED, spaces};
 use crate::template::PostProcessor;
 use crate::vocab::Vocab;
 use crate::wordpiece::WordPiece;
 use crate::{Error, Result, Tokenizer};
-
-// llama.cpp's token types that matter here.
-const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
 
 /// The metadata of one file.
 struct Source<'a> {
@@ -81,15 +76,8 @@ pub(crate) fn load(path: &Path) -> Result<Tokenizer> {
         Some("llama") => {
             let model = sentencepiece(&source, tokens, roles.unk)?;
             let mut parts = Preset::Llama.parts(added, Model::Bpe(model));
-            // What llama.cpp does to spaces is done to the text as a whole: tokens may hold several words.
-            let marked = Normalizer::Replace { pattern: Pattern::String(" ".into()), content: "▁".into() };
-            let prepended = Normalizer::Prepend { prepend: "▁".into() };
             parts.pre_tokenizer = None;
-            parts.normalizer = Some(if source.flag("add_space_prefix", true) {
-                Normalizer::Sequence { normalizers: vec![prepended, marked] }
-            } else {
-                marked
-            });
+            parts.normalizer = Some(spaces(source.flag("add_space_prefix", true)));
             parts
         }
         Some("bert") => {
@@ -167,20 +155,7 @@ fn sentencepiece(source: &Source<'_>, tokens: &[String], unk: Option<u32>) -> Re
     let Some(scores) = scores.filter(|s| s.len() == tokens.len() && s.iter().all(|s| !s.is_nan())) else {
         return Err(source.refuse(format!("it has not one score for each of {} tokens", tokens.len())));
     };
-    let vocab = vocab(source, tokens.iter().cloned().zip(0..).collect())?;
-    let mut merges = merges(tokens.iter().map(String::as_bytes).zip(0..));
-    let size = |id: u32| tokens[id as usize].chars().count();
-    merges.sort_by(|a, b| {
-        let by_score = scores[b.2 as usize].total_cmp(&scores[a.2 as usize]);
-        by_score.then_with(|| (size(b.0), size(b.1)).cmp(&(size(a.0), size(a.1))))
-    });
-    let options = BpeOptions {
-        unk_token: unk.and_then(|id| tokens.get(id as usize)).cloned(),
-        fuse_unk: true,
-        byte_fallback: true,
-        ignore_merges: false,
-    };
-    Bpe::with_ids(vocab, merges, options, false)
+    crate::sentencepiece::bpe(tokens, &scores, unk, true).map_err(|e| source.refuse(e.to_string()))
 }
 
 /// What the name of a pre-tokenizer stands for.

@@ -41,6 +41,7 @@ mod presets;
 mod pretokenize;
 mod ranked;
 mod roles;
+mod sentencepiece;
 mod split;
 mod stream;
 mod template;

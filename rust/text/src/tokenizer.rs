@@ -121,7 +121,7 @@ impl Tokenizer {
         self.parts.to_json()
     }
 
-    /// Loads a tokenizer: a tokenizer.json, a `.tiktoken` file, a `.gguf` file, or `vocab.txt` (BERT), or `vocab.json` with
+    /// Loads a tokenizer: a tokenizer.json, a `.tiktoken` file, a `.gguf` file, SentencePiece's `.model`, or `vocab.txt` (BERT), or `vocab.json` with
     /// `merges.txt` beside it (GPT-2, RoBERTa); of a directory, the first of these that it holds, GGUF excepted. A
     /// tokenizer_config.json beside it says which special token has which role; else the usual names do.
     ///
@@ -157,10 +157,7 @@ impl Tokenizer {
         let mut tokenizer = match (name, extension) {
             (_, "gguf") => return crate::gguf::load(&file),
             (_, "tiktoken") => crate::ranked::load(&file, split)?,
-            (_, "model") => {
-                let problem = "models of SentencePiece are not read; convert it to tokenizer.json";
-                return Err(Error::source(&file, problem));
-            }
+            (_, "model") => crate::sentencepiece::load(&file, &config)?,
             ("vocab.txt", _) => crate::legacy::bert(&read(&file)?, &config)?,
             ("vocab.json" | "merges.txt", _) => {
                 let beside = |name| read(&file.with_file_name(name));
