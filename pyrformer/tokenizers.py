@@ -93,7 +93,7 @@ class Tokenizer:
 
         Args:
             path: a ``tokenizer.json``, ``vocab.txt`` (BERT), ``vocab.json`` with ``merges.txt`` beside it (GPT-2), a
-                ``.tiktoken`` or a ``.gguf`` file; or a folder with one of them.
+                ``.tiktoken``, ``.gguf`` or ``.model`` file; or a folder with one of them.
             split: how text falls into words, for a ``.tiktoken`` file: "gpt2", "cl100k", "o200k" or "qwen2".
                 Default: as the published file with as many ranks.
 

@@ -187,7 +187,7 @@ def test_sentencepiece(tmp_path: Path, prefix: bool) -> None:
     loaded = pf.Tokenizer.load(tmp_path)
     for text in (TEXT, "the cat", "☃ the\tcat", "a  b", " a "):
         ids = loaded.encode(text).ids
-        if prefix:
+        if prefix and text[0] != " ":
             assert ids == llama.encode(text).ids
         assert loaded.decode(ids) == text
     for bad, problem in (

@@ -192,7 +192,9 @@ pub(crate) fn load(path: &Path, config: &Map<String, Value>) -> Result<Tokenizer
     let mut parts = Preset::Llama.parts(added, model);
     parts.pre_tokenizer = None;
     parts.normalizer = Some(spaces(file.add_dummy_prefix));
-    if !file.add_dummy_prefix && let Some(Decoder::Sequence { decoders }) = &mut parts.decoder {
+    if !file.add_dummy_prefix
+        && let Some(Decoder::Sequence { decoders }) = &mut parts.decoder
+    {
         // The last one takes away the space that was put before the text.
         decoders.pop();
     }
