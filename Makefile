@@ -62,8 +62,8 @@ fuzz: $(READY) ## Tokenizers against the `tokenizers` library on 120,000 generat
 	$(ELSEWHERE); PYRFORMER_FUZZ=15000 $(PYTEST) $(CURDIR)/tests/text/test_fuzz.py
 
 .PHONY: torture
-torture: build ## Kill training and break its files hundreds of times; see docs/reliability.md
-	$(ELSEWHERE); PYRFORMER_TORTURE=25 $(PYTEST) $(CURDIR)/tests/train/test_torture.py
+torture: build ## Kill training, break its files, read damaged ones; see docs/reliability.md
+	$(ELSEWHERE); PYRFORMER_TORTURE=25 $(PYTEST) $(CURDIR)/tests/train/test_torture.py $(CURDIR)/tests/fuzz
 
 .PHONY: lint
 lint: $(READY) ## Formatting, lints and types of both languages

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 import pyrformer as pf
+from pyrformer.fields import parse_json
 
 from ._files import texts_of
 from ._masked import fill
@@ -20,7 +21,7 @@ from ._masked import fill
 def json_value(text: str) -> Any:
     """A value written as JSON; a word that is none stands for itself."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         if text.isalpha():
             return text

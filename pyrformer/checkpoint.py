@@ -14,6 +14,7 @@ import numpy as np
 
 from pyrformer import _core
 from pyrformer.errors import FileError, InputError
+from pyrformer.fields import parse_json
 from pyrformer.finetune import merged
 from pyrformer.gguf import Gguf
 from pyrformer.gguf_layouts import POOLER
@@ -40,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FileError: the file cannot be read or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(f"[load] {path.parent} has no {path.name}; is it a model folder?") from None
     except (OSError, ValueError) as e:

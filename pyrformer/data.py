@@ -212,13 +212,15 @@ class Documents:
             if not self._has_column(batch.schema, where):
                 return
             found: list[Any] = []
-            whole = batch.to_pylist() if rows else ()
-            values = batch.column(batch.schema.get_field_index(self._column)).to_pylist()
+            values = _values(batch.column(batch.schema.get_field_index(self._column)))
+            whole = _rows(batch, values) if rows else ()
             for value, kept in itertools.zip_longest(values, whole):
                 if isinstance(value, str):
                     found.append(kept if rows else value)
                 else:
                     what = "no value" if value is None else f"a value of type {type(value).__name__}"
+                    if isinstance(value, UnicodeDecodeError):
+                        what = "bytes that are no UTF-8"
                     self._reject(
                         DataError(
                             f"[data] row {row} of {where} has {what} in column {self._column!r}, not text"
@@ -227,6 +229,38 @@ class Documents:
                     )
                 row += 1
             yield found
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column of Arrow, in place of text that is no UTF-8 its error."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _rows(batch: Any, values: list[Any]) -> list[Any]:
+    """The rows of a batch of Arrow; where one holds text that is no UTF-8, its value becomes the error."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        rows = []
+    for i in range(len(batch)):
+        try:
+            rows += batch.slice(i, 1).to_pylist()
+        except UnicodeDecodeError as e:
+            values[i] = e
+            rows.append(None)
+    return rows
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as e:
+        return e
 
 
 def expand(paths: Sequence[str | PathLike[str]]) -> list[Path]:

@@ -1,8 +1,9 @@
-"""Checks that the fields of a configuration hold what their annotations say."""
+"""Checks of what files and callers give: JSON that parses, fields that hold what their annotations say."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 from pyrformer.errors import ConfigError
@@ -39,3 +40,15 @@ def _is(value: Any, kind: str) -> bool:
         item = kind.removeprefix("list[").removesuffix("]")
         return all(_is(x, item) for x in value)
     return isinstance(value, types)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` whose every failure is a ValueError.
+
+    Raises:
+        ValueError: it is no JSON, no UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

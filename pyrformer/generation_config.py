@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrformer.errors import FileError, InputError
+from pyrformer.fields import parse_json
 
 # fmt: off
 #: What a stored ``generation_config.json`` may say about a search; its other keys concern other libraries.
@@ -52,7 +53,7 @@ class GenerationConfig:
         path = Path(path)
         path = path / "generation_config.json" if path.is_dir() else path
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise FileError(f"[GenerationConfig] {path} cannot be read: {e}") from e
         if not isinstance(stored, dict):

@@ -43,7 +43,7 @@ def build(config: dict[str, Any]) -> Family:
         ConfigError: the family is unknown, or the configuration contradictory.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"[config] unknown model_type {kind!r}; known families: {known}")
     config_class, family = FAMILIES[kind]

@@ -30,6 +30,12 @@ class Attended(NamedTuple):
     spec: dict[str, Any]
 
 
+#: The greatest size of any axis; a damaged number would take all memory.
+MOST = 1 << 24
+#: Layers that a model may have; a damaged number would keep a machine busy with building them.
+MOST_LAYERS = 4096
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The part of ``config.json`` that a family reads, under Hugging Face's names. What it does not know is kept and
@@ -108,6 +114,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, f"config {self.model_type}")
+        layers = getattr(self, self.SIZES["layers"], None)
+        self.require(
+            not isinstance(layers, int) or layers <= MOST_LAYERS,
+            f"{layers} layers are more than {MOST_LAYERS}",
+        )
         if not self.architecture:
             self.fill(architecture=self.ARCHITECTURES[0])
         name = getattr(self, self.ACTIVATION)
@@ -145,10 +156,11 @@ class ModelConfig:
             raise ConfigError(f"[config] {self.model_type}: {message}")
 
     def check_sizes(self, **sizes: int) -> None:
-        """Raises ConfigError unless all sizes are positive whole numbers."""
+        """Raises ConfigError unless all sizes are positive whole numbers, and not beyond all reason."""
         for name, value in sizes.items():
             self.require(
-                isinstance(value, int) and value > 0, f"{name} must be a positive whole number, got {value!r}"
+                isinstance(value, int) and 0 < value <= MOST,
+                f"{name} must be a positive whole number up to {MOST}, got {value!r}",
             )
 
     def check_probabilities(self, **values: float) -> None:

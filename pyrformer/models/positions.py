@@ -30,6 +30,8 @@ def alibi_slopes(heads: int) -> list[float]:
     return first + [2.0 ** (-4 * (2 * k + 1) / m) for k in range(heads - m)]
 
 
+#: Columns of a head that may turn; a damaged number would take all memory.
+MOST_COLUMNS = 1 << 20
 #: What each scaling must be told besides ``rope_theta``.
 NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -83,17 +85,17 @@ def rope(parameters: dict[str, Any], head_dim: int, max_positions: int, length: 
         ConfigError: the type is unknown, or a parameter is missing or makes no sense.
     """
     kind = parameters.get("rope_type", "default")
-    if kind not in NEEDS:
+    if not isinstance(kind, str) or kind not in NEEDS:
         raise ConfigError(f"[config] {where}: rope_type must be one of {', '.join(NEEDS)}, got {kind!r}")
     missing = [name for name in NEEDS[kind] if parameters.get(name) is None]
     if missing:
         raise ConfigError(f"[config] {where}: rope_type {kind!r} needs {missing[0]}")
     theta = _number(parameters, "rope_theta", 10000.0, where)
     turning = int(head_dim * _number(parameters, "partial_rotary_factor", 1.0, where))
-    if turning < 2 or turning % 2 or turning > head_dim:
+    if turning < 2 or turning % 2 or turning > min(head_dim, MOST_COLUMNS):
         raise ConfigError(
             f"[config] {where}: {turning} of {head_dim} columns of a head would turn; "
-            "the number must be even and at least 2"
+            f"the number must be even, from 2 to {MOST_COLUMNS}"
         )
     before = int(_number(parameters, "original_max_position_embeddings", max_positions, where))
     exponent = np.arange(0, turning, 2) / turning

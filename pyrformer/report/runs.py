@@ -108,7 +108,7 @@ class Record:
         step = max((row["step"] for row in self.rows), default=0)
         return Summary(
             name=name,
-            family=self.model.get("model_type"),
+            family=kind if isinstance(kind := self.model.get("model_type"), str) else None,
             parameters=None if family is None else _count(family),
             step=step,
             steps=self._whole("max_steps"),

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pyrformer.errors import Error, InputError
+from pyrformer.fields import parse_json
 from pyrformer.model import Model
 from pyrformer.serve import protocol
 from pyrformer.serve.engine import Completion, Embedding, Engine, Full, Stopping, TimedOut, Token
@@ -139,7 +140,7 @@ class Server:
         try:
             await asyncio.wait_for(read(), BODY_SECONDS)
             # Texts are turned into ids in a thread, too: both take a while for a large body.
-            return await asyncio.to_thread(json.loads, bytes(data))
+            return await asyncio.to_thread(parse_json, bytes(data))
         except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
             raise BadRequest(f"the body did not come within {BODY_SECONDS:g} seconds", status=408) from None
         except (ValueError, RecursionError) as e:

@@ -8,7 +8,6 @@ checkpoints before it as they were.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -33,6 +32,7 @@ from pyrformer.checkpoint import (
 )
 from pyrformer.compile import Array
 from pyrformer.errors import Error, FileError, NonFiniteError
+from pyrformer.fields import parse_json
 from pyrformer.model import Model
 from pyrformer.optimizers import AVERAGES
 
@@ -277,7 +277,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):

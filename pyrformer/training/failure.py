@@ -22,7 +22,7 @@ from pyrformer import _core
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, WEIGHTS, read_json, write_json
 from pyrformer.compile import Compiled
-from pyrformer.errors import ConfigError, FileError
+from pyrformer.errors import Error, FileError
 from pyrformer.initial import apply_changes
 from pyrformer.model import Model
 from pyrformer.models import build
@@ -231,22 +231,35 @@ def replay(folder: str | Path, threads: int = 0) -> tuple[Finding | None, dict[s
         )
     facts = read_json(path / FACTS)
     try:
-        config = TrainConfig(**{**facts["config"], "resume": False, "overwrite": False, "device": "cpu"})
-        counts = {name: int(count) for name, count in facts["counts"].items()}
-        update = Update(int(facts["step"]) - 1, float(facts["learning_rate"]), counts)
-        sizes = [Sizes(**one) for one in facts["sizes"]]
-        draws = [int(draw) for draw in facts["draws"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        if isinstance(e, ConfigError):
-            raise
+        return _made_again(path, facts, threads), facts
+    except Error:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise FileError(f"[replay] {path / FACTS} is not what a run writes: {e!r}") from None
+
+
+def _made_again(path: Path, facts: dict[str, Any], threads: int) -> Finding | None:
+    """Makes the update that ``facts`` describe once more."""
+    config = TrainConfig(**{**facts["config"], "resume": False, "overwrite": False, "device": "cpu"})
     model = Model(build(read_json(path / CONFIG)), threads=threads or config.threads or None)
     apply_changes(model, config)
     load_parameters(path, model)
     stored = _core.SafeTensors(path / BATCH)
     batches = []
-    for i, (draw, one) in enumerate(zip(draws, sizes, strict=True)):
+    for i, (draw, sizes) in enumerate(zip(facts["draws"], facts["sizes"], strict=True)):
         names = [name for name, _, _ in stored.tensors() if name.startswith(f"{i}.")]
         arrays = {name.partition(".")[2]: stored.get_int32(name) for name in names}
-        batches.append((draw, Batch(one, arrays)))
-    return examine(Passes(model, config), Failure(update, batches, facts.get("rows", []))), facts
+        size = Sizes(**sizes)
+        b, t = arrays["input_ids"].shape
+        labelled = arrays["labels"].size if size.labelled else 0
+        if (size.batch, size.tokens, size.labelled, size.remembered) != (
+            b,
+            t,
+            labelled,
+            0,
+        ) or size.targets > t:
+            raise ValueError(f"sizes of batch {i} that are not those of its arrays")
+        batches.append((int(draw), Batch(size, arrays)))
+    counts = {name: int(count) for name, count in facts["counts"].items()}
+    update = Update(int(facts["step"]) - 1, float(facts["learning_rate"]), counts)
+    return examine(Passes(model, config), Failure(update, batches, []))

@@ -114,3 +114,9 @@ def test_shapes_that_do_not_fit_name_the_line() -> None:
         F.linear(a, b)
     assert "\n" not in str(caught.value)
     assert "test_programs.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1 << 32, 1 << 32), (1 << 63, 2), (0, 1 << 62, 1 << 62), (1 << 47,)])
+def test_sizes_beyond_all_memory_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(pf.Error, match="larger than any memory"):
+        Trace().input("x", "int32", shape)

@@ -4,6 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+/// The most bytes of one tensor, 2⁴⁸: far beyond any memory, and sums of many of them do not overflow.
+pub const MOST_BYTES: usize = 1 << 48;
+
 /// The type of one element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -127,6 +130,14 @@ impl TensorType {
     #[must_use]
     pub fn new(dtype: DType, shape: impl Into<Shape>) -> Self {
         Self { dtype, shape: shape.into() }
+    }
+
+    /// Whether it takes at most [`MOST_BYTES`].
+    #[must_use]
+    pub fn fits(&self) -> bool {
+        // Where an extent is 0, products of the others are still computed.
+        let elements = self.shape.0.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
+        elements.and_then(|n| n.checked_mul(self.dtype.size())).is_some_and(|n| n <= MOST_BYTES)
     }
 
     /// Size in bytes without gaps.

@@ -236,7 +236,17 @@ impl Graph {
             return Err(Error::Internal(format!("{} reads value {} of another graph", op.name(), v.0)));
         }
         let types: Vec<&TensorType> = inputs.iter().map(|&v| self.ty(v)).collect();
+        let fits = |ty: &TensorType| {
+            let message = || format!("{ty} is larger than any memory; check the sizes");
+            if ty.fits() {
+                Ok(())
+            } else {
+                Err(Error::Shape { op: op.name().to_owned(), message: message() })
+            }
+        };
+        declared.map_or(Ok(()), fits)?;
         let results = op.infer(&types, declared)?;
+        results.iter().try_for_each(fits)?;
         let node = NodeId(self.nodes.len() as u32);
         let outputs: Vec<ValueId> = results
             .into_iter()

@@ -17,7 +17,9 @@ pub(crate) struct Failure {
 
 impl Failure {
     pub(crate) fn new(class: &'static str, error: impl ToString) -> Self {
-        Self { class, message: error.to_string() }
+        // A value of a damaged file may stand in the message; that stays one line.
+        let message = error.to_string().replace('\n', "\\n").replace('\r', "\\r");
+        Self { class, message }
     }
 }
 
