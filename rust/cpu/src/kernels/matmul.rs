@@ -3,7 +3,7 @@
 use pyrformer_graph::Epilogue;
 
 use crate::gemm::{Factor, PackBuffers, gemm_by};
-use crate::kernels::elementwise::{add_row, unary_grad_row, unary_in_place};
+use crate::kernels::elementwise::{add_row, copy, unary_grad_row, unary_in_place};
 use crate::real::Real;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
@@ -27,9 +27,13 @@ pub(crate) fn matmul<T: Real>(
     y: MatMut<'_, T>,
     f: Fused<'_, T>,
 ) {
-    // A residual that shares y's memory is there already: the product is accumulated onto it.
-    let onto = f.residual.is_some_and(|r| std::ptr::eq(r.as_ptr(), y.as_ptr()));
-    let residual = f.residual.filter(|_| !onto);
+    // The chain of additions of a plain product starts at the residual, whether or not that shares y's memory: no bit
+    // depends on where values lie.
+    let onto = f.residual.filter(|_| f.epilogue.act.is_none() && f.epilogue.act_grad.is_none());
+    if let Some(residual) = onto.filter(|r| !std::ptr::eq(r.as_ptr(), y.as_ptr())) {
+        copy(pool, residual, y);
+    }
+    let residual = f.residual.filter(|_| onto.is_none());
     let finish = |row, col, piece: &mut [T]| {
         let cols = piece.len();
         if let Some(bias) = &f.bias {
@@ -50,5 +54,5 @@ pub(crate) fn matmul<T: Real>(
         }
     };
     // SAFETY: the result overlaps no factor; a residual in its place is what the product is added to.
-    unsafe { gemm_by(pool, packs, a, b, (y, onto), &finish) };
+    unsafe { gemm_by(pool, packs, a, b, (y, onto.is_some()), &finish) };
 }
