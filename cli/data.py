@@ -164,6 +164,8 @@ def show(
         loaded = pf.Tokenizer.load(tokenizer)
         texts = read_documents(list(paths), column=column, clean=clean)
         corpus = tokenize(loaded, texts, objective=objective)
+    if objective != "mlm" and (whole_word_mask or span_p):
+        raise InputError(f"[data] --whole-word-mask and --span-p are for objective mlm, not {objective}")
     batches = pf.Batches(
         corpus,
         objective,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pyrformer.batch import IGNORE, Batch
 from pyrformer.data import Masking
-from pyrformer.errors import DataError
+from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
 from pyrformer.supervised import ORDER, draws_of
 from pyrformer.tokenizers import Ragged, Tokenizer
@@ -67,9 +67,12 @@ class PairBatches:
     ):
         """
         Raises:
+            InputError: the masking is by spans, which pairs do not have.
             DataError: there is no place with two sentences, or no other place to take a second text from.
             TokenizerError: the tokenizer lacks [CLS], [SEP], [PAD] or [MASK].
         """
+        if masking.span_p:
+            raise InputError("[data] span_p is for objective 'mlm'; rows of two texts mask tokens or words")
         self._ids, self._offsets = corpus.texts.ids, corpus.texts.offsets
         self._bounds, self._room = corpus.documents, seq_len - 3
         self._cls, self._sep, self._pad, self._mask = tokenizer.masking_ids()

@@ -354,3 +354,23 @@ def test_help_and_version() -> None:
         assert command in listed
         assert pyrformer(command, "--help").stdout.startswith("Usage: ")
     assert pyrformer("--version").stdout.startswith("pyrformer ")
+
+
+def test_a_batch_is_shown_with_the_masks_of_its_objective(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    tokenizer = tmp_path / "tokenizer.json"
+    pyrformer(
+        "tokenizer",
+        "train",
+        tmp_path / "a.txt",
+        "--kind",
+        "wordpiece",
+        "--vocab-size",
+        80,
+        "--out",
+        tokenizer,
+    )
+    command = ["data", "show", tmp_path / "a.txt", "--tokenizer", tokenizer, "--seq-len", 16]
+    masked = pyrformer(*command, "--objective", "mlm", "--span-p", 0.3).stdout
+    assert "[" in masked
+    assert "--span-p" in refused(*command, "--span-p", 0.3)

@@ -15,7 +15,7 @@ import pytest
 import pyrformer as pf
 from pyrformer import programs
 from pyrformer.data import Batches, Masking
-from pyrformer.errors import Error
+from pyrformer.errors import Error, InputError
 from pyrformer.pairs import PairBatches, Sentences, sentences
 from pyrformer.supervised import PrefixBatches
 from pyrformer.tokenizers import Ragged, Tokenizer
@@ -51,6 +51,11 @@ def test_sentences(corpus: Sentences, tokenizer: Tokenizer) -> None:
     first = [tokenizer.decode(ids[a:b]) for a, b in pairwise(offsets[:6])]
     assert first[:3] == ["the cat sat.", "the cat lay on a mat by the door!", "did the cat sleep?"]
     assert len(sentences(tokenizer, ["", "\n\n \n", "a. b.\n\n\n\nc"]).documents) == 3
+
+
+def test_pairs_have_no_spans(corpus: Sentences, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="span_p"):
+        pairs(corpus, tokenizer, masking=Masking(span_p=0.2))
 
 
 def test_pairs_are_what_they_say(corpus: Sentences, tokenizer: Tokenizer) -> None:
