@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from pyrformer.compile import Traced
-from pyrformer.errors import InputError
-from pyrformer.models.base import Cache, Family, Inputs
+from pyrformer.errors import ConfigError, InputError
+from pyrformer.models.base import PROBLEMS, Cache, Family, Inputs
 from pyrformer.nn import Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 from pyrformer.optimizers import Optimizer
@@ -103,6 +103,11 @@ def _losses(
     head = model.sentence_output(hidden) if s.sentences else None
     if head is not None:
         pooled, weight, bias = head
+        problem = model.config.extra.get("problem_type")
+        if problem not in (None, PROBLEMS[-1]):
+            raise ConfigError(
+                f"[model] there is no loss for problem_type {problem!r}, only for {PROBLEMS[-1]!r}"
+            )
         labels = trace.input("sentence_labels", "int32", (s.batch,))
         with trace.scope("sentence"):
             losses["sentence_loss"] = F.linear_cross_entropy(

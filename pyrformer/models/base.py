@@ -32,6 +32,8 @@ class Attended(NamedTuple):
 
 #: The greatest size of any axis; a damaged number would take all memory.
 MOST = 1 << 24
+#: Kinds of classification of whole texts, the one that can be learnt last.
+PROBLEMS = ("regression", "multi_label_classification", "single_label_classification")
 #: Layers that a model may have; a damaged number would keep a machine busy with building them.
 MOST_LAYERS = 4096
 
@@ -92,7 +94,7 @@ class ModelConfig:
         given = {k: v for k, v in raw.items() if k in known} | {"architecture": named[0]}
         rest = {k: v for k, v in raw.items() if k not in known and k not in ("model_type", "architectures")}
         fixed = {**cls.FIXED, "is_decoder": (None, False), "add_cross_attention": (None, False)}
-        fixed |= {"quantization_config": (None,), "problem_type": (None, "single_label_classification")}
+        fixed |= {"quantization_config": (None,), "problem_type": (None, *PROBLEMS)}
         for name, values in fixed.items():
             if name in rest and rest[name] not in values:
                 raise ConfigError(

@@ -69,6 +69,12 @@ def test_long_texts_are_cut_and_no_text_is_no_error() -> None:
     assert model.classify([[2] * 60]).scores[0].shape == (24, 3)
 
 
+def test_only_one_label_of_several_can_be_learnt() -> None:
+    model = model_of("Sequence", problem_type="multi_label_classification")
+    with pytest.raises(pf.errors.ConfigError, match="no loss for problem_type"):
+        model(np.arange(5, 9)[None], labels=np.array([1]))
+
+
 def test_refusals() -> None:
     with pytest.raises(InputError, match="no classification head"):
         pf.Model.from_config({**SIZES, "architectures": ["BertForMaskedLM"]}).classify(IDS)

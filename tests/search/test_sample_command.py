@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ def run(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "run")
 
 
-def sample(*args: Any, stdin: str | None = None, code: int = 0) -> Result:
-    done = CliRunner().invoke(main, ["sample", *map(str, args)], input=stdin, env={"COLUMNS": "80"})
+def sample(*args: Any, code: int = 0) -> Result:
+    done = CliRunner().invoke(main, ["sample", *map(str, args)], env={"COLUMNS": "80"})
     assert done.exit_code == code, done.output
     return done
 
@@ -83,7 +85,19 @@ def test_prompts_of_a_file(run: str, tmp_path: Path) -> None:
     for row in rows[0]:
         assert row["prompt"] + row["text"] in plain
     assert [[r["ids"] for r in part] for part in rows[1:]] == [[r["ids"] for r in rows[0]]] * 2
-    piped = sample(run, "--prompts", "-", "--json", *options, stdin="\n".join(lines)).stdout
+    command = [
+        sys.executable,
+        "-c",
+        "from pyrformer.cli import main; main()",
+        "sample",
+        run,
+        "--prompts",
+        "-",
+        "--json",
+    ]
+    piped = subprocess.run(
+        [*command, *map(str, options)], input="\n".join(lines), capture_output=True, text=True, check=True
+    ).stdout
     assert [json.loads(line)["ids"] for line in piped.splitlines()] == [r["ids"] for r in rows[0]]
 
 
