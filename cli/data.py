@@ -191,31 +191,40 @@ def show(
     grid = Table.grid(padding=(0, 1))
     grid.add_column(justify="right", style="dim")
     grid.add_column(overflow="fold")
+    room = console.width - len(str(b - 1)) - 1
     for row in range(b):
-        grid.add_row(str(row), _row(loaded, batch, row, objective))
+        grid.add_row(str(row), _row(loaded, batch, row, objective, room))
     console.print(grid)
 
 
-def _row(tokenizer: pf.Tokenizer, batch: dict[str, Any], row: int, objective: str) -> Text:
+def _row(tokenizer: pf.Tokenizer, batch: dict[str, Any], row: int, objective: str, room: int) -> Text:
+    """A row of a batch in lines of at most ``room`` cells, cut between tokens."""
     ids, labels = batch["input_ids"][row], batch["labels"][row]
     segments = batch.get("segments", np.ones_like(batch["input_ids"]))[row]
     seen = batch["attention_mask"][row] if "attention_mask" in batch else segments > 0
-    line = Text()
+    pieces = []
     for token, label, segment, there in zip(ids, labels, segments, seen, strict=True):
         if not there:
             continue
-        text = _token(tokenizer, int(token))
+        text, piece = _token(tokenizer, int(token)), Text()
         style = DOCUMENTS[int(segment - 1) % len(DOCUMENTS)]
         if objective == "mlm" and label != -100:
-            line.append(text, style="bold red underline")
-            line.append(f"[{_token(tokenizer, int(label))}]", style="yellow")
+            piece.append(text, style="bold red underline")
+            piece.append(f"[{_token(tokenizer, int(label))}]", style="yellow")
         else:
-            line.append(text, style=f"{style} dim" if tokenizer.is_special(int(token)) else style)
-        line.append("·", style="dim")
+            piece.append(text, style=f"{style} dim" if tokenizer.is_special(int(token)) else style)
+        pieces.append(piece.append("·", style="dim"))
     missing = int((seen == 0).sum())
     if missing:
-        line.append(f" {missing} × padding", style="dim")
-    return line
+        pieces.append(Text(f" {missing} × padding", style="dim"))
+    lines, used = Text(), 0
+    for piece in pieces:
+        if used and used + piece.cell_len > room:
+            lines.append("\n")
+            used = 0
+        lines.append_text(piece)
+        used += piece.cell_len
+    return lines
 
 
 def _token(tokenizer: pf.Tokenizer, token: int) -> str:

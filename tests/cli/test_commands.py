@@ -373,4 +373,6 @@ def test_a_batch_is_shown_with_the_masks_of_its_objective(tmp_path: Path) -> Non
     command = ["data", "show", tmp_path / "a.txt", "--tokenizer", tokenizer, "--seq-len", 16]
     masked = pyrformer(*command, "--objective", "mlm", "--span-p", 0.3).stdout
     assert "[" in masked
+    # Lines are cut between tokens.
+    assert all(line.rstrip().endswith(("·", "padding")) for line in masked.splitlines()[1:])
     assert "--span-p" in refused(*command, "--span-p", 0.3)
