@@ -426,7 +426,7 @@ class Batches:
 
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row of a step."""
-        return self._core.documents(step)
+        return self._core.documents(self._place(step))
 
     def ready(self, step: int) -> Batch:
         """The batch of a step under the names that the programs take."""

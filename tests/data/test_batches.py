@@ -42,6 +42,7 @@ def test_ranks_share_the_batches_of_one(tokenizer: pf.Tokenizer, objective: str,
             for step in (0, 1, 50, 10**12):
                 for r, rank in enumerate(ranks):
                     assert same(rank.batch(step), one.batch(step * world_size + r))
+                    assert rank.documents(step) == one.documents(step * world_size + r)
         else:
             together = [b for row in itertools.zip_longest(*ranks) for b in row if b is not None]
             assert len(together) == one.batches_per_pass

@@ -53,7 +53,7 @@ const STREAM_ROWS: usize = 48;
 /// Steps of K for which such a task visits its columns: few if they are read once, more if several rows of tiles read
 /// them, as each visit has its cost.
 const STREAM_STEPS: [usize; 2] = [8, 64];
-/// Steps that it packs at a time, where B must be transposed or turned into floats.
+/// Steps that it packs at a time, where B must be transposed or its last columns fill no tile.
 const STREAM_PACKED: usize = 128;
 /// Elements of C that such a task works on: half of the first cache.
 const STREAM_ELEMENTS: usize = 1 << 12;
