@@ -19,3 +19,5 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "ar": {"objective": "ar", "model": GPT2, "tokenizer": {"kind": "char"}},
     "mlm": {"objective": "mlm", "model": BERT, "tokenizer": {"preset": "bert-uncased", "vocab_size": 80}},
 }
+#: A run of twelve updates, each of them logged.
+SMALL = {"seq_len": 16, "batch_size": 4, "max_steps": 12, "warmup_steps": 1, "log_every": 1}

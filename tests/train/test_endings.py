@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipes import GPT2, SMALL
 
 import pyrformer as pf
 
 TEXT = "the cat sat on the mat, and the dog lay by the door. " * 20
-GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}
 
 
 @pytest.fixture
@@ -28,15 +28,14 @@ def text(tmp_path: Path) -> Path:
 
 
 def config(text: Path, **more: Any) -> pf.TrainConfig:
-    small = {
-        "seq_len": 16,
-        "batch_size": 4,
-        "max_steps": 12,
-        "warmup_steps": 1,
-        "log_every": 1,
+    given = {
+        "files": [str(text)],
+        "out": str(text.parent / "run"),
+        **SMALL,
         "save_every": 3,
+        "model": GPT2,
+        **more,
     }
-    given = {"files": [str(text)], "out": str(text.parent / "run"), **small, "model": GPT2, **more}
     return pf.TrainConfig(tokenizer={"kind": "char"}, **given)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from recipes import OBJECTIVES, TEXT
+from recipes import OBJECTIVES, SMALL, TEXT
 
 import pyrformer as pf
 from pyrformer.cli import main
@@ -22,15 +22,7 @@ PROMPTS = {"ar": ["the cat", "a dog"], "mlm": ["the [MASK] sat on [MASK] mat"]}
 def config(tmp_path: Path, name: str = "ar", out: str = "run", **more: Any) -> pf.TrainConfig:
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
-    small = {
-        "seq_len": 16,
-        "batch_size": 4,
-        "max_steps": 12,
-        "warmup_steps": 1,
-        "log_every": 1,
-        "save_every": 4,
-    }
-    given = {**small, "eval_every": 6, **OBJECTIVES[name], **more}
+    given = {**SMALL, "save_every": 4, "eval_every": 6, **OBJECTIVES[name], **more}
     return pf.TrainConfig(files=[str(text)], out=str(tmp_path / out), **given)
 
 
