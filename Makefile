@@ -42,7 +42,7 @@ develop: $(READY) ## Build with checks and install so that edits of Python files
 	VIRTUAL_ENV=$(VENV) $(BIN)/maturin develop $(PROFILE)
 
 .PHONY: test
-test: lint test-rust build test-python ## Lints, Rust tests, then the Python tests against the installed release wheel
+test: lint test-rust build test-python docs ## Lints, Rust tests, the Python tests against the installed release wheel, the site
 
 .PHONY: test-rust
 test-rust: $(READY) ## Rust tests only
@@ -92,8 +92,13 @@ examples: build ## Run the examples with polars, pandas, DuckDB and datasets, wh
 	$(BIN)/python -m pip install --quiet --group examples
 	$(ELSEWHERE); $(PYTEST) $(CURDIR)/tests/pipeline/test_examples.py
 
+# Warnings are errors: a link that leads nowhere, a name that the reference does not find.
 .PHONY: docs
-docs: ## Build the Rust documentation into target/doc
+docs: $(READY) ## Build the documentation site into target/site, with what is installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.PHONY: rust-docs
+rust-docs: ## Build the Rust documentation into target/doc
 	cargo doc --workspace --no-deps --document-private-items
 
 .PHONY: wheel-check

@@ -8,15 +8,27 @@ from pathlib import Path
 
 import pytest
 
+import pyrformer
+
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+#: Pages that the site makes when it is built.
+MADE = {"frames.md", "reference/commands.md"}
 LINK = re.compile(r"\[[^\]]+\]\((?!https?://|#)([^)#\s]+)[^)]*\)")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(document: Path) -> None:
     links = LINK.findall(document.read_text(encoding="utf-8"))
-    assert [link for link in links if not (document.parent / link).exists()] == []
+    assert [link for link in links if link not in MADE and not (document.parent / link).exists()] == []
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    shown = {name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text("utf-8"), re.M)}
+    public = {f"pyrformer.{name}" for name in pyrformer.__all__ if name not in ("Error", "__version__")}
+    assert public <= shown
+    assert "pyrformer.errors" in shown
 
 
 def test_file_tree_of_the_readme_exists() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import pyrformer as pf
+from pyrformer.cli import main
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 PYTHON = re.compile(r"```python\n(.*?)```", re.S)
+SHELL = re.compile(r"```sh\n(.*?)```", re.S)
 #: Documents with Python → what their blocks take as given.
 GIVEN = {"generation.md": ("model", "prompt", "pf"), "pipelines.md": (), "tutorial.md": ()}
 
@@ -41,9 +45,27 @@ def test_the_example_runs(
 
 
 @pytest.mark.skipif(not README.is_file(), reason="no documents beside the tests")
+def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (README.parent / "docs" / "quick-start.md").read_text("utf-8")
+    lines = [line for block in SHELL.findall(text) for line in block.splitlines()]
+    assert lines.pop(0) == "cp examples/shakespeare/train.txt shakespeare.txt"
+    Path("shakespeare.txt").write_text("ROMEO.\nMy lord, the king is come: zqxj vvkw.\n" * 60)
+    for line in lines:
+        small = line.replace("--max-steps 2000", "--max-steps 2 --warmup-steps 1")
+        command, *arguments = shlex.split(small)
+        assert command == "pyrformer"
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+    for code in PYTHON.findall(text):
+        exec(code, {})
+    assert len(Path("scored.jsonl").read_text().splitlines()) == 120
+
+
+@pytest.mark.skipif(not README.is_file(), reason="no documents beside the tests")
 def test_documents_with_python_are_known() -> None:
     found = (p for p in README.parent.glob("docs/*.md") if PYTHON.search(p.read_text("utf-8")))
-    assert {p.name for p in found} == GIVEN.keys()
+    assert {p.name for p in found} == {*GIVEN, "quick-start.md"}
 
 
 @pytest.mark.skipif(not README.is_file(), reason="no documents beside the tests")
