@@ -33,7 +33,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Any]], coun
     heads = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in head)
     header = f"<thead><tr>{heads}</tr></thead>" if head else ""
     return (
-        f'<table><caption style="text-align:left;white-space:nowrap"><b>{html.escape(caption)}</b></caption>{header}<tbody>'
+        '<table><caption style="text-align:left;white-space:nowrap">'
+        f"<b>{html.escape(caption)}</b></caption>{header}<tbody>"
         + "".join(f"<tr>{row}</tr>" for row in body)
         + "</tbody></table>"
     )
