@@ -149,6 +149,8 @@ class Executor:
     """A plan bound to a store, run on the CPU."""
 
     def __new__(cls, plan: Plan, store: Store, threads: int | None = None) -> Executor: ...
+    def pack_weights(self) -> None:
+        """Keeps the weights that the plan multiplies by in the order of the kernels, for all plans of the store."""
     def run(self, inputs: dict[str, _Array]) -> dict[str, _Array]: ...
     def profile(self, inputs: dict[str, _Array]) -> list[float]:
         """Runs once; the seconds that each step of the plan took."""

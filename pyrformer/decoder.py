@@ -118,7 +118,7 @@ class Decoder(Positions):
             outputs=outputs,
             hidden=hidden,
         )
-        return self.model.program(("decode", self.cache, batch, width, outputs, hidden), make)
+        return self.model.program(("decode", self.cache, batch, width, outputs, hidden), make, pack=True)
 
 
 class Rereader(Positions):

@@ -253,16 +253,23 @@ class Model:
             self.in_8bit = True
 
     def program(
-        self, key: tuple[Any, ...], trace: Callable[[], Traced], *, recompute: bool = False, memory: int = 0
+        self,
+        key: tuple[Any, ...],
+        trace: Callable[[], Traced],
+        *,
+        recompute: bool = False,
+        memory: int = 0,
+        pack: bool = False,
     ) -> Compiled:
-        """The compiled program of this key, made on first use; options as of :meth:`pyrformer.compile.Traced.lower`."""
+        """The compiled program of this key, made on first use; options as of :meth:`pyrformer.compile.Traced.lower` and
+        :meth:`pyrformer.compile.Lowered.compile`."""
         with self._lock:
             if key not in self._programs:
                 traced = trace()
                 if not traced.trace.updated.isdisjoint(name for name, _ in self.family.named_parameters()):
                     self.origin = None
                 lowered = traced.lower(self.device, recompute=recompute, memory=memory)
-                self._programs[key] = lowered.compile(self.store, self.threads)
+                self._programs[key] = lowered.compile(self.store, self.threads, pack=pack)
             return self._programs[key]
 
     def family_changed(self) -> None:

@@ -172,3 +172,28 @@ def test_filtered_distributions_of_the_reference(fixtures: Path) -> None:
         rows = tensors[f"exact.{i}"].astype(bool)
         got = pf.filter_logits(tensors["logits"], **case["settings"])
         assert np.abs(got - tensors[f"probs.{i}"])[rows].max() <= 1e-6, case
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda c: str(c["model_type"]))
+def test_decoding_leaves_the_weights_as_they_are(config: dict[str, Any], tmp_path: Path) -> None:
+    """Generation keeps weights in an order of its own; saving, setting, scoring and training do not see it."""
+    model = pf.Model.from_config({**config, "vocab_size": 203}, seed=3)
+    model.save(tmp_path / "fresh")
+    prompts, options = [[5, 6, 7], [8] * 40], {"max_new_tokens": 7, "min_new_tokens": 7}
+    ids = np.random.default_rng(1).integers(3, 203, (2, 30))
+    before, logits, loss = model.state_dict(), model(ids).logits, model.loss_and_grads(ids, ids)
+    # A program with gradients was bound before, and one after.
+    fresh = pf.load(tmp_path / "fresh")
+    assert fresh.generate(prompts, **options).ids == model.generate(prompts, **options).ids
+    for other in (model, fresh):
+        after = other.state_dict()
+        assert all(np.array_equal(after[name], value) for name, value in before.items())
+        assert np.array_equal(other(ids).logits, logits)
+    assert fresh.loss_and_grads(ids, ids)[0] == loss[0]
+    changed = {name: np.roll(value, 1, axis=0) for name, value in before.items()}
+    for each in (model, fresh):
+        each.load_state_dict(changed)
+    again = fresh.generate(prompts, **options)
+    assert again.token_logprobs == model.generate(prompts, **options).token_logprobs
+    fresh.save(tmp_path / "changed")
+    assert pf.load(tmp_path / "changed").generate(prompts, **options).token_logprobs == again.token_logprobs

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use pyrformer_cpu::gemm::{
-    Factor, Gemm, Int8, PackBuffers, Scratch, gemm, gemm_by, gemm_serial, no_epilogue,
+    Factor, Gemm, Int8, PackBuffers, Packed, Scratch, gemm, gemm_by, gemm_serial, no_epilogue,
 };
 use pyrformer_cpu::simd;
 use pyrformer_cpu::threads::Pool;
@@ -222,30 +222,57 @@ fn main() {
         );
     }
 
-    for m in [1, 2, 4, 6, 8, 12, 16, 32, 128] {
-        let shape = shape("int8", m, 3072, 768, false, false);
-        if !shape.label().contains(&filter) {
-            continue;
-        }
-        // As many copies as are read from memory and not from cache.
-        let copies = 24;
-        let weight = random(3072 * 768);
-        let weights: Vec<Int8> =
-            (0..copies).map(|_| Int8::new(&Mat::new(&weight, 768, 3072), false)).collect();
-        let rates = [1, 2].map(|threads| {
-            let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads));
-            let mut copy = 0;
-            let seconds = shape.time(1, |g| {
-                copy = (copy + 1) % copies;
-                // SAFETY: C is the benchmark's alone.
-                unsafe {
-                    let b = Factor::Int8(&weights[copy]);
-                    gemm_by(&pool, &buffers, (g.a, false), b, (g.c, false), &no_epilogue);
-                }
+    let pool = Pool::new(2);
+    for m in [1, 4, 6, 8, 12, 16, 20, 32, 128] {
+        for (n, k) in [(2304, 768), (3072, 768), (768, 3072), (768, 768)] {
+            let weight = random(n * k);
+            let weight = Mat::new(&weight, k, n);
+            // As many copies as are read from memory and not from cache.
+            let copies = 128_000_000 / (n * k * 4);
+            kept(Shape { what: "packed", m, n, k, ta: false, tb: false }, &filter, 4, || {
+                (0..copies).filter_map(|_| Packed::new(&pool, &weight, false)).collect()
             });
-            (shape.flops() / seconds / 1e9, (3072 * 768) as f64 / seconds / 1e9)
-        });
-        let [(one, one_read), (two, two_read)] = rates;
-        println!("{:<40} {one:>9.1} {one_read:>5.1} GB/s {two:>6.1} {two_read:>5.1} GB/s", shape.label());
+            kept(Shape { what: "int8", m, n, k, ta: false, tb: false }, &filter, 1, || {
+                (0..copies).map(|_| Int8::new(&weight, false)).collect()
+            });
+        }
     }
+}
+
+/// A right factor kept in an order of its own.
+trait Kept {
+    fn factor(&self) -> Factor<'_, f32>;
+}
+
+impl Kept for Packed<f32> {
+    fn factor(&self) -> Factor<'_, f32> {
+        Factor::Packed(self)
+    }
+}
+
+impl Kept for Int8 {
+    fn factor(&self) -> Factor<'_, f32> {
+        Factor::Int8(self)
+    }
+}
+
+/// Prints the rates of products by such factors, of so many bytes an element.
+fn kept<K: Kept>(shape: Shape, filter: &str, size: usize, make: impl FnOnce() -> Vec<K>) {
+    if !shape.label().contains(filter) {
+        return;
+    }
+    let weights = make();
+    let rates = [1, 2].map(|threads| {
+        let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads));
+        let mut copy = 0;
+        let seconds = shape.time(1, |g| {
+            copy = (copy + 1) % weights.len();
+            let b = weights[copy].factor();
+            // SAFETY: C is the benchmark's alone.
+            unsafe { gemm_by(&pool, &buffers, (g.a, false), b, (g.c, false), &no_epilogue) };
+        });
+        (shape.flops() / seconds / 1e9, (size * shape.n * shape.k) as f64 / seconds / 1e9)
+    });
+    let [(one, one_read), (two, two_read)] = rates;
+    println!("{:<40} {one:>9.1} {one_read:>5.1} GB/s {two:>6.1} {two_read:>5.1} GB/s", shape.label());
 }

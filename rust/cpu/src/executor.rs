@@ -11,7 +11,7 @@ use pyrformer_graph::{
 };
 
 use crate::error::{Error, Result};
-use crate::gemm::{Factor, Int8, PackBuffers};
+use crate::gemm::{Factor, PackBuffers, Packed};
 use crate::kernels::attention::{self, Mask, Saved};
 use crate::kernels::dropout::{Keep, dropout};
 use crate::kernels::loss::{self, Gradients, Head, linear_cross_entropy};
@@ -19,7 +19,7 @@ use crate::kernels::matmul::{Fused, matmul};
 use crate::kernels::optimizer::{self, AdamW};
 use crate::kernels::relative::{self, Relative};
 use crate::kernels::{cache, elementwise, norm, positions, rows};
-use crate::memory::{Block, PerWorker, State, Store};
+use crate::memory::{Block, Form, PerWorker, State, Store};
 use crate::real::Real;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
@@ -140,17 +140,28 @@ impl Work {
 /// The element types, each with its buffers for matrix products.
 trait Element: Real {
     fn packs(work: &Work) -> &PackBuffers<Self>;
+
+    /// A packed state, which is of float32.
+    fn packed(state: &Packed<f32>) -> Option<&Packed<Self>>;
 }
 
 impl Element for f32 {
     fn packs(work: &Work) -> &PackBuffers<Self> {
         &work.packs_f32
     }
+
+    fn packed(state: &Packed<f32>) -> Option<&Packed<Self>> {
+        Some(state)
+    }
 }
 
 impl Element for f64 {
     fn packs(work: &Work) -> &PackBuffers<Self> {
         &work.packs_f64
+    }
+
+    fn packed(_: &Packed<f32>) -> Option<&Packed<Self>> {
+        None
     }
 }
 
@@ -178,6 +189,12 @@ impl CpuExecutor {
         let states = store.link(&plan)?;
         Work::fit(&mut store.work(), plan.arena_bytes, pool.threads(), worker_bytes(&plan))?;
         Ok(Self { plan, store, states, pool })
+    }
+
+    /// Keeps the weights that the plan multiplies by in the order of the kernels, so that no product packs them again;
+    /// see [`Store`]. No bit of a result changes.
+    pub fn pack_weights(&self) {
+        self.store.pack(&self.plan, &self.states, &self.pool);
     }
 
     /// The plan.
@@ -284,10 +301,32 @@ impl<'a> Memory<'a> {
     fn address(&self, o: &Operand) -> *mut u8 {
         let base = match o.space {
             Space::Arena => self.arena.as_ptr(),
-            Space::State(i) => self.states[i].block.as_ptr(),
+            Space::State(i) => match self.form(i) {
+                Form::Plain(block) => block.as_ptr(),
+                Form::Packed(_) | Form::Int8(_) => {
+                    unreachable!("weights::uses names all steps that read these")
+                }
+            },
         };
         // SAFETY: the memory plan keeps every operand inside its block.
         unsafe { base.add(o.offset) }
+    }
+
+    /// How a state is kept.
+    fn form(&self, state: usize) -> &'a Form {
+        // SAFETY: a run holds the store's access lock.
+        unsafe { self.states[state].form() }
+    }
+
+    /// The floats of an operand that is a state in another form than row by row.
+    pub(crate) fn laid_out(&self, o: &Operand) -> Option<Vec<f32>> {
+        let Space::State(i) = o.space else { return None };
+        if let Form::Plain(_) = self.form(i) {
+            return None;
+        }
+        // SAFETY: as above.
+        let bytes = unsafe { self.states[i].bytes() };
+        Some(bytes.as_chunks().0.iter().map(|x| f32::from_ne_bytes(*x)).collect())
     }
 
     pub(crate) fn mat<T>(&self, o: &Operand) -> Mat<'a, T> {
@@ -332,17 +371,17 @@ impl<'a> Run<'a> {
         self.memory.mat_mut(&self.step.outputs[i])
     }
 
-    /// An operand that is kept in 8 bits.
-    fn int8(&self, i: usize) -> Option<&'a Int8> {
-        match self.step.inputs[i].space {
-            Space::State(number) => self.memory.states[number].int8.as_ref(),
-            Space::Arena => None,
-        }
-    }
-
     /// A right factor, `[N, K]` if transposed.
-    fn factor<T>(&self, i: usize, transposed: bool) -> Factor<'a, T> {
-        self.int8(i).map_or_else(|| Factor::Floats(self.x(i), transposed), Factor::Int8)
+    fn factor<T: Element>(&self, i: usize, transposed: bool) -> Factor<'a, T> {
+        let kept = match self.step.inputs[i].space {
+            Space::State(number) => match self.memory.form(number) {
+                Form::Plain(_) => None,
+                Form::Packed(packed) => T::packed(packed).map(Factor::Packed),
+                Form::Int8(int8) => Some(Factor::Int8(int8)),
+            },
+            Space::Arena => None,
+        };
+        kept.unwrap_or_else(|| Factor::Floats(self.x(i), transposed))
     }
 
     /// A contiguous integer operand, flattened.
@@ -461,13 +500,11 @@ impl<'a> Run<'a> {
         match &self.step.op {
             Op::Copy => elementwise::copy::<T>(pool, self.x(0), self.y(0)),
             Op::Fill { value } => elementwise::fill::<T>(pool, *value, self.y(0)),
-            Op::Gather => match self.int8(0) {
-                Some(table) => {
-                    let rows = self.step.inputs[0].ty.shape.rows();
-                    rows::gather_int8::<T>(pool, (table, rows), self.ints(1), self.y(0))?;
-                }
-                None => rows::gather::<T>(pool, self.x(0), self.ints(1), self.y(0))?,
-            },
+            Op::Gather => {
+                let rows = self.step.inputs[0].ty.shape.rows();
+                let table: Factor<'_, T> = self.factor(0, false);
+                rows::gather_from(pool, (table, rows), self.ints(1), self.y(0))?;
+            }
             Op::ScatterAdd { .. } => {
                 let base = (self.step.inputs.len() == 3).then(|| self.x::<T>(2));
                 rows::scatter_add(pool, self.x::<T>(0), self.ints(1), base, self.y(0))?;

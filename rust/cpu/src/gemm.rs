@@ -21,6 +21,7 @@ mod across;
 mod int8;
 mod micro;
 mod pack;
+mod packed;
 mod vector;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -33,6 +34,7 @@ pub use micro::Kernel;
 use micro::{MAX_TILE, Tile};
 pub(crate) use micro::{kernel_f32, kernel_f64};
 use pack::Source;
+pub use packed::Packed;
 
 use crate::real::Real;
 use crate::simd;
@@ -110,6 +112,8 @@ fn check<T>((m, k): (usize, usize), (k2, n): (usize, usize), c: &MatMut<'_, T>) 
 pub enum Factor<'a, T> {
     /// `[K, N]` or, if the flag is set, `[N, K]`.
     Floats(Mat<'a, T>, bool),
+    /// Either, in the kernel's order.
+    Packed(&'a Packed<T>),
     /// Either, in 8 bits.
     Int8(&'a Int8),
 }
@@ -231,13 +235,15 @@ impl<T: Real> Buffer<T> {
     }
 
     fn new(elements: usize) -> Self {
-        let layout = Self::layout(elements);
+        Self::try_new(elements).unwrap_or_else(|| handle_alloc_error(Self::layout(elements)))
+    }
+
+    /// Of one element or more; `None` if there is no memory for it.
+    fn try_new(elements: usize) -> Option<Self> {
+        let layout = Layout::array::<T>(elements).and_then(|layout| layout.align_to(64)).ok()?;
         // SAFETY: the layout is not empty; zero bits are a valid `f32` or `f64`.
         let data = unsafe { alloc_zeroed(layout) }.cast::<T>();
-        if data.is_null() {
-            handle_alloc_error(layout);
-        }
-        Self { data, elements }
+        (!data.is_null()).then_some(Self { data, elements })
     }
 }
 
@@ -362,10 +368,10 @@ pub unsafe fn gemm<T: Real>(
     });
 }
 
-/// `C = op(A)·B` (or `+=`) as [`gemm`] does, by a factor of floats or of 8 bits.
+/// `C = op(A)·B` (or `+=`) as [`gemm`] does, by a factor of floats, a packed one, or one of 8 bits.
 ///
 /// # Panics
-/// As [`gemm`]; and if A is transposed and B of 8 bits.
+/// As [`gemm`]; and if A is transposed and B is packed or of 8 bits.
 ///
 /// # Safety
 /// As [`gemm`].
@@ -381,6 +387,12 @@ pub unsafe fn gemm_by<T: Real>(
     unsafe {
         match b {
             Factor::Floats(b, tb) => gemm(pool, buffers, &Gemm { a, ta, b, tb, c, accumulate }, epilogue),
+            Factor::Packed(b) => {
+                assert!(!ta, "gemm: a transposed factor times a packed one");
+                let (n, k) = b.shape();
+                check((a.rows, a.cols), (k, n), &c);
+                packed::multiply(pool, buffers, &a, b, (&c, accumulate), epilogue);
+            }
             Factor::Int8(b) => {
                 assert!(!ta, "gemm: a transposed factor times one of 8 bits");
                 let (n, k) = b.shape();
@@ -448,6 +460,8 @@ unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Product<'_, T>, columns: Range
                 a_step,
                 b,
                 b_step,
+                ahead: b.wrapping_add(depth * b_step),
+                ahead_step: b_step,
                 c: g.c.as_ptr().wrapping_add(i * g.c.stride + j),
                 c_row: g.c.stride,
                 add: g.accumulate || step > 0,
@@ -485,6 +499,8 @@ unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Product<'_, T>, columns: Range
                     a_step,
                     b: b.at(j, 0),
                     b_step: b.stride,
+                    ahead: b.at(j, 0),
+                    ahead_step: 0,
                     c: g.c.as_ptr().wrapping_add(j),
                     c_row: g.c.stride,
                     add: g.accumulate,
@@ -592,6 +608,8 @@ unsafe fn run_part<T: Real>(
                     a_step,
                     b: memory.wrapping_add(j * depth),
                     b_step: width,
+                    ahead: memory,
+                    ahead_step: 0,
                     c: g.c.as_ptr().wrapping_add((part.row + i) * g.c.stride + panels.column + j),
                     c_row: g.c.stride,
                     add: g.accumulate || !panels.first,

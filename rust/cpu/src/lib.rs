@@ -7,7 +7,6 @@
 mod error;
 mod executor;
 pub mod gemm;
-mod int8;
 pub mod kernels;
 pub mod math;
 mod memory;
@@ -17,6 +16,7 @@ pub mod reference;
 pub mod simd;
 pub mod threads;
 pub mod view;
+mod weights;
 
 pub use error::{Error, Result};
 pub use executor::{Array, Cpu, CpuExecutor};

@@ -5,15 +5,17 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use pyrformer_graph::{Plan, TensorType};
 
 use crate::error::{Error, Result};
 use crate::executor::Work;
-use crate::gemm::Int8;
-use crate::int8;
+use crate::gemm::{Int8, Packed};
+use crate::threads::Pool;
 use crate::view::Mat;
+use crate::weights;
 
 /// Keeps memory alive that a store did not allocate.
 pub type Owner = Arc<dyn Any + Send + Sync>;
@@ -72,14 +74,104 @@ impl Drop for Block {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) ty: TensorType,
-    /// Its elements; none if it is kept in 8 bits.
-    pub(crate) block: Block,
-    pub(crate) int8: Option<Int8>,
+    /// Changed by who has the store alone, read under its lock.
+    form: UnsafeCell<Form>,
+    /// The ways, as [`Self::way`] numbers them, in which plans have read it.
+    ways: AtomicU8,
 }
 
+/// How a tensor is kept.
+#[derive(Debug)]
+pub(crate) enum Form {
+    /// Row-major without gaps.
+    Plain(Block),
+    /// In the order of the kernels of products: the same numbers.
+    Packed(Packed<f32>),
+    /// Rounded to 8 bits, for good.
+    Int8(Int8),
+}
+
+// SAFETY: a form owns its memory; the lock of the store settles who changes it when.
+unsafe impl Sync for State {}
+
 impl State {
-    fn new(ty: &TensorType, block: Block) -> Self {
-        Self { ty: ty.clone(), block, int8: None }
+    fn new(ty: &TensorType, form: Form) -> Self {
+        Self { ty: ty.clone(), form: UnsafeCell::new(form), ways: AtomicU8::new(0) }
+    }
+
+    /// A bit for each way to read a state: as a factor `[K, N]` or `[N, K]`, and any other.
+    fn way(uses: Option<Option<bool>>) -> u8 {
+        match uses {
+            Some(None) => 0,
+            Some(Some(false)) => 1,
+            Some(Some(true)) => 2,
+            None => 4,
+        }
+    }
+
+    /// How it is kept.
+    ///
+    /// # Safety
+    /// The caller holds the store's access lock for as long as it uses the result.
+    pub(crate) unsafe fn form(&self) -> &Form {
+        // SAFETY: nobody changes it meanwhile, by the caller's promise.
+        unsafe { &*self.form.get() }
+    }
+
+    /// The floats of a block as a matrix.
+    ///
+    /// # Safety
+    /// The state is of float32, and `block` its memory; the caller has the store's access lock.
+    unsafe fn matrix<'a>(&self, block: &'a Block) -> Mat<'a, f32> {
+        let (rows, cols) = (self.ty.shape.rows(), self.ty.shape.cols());
+        // SAFETY: the caller's promise.
+        unsafe { Mat::from_raw(block.as_ptr().cast(), rows, cols, cols) }
+    }
+
+    /// Its elements, row-major without gaps.
+    ///
+    /// # Safety
+    /// As [`form`](Self::form).
+    pub(crate) unsafe fn bytes(&self) -> Vec<u8> {
+        let (rows, cols) = (self.ty.shape.rows(), self.ty.shape.cols());
+        let floats = |row: &dyn Fn(usize, &mut [f32])| {
+            let mut floats = vec![0f32; rows * cols];
+            floats.chunks_exact_mut(cols.max(1)).enumerate().for_each(|(r, to)| row(r, to));
+            floats.iter().flat_map(|x| x.to_ne_bytes()).collect()
+        };
+        // SAFETY: the caller's promise; the block holds `ty.bytes()` initialised bytes.
+        match unsafe { self.form() } {
+            Form::Plain(block) => {
+                // SAFETY: as above.
+                unsafe { std::slice::from_raw_parts(block.as_ptr(), self.ty.bytes()) }.to_vec()
+            }
+            Form::Packed(packed) => floats(&|r, to| packed.row(r, to)),
+            Form::Int8(int8) => floats(&|r, to| int8.row(r, to)),
+        }
+    }
+
+    /// Lays its elements out as plans that do more than multiply by them read them, if they are packed.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    ///
+    /// # Safety
+    /// The caller has the store alone.
+    unsafe fn unpack(&self) -> Result<()> {
+        // SAFETY: the caller's promise, here and below.
+        if let Form::Packed(packed) = unsafe { self.form() } {
+            let block = Block::new(self.ty.bytes())?;
+            let cols = self.ty.shape.cols();
+            for r in 0..self.ty.shape.rows() {
+                // SAFETY: the block holds rows × cols zeros, which are floats, and is ours.
+                packed.row(r, unsafe {
+                    std::slice::from_raw_parts_mut(block.as_ptr().cast::<f32>().add(r * cols), cols)
+                });
+            }
+            // SAFETY: as above.
+            unsafe { *self.form.get() = Form::Plain(block) };
+        }
+        Ok(())
     }
 }
 
@@ -118,7 +210,7 @@ impl Store {
             }
             return Err(Error::State(format!("state {name:?} is {}, the plan wants {ty}", state.ty)));
         }
-        let state = Arc::new(State::new(ty, Block::new(ty.bytes())?));
+        let state = Arc::new(State::new(ty, Form::Plain(Block::new(ty.bytes())?)));
         states.insert(name.to_owned(), state.clone());
         Ok(state)
     }
@@ -143,12 +235,15 @@ impl Store {
     pub fn fill(&self, name: &str, ty: &TensorType, put: impl FnOnce(&mut [u8])) -> Result<()> {
         if read(&self.states).contains_key(name) {
             let state = self.ensure(name, ty)?;
-            if state.int8.is_some() {
-                return Err(Error::State(format!("state {name:?} is kept in 8 bits and cannot be set")));
-            }
             let _alone = write(&self.access);
-            // SAFETY: the block holds `ty.bytes()` initialised bytes, and nobody else has access.
-            put(unsafe { std::slice::from_raw_parts_mut(state.block.as_ptr(), ty.bytes()) });
+            // SAFETY: nobody else has access; the block holds `ty.bytes()` initialised bytes.
+            unsafe {
+                state.unpack()?;
+                let Form::Plain(block) = state.form() else {
+                    return Err(Error::State(format!("state {name:?} is kept in 8 bits and cannot be set")));
+                };
+                put(std::slice::from_raw_parts_mut(block.as_ptr(), ty.bytes()));
+            }
             return Ok(());
         }
         let block = Block::new(ty.bytes())?;
@@ -157,7 +252,7 @@ impl Store {
         put(bytes);
         match write(&self.states).entry(name.to_owned()) {
             Entry::Vacant(place) => {
-                place.insert(Arc::new(State::new(ty, block)));
+                place.insert(Arc::new(State::new(ty, Form::Plain(block))));
                 return Ok(());
             }
             Entry::Occupied(_) => {}
@@ -180,7 +275,7 @@ impl Store {
         let layout = layout.ok().filter(|l| data.addr().is_multiple_of(l.align()));
         let layout = layout.ok_or_else(|| Error::Memory(format!("the bytes of {name:?} are not aligned")))?;
         let block = Block { data, layout, owner: Some(owner) };
-        write(&self.states).insert(name.to_owned(), Arc::new(State::new(ty, block)));
+        write(&self.states).insert(name.to_owned(), Arc::new(State::new(ty, Form::Plain(block))));
         Ok(())
     }
 
@@ -193,16 +288,9 @@ impl Store {
             .get(name)
             .cloned()
             .ok_or_else(|| Error::State(format!("there is no state called {name:?}")))?;
-        if let Some(int8) = &state.int8 {
-            let cols = state.ty.shape.cols();
-            let mut floats = vec![0f32; state.ty.shape.elements()];
-            floats.chunks_exact_mut(cols).enumerate().for_each(|(r, row)| int8.row(r, row));
-            return Ok((state.ty.clone(), floats.iter().flat_map(|x| x.to_ne_bytes()).collect()));
-        }
         let _shared = read(&self.access);
-        // SAFETY: the block holds `ty.bytes()` initialised bytes, and writers wait.
-        let bytes = unsafe { std::slice::from_raw_parts(state.block.as_ptr(), state.ty.bytes()) };
-        Ok((state.ty.clone(), bytes.to_vec()))
+        // SAFETY: the lock is held.
+        Ok((state.ty.clone(), unsafe { state.bytes() }))
     }
 
     /// Keeps the weights of a plan in 8 bits from here on: the float32 states that it only multiplies by, or takes rows
@@ -213,25 +301,43 @@ impl Store {
     pub fn quantise(&self, plan: &Plan) -> Result<Vec<String>> {
         let mut names = vec![];
         for (number, state) in self.link(plan)?.into_iter().enumerate() {
-            let Some(Some(transposed)) = int8::uses(plan, number) else { continue };
-            if state.int8.is_some() {
-                continue;
-            }
-            let (rows, cols) = (state.ty.shape.rows(), state.ty.shape.cols());
+            let Some(Some(transposed)) = weights::uses(plan, number) else { continue };
             let kept = {
-                let _shared = read(&self.access);
-                // SAFETY: a float32 state holds rows × cols floats, and writers wait.
-                Int8::new(
-                    &unsafe { Mat::from_raw(state.block.as_ptr().cast(), rows, cols, cols) },
-                    transposed,
-                )
+                let _alone = write(&self.access);
+                // SAFETY: nobody else has access; a float32 state holds rows × cols floats.
+                unsafe {
+                    state.unpack()?;
+                    let Form::Plain(block) = state.form() else { continue };
+                    Int8::new(&state.matrix(block), transposed)
+                }
             };
             let name = &plan.states[number].name;
-            let kept = State { int8: Some(kept), ..State::new(&state.ty, Block::new(0)?) };
-            write(&self.states).insert(name.clone(), Arc::new(kept));
+            write(&self.states).insert(name.clone(), Arc::new(State::new(&state.ty, Form::Int8(kept))));
             names.push(name.clone());
         }
         Ok(names)
+    }
+
+    /// Keeps the weights of a plan in the order of the kernels from here on, so that products need not pack them: the
+    /// float32 states that it multiplies by, if no plan reads them in another way and nobody lent their memory. Where
+    /// there is no memory to do so, they stay as they are.
+    ///
+    /// A plan that is bound later and reads one in another way has it laid out row by row again, for good.
+    pub(crate) fn pack(&self, plan: &Plan, states: &[Arc<State>], pool: &Pool) {
+        for (number, state) in states.iter().enumerate() {
+            let Some(Some(transposed)) = weights::uses(plan, number) else { continue };
+            let _alone = write(&self.access);
+            // SAFETY: nobody else has access.
+            if let Form::Plain(block) = unsafe { state.form() }
+                && block.owner.is_none()
+                && state.ways.load(Ordering::Relaxed) == State::way(Some(Some(transposed)))
+                // SAFETY: a float32 state holds rows × cols floats.
+                && let Some(packed) = Packed::new(pool, &unsafe { state.matrix(block) }, transposed)
+            {
+                // SAFETY: as above; the reference into the old form ends here.
+                unsafe { *state.form.get() = Form::Packed(packed) };
+            }
+        }
     }
 
     /// Forgets a state; plans that hold it keep it alive.
@@ -244,14 +350,28 @@ impl Store {
         let states: Vec<Arc<State>> =
             plan.states.iter().map(|s| self.ensure(&s.name, &s.ty)).collect::<Result<_>>()?;
         for (number, state) in states.iter().enumerate() {
-            if let Some(kept) = &state.int8
-                && int8::uses(plan, number).is_none_or(|way| way.is_some_and(|t| t != kept.transposed()))
-            {
-                let name = &plan.states[number].name;
-                return Err(Error::State(format!(
-                    "{name} is kept in 8 bits, which serves generation, scoring and embedding only; load the model \
-                     without load_in_8bit"
-                )));
+            let uses = weights::uses(plan, number);
+            let _alone = write(&self.access);
+            let ways = state.ways.fetch_or(State::way(uses), Ordering::Relaxed) | State::way(uses);
+            // SAFETY: nobody else has access.
+            let kept = match unsafe { state.form() } {
+                Form::Plain(_) => continue,
+                Form::Packed(kept) => kept.transposed(),
+                Form::Int8(kept) => kept.transposed(),
+            };
+            if ways & !State::way(Some(Some(kept))) == 0 {
+                continue;
+            }
+            // SAFETY: as above.
+            unsafe {
+                state.unpack()?;
+                if let Form::Int8(_) = state.form() {
+                    let name = &plan.states[number].name;
+                    return Err(Error::State(format!(
+                        "{name} is kept in 8 bits, which serves generation, scoring and embedding only; load the \
+                         model without load_in_8bit"
+                    )));
+                }
             }
         }
         Ok(states)

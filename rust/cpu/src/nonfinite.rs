@@ -105,7 +105,10 @@ fn summary(memory: &Memory<'_>, o: &Operand, name: String, void: bool) -> Summar
             let all = || (0..view.rows).flat_map(|r| view.row(r)).map(|&x| f64::from(x));
             (all().fold(f64::INFINITY, f64::min), all().fold(f64::NEG_INFINITY, f64::max), 0)
         }
-        DType::F32 => range::<f32>(memory.mat(o), void),
+        DType::F32 => match memory.laid_out(o) {
+            Some(floats) => range(Mat::new(&floats, 1, floats.len()), void),
+            None => range::<f32>(memory.mat(o), void),
+        },
         DType::F64 => range::<f64>(memory.mat(o), void),
     };
     Summary { name, ty: o.ty.clone(), min, max, nonfinite }

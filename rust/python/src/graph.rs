@@ -324,6 +324,14 @@ impl Executor {
         Ok(Self { inner: enter(py, move || CpuExecutor::new(plan, store, pool(threads)))? })
     }
 
+    /// Keeps the weights that the plan multiplies by in the order of the kernels, for all plans of the store.
+    fn pack_weights(&self, py: Python<'_>) -> PyResult<()> {
+        enter(py, || {
+            self.inner.pack_weights();
+            Ok::<_, pyrformer_cpu::Error>(())
+        })
+    }
+
     /// Runs the plan once: a dict of arrays in, a dict of new arrays out.
     fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
         let given = given(inputs)?;

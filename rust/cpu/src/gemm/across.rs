@@ -36,7 +36,7 @@ pub(super) unsafe fn tile(rows: usize, at: &Tile<f32>) {
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn columns<const M: usize>(tile: &Tile<f32>) {
-    let Tile { depth, a, a_row, a_step, b, b_step, c, c_row, add } = *tile;
+    let Tile { depth, a, a_row, a_step, b, b_step, c, c_row, add, .. } = *tile;
     let whole = depth - depth % 8;
     // SAFETY: the caller's promise: A has M rows and B 16 columns of `depth` steps, C has M rows of 16.
     unsafe {

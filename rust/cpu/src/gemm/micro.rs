@@ -21,6 +21,9 @@ pub(super) struct Tile<T> {
     /// B's element (step p, column j) is at `b + p·b_step + j`.
     pub(super) b: *const T,
     pub(super) b_step: usize,
+    /// What `stream` asks memory for, a line at each step, `ahead_step` elements apart.
+    pub(super) ahead: *const T,
+    pub(super) ahead_step: usize,
     /// C's element (row i, column j) is at `c + i·c_row + j`.
     pub(super) c: *mut T,
     pub(super) c_row: usize,
@@ -45,7 +48,7 @@ pub struct Kernel<T> {
     /// * the CPU has the level;
     /// * `1 ≤ rows ≤ height`; A, B are readable and C is writable (readable if `add`) at the places that [`Tile`] names.
     pub(super) tile: TileFn<T>,
-    /// The same, and asks for the `depth` steps of B behind these, which need not exist.
+    /// The same, and asks for what is ahead, which need not exist.
     ///
     /// # Safety
     /// As `tile`.
@@ -157,7 +160,7 @@ pub(crate) use portable::{kernel_f32, kernel_f64};
 /// As [`Kernel::tile`] with `rows = H`; inlined into code compiled for `V`.
 #[inline(always)]
 unsafe fn tile<V: Vector, const H: usize, const AHEAD: bool>(tile: &Tile<V::Element>) {
-    let Tile { depth, mut a, a_row, a_step, mut b, b_step, c, c_row, add } = *tile;
+    let Tile { depth, mut a, a_row, a_step, mut b, b_step, mut ahead, ahead_step, c, c_row, add } = *tile;
     // SAFETY: the caller's promise: row `p` of B has two registers, A has `H` rows, C has `H` rows of two registers.
     unsafe {
         let mut sums = [[V::splat(<V::Element as crate::real::Real>::ZERO); 2]; H];
@@ -173,7 +176,8 @@ unsafe fn tile<V: Vector, const H: usize, const AHEAD: bool>(tile: &Tile<V::Elem
         for _ in 0..depth {
             let (b0, b1) = (V::load(b), V::load(b.add(V::LANES)));
             if AHEAD {
-                prefetch(b.wrapping_add(depth * b_step));
+                prefetch(ahead);
+                ahead = ahead.wrapping_add(ahead_step);
             }
             for i in 0..H {
                 let x = V::splat(*a.add(i * a_row));

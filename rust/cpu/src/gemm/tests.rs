@@ -91,6 +91,9 @@ impl Case {
             // SAFETY: `c` is ours.
             unsafe { gemm(pool, &buffers, &g, &epilogue) };
             assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{self:?}: epilogue calls");
+            if !ta {
+                self.check_packed(kernel, pool, &c.data);
+            }
         } else {
             // SAFETY: `c` is ours.
             unsafe { gemm_serial(&mut Scratch::with_kernel(kernel), &g) };
@@ -116,6 +119,26 @@ impl Case {
             }
         }
         c.data
+    }
+
+    /// A packed factor gives the very bits of the other, and its rows.
+    fn check_packed<T: Real>(&self, kernel: Kernel<T>, pool: &Pool, want: &[T]) {
+        let Case { tb, accumulate, .. } = *self;
+        let (a, b, mut c) = self.operands::<T>();
+        let packed = Packed::with_kernel(pool, &kernel, &b.view(), tb).expect("there is memory");
+        let (buffers, add_one) =
+            (PackBuffers::with_kernel(pool.threads(), kernel), |_, _, finished: &mut [T]| {
+                finished.iter_mut().for_each(|x| *x += T::ONE);
+            });
+        let (by, to) = (Factor::Packed(&packed), (c.view_mut(), accumulate));
+        // SAFETY: `c` is ours.
+        unsafe { gemm_by(pool, &buffers, (a.view(), false), by, to, &add_one) };
+        assert!(bits(&c.data) == bits(want), "{self:?} {kernel:?}: packed");
+        let mut row = vec![T::ZERO; b.cols];
+        for r in 0..b.rows {
+            packed.row(r, &mut row);
+            assert!(row == b.view().row(r), "{self:?} {kernel:?}: row {r}");
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Rows by index: gather, scatter-add, counting labels.
 
 use crate::error::{Error, Result};
-use crate::gemm::Int8;
+use crate::gemm::Factor;
 use crate::kernels::elementwise::add_row;
 use crate::kernels::{for_rows, rows_per_task};
 use crate::real::Real;
@@ -40,17 +40,22 @@ pub(crate) fn gather<T: Copy + Send + Sync>(
     Ok(())
 }
 
-/// As [`gather`], from a table in 8 bits of `rows` rows.
-pub(crate) fn gather_int8<T: Real>(
+/// As [`gather`], from a table of `rows` rows in any form.
+pub(crate) fn gather_from<T: Real>(
     pool: &Pool,
-    (table, rows): (&Int8, usize),
+    (table, rows): (Factor<'_, T>, usize),
     index: &[i32],
     y: MatMut<'_, T>,
 ) -> Result<()> {
     check("gather", index, rows)?;
     for_rows(pool, index.len(), rows_per_task(y.cols), |n| {
         // SAFETY: one task a row.
-        table.row(index[n] as usize, unsafe { y.row_mut(n) });
+        let (r, to) = (index[n] as usize, unsafe { y.row_mut(n) });
+        match table {
+            Factor::Floats(table, _) => to.copy_from_slice(table.row(r)),
+            Factor::Packed(table) => table.row(r, to),
+            Factor::Int8(table) => table.row(r, to),
+        }
     });
     Ok(())
 }

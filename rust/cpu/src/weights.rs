@@ -1,8 +1,8 @@
-//! Which states of a plan can be kept in 8 bits.
+//! Which states of a plan can be kept in another form than row by row: packed, or in 8 bits.
 
 use pyrformer_graph::{DType, Op, Operand, Plan, Space, Step};
 
-/// How a plan uses a state that can be kept in 8 bits: whether it multiplies by it as `[N, K]` or `[K, N]`; None within,
+/// How a plan uses a state that can be kept in another form: whether it multiplies by it as `[N, K]` or `[K, N]`; None within,
 /// if it takes rows of it only. None for states that a step writes, or reads in another way or in part.
 pub(crate) fn uses(plan: &Plan, state: usize) -> Option<Option<bool>> {
     let declared = &plan.states[state].ty;
