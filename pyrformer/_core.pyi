@@ -202,6 +202,18 @@ class Search:
         """The forward pass wanted next: its number, tokens [A], parents [A], sequences [A]; None at the end."""
     def advance(self, logits: _Floats) -> None:
         """Takes the logits [A, V] of that pass."""
+    def decode(
+        self,
+        executor: Executor,
+        positions: tuple[_Ints, _Ints],
+        offset: int,
+        steps: int | None,
+        seconds: float,
+    ) -> tuple[_Ints, _Ints, list[tuple[int, int, float]]]:
+        """Takes turns with a decoding program of one token a sequence, for at most so many steps or seconds: positions
+        are lengths int32[A] and rows int32[A, S]; gives them as they are then, and what became certain."""
+    def texts(self) -> list[list[int]]:
+        """Prompt and new tokens of each active row."""
     def emitted(self) -> list[tuple[int, int, float]]:
         """(sequence, token, log-probability) of each token that the last ``advance`` made certain."""
     def scores(self, row: int, after: Sequence[int], logits: _Floats) -> _Floats:

@@ -156,16 +156,17 @@ class Call:
         self.candidates = _whole("top_k", options.pop("top_k", None), 2)
         self.candidates = min(self.candidates, self.model.family.config.vocab_size)
 
-    def run(self) -> Iterator[Emitted]:
-        """Steps until the searches or the time are over; gives the tokens that each step made certain."""
+    def run(self, steps: int | None = None) -> Iterator[Emitted]:
+        """Goes on until the searches or the time are over; gives the tokens that became certain, of at most ``steps``
+        steps at a time."""
         for number, search in enumerate(self.searches):
-            strategy = self._strategy(number, search)
+            strategy = self._strategy(number, search, steps)
             while (emitted := strategy.step()) is not None:
                 yield emitted
                 if self.max_time is not None and time.monotonic() - self.started >= self.max_time:
                     break
 
-    def _strategy(self, number: int, search: _core.Search) -> Strategy:
+    def _strategy(self, number: int, search: _core.Search, steps: int | None) -> Strategy:
         model, slots, options = self.model, self.slots, self.options
         if self.lookup or self.assistant is not None:
             proposer: Proposer
@@ -178,7 +179,8 @@ class Call:
         if self.alpha is not None:
             return Contrastive(model, self.ids, search, slots, self.alpha, self.candidates, self.recorder)
         rows = len(self.ids) * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
-        return Lockstep(model, self.ids, search, slots, rows, self.recorder)
+        hooked = any(f is not None for f in (self.allowed, self.processor, self.ends))
+        return Lockstep(model, self.ids, search, slots, rows, self.recorder, steps=steps, hooked=hooked)
 
     def finish(self) -> list[tuple[int, Any]]:
         """The results, prompts in order, each with the number of its search."""

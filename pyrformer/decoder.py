@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyrformer import programs
+from pyrformer import _core, forks, programs
 from pyrformer.compile import Compiled
 from pyrformer.errors import InputError
 from pyrformer.model import Model
 
 #: Cache slots are made in multiples of this, so that calls of similar length share programs.
 SLOTS = 64
+#: Seconds after which the core comes back to Python, for signals and clocks.
+SLICE = 0.05
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
@@ -104,6 +106,23 @@ class Decoder(Positions):
         logits = out["logits"].reshape(batch, outputs, -1)[:active]
         states = out["hidden"][:active] if hidden else None
         return np.ascontiguousarray(logits, dtype=np.float32), states
+
+    def run(self, search: _core.Search, steps: int | None) -> list[tuple[int, int, float]] | None:
+        """Lets a search whose prompts were read take turns with the model in the core, for at most ``steps`` steps or
+        :data:`SLICE` seconds; gives what became certain as (sequence, token, log-probability). None where that is not
+        possible: on devices, before the prompts, without a slot for the next token, at the end."""
+        step = search.step()
+        if step is None or step[0] == 0 or (self.lengths[step[2]] >= self.slots).any():
+            return None
+        program = self._program(_bucket(len(step[1])), 1, 1, False)
+        if not isinstance(program.executor, _core.Executor):
+            return None
+        offset = self.model.family.position_offset
+        with forks.core:
+            self.lengths, self.rows, emitted = search.decode(
+                program.executor, (self.lengths, self.rows), offset, steps, SLICE
+            )
+        return emitted
 
     def _program(self, batch: int, width: int, outputs: int, hidden: bool) -> Compiled:
         shape = (self.cache_rows, self.slots)

@@ -121,7 +121,7 @@ def stream(
     pieces = model.require_tokenizer().stream_decoder(skip_special_tokens=True)
     for token in call.ids[0]:
         pieces.push(token)
-    for emitted in call.run():
+    for emitted in call.run(steps=1):
         for _, token, _ in emitted:
             piece = pieces.push(token)
             if piece:

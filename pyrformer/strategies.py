@@ -35,13 +35,11 @@ class Sequences:
     """The active sequences of a search whose steps all append one token: greedy search, sampling, beams.
 
     Attributes:
-        texts: prompt and new tokens of each active sequence.
         wanted: the step of the search under way.
     """
 
-    def __init__(self, prompts: list[list[int]], search: _core.Search, positions: Positions):
+    def __init__(self, search: _core.Search, positions: Positions):
         self.search, self.positions = search, positions
-        self.texts = [list(p) for p in prompts]
         self.wanted: tuple[int, Ints, Ints, Ints] | None = None
 
     def feeds(self) -> tuple[list[list[int]], Ints] | None:
@@ -50,14 +48,15 @@ class Sequences:
         if self.wanted is None:
             return None
         index, tokens, parents, sequences = self.wanted
-        feeds, positions = list(self.texts), self.positions
+        positions = self.positions
         if index > 0:
-            self.texts = [[*self.texts[p], t] for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
             positions.follow(parents)
-            feeds = [text[-1:] for text in self.texts]
+        feeds = self.search.texts() if index == 0 else [[token] for token in tokens.tolist()]
         # Where the positions are used up, the newer half of the text is read again from position 0.
-        for i in np.flatnonzero(positions.lengths + [len(f) for f in feeds] > positions.slots):
-            feeds[i] = self.texts[i][-(positions.slots // 2) :]
+        full = np.flatnonzero(positions.lengths + [len(f) for f in feeds] > positions.slots)
+        texts = self.search.texts() if len(full) else []
+        for i in full:
+            feeds[i] = texts[i][-(positions.slots // 2) :]
             positions.lengths[i] = 0
         return feeds, sequences
 
@@ -68,7 +67,13 @@ class Sequences:
 
 
 class Lockstep(Sequences):
-    """A search with a model to itself."""
+    """A search with a model to itself.
+
+    Args:
+        watch: sees each pass.
+        steps: how many may pass before :meth:`step` returns; None: as many as it takes some hundredths of a second.
+        hooked: whether the search calls functions of the caller's.
+    """
 
     def __init__(
         self,
@@ -78,16 +83,25 @@ class Lockstep(Sequences):
         slots: int,
         cache_rows: int,
         watch: Watch | None,
+        *,
+        steps: int | None = 1,
+        hooked: bool = True,
     ):
-        self.watch = watch
+        self.watch, self.steps = watch, steps
         self.decoder: Decoder | Rereader = (
             Rereader(model, len(prompts), slots)
             if model.family.objective == "plm"
             else Decoder(model, len(prompts), cache_rows, slots)
         )
-        super().__init__(prompts, search, self.decoder)
+        # A function may fork, which waits for the core, or run the model itself: then each step comes back here.
+        self.alone = isinstance(self.decoder, Decoder) and watch is None and not hooked
+        super().__init__(search, self.decoder)
 
     def step(self) -> Emitted | None:
+        if self.alone and isinstance(self.decoder, Decoder):
+            emitted = self.decoder.run(self.search, self.steps)
+            if emitted is not None:
+                return emitted
         found = self.feeds()
         if found is None:
             return None

@@ -121,7 +121,7 @@ class Running:
         place = (request.prompt, 0, request.first)
         ends = ending(model, request.stops, None) if request.stops else None
         search = _core.Search(request.options, [place], model.family.config.vocab_size, None, None, ends)
-        self.sequences = Sequences([request.prompt], search, Positions(1, slots))
+        self.sequences = Sequences(search, Positions(1, slots))
         self.began = time.monotonic()
 
     def tokens(self, logits: Floats) -> list[Token]:

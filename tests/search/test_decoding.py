@@ -197,3 +197,33 @@ def test_decoding_leaves_the_weights_as_they_are(config: dict[str, Any], tmp_pat
     assert again.token_logprobs == model.generate(prompts, **options).token_logprobs
     fresh.save(tmp_path / "changed")
     assert pf.load(tmp_path / "changed").generate(prompts, **options).token_logprobs == again.token_logprobs
+
+
+@pytest.mark.parametrize(
+    "config", [*KINDS, {**KINDS[0], "n_positions": 24}], ids=lambda c: str(c["model_type"])
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "num_return_sequences": 3, "seed": 5},
+        {"num_beams": 4, "num_return_sequences": 2},
+    ],
+    ids=str,
+)
+def test_the_loop_of_the_core_is_that_of_python(config: dict[str, Any], options: dict[str, Any]) -> None:
+    """Where functions of the caller's are called, each step passes through Python; otherwise none does."""
+    model = pf.Model.from_config({**config, "vocab_size": 61}, seed=2)
+    prompts = [[5, 6, 7, 8], [9], [10, 11] * 6]
+    # Some sequences end early, so that the rest go on in smaller programs.
+    options = {"max_new_tokens": 40, "eos_token_id": list(range(50, 54)), **options}
+    inside = model.generate(prompts, **options)
+    seen: list[int] = []
+    outside = model.generate(
+        prompts, stopping_criteria=lambda ids: seen.append(len(ids)) is not None, **options
+    )
+    assert seen
+    assert inside.ids == outside.ids
+    assert inside.token_logprobs == outside.token_logprobs
+    assert inside.scores == outside.scores
+    assert inside.finish_reasons == outside.finish_reasons

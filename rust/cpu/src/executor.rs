@@ -211,7 +211,33 @@ impl CpuExecutor {
     /// # Errors
     /// When an input is missing, unknown or of another type, or an index is out of range.
     pub fn run(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<Array>> {
-        self.watched(inputs, |_, _| ControlFlow::Continue(()))
+        let outputs = |memory: &Memory<'_>| self.plan.outputs.iter().map(|port| memory.read(port)).collect();
+        self.watched(inputs, |_, _| ControlFlow::Continue(()), outputs)
+    }
+
+    /// Runs the plan once as [`run`](Self::run) does, and appends the first `rows` rows of its first output, which is of
+    /// floats, to `to`.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_into(
+        &self,
+        inputs: &[(&str, TensorType, &[u8])],
+        rows: usize,
+        to: &mut Vec<f32>,
+    ) -> Result<()> {
+        let output = &self.plan.outputs[0].operand;
+        let append = |memory: &Memory<'_>| match output.ty.dtype {
+            DType::F64 => {
+                let view = memory.mat::<f64>(output);
+                (0..rows).for_each(|r| to.extend(view.row(r).iter().map(|&x| x as f32)));
+            }
+            _ => {
+                let view = memory.mat::<f32>(output);
+                (0..rows).for_each(|r| to.extend_from_slice(view.row(r)));
+            }
+        };
+        self.watched(inputs, |_, _| ControlFlow::Continue(()), append)
     }
 
     /// Runs the plan once as [`run`](Self::run) does, and gives the seconds that each step took.
@@ -221,22 +247,27 @@ impl CpuExecutor {
     pub fn profile(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<f64>> {
         let mut seconds = vec![0.0; self.plan.steps.len()];
         let mut began = Instant::now();
-        self.watched(inputs, |moment, _| {
-            match moment {
-                Moment::Before(_) => began = Instant::now(),
-                Moment::After(step) => seconds[step] = began.elapsed().as_secs_f64(),
-            }
-            ControlFlow::Continue(())
-        })?;
+        self.watched(
+            inputs,
+            |moment, _| {
+                match moment {
+                    Moment::Before(_) => began = Instant::now(),
+                    Moment::After(step) => seconds[step] = began.elapsed().as_secs_f64(),
+                }
+                ControlFlow::Continue(())
+            },
+            |_| (),
+        )?;
         Ok(seconds)
     }
 
-    /// Runs the plan once, calling `watch` before and after each step until it breaks off the run.
-    pub(crate) fn watched(
+    /// Runs the plan once, calling `watch` before and after each step until it breaks off the run, and `read` at the end.
+    pub(crate) fn watched<R>(
         &self,
         inputs: &[(&str, TensorType, &[u8])],
         mut watch: impl FnMut(Moment, &Memory<'_>) -> ControlFlow<()>,
-    ) -> Result<Vec<Array>> {
+        read: impl FnOnce(&Memory<'_>) -> R,
+    ) -> Result<R> {
         let slot = self.store.work();
         let Some(work) = slot.as_ref() else {
             return Err(Error::Internal("a store without work memory".to_owned()));
@@ -270,7 +301,7 @@ impl CpuExecutor {
                 break;
             }
         }
-        Ok(self.plan.outputs.iter().map(|port| memory.read(port)).collect())
+        Ok(read(&memory))
     }
 
     fn check(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<()> {

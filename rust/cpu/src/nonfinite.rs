@@ -46,32 +46,36 @@ impl CpuExecutor {
     /// As [`run`](Self::run).
     pub fn find_nonfinite(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Option<NonFinite>> {
         let (mut read, mut found) = (Vec::new(), None);
-        self.watched(inputs, |moment, memory| {
-            match moment {
-                Moment::Before(number) => {
-                    let step = &self.plan().steps[number];
-                    read = (0..step.inputs.len())
-                        .map(|i| {
-                            let o = &step.inputs[i];
-                            let void = matches!(step.op, Op::AttentionGrad(_)) && i == 5;
-                            summary(memory, o, self.origin(number, o), void)
-                        })
-                        .collect();
-                    if read.iter().any(|s| s.nonfinite > 0) {
-                        let inputs = std::mem::take(&mut read);
-                        found = Some(NonFinite { step: number, inputs, outputs: Vec::new() });
+        self.watched(
+            inputs,
+            |moment, memory| {
+                match moment {
+                    Moment::Before(number) => {
+                        let step = &self.plan().steps[number];
+                        read = (0..step.inputs.len())
+                            .map(|i| {
+                                let o = &step.inputs[i];
+                                let void = matches!(step.op, Op::AttentionGrad(_)) && i == 5;
+                                summary(memory, o, self.origin(number, o), void)
+                            })
+                            .collect();
+                        if read.iter().any(|s| s.nonfinite > 0) {
+                            let inputs = std::mem::take(&mut read);
+                            found = Some(NonFinite { step: number, inputs, outputs: Vec::new() });
+                        }
+                    }
+                    Moment::After(number) => {
+                        let made = results(memory, &self.plan().steps[number]);
+                        if made.iter().any(|s| s.nonfinite > 0) {
+                            let inputs = std::mem::take(&mut read);
+                            found = Some(NonFinite { step: number, inputs, outputs: made });
+                        }
                     }
                 }
-                Moment::After(number) => {
-                    let made = results(memory, &self.plan().steps[number]);
-                    if made.iter().any(|s| s.nonfinite > 0) {
-                        let inputs = std::mem::take(&mut read);
-                        found = Some(NonFinite { step: number, inputs, outputs: made });
-                    }
-                }
-            }
-            if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        })?;
+                if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            },
+            |_| (),
+        )?;
         Ok(found)
     }
 

@@ -282,7 +282,7 @@ impl Store {
 /// A plan bound to a store, run on the CPU.
 #[pyclass(frozen, module = "pyrformer._core")]
 pub(crate) struct Executor {
-    inner: CpuExecutor,
+    pub(crate) inner: CpuExecutor,
 }
 
 /// The vector instructions that the CPU has, and those that kernels use (`PYRFORMER_SIMD` may lower them).

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 mod array;
 mod cuda;
 mod data;
+mod decode;
 mod enter;
 mod files;
 mod graph;

@@ -1,15 +1,18 @@
 //! Decoding search and logits filters.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use pyrformer_graph::{DType, TensorType};
-use pyrformer_search::{Draft, EarlyStopping, Filters, GenerationOptions, Hooks, Prompt};
+use pyrformer_search::{Draft, EarlyStopping, Filters, GenerationOptions, Hooks, Positions, Prompt};
 
 use crate::array::to_numpy;
+use crate::decode::Program;
 use crate::enter::{Failure, enter};
+use crate::graph::Executor;
 
 impl From<pyrformer_search::Error> for Failure {
     fn from(e: pyrformer_search::Error) -> Self {
@@ -202,6 +205,9 @@ pub(crate) struct Search {
 /// Index, tokens, parents and sequences of a step.
 type Step<'py> = (usize, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>);
 
+/// Lengths [A] and rows [A, S] of positions, and (sequence, token, log-probability) of what became certain.
+type Decoded<'py> = (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray2<i32>>, Vec<(usize, u32, f64)>);
+
 fn gaps(_: numpy::AsSliceError) -> Failure {
     Failure::new("InputError", "[search] logits must be a C-contiguous array")
 }
@@ -267,6 +273,44 @@ impl Search {
     fn advance(&self, py: Python<'_>, logits: PyReadonlyArray2<'_, f32>) -> PyResult<()> {
         let slice = logits.as_slice().map_err(gaps)?;
         self.with(py, |search| search.advance(slice))
+    }
+
+    /// Takes turns with a decoding program of one token a sequence, whose cache row for a sequence is its number: at most
+    /// so many steps (None: any number) or seconds, and as long as the program is made for the number of sequences.
+    /// `positions` are lengths [A] and rows [A, S]. Gives them as they are then, and what became certain.
+    #[pyo3(signature = (executor, positions, offset, steps, seconds))]
+    fn decode<'py>(
+        &self,
+        py: Python<'py>,
+        executor: &Executor,
+        positions: (PyReadonlyArray1<'py, i32>, PyReadonlyArray2<'py, i32>),
+        offset: i32,
+        steps: Option<usize>,
+        seconds: f64,
+    ) -> PyResult<Decoded<'py>> {
+        let (lengths, rows) = (positions.0.as_array().to_vec(), positions.1.as_array());
+        let (slots, rows) = (rows.ncols(), rows.iter().copied().collect());
+        let mut positions = Positions::new(slots, lengths, rows).map_err(Failure::from)?;
+        let mut program = Program::new(&executor.inner, slots, offset)?;
+        let (began, mut left) = (Instant::now(), steps.unwrap_or(usize::MAX));
+        let enough = || {
+            let over = left == 0 || began.elapsed().as_secs_f64() >= seconds;
+            left = left.saturating_sub(1);
+            over
+        };
+        let inner = &self.inner;
+        let emitted = enter(py, || match inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(search) => search.decode(&mut positions, &mut program, enough),
+            None => Err(Self::over()),
+        })?;
+        let rows = PyArray1::from_slice(py, positions.rows()).reshape([positions.lengths().len(), slots])?;
+        let emitted = emitted.iter().map(|e| (e.sequence, e.token, e.logprob)).collect();
+        Ok((PyArray1::from_slice(py, positions.lengths()), rows, emitted))
+    }
+
+    /// Prompt and new tokens of each active row.
+    fn texts(&self) -> Vec<Vec<u32>> {
+        self.lock().as_ref().map_or_else(Vec::new, |search| search.texts().map(<[u32]>::to_vec).collect())
     }
 
     /// (sequence, token, log-probability) of each token made certain by the last `advance`.

@@ -1,6 +1,7 @@
 //! Decoding over slices of logits: processors, filters, greedy search, sampling and the beams.
 //!
-//! The search knows neither model nor device. A loop outside alternates between the two:
+//! The search knows neither model nor device. A loop outside alternates between the two ([`Search::decode`] is one, for
+//! models with a cache):
 //!
 //! ```
 //! # use pyrformer_search::{GenerationOptions, Search};
@@ -39,6 +40,7 @@ mod sample;
 mod search;
 mod speculative;
 mod stochastic;
+mod turns;
 
 pub use error::{Error, Result};
 pub use filters::{Filters, filter_logits};
@@ -47,3 +49,4 @@ pub use path::{FinishReason, Hypothesis};
 pub use processors::{AllowedTokens, Ends, Hooks, Processor};
 pub use search::{Emitted, Prompt, Search, Step};
 pub use speculative::Draft;
+pub use turns::{Model, Positions};

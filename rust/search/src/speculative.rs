@@ -143,7 +143,7 @@ impl Search {
     }
 
     /// The active rows' paths, in order.
-    fn paths(&self) -> Box<dyn Iterator<Item = &Path> + '_> {
+    pub(crate) fn paths(&self) -> Box<dyn Iterator<Item = &Path> + '_> {
         match &self.strategy {
             // Before the first choice, the sequences of a prompt share its row.
             Strategy::Independent(sequences) if self.step.index == 0 => {
