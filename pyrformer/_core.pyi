@@ -32,6 +32,7 @@ __all__ = [
     "cuda_program",
     "cuda_sources",
     "filter_logits",
+    "norm_parts",
     "normal",
     "simd_levels",
     "uniform",
@@ -152,11 +153,16 @@ class Executor:
     def pack_weights(self) -> None:
         """Keeps the weights that the plan multiplies by in the order of the kernels, for all plans of the store."""
     def run(self, inputs: dict[str, _Array]) -> dict[str, _Array]: ...
+    def run_telling(self, inputs: dict[str, _Array], tell: Callable[[str, _Array], object]) -> None:
+        """Runs once and calls ``tell(name, array)`` with each output as soon as it is computed."""
     def profile(self, inputs: dict[str, _Array]) -> list[float]:
         """Runs once; the seconds that each step of the plan took."""
     def find_nonfinite(self, inputs: dict[str, _Array]) -> tuple[int, list[_Values], list[_Values]] | None:
         """Runs up to the first step that reads or makes a value that is not finite: its number, what it reads and what
         it makes."""
+
+def norm_parts(gradient: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Partial sums of squares of a gradient: what the norm of several adds up in the order of the gradients."""
 
 def simd_levels() -> tuple[str, str]:
     """The vector instructions that the CPU has, and those that kernels use."""

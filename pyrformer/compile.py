@@ -7,6 +7,7 @@ compiled = lowered.compile(store)    # compiled(input_ids=…, …) -> {"loss": 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +127,21 @@ class Compiled:
         typed = self._typed(inputs)
         with forks.core:
             return self.executor.run(typed)
+
+    def tell(self, tell: Callable[[str, Array], object], **inputs: Any) -> None:
+        """Runs once and calls ``tell(name, array)`` with each output; on the CPU as soon as it is computed, while the
+        program goes on.
+
+        Raises:
+            InputError: as for a call.
+        """
+        typed = self._typed(inputs)
+        with forks.core:
+            if isinstance(self.executor, _core.Executor):
+                self.executor.run_telling(typed, tell)
+                return
+            for name, array in self.executor.run(typed).items():
+                tell(name, array)
 
     def profile(self, **inputs: Any) -> list[float]:
         """Runs once and gives the seconds that each step of the plan took."""

@@ -96,12 +96,23 @@ class Optimizer:
                 return decay
         return self.weight_decay if len(parameter.shape) >= 2 else 0.0
 
-    def update(self, trace: Trace, parameters: Sequence[Parameter], grads: Sequence[Tensor]) -> None:
-        """Traces the update of all parameters: input ``lr []``, output ``grad_norm []``, and :meth:`inputs`."""
+    def update(
+        self,
+        trace: Trace,
+        parameters: Sequence[Parameter],
+        grads: Sequence[Tensor],
+        norm: Tensor | None = None,
+    ) -> None:
+        """Traces the update of all parameters: input ``lr []``, output ``grad_norm []``, and :meth:`inputs`.
+
+        Args:
+            norm: of the gradient, [], where it has more than these parts.
+        """
         lr = trace.input("lr", trace.dtype, ())
         with trace.scope("optimizer"):
-            norm = F.global_norm(grads)
-            trace.output("grad_norm", norm)
+            if norm is None:
+                norm = F.global_norm(grads)
+                trace.output("grad_norm", norm)
             clip = F.clip_factor(norm, self.max_grad_norm) if self.max_grad_norm > 0 else trace.fill(1.0)
             for parameter, grad in zip(parameters, grads, strict=True):
                 p = trace.parameter(parameter)

@@ -240,7 +240,10 @@ def train_step(
 def accumulate_step(
     model: Family, s: Sizes, dtype: str = "float32", options: LossOptions | None = None
 ) -> Traced:
-    """A part of a step: adds its gradients to the states ``grad_sum.<parameter>``. Outputs the summed ``loss []``."""
+    """A part of a step: adds its gradients to the states ``grad_sum.<parameter>``. Outputs the summed ``loss []``.
+
+    Each gradient is computed to its end before it is added, so the sums are those that several processes make.
+    """
     trace = Trace(dtype, training=True)
     parameters, grads = _backward(trace, model, s, options)
     for parameter, grad in zip(parameters, grads, strict=True):
@@ -249,13 +252,16 @@ def accumulate_step(
     return Traced("accumulate_step", trace)
 
 
-def apply_step(model: Family, optimizer: Optimizer, dtype: str = "float32") -> Traced:
+def apply_step(
+    model: Family, optimizer: Optimizer, dtype: str = "float32", *, owned: frozenset[str] | None = None
+) -> Traced:
     """The end of an accumulated step: clips and applies the states ``grad_sum.<parameter>`` and zeroes them. Outputs
-    ``grad_norm []``."""
+    ``grad_norm []``. With ``owned``, of these parameters only, by the input ``norm []`` of all gradients."""
     trace = Trace(dtype)
-    parameters = trainable(model)
+    parameters = [p for p in trainable(model) if owned is None or p.name in owned]
     totals = [trace.state(f"grad_sum.{p.name}", p.shape) for p in parameters]
-    optimizer.update(trace, parameters, totals)
+    norm = None if owned is None else trace.input("norm", dtype, ())
+    optimizer.update(trace, parameters, totals, norm)
     for total in totals:
         trace.update(total, trace.fill(0.0, total.shape))
     return Traced("apply_step", trace)

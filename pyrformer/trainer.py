@@ -31,22 +31,24 @@ from typing import Any
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, write_json
+from pyrformer.compile import Compiled
 from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.initial import apply_changes, initial_model
 from pyrformer.model import Model
 from pyrformer.models import build
-from pyrformer.optimizers import AVERAGES, STATES
+from pyrformer.optimizers import AVERAGES
 from pyrformer.schedules import learning_rate
 from pyrformer.tokenizers import Tokenizer
 from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_state
-from pyrformer.training.comm import Comm, GradientSum, Mpi, share, world
+from pyrformer.training.comm import Comm, Mpi, share, world
 from pyrformer.training.config import OBJECTIVES, TrainConfig, seconds, steps_or_seconds
 from pyrformer.training.failure import Failure, examine, keep, rows_of
 from pyrformer.training.folder import METRICS, OPTIONS, SAMPLES
-from pyrformer.training.passes import SUM, Passes, Update
+from pyrformer.training.passes import GRADIENT, SUM, Passes, Update
 from pyrformer.training.rows import Callback, Callbacks, Metrics, Rows
 from pyrformer.training.sampling import check_prompts, samples
+from pyrformer.training.sharing import Sharing, moments
 from pyrformer.training.signals import Signals
 from pyrformer.training.source import Source
 from pyrformer.training.tensorboard import FOLDER, TensorBoard
@@ -137,14 +139,14 @@ class Trainer:
             raise ConfigError(f"[train] seq_len ({seq_len}) is more than the model's {most} positions")
         self.seq_len = seq_len
         self.batches, self.evaluation, self.data = self.source.batches(seq_len)
-        self.passes = Passes(self.model, config, shared=comm.size > 1)
+        self.sharing: Sharing | None = None
+        if comm.size > 1:
+            shapes = {p.name: p.shape for p in programs.trainable(self.model.family)}
+            self.sharing = Sharing(comm, shapes)
+        self.passes = Passes(self.model, config, owned=self.sharing.owned if self.sharing else None)
         self._check_groups()
         check_prompts(self.model, config.sample_prompts, config.objective)
         self.ratio = UpdateRatio(self.model)
-        self.gradients: GradientSum | None = None
-        if comm.size > 1:
-            shapes = {p.name: p.shape for p in programs.trainable(self.model.family)}
-            self.gradients = GradientSum(comm, shapes)
         #: Updates in the newest checkpoint, when it was begun, and the seconds that training waited for checkpoints.
         self.saved, self.saved_at, self.stall = self.start, 0.0, 0.0
         #: Updates left out since one was made, or rollbacks; and the last update that was made.
@@ -154,8 +156,8 @@ class Trainer:
             self._restore(self.start)
         self._predict()
         if not before and config.ema_decay > 0:
-            for parameter in programs.trainable(self.model.family):
-                self.model.store.set(AVERAGES + parameter.name, self.model.store.get(parameter.name))
+            for name in self._mine():
+                self.model.store.set(AVERAGES + name, self.model.store.get(name))
 
     # -- The run folder ---------------------------------------------------------------------------------------------
 
@@ -311,25 +313,37 @@ class Trainer:
                 f"[train] {self.folder} was trained on another text than {', '.join(self.config.files)} holds; "
                 "use the same to resume"
             )
-        self.checkpoints.load(step, self.model)
+        self._load(step)
         self._set_state(state)
+
+    def _mine(self) -> list[str]:
+        """The trained parameters that this process updates: all, where it is alone."""
+        names = [p.name for p in programs.trainable(self.model.family)]
+        return [n for n in names if n in self.sharing.owned] if self.sharing else names
+
+    def _load(self, step: int) -> None:
+        """Sets the weights, and the states of the parameters that this process updates, from a checkpoint."""
+        self.checkpoints.load(step, self.model, self.sharing.mine if self.sharing else lambda _: True)
 
     def _save(self) -> None:
         """Begins to write a checkpoint of this step, unless it is there."""
-        if self.saved == self.step or not self.leads:
+        if self.saved == self.step:
             return
         began = time.perf_counter()
-        self.checkpoints.wait()
-        moments = [n for n, _, _ in self.model.store.types() if n.startswith((STATES, AVERAGES))]
-        snapshot = Snapshot(
-            self.step,
-            self.model.state_dict(),
-            {name: self.model.store.get(name) for name in moments},
-            self._state(),
+        store = self.model.store
+        found = (
+            self.sharing.states(self.model)
+            if self.sharing
+            else {n: store.get(n) for n in moments(self.model)}
         )
+        self.saved, self.saved_at = self.step, time.monotonic()
+        if not self.leads:
+            return
+        self.checkpoints.wait()
+        snapshot = Snapshot(self.step, self.model.state_dict(), dict(sorted(found.items())), self._state())
         keep = self.best_step if self.config.load_best_model_at_end else 0
         self.checkpoints.save(snapshot, self.model, keep, self._sync)
-        self.saved, self.saved_at = self.step, time.monotonic()
+        self.saved_at = time.monotonic()
         self.stall += time.perf_counter() - began
         self.on_event("save", {"step": self.step, "folder": str(self.checkpoints.path(self.step))})
 
@@ -374,15 +388,13 @@ class Trainer:
                     self._evaluate()
                 if c.sample_every and step % c.sample_every == 0 and not last:
                     self._sample()
-                due = (
-                    step % every == 0 if every else bool(pause) and time.monotonic() - self.saved_at >= pause
-                )
-                if due and not last:
-                    self._save()
                 # Signals and clocks differ between processes; all go by the first that has something.
-                mine = (signals.first or (signal.SIGINT if interrupt else 0), time.monotonic() >= end)
-                told, late = zip(*self.comm.gather(mine), strict=True)
-                over = any(late)
+                late = bool(pause) and time.monotonic() - self.saved_at >= pause
+                mine = (signals.first or (signal.SIGINT if interrupt else 0), time.monotonic() >= end, late)
+                told, ended, due = zip(*self.comm.gather(mine), strict=True)
+                over = any(ended)
+                if (step % every == 0 if every else any(due)) and not last:
+                    self._save()
                 if any(told) and interrupt is None:
                     interrupt = Stopped(next(filter(None, told)), step, self.folder)
                 if interrupt is not None:
@@ -398,7 +410,7 @@ class Trainer:
             self._tell_saved()
             if c.load_best_model_at_end and self.best_step not in (0, self.step):
                 share(self.comm, lambda: None)  # the checkpoint is on disk
-                self.checkpoints.load(self.best_step, self.model)
+                self._load(self.best_step)
                 self._exchange()
                 if self.leads:
                     self.model.save(self.folder)
@@ -531,27 +543,56 @@ class Trainer:
         losses = []
         for i, batch in zip(mine, batches, strict=True):
             program, inputs = self.passes.ready(batch, i, update)
-            out = program(**inputs)
+            out = self._shared_pass(program, inputs) if self.sharing else program(**inputs)
             losses.append({name: float(out[name]) for name in self.passes.losses})
-            if self.gradients:
-                self.gradients.add({n: out[f"grad.{n}"] for n in self.gradients.shapes})
-        if self.gradients:
-            for name, grad in self.gradients.take().items():
-                self.model.store.set(SUM + name, grad)
-        if self.passes.several:
-            program, inputs = self.passes.end(update)
-            out = program(**inputs)
+        if self.sharing:
+            norm = self._shared_end(update)
+        else:
+            if self.passes.several:
+                program, inputs = self.passes.end(update)
+                out = program(**inputs)
+            norm = float(out["grad_norm"])
         ended = time.perf_counter()
         self.seconds += ended - began
         tokens = sum(self.comm.gather(sum(b.sizes.batch * b.sizes.tokens for b in batches)))
         return {
             "loss": sum(self._means(losses, update.counts).values()),
             "learning_rate": lr,
-            "grad_norm": float(out["grad_norm"]),
+            "grad_norm": norm,
             "tokens_per_s": tokens / (ended - began),
             "seconds": self.seconds,
             "loader_wait_seconds": loaded - began,
         }
+
+    def _shared_pass(self, program: Compiled, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A pass whose gradients are sent to their owners while it goes on; its other outputs."""
+        assert self.sharing is not None
+        out: dict[str, Any] = {}
+
+        def tell(name: str, value: Any) -> None:
+            if name.startswith(GRADIENT):
+                sharing.add(name.removeprefix(GRADIENT), value)
+            else:
+                out[name] = value
+
+        sharing = self.sharing
+        program.tell(tell, **inputs)
+        sharing.end_round()
+        return out
+
+    def _shared_end(self, update: Update) -> float:
+        """The owners' updates, and everyone's new weights; the norm of the gradient. One that is not finite changes
+        nothing anywhere: all have the same norm."""
+        assert self.sharing is not None
+        sums, norm = self.sharing.take()
+        if math.isfinite(norm):
+            if sums:
+                for name, total in sums.items():
+                    self.model.store.set(SUM + name, total)
+                program, inputs = self.passes.end(update, norm)
+                program(**inputs)
+            self.sharing.publish(self.model)
+        return norm
 
     def _counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """How many labels each loss of all processes' batches is summed over, at least 1."""
@@ -630,11 +671,13 @@ class Trainer:
     def _sample(self) -> None:
         """Writes what the model makes of the prompts."""
         prompts = self.config.sample_prompts
-        if not prompts or not self.leads or self.step in self.samples.steps:
+        if not prompts or share(self.comm, lambda: self.step in self.samples.steps):
             return
         self._exchange()
-        texts = samples(self.model, prompts, self.config.seed)
+        texts = samples(self.model, prompts, self.config.seed) if self.leads else []
         self._exchange()
+        if not self.leads:
+            return
         made = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
         for one in made:
             self.samples.write({"step": self.step, **one})
@@ -651,10 +694,12 @@ class Trainer:
         """Exchanges the weights with their running average, if there is one."""
         if self.config.ema_decay > 0:
             store = self.model.store
-            for parameter in programs.trainable(self.model.family):
-                weights, average = store.get(parameter.name), store.get(AVERAGES + parameter.name)
-                store.set(parameter.name, average)
-                store.set(AVERAGES + parameter.name, weights)
+            for name in self._mine():
+                weights, average = store.get(name), store.get(AVERAGES + name)
+                store.set(name, average)
+                store.set(AVERAGES + name, weights)
+            if self.sharing:
+                self.sharing.publish(self.model)
 
     def _judge(self, loss: float) -> None:
         """Counts the evaluations, one every ``eval_every`` updates, since the loss was last lower than the best by more

@@ -142,15 +142,15 @@ class Checkpoints:
             else:
                 path.unlink(missing_ok=True)
 
-    def load(self, step: int, model: Model) -> None:
-        """Sets a model's parameters and its optimizer's states.
+    def load(self, step: int, model: Model, wanted: Callable[[str], bool] = lambda _: True) -> None:
+        """Sets a model's parameters, and the states of its optimizer whose names are wanted.
 
         Raises:
             FileError, StateError: a file cannot be read or does not fit the model.
         """
         load_parameters(self.path(step), model)
         moments = _core.SafeTensors(self.path(step) / OPTIMIZER)
-        copy_into(model, moments, {name: name for name, _, _ in moments.tensors()})
+        copy_into(model, moments, {name: name for name, _, _ in moments.tensors() if wanted(name)})
 
     def save(self, snapshot: Snapshot, model: Model, best: int, then: Callable[[], None]) -> None:
         """Begins to write a checkpoint, and the run folder's own model after it; waits for the one before.

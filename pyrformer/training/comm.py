@@ -3,9 +3,7 @@
 Started by ``mpiexec -n N pyrformer train …``; MPI comes by mpi4py (``pip install pyrformer[mpi]``), which is imported
 only where a launcher's variables say that there are others.
 
-An update's batches are shared out, one to a process in turn, and everything that is summed is summed in the order of
-the batches: two processes compute the bits of four. One process alone adds inside its kernels and comes to the same up
-to rounding.
+What processes do with it is in :mod:`pyrformer.training.sharing`.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -48,11 +47,25 @@ class Comm(Protocol):
     def gather(self, value: T) -> list[T]:
         """Everyone's value, in the order of ranks."""
 
-    def add(self, values: Floats, total: Floats) -> None:
-        """Adds everyone's ``values [N·P]`` in the order of ranks; ``total [P]`` is this rank's part of the sum."""
+    def collect(self, values: Floats, root: int) -> Pending:
+        """Begins to bring everyone's ``values [P]`` to one process, which waits for ``[N, P]`` in the order of ranks;
+        the others keep their values as they are until they have waited."""
 
-    def join(self, part: Floats) -> Floats:
-        """Everyone's part ``[P]``, one behind the other in a new array ``[N·P]``."""
+    def spread(self, values: Floats, root: int) -> Pending:
+        """Begins to copy one process's ``values [P]`` over those of all others."""
+
+    def move(self, values: Floats, source: int, root: int) -> None:
+        """Copies one process's values over those of another; only these two call it."""
+
+
+class Pending(Protocol):
+    """A transfer under way."""
+
+    def done(self) -> bool:
+        """Whether it is over; asking keeps it going."""
+
+    def wait(self) -> Floats:
+        """Waits for its end; gives what came."""
 
 
 class Alone:
@@ -63,11 +76,43 @@ class Alone:
     def gather(self, value: T) -> list[T]:
         return [value]
 
-    def add(self, values: Floats, total: Floats) -> None:
-        total += values
+    def collect(self, values: Floats, root: int) -> Pending:
+        return _There(values[None])
 
-    def join(self, part: Floats) -> Floats:
-        return np.array(part, np.float32)
+    def spread(self, values: Floats, root: int) -> Pending:
+        return _There(values)
+
+    def move(self, values: Floats, source: int, root: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _There:
+    """A transfer that is over."""
+
+    values: Floats
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> Floats:
+        return self.values
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A transfer of MPI; keeps what it reads alive."""
+
+    request: Any
+    values: Floats
+    sent: Floats
+
+    def done(self) -> bool:
+        return bool(self.request.Test())
+
+    def wait(self) -> Floats:
+        self.request.Wait()
+        return self.values
 
 
 class Mpi:
@@ -97,16 +142,19 @@ class Mpi:
         found: list[T] = self._comm.allgather(value)
         return found
 
-    def add(self, values: Floats, total: Floats) -> None:
-        received = np.empty((self.size, len(total)), np.float32)
-        self._comm.Alltoall(values, received)
-        for part in received:
-            total += part
+    def collect(self, values: Floats, root: int) -> Pending:
+        rows = self.size if self.rank == root else 0
+        received = np.empty((rows, len(values)), np.float32)
+        return _Request(self._comm.Igather(values, received, root), received, values)
 
-    def join(self, part: Floats) -> Floats:
-        whole: Floats = np.empty(self.size * len(part), np.float32)
-        self._comm.Allgather(part, whole)
-        return whole
+    def spread(self, values: Floats, root: int) -> Pending:
+        return _Request(self._comm.Ibcast(values, root), values, values)
+
+    def move(self, values: Floats, source: int, root: int) -> None:
+        if self.rank == source:
+            self._comm.Send(values, root)
+        else:
+            self._comm.Recv(values, source)
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:
@@ -152,35 +200,3 @@ def share(comm: Comm, make: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value  # type: ignore[no-any-return]
-
-
-class GradientSum:
-    """The sum of the gradients of an update's batches; each process holds a part of it until all are added.
-
-    Args:
-        shapes: of the parameters by name.
-    """
-
-    def __init__(self, comm: Comm, shapes: dict[str, tuple[int, ...]]):
-        self.comm, self.shapes = comm, shapes
-        self.sizes = [int(np.prod(shape)) for shape in shapes.values()]
-        part = -(-sum(self.sizes) // comm.size)
-        self._flat, self._total = np.zeros(part * comm.size, np.float32), np.zeros(part, np.float32)
-
-    def add(self, grads: dict[str, Floats]) -> None:
-        """Adds everyone's gradients, in the order of ranks."""
-        at = 0
-        for name, size in zip(self.shapes, self.sizes, strict=True):
-            self._flat[at : at + size] = grads[name].reshape(-1)
-            at += size
-        self.comm.add(self._flat, self._total)
-
-    def take(self) -> dict[str, Floats]:
-        """The sum by name; the next one begins with zero."""
-        whole = self.comm.join(self._total)
-        self._total[:] = 0
-        ends = np.cumsum(self.sizes)
-        parts = np.split(whole[: ends[-1]], ends[:-1])
-        return {
-            name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }

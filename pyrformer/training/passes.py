@@ -19,6 +19,8 @@ from pyrformer.training.config import TrainConfig
 LOSSES = {"sentence": ("sentence_loss",), "mlm+nsp": ("loss", "sentence_loss")}
 #: The states that gradients of several batches are added in.
 SUM = "grad_sum."
+#: The outputs that are gradients.
+GRADIENT = "grad."
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,22 @@ class Passes:
         saving: how programs trade time for memory; keyword arguments of :meth:`pyrformer.compile.Traced.lower`.
     """
 
-    def __init__(self, model: Model, config: TrainConfig, *, shared: bool = False):
+    def __init__(self, model: Model, config: TrainConfig, *, owned: frozenset[str] | None = None):
         """
         Args:
-            shared: whether other processes compute a part of each update: gradients are outputs then.
+            owned: where other processes compute a part of each update, the parameters that this one updates; gradients
+                are outputs then.
         """
-        self.model, self.config, self.shared = model, config, shared
+        self.model, self.config, self.owned = model, config, owned
         self.optimizer = config.optimizer()
         self.options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
         self.losses = LOSSES.get(config.objective, ("loss",))
         self.saving: dict[str, Any] = {}
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes compute a part of each update."""
+        return self.owned is not None
 
     @property
     def several(self) -> bool:
@@ -83,11 +91,16 @@ class Passes:
             inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)
         return program, inputs
 
-    def end(self, update: Update) -> tuple[Compiled, dict[str, Any]]:
-        """The program of the optimizer's step behind several passes, and its inputs."""
-        make = partial(programs.apply_step, self.model.family, self.optimizer)
+    def end(self, update: Update, norm: float | None = None) -> tuple[Compiled, dict[str, Any]]:
+        """The program of the optimizer's step behind several passes, and its inputs.
+
+        Args:
+            norm: of all processes' gradients, where there are others.
+        """
+        make = partial(programs.apply_step, self.model.family, self.optimizer, owned=self.owned)
         program = self.model.program(("apply_step",), make)
-        return program, self._rates(program, update)
+        rates = self._rates(program, update)
+        return program, rates if norm is None else {**rates, "norm": norm}
 
     def clear(self) -> None:
         """Sets the sums of gradients to zero, as they are between updates."""
@@ -100,7 +113,11 @@ class Passes:
         if not self.several:
             return 0
         there = {name for name, _, _ in lowered.plan.states}
-        apply = programs.apply_step(self.model.family, self.optimizer).lower(self.model.device).plan
+        apply = (
+            programs.apply_step(self.model.family, self.optimizer, owned=self.owned)
+            .lower(self.model.device)
+            .plan
+        )
         return 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)
 
     def _rates(self, program: Compiled, update: Update) -> dict[str, Any]:

@@ -15,7 +15,16 @@ from pyrformer.models.base import Family
 from pyrformer.nn import Trace
 from pyrformer.nn import functional as F
 from pyrformer.optimizers import AdamW
-from pyrformer.programs import Sizes, decode_step, evaluate, forward, gradients, train_step
+from pyrformer.programs import (
+    Sizes,
+    accumulate_step,
+    decode_step,
+    evaluate,
+    forward,
+    gradients,
+    train_step,
+    trainable,
+)
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -91,6 +100,22 @@ def test_gradients_have_the_shapes_of_their_parameters() -> None:
         for parameter, value in build(CONFIGS[name]).named_parameters():
             assert tuple(outputs.pop(f"grad.{parameter}")) == value.shape
         assert outputs == {}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sums_of_gradients_are_taken_as_they_come(name: str) -> None:
+    """Each gradient is added to its state by the step behind the one that makes it, and kept nowhere."""
+    family = build(CONFIGS[name])
+    sizes = Sizes(2, 8, 0 if family.objective == "ar" else 8)
+    lowered, kept = accumulate_step(family, sizes).lower(), gradients(family, sizes, training=True).lower()
+    steps = json.loads(lowered.plan.to_json())["steps"]
+    sums = [
+        i for i, s in enumerate(steps) if s["op"] == {"binary": "add"} and s["outputs"][0]["space"] != "arena"
+    ]
+    assert len(sums) == len(trainable(family))
+    assert sum(i + 1 not in sums for i in sums[:-1]) > len(sums) // 2, "sums stand between products"
+    assert not any(s["op"] == "copy" for s in steps)
+    assert lowered.plan.arena_bytes < kept.plan.arena_bytes
 
 
 def test_dropout_is_in_training_alone() -> None:

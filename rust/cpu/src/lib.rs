@@ -20,5 +20,6 @@ mod weights;
 
 pub use error::{Error, Result};
 pub use executor::{Array, Cpu, CpuExecutor};
+pub use kernels::optimizer::norm_parts;
 pub use memory::{Owner, Store};
 pub use nonfinite::{NonFinite, Summary};

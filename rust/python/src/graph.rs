@@ -1,7 +1,9 @@
 //! Graph, plan, states and the CPU executor.
 
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use numpy::{PyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use pyrformer_cpu::{Cpu, CpuExecutor, Summary, simd, threads};
@@ -344,6 +346,30 @@ impl Executor {
         Ok(out)
     }
 
+    /// Runs the plan once and calls `tell(name, array)` with each output as soon as it is computed. An exception of
+    /// `tell` ends the run and is passed on.
+    fn run_telling(&self, py: Python<'_>, inputs: &Bound<'_, PyDict>, tell: Py<PyAny>) -> PyResult<()> {
+        let given = given(inputs)?;
+        let raw = raw(&given);
+        let mut error = None;
+        enter(py, || {
+            self.inner.run_telling(&raw, |number, array| {
+                let name = &self.inner.plan().outputs[number].name;
+                let told = Python::attach(|py| {
+                    tell.call1(py, (name, to_numpy(py, &array.ty, &array.bytes)?)).map(|_| ())
+                });
+                match told {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(e) => {
+                        error = Some(e);
+                        ControlFlow::Break(())
+                    }
+                }
+            })
+        })?;
+        error.map_or(Ok(()), Err)
+    }
+
     /// Runs the plan once and gives the seconds that each step took.
     fn profile(&self, py: Python<'_>, inputs: &Bound<'_, PyDict>) -> PyResult<Vec<f64>> {
         let given = given(inputs)?;
@@ -363,6 +389,19 @@ impl Executor {
         };
         Ok(found.map(|f| (f.step, values(f.inputs), values(f.outputs))))
     }
+}
+
+/// The partial sums of squares of a gradient, float64: what `global_norm` adds up in the order of the gradients.
+#[pyfunction]
+pub(crate) fn norm_parts<'py>(
+    py: Python<'py>,
+    gradient: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let Given::F32(array) = Given::new("gradient", gradient)? else {
+        return Err(Failure::new("InputError", "[norm] the gradient must be float32").into());
+    };
+    let cols = array.shape().last().copied().unwrap_or(1);
+    Ok(PyArray1::from_vec(py, pyrformer_cpu::norm_parts(array.as_slice()?, cols)))
 }
 
 /// The arrays of a dict by name.

@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use super::files::{AtomicDir, Gguf, SafeTensors, write_file, write_safetensors};
     #[pymodule_export]
-    use super::graph::{Executor, Graph, Plan, Store, simd_levels};
+    use super::graph::{Executor, Graph, Plan, Store, norm_parts, simd_levels};
     #[pymodule_export]
     use super::random::{normal, uniform};
     #[pymodule_export]

@@ -29,9 +29,7 @@ pub(crate) fn global_norm<'a, T: Real>(
             let per = rows_per_task(g.cols);
             let chunks = g.rows.div_ceil(per);
             if chunk < chunks {
-                for r in chunk * per..((chunk + 1) * per).min(g.rows) {
-                    sum += sum_sq(g.row(r)).to_f64();
-                }
+                sum = square_sum(&g, chunk);
                 break;
             }
             chunk -= chunks;
@@ -44,6 +42,20 @@ pub(crate) fn global_norm<'a, T: Real>(
         let total: f64 = parts.row_mut(0).iter().sum();
         y.row_mut(0)[0] = T::from_f64(total.sqrt());
     }
+}
+
+/// The sum of squares of the `chunk`th rows that one task takes.
+fn square_sum<T: Real>(g: &Mat<'_, T>, chunk: usize) -> f64 {
+    let per = rows_per_task(g.cols);
+    (chunk * per..((chunk + 1) * per).min(g.rows)).map(|r| sum_sq(g.row(r)).to_f64()).sum()
+}
+
+/// The partial sums of squares of one gradient `x [rows, cols]`, row-major without gaps: what the global norm of several
+/// adds up in the order of the gradients, for those who hold a part of them each.
+#[must_use]
+pub fn norm_parts<T: Real>(x: &[T], cols: usize) -> Vec<f64> {
+    let g = Mat::new(x, x.len() / cols.max(1), cols);
+    (0..g.rows.div_ceil(rows_per_task(cols))).map(|chunk| square_sum(&g, chunk)).collect()
 }
 
 /// Hyper-parameters of one AdamW update.

@@ -12,6 +12,7 @@ use std::collections::{HashMap, HashSet};
 use crate::error::Result;
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::op::{Binary, Epilogue, Op, Unary};
+use crate::passes::early::adds_to_state;
 
 /// Fuses chains.
 ///
@@ -154,13 +155,14 @@ impl Chain {
     }
 }
 
-/// The addition of `value` (read nowhere else) to another value of the same shape, and that other value.
+/// The addition of `value` (read nowhere else) to another value of the same shape, and that other value; none that is the
+/// sum of several runs.
 fn added(graph: &Graph, readers: &Readers, value: ValueId) -> Option<(NodeId, ValueId)> {
     let sum = readers.only(value)?;
     let Node { op: Op::Binary(Binary::Add), inputs, .. } = graph.node(sum) else { return None };
     let other = if inputs[0] == value { inputs[1] } else { inputs[0] };
     let same = graph.ty(other).shape == graph.ty(value).shape && other != value;
-    same.then_some((sum, other))
+    (same && !adds_to_state(graph, sum)).then_some((sum, other))
 }
 
 /// The first activation applied to `value`.

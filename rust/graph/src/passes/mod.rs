@@ -2,6 +2,7 @@
 
 mod cse;
 mod dce;
+mod early;
 mod fold;
 mod fuse;
 mod recompute;
@@ -9,6 +10,7 @@ mod share_loss;
 
 pub use cse::cse;
 pub use dce::dce;
+pub use early::early;
 pub use fold::fold;
 pub use fuse::fuse;
 pub use recompute::{layers, recompute};
@@ -22,8 +24,14 @@ use crate::verify::verify;
 pub type Pass = (&'static str, fn(&Graph) -> Result<Graph>);
 
 /// The passes in the order they run.
-pub const PIPELINE: [Pass; 5] =
-    [("fold", fold), ("cse", cse), ("dce", dce), ("share_loss", share_loss), ("fuse", fuse)];
+pub const PIPELINE: [Pass; 6] = [
+    ("fold", fold),
+    ("cse", cse),
+    ("dce", dce),
+    ("share_loss", share_loss),
+    ("early", early),
+    ("fuse", fuse),
+];
 
 /// Runs the whole pipeline; the result is verified after each pass in debug builds, and once at the end in all.
 ///
