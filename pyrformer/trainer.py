@@ -105,7 +105,7 @@ def train(config: TrainConfig, on_event: Event | None = None, callbacks: Sequenc
         Stopped: SIGINT or SIGTERM; the state was saved.
         KeyboardInterrupt: one raised by ``on_event`` is passed on after the state was saved.
     """
-    comm = world()
+    comm = world(config.device)
     with comm.ending_together() if isinstance(comm, Mpi) else nullcontext():
         return Trainer(config, on_event or (lambda _kind, _numbers: None), callbacks, comm).run()
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.errors import DeviceError
@@ -208,3 +209,100 @@ class CudaDevice:
     def replay(self, stream: Any, graph: Any) -> None:
         with self._calls():
             graph.launch(stream)
+
+
+def nccl_id() -> Any:
+    """What the processes of a job know each other by: made by one of them, given to all.
+
+    Raises:
+        DeviceError: CuPy or NCCL is missing.
+    """
+    return _nccl().get_unique_id()
+
+
+def _nccl() -> Any:
+    cupy = _import()
+    if not cupy.cuda.nccl.available:
+        raise DeviceError(
+            "[cuda] several processes on GPUs need NCCL; pip install nvidia-nccl-cu13 or nvidia-nccl-cu12"
+        )
+    return cupy.cuda.nccl
+
+
+class NcclLink:
+    """This process among those of a job, each with a GPU: arrays of float32 from GPU to GPU."""
+
+    def __init__(self, size: int, rank: int, unique: Any, place: int):
+        """
+        Args:
+            unique: of :func:`nccl_id`.
+            place: the process's number on its machine, which takes the GPU of that number.
+
+        Raises:
+            DeviceError: CUDA or NCCL cannot be used.
+        """
+        self.nccl, self.cupy = _nccl(), _import()
+        runtime = self.cupy.cuda.runtime
+        runtime.setDevice(place % runtime.getDeviceCount())
+        describe()
+        self.size, self.rank = size, rank
+        with self._calls():
+            self.link = self.nccl.NcclCommunicator(size, unique, rank)
+            self.stream = self.cupy.cuda.Stream(non_blocking=True)
+
+    @contextmanager
+    def _calls(self) -> Iterator[None]:
+        try:
+            yield
+        except (self.nccl.NcclError, self.cupy.cuda.runtime.CUDARuntimeError) as e:
+            raise DeviceError(f"[cuda] the processes' GPUs lost each other: {_first(e)}") from None
+
+    def collect(self, values: npt.NDArray[np.float32], root: int) -> NcclTransfer:
+        """Begins to bring everyone's ``values [P]`` to one process: ``[N, P]`` there, in the order of ranks."""
+        count, kind = values.size, self.nccl.NCCL_FLOAT32
+        with self._calls(), self.stream:
+            mine = self.cupy.empty(values.shape, np.float32)
+            mine.set(values, stream=self.stream)
+            there = self.cupy.empty((self.size if self.rank == root else 0, count), np.float32)
+            if self.rank == root:
+                there[root] = mine
+            self.nccl.groupStart()
+            if self.rank != root:
+                self.link.send(mine.data.ptr, count, kind, root, self.stream.ptr)
+            else:
+                for other in range(self.size):
+                    if other != root:
+                        self.link.recv(there[other].data.ptr, count, kind, other, self.stream.ptr)
+            self.nccl.groupEnd()
+            return NcclTransfer(self, there, np.empty(there.shape, np.float32), mine)
+
+    def spread(self, values: npt.NDArray[np.float32], root: int) -> NcclTransfer:
+        """Begins to copy one process's ``values [P]`` over those of all others."""
+        with self._calls(), self.stream:
+            there = self.cupy.empty(values.shape, np.float32)
+            if self.rank == root:
+                there.set(values, stream=self.stream)
+            self.link.bcast(there.data.ptr, values.size, self.nccl.NCCL_FLOAT32, root, self.stream.ptr)
+            return NcclTransfer(self, there, values)
+
+
+class NcclTransfer:
+    """A transfer under way; it keeps the memory that it uses."""
+
+    def __init__(self, link: NcclLink, there: Any, host: npt.NDArray[np.float32], *kept: Any):
+        self.link, self.there, self.host, self.kept = link, there, host, kept
+        self.event = link.cupy.cuda.Event(disable_timing=True)
+        self.event.record(link.stream)
+
+    def done(self) -> bool:
+        """Whether it is over."""
+        with self.link._calls():
+            return bool(self.event.done)
+
+    def wait(self) -> npt.NDArray[np.float32]:
+        """Waits for its end; gives what came."""
+        with self.link._calls():
+            self.event.synchronize()
+            if self.host.size:
+                self.there.get(out=self.host)
+        return self.host

@@ -135,7 +135,10 @@ class Mpi:
             if hasattr(os, "sched_getaffinity")
             else [*range(os.cpu_count() or 1)]
         )
-        neighbours = self._comm.Split_type(MPI.COMM_TYPE_SHARED).allgather(mine)
+        machine = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        #: The number of this process among those of its machine.
+        self.place = machine.rank
+        neighbours = machine.allgather(mine)
         self.cores = max(1, len(mine) // neighbours.count(mine))
 
     def gather(self, value: T) -> list[T]:
@@ -173,19 +176,39 @@ class Mpi:
             raise
 
 
+class Nccl(Mpi):
+    """The processes of an MPI job with a GPU each: gradients and weights go by NCCL, all else by MPI."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from pyrformer.executors.cuda import NcclLink, nccl_id
+
+        unique = share(self, nccl_id)
+        self.link = NcclLink(self.size, self.rank, unique, self.place)
+
+    def collect(self, values: Floats, root: int) -> Pending:
+        return self.link.collect(values, root)
+
+    def spread(self, values: Floats, root: int) -> Pending:
+        return self.link.spread(values, root)
+
+
 def launched_rank() -> int:
     """The number that a launcher gave this process; 0 without one."""
     return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
 
 
-def world() -> Alone | Mpi:
-    """All processes of this job.
+def world(device: str = "cpu") -> Alone | Mpi:
+    """All processes of this job; on device "cuda", those of one machine take its GPUs in turn.
 
     Raises:
         InputError: there are several, and mpi4py cannot be used.
+        DeviceError: CUDA or NCCL cannot be used.
     """
     sizes = (int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit())
-    return Mpi() if next(sizes, 1) > 1 else Alone()
+    if next(sizes, 1) == 1:
+        return Alone()
+    return Nccl() if device == "cuda" else Mpi()
 
 
 def share(comm: Comm, make: Callable[[], T]) -> T:
