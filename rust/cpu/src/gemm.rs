@@ -169,11 +169,6 @@ impl<T: Real> PackBuffers<T> {
         self.panels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of a worker's buffer for panels.
-    fn scratch_bytes(&self) -> usize {
-        SERIAL_ELEMENTS * size_of::<T>()
-    }
-
     /// The scratch memory of one worker, for [`gemm_serial`] in its tasks. It waits while that worker's [`gemm`] or
     /// another guard uses it.
     ///
@@ -199,11 +194,6 @@ impl<T: Real> Scratch<T> {
     #[must_use]
     pub fn new() -> Self {
         Self::with_kernel(T::kernel(simd::level()))
-    }
-
-    /// The buffer for panels, as bytes.
-    fn bytes_mut(&mut self) -> *mut u8 {
-        self.panels.data.cast()
     }
 
     fn with_kernel(kernel: Kernel<T>) -> Self {

@@ -48,6 +48,8 @@ pub trait Real:
     fn from_i8(x: i8) -> Self;
     /// The value itself: both types fit into `f64`.
     fn to_f64(self) -> f64;
+    /// The integer towards 0, or the nearest that there is; 0 for NaN.
+    fn to_i32(self) -> i32;
     /// √x.
     #[must_use]
     fn sqrt(self) -> Self;
@@ -113,6 +115,10 @@ macro_rules! real {
             #[inline(always)]
             fn to_f64(self) -> f64 {
                 f64::from(self)
+            }
+            #[inline(always)]
+            fn to_i32(self) -> i32 {
+                self as i32
             }
             #[inline(always)]
             fn sqrt(self) -> Self {

@@ -12,14 +12,24 @@ use crate::simd::{Level, level, reduce};
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
 
-/// Output features that lie together: element (step p, feature j) is at `(j / LANES · K + p) · LANES + j % LANES`.
+/// Output features that lie together, in panels of K steps, two steps of a feature side by side.
 const LANES: usize = 16;
+/// Integers of two steps of a panel.
+const PAIR: usize = 2 * LANES;
 /// The largest integer of an activation.
 const LARGEST: f64 = 4095.0;
 /// Steps of K whose sum is exact: 127 · 4095 · 4096 < 2³¹.
 const DEPTH: usize = 4096;
-/// Rows of a tile: with two registers of sums each, and three for operands, they fill the register file.
+/// Rows of a tile: with two registers of sums each, and four for operands, they fill the register file.
 const HEIGHT: usize = 6;
+/// Bytes of integers of activations that stay in the second cache while panels pass.
+const BLOCK: usize = 192 << 10;
+/// Up to this many rows of tiles, what comes next of B is asked for at each pair of steps.
+const STREAM_TILES: usize = 8;
+/// With one row of tiles, B is read in a straight line, and asked for so many bytes before.
+const AHEAD: usize = 2048;
+/// The most panels of a task.
+const GROUP: usize = 16;
 
 /// The right factor of products, `[K, N]` or, `transposed`, `[N, K]`, in 8 bits.
 #[derive(Debug)]
@@ -44,7 +54,8 @@ impl Int8 {
             }
         }
         let scales: Vec<f32> = largest.iter().map(|x| x / 127.0).collect();
-        let mut quantised = Self { transposed, n, k, data: vec![0; scales.len() * k], scales };
+        let mut quantised =
+            Self { transposed, n, k, data: vec![0; scales.len() * k.next_multiple_of(2)], scales };
         for r in 0..weight.rows {
             for (c, &x) in weight.row(r).iter().enumerate() {
                 let (feature, step) = if transposed { (r, c) } else { (c, r) };
@@ -57,7 +68,12 @@ impl Int8 {
     }
 
     fn at(&self, feature: usize, step: usize) -> usize {
-        (feature / LANES * self.k + step) * LANES + feature % LANES
+        feature / LANES * self.panel() + step / 2 * PAIR + feature % LANES * 2 + step % 2
+    }
+
+    /// Integers of a panel: whole pairs of steps, with zeros beyond the last.
+    fn panel(&self) -> usize {
+        self.k.next_multiple_of(2) * LANES
     }
 
     /// (N, K).
@@ -112,9 +128,7 @@ pub(super) unsafe fn multiply<T: Real>(
         Shared(spill.as_mut_ptr())
     };
     let panels = n.div_ceil(LANES);
-    // Panels of a task fit the second cache together with its own buffer.
-    let most = (buffers.scratch_bytes() / (2 * DEPTH.min(k.next_multiple_of(2)).max(2) * LANES)).clamp(1, 8);
-    let group = panels.div_ceil(panels.div_ceil(most).next_multiple_of(threads));
+    let group = panels.div_ceil(panels.div_ceil(GROUP).next_multiple_of(threads));
     for from in (0..m).step_by(at_once) {
         let rows = at_once.min(m - from);
         let share = rows.div_ceil(threads);
@@ -125,13 +139,11 @@ pub(super) unsafe fn multiply<T: Real>(
                 quantise(a.row(from + i), to);
             }
         });
-        pool.run(panels.div_ceil(group), &|task, worker| {
-            let mut scratch = buffers.worker(worker);
+        pool.run(panels.div_ceil(group), &|task, _| {
             let part = Part { first: task * group, panels: group.min(panels - task * group), from, rows };
-            let memory = scratch.bytes_mut().cast::<i16>();
-            // SAFETY: the rows were written; tasks have different columns of C, and the scratch is this worker's.
+            // SAFETY: the rows were written; tasks have different columns of C.
             unsafe {
-                columns(b, (integers.get(), stride), part, memory, c, accumulate);
+                columns(b, (integers.get(), stride), part, c, accumulate);
                 let end = n.min((part.first + part.panels) * LANES);
                 finish(c, from..from + rows, part.first * LANES..end, epilogue);
             }
@@ -163,7 +175,7 @@ fn quantise<T: Real>(row: &[T], to: &mut [i16]) {
                 let x = x * factor;
                 // Away from 0 by a half, then towards it: rounded.
                 let half = if x < T::ZERO { T::from_f64(-0.5) } else { T::from_f64(0.5) };
-                *to = (x + half).to_f64() as i32 as i16;
+                *to = (x + half).to_i32() as i16;
             }
         }
     }
@@ -184,42 +196,47 @@ struct Part {
     rows: usize,
 }
 
-/// Computes a part of C from rows of integers, `stride` apart.
+/// Computes a part of C from rows of integers, `stride` apart. A panel stays in the first cache for a block of rows, and
+/// that block in the second for all panels.
 ///
 /// # Safety
-/// * the rows are readable and `memory` has room for the panels of `DEPTH` steps, which nobody else touches;
+/// * the rows are readable;
 /// * nobody else touches the part of C.
 unsafe fn columns<T: Real>(
     b: &Int8,
     (integers, stride): (*const i16, usize),
     part: Part,
-    memory: *mut i16,
     c: &MatMut<'_, T>,
     accumulate: bool,
 ) {
     let vectors = cfg!(target_arch = "x86_64") && level() >= Level::Avx2;
-    let heights = part.rows.div_ceil(part.rows.div_ceil(HEIGHT));
-    for step in (0..b.k.max(1)).step_by(DEPTH) {
-        let depth = DEPTH.min(b.k - step);
-        let pairs = depth.div_ceil(2);
-        let size = pairs * 2 * LANES;
-        for panel in 0..part.panels {
-            let from = &b.data[b.at((part.first + panel) * LANES, step)..][..depth * LANES];
-            // SAFETY: room for the panels is the caller's promise.
-            let to = unsafe { std::slice::from_raw_parts_mut(memory.add(panel * size), size) };
-            pair(from, to);
-        }
-        for i in (0..part.rows).step_by(heights) {
-            let rows = heights.min(part.rows - i);
-            for panel in 0..part.panels {
+    let rows = part.rows.div_ceil(part.rows.div_ceil((BLOCK / (2 * stride)).max(HEIGHT)));
+    let tall = rows.div_ceil(rows.div_ceil(HEIGHT));
+    let panel = |number: usize, step: usize| b.data.as_ptr().wrapping_add(number * b.panel() + step * LANES);
+    let panels = part.first..part.first + part.panels;
+    for (from, step) in
+        (0..part.rows).step_by(rows).flat_map(|i| (0..b.k.max(1)).step_by(DEPTH).map(move |p| (i, p)))
+    {
+        let block = rows.min(part.rows - from);
+        let (pairs, tiles) = (DEPTH.min(b.k - step).div_ceil(2), block.div_ceil(tall));
+        for number in panels.clone() {
+            // Each row of tiles asks for its share of the next panel.
+            let (next, share) = match tiles {
+                1 => (panel(number, step).wrapping_add(AHEAD), PAIR),
+                2..=STREAM_TILES => (panel(number + 1, step), PAIR / tiles),
+                _ => (panel(number, step), 0),
+            };
+            for (t, i) in (from..from + block).step_by(tall).enumerate() {
+                let rows = tall.min(from + block - i);
                 let mut sums = [[0i32; LANES]; HEIGHT];
                 let tile = Tile {
                     // SAFETY: row `i` of integers, behind its scale.
                     a: unsafe { integers.add(i * stride + SCALE + step) },
                     stride,
-                    // SAFETY: as above.
-                    b: unsafe { memory.add(panel * size) },
+                    b: panel(number, step),
                     pairs,
+                    ahead: next.wrapping_add(t * pairs * share),
+                    share,
                 };
                 // SAFETY: the rows and the panel hold `pairs` pairs; the CPU has the level.
                 unsafe {
@@ -231,7 +248,7 @@ unsafe fn columns<T: Real>(
                         plain(rows, &tile, &mut sums);
                     }
                 }
-                let column = (part.first + panel) * LANES;
+                let column = number * LANES;
                 let lanes = LANES.min(b.n - column);
                 let scales = &b.scales[column..column + lanes];
                 for (r, sums) in sums.iter().enumerate().take(rows) {
@@ -250,35 +267,14 @@ unsafe fn columns<T: Real>(
     }
 }
 
-/// Widens `depth` steps of [`LANES`] integers, the two steps of a pair side by side for each lane.
-fn pair(from: &[i8], to: &mut [i16]) {
-    crate::simd_fn! {
-        fn pair_steps(from: &[i8], to: &mut [i16]) {
-            let (whole, rest) = from.as_chunks::<{ 2 * LANES }>();
-            let (places, _) = to.as_chunks_mut::<{ 2 * LANES }>();
-            for (from, to) in whole.iter().zip(places.iter_mut()) {
-                for l in 0..LANES {
-                    to[2 * l] = i16::from(from[l]);
-                    to[2 * l + 1] = i16::from(from[LANES + l]);
-                }
-            }
-            if let (Some(to), true) = (places.get_mut(whole.len()), !rest.is_empty()) {
-                for (l, &x) in rest.iter().enumerate() {
-                    to[2 * l] = i16::from(x);
-                    to[2 * l + 1] = 0;
-                }
-            }
-        }
-    }
-    pair_steps(from, to);
-}
-
-/// Rows of A and a panel of B, both in pairs of steps.
+/// Rows of A and a panel of B, both in pairs of steps; and what memory is asked for, `share` bytes a pair.
 struct Tile {
     a: *const i16,
     stride: usize,
-    b: *const i16,
+    b: *const i8,
     pairs: usize,
+    ahead: *const i8,
+    share: usize,
 }
 
 /// # Safety
@@ -286,7 +282,7 @@ struct Tile {
 unsafe fn plain(rows: usize, tile: &Tile, sums: &mut [[i32; LANES]; HEIGHT]) {
     for p in 0..tile.pairs {
         // SAFETY: the caller's promise.
-        let b = unsafe { tile.b.add(p * 2 * LANES).cast::<[i16; 2 * LANES]>().read() };
+        let b = unsafe { tile.b.add(p * PAIR).cast::<[i8; PAIR]>().read() };
         for (i, sums) in sums.iter_mut().enumerate().take(rows) {
             // SAFETY: as above.
             let a = unsafe { tile.a.add(i * tile.stride + 2 * p).cast::<[i16; 2]>().read_unaligned() };
@@ -301,7 +297,8 @@ unsafe fn plain(rows: usize, tile: &Tile, sums: &mut [[i32; LANES]; HEIGHT]) {
 mod avx2 {
     use std::arch::x86_64::*;
 
-    use super::{HEIGHT, LANES, Tile};
+    use super::{HEIGHT, LANES, PAIR, Tile};
+    use crate::gemm::micro::prefetch;
 
     /// As [`super::plain`].
     ///
@@ -332,8 +329,10 @@ mod avx2 {
         unsafe {
             let mut registers = [[_mm256_setzero_si256(); 2]; H];
             for p in 0..at.pairs {
-                let b = at.b.add(p * 2 * LANES).cast::<__m256i>();
-                let (b0, b1) = (_mm256_loadu_si256(b), _mm256_loadu_si256(b.add(1)));
+                let b = at.b.add(p * PAIR).cast::<__m128i>();
+                let b0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(b));
+                let b1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(b.add(1)));
+                prefetch(at.ahead.wrapping_add(p * at.share));
                 for (i, sums) in registers.iter_mut().enumerate() {
                     let a = at.a.add(i * at.stride + 2 * p).cast::<i32>().read_unaligned();
                     let a = _mm256_set1_epi32(a);
@@ -405,8 +404,9 @@ mod tests {
 
     #[test]
     fn sums_are_exact_at_the_limit() {
-        let (a, b) = (vec![4095i16; DEPTH * HEIGHT], vec![127i16; DEPTH * LANES]);
-        let tile = Tile { a: a.as_ptr(), stride: DEPTH, b: b.as_ptr(), pairs: DEPTH / 2 };
+        let (a, b) = (vec![4095i16; DEPTH * HEIGHT], vec![127i8; DEPTH * LANES]);
+        let (pairs, ahead) = (DEPTH / 2, b.as_ptr());
+        let tile = Tile { a: a.as_ptr(), stride: DEPTH, b: b.as_ptr(), pairs, ahead, share: PAIR };
         let mut sums = [[0; LANES]; HEIGHT];
         // SAFETY: the operands hold `DEPTH` steps.
         unsafe { plain(HEIGHT, &tile, &mut sums) };
