@@ -76,10 +76,11 @@ class Display:
         elif kind == "note":
             self._line(n["what"])
         elif kind == "start":
-            self._line(
-                f"{n['parameters']:,} parameters, vocabulary {n['vocab_size']:,}; "
-                f"{n['train_tokens']:,} tokens to learn from, {n['valid_tokens']:,} held out"
-            )
+            if "train_tokens" in n:
+                text = f"{n['train_tokens']:,} tokens to learn from, {n['valid_tokens']:,} held out"
+            else:
+                text = f"{n['text_bytes'] / 1e6:,.1f} MB of text, which is tokenized beside the training"
+            self._line(f"{n['parameters']:,} parameters, vocabulary {n['vocab_size']:,}; {text}")
             if self.live:
                 self.task = self.progress.add_task("", total=n["steps"], completed=n["done"], numbers="")
                 self.progress.start()

@@ -340,6 +340,8 @@ class Corpus:
     @property
     def documents(self) -> int:
         """The number of documents."""
+    def number(self, document: int) -> int:
+        """The number of a document in the corpus that this one was split from."""
     def document(self, index: int) -> _Ids:
         """The ids of document ``index``."""
 
@@ -365,6 +367,9 @@ class CausalBatches:
     @property
     def batches_per_pass(self) -> int:
         """Batches that visit every block once."""
+    @property
+    def settled_steps(self) -> int:
+        """How many of the first batches a longer corpus that begins with this one would leave as they are."""
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row."""
     def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
@@ -395,6 +400,9 @@ class MaskedBatches:
     @property
     def batches_per_pass(self) -> int:
         """Batches that visit every piece once."""
+    @property
+    def settled_steps(self) -> int:
+        """How many of the first batches a longer corpus that begins with this one would leave as they are."""
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row."""
     def batch(self, step: int) -> tuple[dict[str, _Ints], int]:

@@ -417,6 +417,12 @@ class Batches:
         """How many batches of this rank visit its share of the corpus once."""
         return -(-(self._core.batches_per_pass - self.rank) // self.world_size)
 
+    @property
+    def settled_steps(self) -> int:
+        """How many of the first steps would be the same for any longer corpus that begins with this one: training may
+        begin before all text is tokenized. Evaluations need all of it: 0."""
+        return max(0, -(-(self._core.settled_steps - self.rank) // self.world_size))
+
     def _place(self, step: int) -> int:
         return step * self.world_size + self.rank
 

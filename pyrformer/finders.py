@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,19 +55,19 @@ def find_learning_rate(
     """
     if not (0 < low < high < math.inf and updates >= 10):
         raise ConfigError("[find-lr] give 0 < low < high and at least 10 updates")
-    trainer = _trainer(config, on_event)
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
-    for step in range(updates):
-        rate = low * (high / low) ** (step / (updates - 1))
-        loss = float(trainer.compute(step, rate)["loss"])
-        average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
-        smooth = average / (1.0 - SMOOTHING ** (step + 1))
-        if not math.isfinite(smooth) or (losses and smooth > DIVERGED * min(losses)):
-            break
-        rates.append(rate)
-        losses.append(smooth)
+    with _trainer(config, on_event) as trainer:
+        for step in range(updates):
+            rate = low * (high / low) ** (step / (updates - 1))
+            loss = float(trainer.compute(step, rate)["loss"])
+            average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
+            smooth = average / (1.0 - SMOOTHING ** (step + 1))
+            if not math.isfinite(smooth) or (losses and smooth > DIVERGED * min(losses)):
+                break
+            rates.append(rate)
+            losses.append(smooth)
     lowest = int(np.argmin(losses)) if losses else 0
     if lowest < 2:
         raise ConfigError(f"[find-lr] the loss does not fall at any rate from {low:g} on; give a lower one")
@@ -80,8 +82,11 @@ def find_batch_size(config: TrainConfig, memory: str, on_event: Event | None = N
         ConfigError: one row takes more.
     """
     budget = parsed_size(memory, "[find-batch-size] memory")
-    trainer = _trainer(dataclasses.replace(config, memory=""), on_event)
+    with _trainer(dataclasses.replace(config, memory=""), on_event) as trainer:
+        return _most_rows(trainer, budget)
 
+
+def _most_rows(trainer: Trainer, budget: int) -> tuple[int, int]:
     def fits(rows: int) -> bool:
         return trainer.predicted_bytes(rows) <= budget
 
@@ -99,7 +104,10 @@ def find_batch_size(config: TrainConfig, memory: str, on_event: Event | None = N
     return good, trainer.predicted_bytes(good)
 
 
-def _trainer(config: TrainConfig, on_event: Event | None) -> Trainer:
+@contextmanager
+def _trainer(config: TrainConfig, on_event: Event | None) -> Iterator[Trainer]:
     with tempfile.TemporaryDirectory() as folder:
         nowhere = dataclasses.replace(config, out=str(Path(folder) / "run"), resume=False, overwrite=False)
-        return Trainer(nowhere, on_event or (lambda _kind, _numbers: None), (), Alone())
+        trainer = Trainer(nowhere, on_event or (lambda _kind, _numbers: None), (), Alone())
+        with closing(trainer.place):
+            yield trainer

@@ -3,15 +3,17 @@
 A prepared folder holds the tokenizer, ``manifest.json`` and ``shard-00000.safetensors`` …, each with two tensors:
 ``ids``, U16 or U32 ``[N]``, and ``offsets``, I64 ``[D + 1]``: document d of the shard is
 ``ids[offsets[d]:offsets[d + 1]]``. The manifest is written after each shard, so a process that is killed goes on behind
-the last one: the text before it is read and cleaned again, not tokenized again, and the folder ends up the same to the
-byte.
+the last one: the text before it is read and cleaned again and compared by its SHA-256, not tokenized again, and the
+folder ends up the same to the byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,7 +30,7 @@ from pyrformer.tokenizers import Tokenizer
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 #: Files being written have such names until they are whole.
 PARTIAL = ".*.partial"
-FORMAT, VERSION = "pyrformer-tokens", 1
+FORMAT, VERSION = "pyrformer-tokens", 2
 ON_CORRUPT = ("fail", "skip", "quarantine")
 
 #: Told how far the work is: bytes of the files read, documents, tokens.
@@ -62,7 +64,7 @@ class Prepared:
             FileError: it lacks its tokenizer.
         """
         folder = Path(folder)
-        manifest = _manifest(folder)
+        manifest = read_manifest(folder)
         if not manifest["complete"]:
             raise DataError(f"[data] {folder} is not complete; run `pyrformer prepare` again, it goes on")
         for shard in manifest["shards"]:
@@ -124,73 +126,163 @@ def prepare(
         FileError: the folder cannot be written.
         InputError: an option is unknown or out of range.
     """
-    for name, value, known in (("objective", objective, OBJECTIVES), ("on_corrupt", on_corrupt, ON_CORRUPT)):
-        if value not in known:
-            raise InputError(f"[prepare] {name} must be one of {', '.join(known)}, got {value!r}")
-    if shard_tokens < 1:
-        raise InputError(f"[prepare] shard_tokens must be at least 1, got {shard_tokens}")
-    folder = Path(out)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "complete": False,
-        "sources": describe(source),
-        "options": {
-            "objective": objective,
-            "column": column,
-            "errors": errors,
-            "clean": list(clean),
-            "on_corrupt": on_corrupt,
-            "shard_tokens": shard_tokens,
-        },
-        "tokenizer_sha256": _identity(tokenizer),
-        "vocab_size": tokenizer.vocab_size,
-        "shards": [],
+    options = {
+        "objective": objective,
+        "column": column,
+        "errors": errors,
+        "clean": list(clean),
+        "on_corrupt": on_corrupt,
+        "shard_tokens": shard_tokens,
     }
+    work = Preparation(source, out, tokenizer, options, threads)
+    return work.manifest if work.manifest["complete"] else work.run(progress)
+
+
+class Preparation:
+    """Chunks of text in, shards out: the work on a prepared folder. Another thread may follow its manifest.
+
+    Attributes:
+        folder: where it is.
+        manifest: what is done; a shard appears in it when it is on the disk.
+        threads: for the next chunk.
+        verified: how many shards are known to be made of this text.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        out: str | PathLike[str],
+        tokenizer: Tokenizer,
+        options: dict[str, Any],
+        threads: int | None = None,
+    ):
+        """Looks at what is there; nothing is written but the folder itself.
+
+        Args:
+            options: all those of :func:`prepare` that the manifest holds.
+
+        Raises:
+            DataError, FileError, InputError: as :func:`prepare`.
+        """
+        for name, known in (("objective", OBJECTIVES), ("on_corrupt", ON_CORRUPT)):
+            if options[name] not in known:
+                raise InputError(f"[prepare] {name} must be one of {', '.join(known)}, got {options[name]!r}")
+        if options["shard_tokens"] < 1:
+            raise InputError(f"[prepare] shard_tokens must be at least 1, got {options['shard_tokens']}")
+        self.source, self.tokenizer, self.threads = source, tokenizer, threads
+        self.folder, self.verified = Path(out), 0
+        self._lock = threading.Lock()
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": False,
+            "sources": describe(source),
+            "options": options,
+            "tokenizer_sha256": _identity(tokenizer),
+            "vocab_size": tokenizer.vocab_size,
+            "shards": [],
+        }
+        with _named(self.folder):
+            self.manifest = _begun(self.folder, manifest)
+
+    @contextmanager
+    def moving(self, to: Path, then: Path) -> Iterator[None]:
+        """Renames the folder to ``to`` between two writes; after the block it is to be found at ``then``."""
+        with self._lock:
+            self.folder.rename(to)
+            self.folder = to
+            yield
+            self.folder = then
+
+    def run(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Does what is left to do, and gives the manifest, complete. Of a complete folder, the text is compared.
+
+        Args:
+            progress: as for :func:`prepare`; what it raises ends the work, to be gone on with.
+
+        Raises:
+            DataError, FileError: as :func:`prepare`; the text is another one than that of the shards.
+        """
+        with _named(self.folder):
+            return self._run(progress)
+
+    def _run(self, progress: Progress | None) -> dict[str, Any]:
+        o = self.manifest["options"]
+        if not self.manifest["complete"]:
+            with self._lock:
+                # What a killed run was writing.
+                for left in self.folder.glob(PARTIAL):
+                    left.unlink()
+                # First, so that a run killed behind it finds a folder it may go on with.
+                write_json(self.folder / MANIFEST, self.manifest)
+                # Into the folder: tokenizer.json alone does not say which token ends a text.
+                self.tokenizer.save(self.folder)
+        aside = self.folder / f".{QUARANTINE}.partial"
+        kept = aside.open("w", encoding="utf-8") if o["on_corrupt"] == "quarantine" else None
+        try:
+            work = _Work(self, kept, progress)
+            reading = {name: o[name] for name in ("column", "errors", "clean")}
+            reject = None if o["on_corrupt"] == "fail" else work.reject
+            documents = Documents(self.source, **reading, on_corrupt=reject)
+            work.run(documents)
+        finally:
+            if kept is not None:
+                kept.close()
+        if kept is not None:
+            # Replaced as a whole: a run that was killed left only the hidden file.
+            aside.replace(self.folder / QUARANTINE)
+        if not self.manifest["complete"]:
+            work.finish(documents)
+        return self.manifest
+
+    def add(self, ids: Any, offsets: Any, chunks: int, text_sha256: str) -> None:
+        """Writes a shard, and the manifest behind it."""
+        name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
+        with self._lock:
+            path = self.folder / name
+            _core.write_shard(path, ids, offsets, self.tokenizer.vocab_size)
+            shard = {
+                "file": name,
+                "documents": len(offsets) - 1,
+                "tokens": len(ids),
+                "chunks": chunks,
+                "text_sha256": text_sha256,
+                "bytes": path.stat().st_size,
+                "sha256": digest(path),
+            }
+            self._tell({"shards": [*self.manifest["shards"], shard]})
+            self.verified = len(self.manifest["shards"])
+
+    def complete(self, counts: dict[str, Any]) -> None:
+        """Writes the manifest of a folder that is whole."""
+        with self._lock:
+            self._tell({**counts, "complete": True})
+
+    def _tell(self, more: dict[str, Any]) -> None:
+        # A new one: who follows it never sees one that is being changed.
+        manifest = {**self.manifest, **more}
+        write_json(self.folder / MANIFEST, manifest)
+        self.manifest = manifest
+
+    def corpus(self) -> tuple[_core.Corpus, bool]:
+        """The shards that are verified, and whether they are all there will be."""
+        with self._lock:
+            manifest, verified = self.manifest, self.verified
+            corpus = _core.Corpus.open(
+                [self.folder / shard["file"] for shard in manifest["shards"][:verified]]
+            )
+        return corpus, manifest["complete"] and verified == len(manifest["shards"])
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Gives errors of the operating system the name of the file, or of the folder."""
     try:
-        done = _begun(folder, manifest)
-        return done if done["complete"] else _completed(folder, done, source, tokenizer, threads, progress)
+        yield
     except OSError as e:
         if isinstance(e, Error):
             raise
         raise FileError(f"[prepare] {e.filename or folder}: {e.strerror or e}") from None
-
-
-def _completed(
-    folder: Path,
-    manifest: dict[str, Any],
-    source: Source,
-    tokenizer: Tokenizer,
-    threads: int | None,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Does what is left to do, and gives the manifest, complete."""
-    # What a killed run was writing.
-    for left in folder.glob(PARTIAL):
-        left.unlink()
-    # First, so that a run killed behind it finds a folder it may go on with.
-    write_json(folder / MANIFEST, manifest)
-    # Into the folder: tokenizer.json alone does not say which token ends a text.
-    tokenizer.save(folder)
-    o = manifest["options"]
-    kept = (
-        (folder / f".{QUARANTINE}.partial").open("w", encoding="utf-8")
-        if o["on_corrupt"] == "quarantine"
-        else None
-    )
-    try:
-        work = _Work(folder, manifest, tokenizer, threads, progress)
-        reject = None if o["on_corrupt"] == "fail" else work.rejecting(kept)
-        reading = {name: o[name] for name in ("column", "errors", "clean")}
-        documents = Documents(source, **reading, on_corrupt=reject)
-        work.run(documents)
-    finally:
-        if kept is not None:
-            kept.close()
-    if kept is not None:
-        # Replaced as a whole: a run that was killed left only the hidden file.
-        Path(kept.name).replace(folder / QUARANTINE)
-    return work.finish(documents)
 
 
 def _identity(tokenizer: Tokenizer) -> str:
@@ -200,94 +292,81 @@ def _identity(tokenizer: Tokenizer) -> str:
 
 
 class _Work:
-    """Chunks in, shards out."""
+    """One run over the chunks of a source."""
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: dict[str, Any],
-        tokenizer: Tokenizer,
-        threads: int | None,
-        progress: Progress | None,
-    ):
-        self.folder, self.manifest, self.tokenizer = folder, manifest, tokenizer
-        self.threads, self.progress = threads, progress
+    def __init__(self, preparation: Preparation, kept: IO[str] | None, progress: Progress | None):
+        self.to, self.kept, self.progress = preparation, kept, progress
+        self.shards = list(preparation.manifest["shards"])
         self.ids: list[Any] = []
         self.lengths: list[Any] = []
         self.held = self.rejected = 0
-        self.documents = sum(shard["documents"] for shard in manifest["shards"])
-        self.tokens = sum(shard["tokens"] for shard in manifest["shards"])
+        self.documents = sum(shard["documents"] for shard in self.shards)
+        self.tokens = sum(shard["tokens"] for shard in self.shards)
+        #: Of all text so far, before cleaning.
+        self.text = hashlib.sha256()
 
-    def rejecting(self, kept: IO[str] | None) -> Callable[[str, str], None]:
+    def reject(self, reason: str, raw: str) -> None:
         """Counts what cannot be read, and writes it down where it is kept."""
-
-        def reject(reason: str, raw: str) -> None:
-            self.rejected += 1
-            if kept is not None:
-                kept.write(json.dumps({"reason": reason, "text": raw}, ensure_ascii=False) + "\n")
-
-        return reject
+        self.rejected += 1
+        if self.kept is not None:
+            self.kept.write(json.dumps({"reason": reason, "text": raw}, ensure_ascii=False) + "\n")
 
     def run(self, documents: Documents) -> None:
-        shards, options = self.manifest["shards"], self.manifest["options"]
-        behind = shards[-1]["chunks"] if shards else 0
         number = 0
         for number, chunk in enumerate(documents.chunks(), 1):
+            self.text.update("\0".join([*chunk, ""]).encode("utf-8", "surrogatepass"))
             cleaned = documents.clean(chunk)
-            if number > behind:
-                ragged = tokenize(
-                    self.tokenizer, cleaned, objective=options["objective"], threads=self.threads
-                )
-                self.ids.append(ragged.ids)
-                self.lengths.append(np.diff(ragged.offsets))
-                self.held += len(ragged.ids)
-                self.documents += len(ragged)
-                self.tokens += len(ragged.ids)
-                if self.held >= options["shard_tokens"]:
-                    self._write(number)
+            if self.to.verified < len(self.shards):
+                self._compare(number)
+            elif not self.to.manifest["complete"]:
+                self._tokenize(cleaned, number)
             if self.progress is not None:
                 self.progress(documents.bytes_read, self.documents, self.tokens)
-        if number < behind:
-            raise DataError(
-                f"[prepare] the source is shorter than what {self.folder} was made of; prepare it into another folder"
-            )
+        whole = self.to.manifest.get("text_sha256", self.text.hexdigest())
+        if self.to.verified < len(self.shards) or self.text.hexdigest() != whole:
+            raise self._another()
         if self.held:
             self._write(number)
 
-    def _write(self, chunks: int) -> None:
-        """A shard of what is held, and the manifest behind it."""
-        ids, lengths = np.concatenate(self.ids), np.concatenate(self.lengths)
-        name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
-        path = self.folder / name
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        _core.write_shard(path, ids, offsets, self.tokenizer.vocab_size)
-        self.manifest["shards"].append(
-            {
-                "file": name,
-                "documents": len(lengths),
-                "tokens": len(ids),
-                "chunks": chunks,
-                "bytes": path.stat().st_size,
-                "sha256": digest(path),
-            }
+    def _another(self) -> DataError:
+        return DataError(
+            f"[prepare] {self.to.folder} was made of another text than its sources hold; give that text again, or name "
+            "another folder"
         )
-        write_json(self.folder / MANIFEST, self.manifest)
+
+    def _compare(self, chunk: int) -> None:
+        """Compares the text up to the end of a shard that is there."""
+        shard = self.shards[self.to.verified]
+        if chunk == shard["chunks"]:
+            if self.text.hexdigest() != shard["text_sha256"]:
+                raise self._another()
+            self.to.verified += 1
+
+    def _tokenize(self, texts: list[str], chunk: int) -> None:
+        options = self.to.manifest["options"]
+        ragged = tokenize(self.to.tokenizer, texts, objective=options["objective"], threads=self.to.threads)
+        self.ids.append(ragged.ids)
+        self.lengths.append(np.diff(ragged.offsets))
+        self.held += len(ragged.ids)
+        self.documents += len(ragged)
+        self.tokens += len(ragged.ids)
+        if self.held >= options["shard_tokens"]:
+            self._write(chunk)
+
+    def _write(self, chunks: int) -> None:
+        """A shard of what is held."""
+        ids, lengths = np.concatenate(self.ids), np.concatenate(self.lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.to.add(ids, offsets, chunks, self.text.hexdigest())
         self.ids, self.lengths, self.held = [], [], 0
 
-    def finish(self, documents: Documents) -> dict[str, Any]:
-        """The manifest, complete."""
-        if not self.manifest["shards"]:
+    def finish(self, documents: Documents) -> None:
+        """The last of the manifest."""
+        if not self.to.manifest["shards"]:
             raise DataError("[prepare] no document is left of the source; check it and the cleaning steps")
-        counts = [dict(vars(step)) for step in documents.report]
-        self.manifest |= {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "rejected": self.rejected,
-            "cleaning": counts,
-            "complete": True,
-        }
-        write_json(self.folder / MANIFEST, self.manifest)
-        return self.manifest
+        cleaning = [dict(vars(step)) for step in documents.report]
+        counts = {"documents": self.documents, "tokens": self.tokens, "rejected": self.rejected}
+        self.to.complete({**counts, "cleaning": cleaning, "text_sha256": self.text.hexdigest()})
 
 
 def describe(source: Any) -> list[dict[str, Any]]:
@@ -314,10 +393,12 @@ def _begun(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         return manifest
     if not is_prepared(folder):
         raise DataError(f"[prepare] {folder} holds something else; name a new folder")
-    found = _manifest(folder)
+    found = read_manifest(folder)
     for key in ("version", "sources", "options", "tokenizer_sha256"):
         if found.get(key) != manifest[key]:
-            what = {"tokenizer_sha256": "another tokenizer"}.get(key, f"other {key}")
+            what = {"tokenizer_sha256": "another tokenizer", "sources": "another text"}.get(
+                key, f"other {key}"
+            )
             raise DataError(f"[prepare] {folder} was begun with {what}; name a new folder")
     if not found["complete"]:
         for number, shard in enumerate(found["shards"]):
@@ -330,8 +411,9 @@ def _begun(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``manifest.json`` says, checked.
+
     Raises:
         DataError: it cannot be read, or is not a manifest.
     """
@@ -342,7 +424,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"[data] {folder} is no prepared folder ({e}); make one with `pyrformer prepare`"
         ) from e
     shards = manifest.get("shards")
-    fields = {"file": str, "documents": int, "tokens": int, "chunks": int, "bytes": int, "sha256": str}
+    fields = {"file": str, "documents": int, "tokens": int, "chunks": int, "bytes": int}
+    fields |= {"sha256": str, "text_sha256": str}
     whole = (
         manifest.get("format") == FORMAT
         and manifest.get("version") == VERSION

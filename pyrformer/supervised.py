@@ -39,6 +39,11 @@ class PrefixBatches:
         """How many batches visit the whole corpus once."""
         return self._rows.batches_per_pass
 
+    @property
+    def settled_steps(self) -> int:
+        """How many of the first steps a longer corpus would leave as they are."""
+        return self._rows.settled_steps
+
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row of a step."""
         return self._rows.documents(step)
@@ -85,6 +90,11 @@ class PermutationBatches:
     def batches_per_pass(self) -> int:
         """How many batches visit the whole corpus once."""
         return self._rows.batches_per_pass
+
+    @property
+    def settled_steps(self) -> int:
+        """How many of the first steps a longer corpus would leave as they are."""
+        return self._rows.settled_steps
 
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row of a step."""

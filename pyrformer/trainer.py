@@ -26,7 +26,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
@@ -52,6 +52,7 @@ from pyrformer.training.sharing import Sharing, moments
 from pyrformer.training.signals import Signals
 from pyrformer.training.source import Source
 from pyrformer.training.tensorboard import FOLDER, TensorBoard
+from pyrformer.training.tokens import Growing, Interrupted, Place
 from pyrformer.training.watch import Clock, Spikes, UpdateRatio, resident_bytes
 
 __all__ = ["OBJECTIVES", "Callback", "Event", "Run", "TrainConfig", "train"]
@@ -114,7 +115,16 @@ class Trainer:
     """One run, or what comes before one; nothing is written until :meth:`run`."""
 
     def __init__(self, config: TrainConfig, on_event: Event, callbacks: Sequence[Callback], comm: Comm):
-        self.comm, self.leads = comm, comm.rank == 0
+        self.comm = comm
+        with ExitStack() as undone:
+            self._begin(config, on_event, callbacks, undone)
+            undone.pop_all()
+
+    def _begin(
+        self, config: TrainConfig, on_event: Event, callbacks: Sequence[Callback], undone: ExitStack
+    ) -> None:
+        """Checks and builds all that the loop needs; what has begun is added to ``undone``."""
+        comm, self.leads = self.comm, self.comm.rank == 0
         if config.gradient_accumulation_steps % comm.size:
             raise ConfigError(
                 f"[train] {comm.size} processes share the batches of an update: gradient_accumulation_steps "
@@ -131,7 +141,9 @@ class Trainer:
         self.start = share(comm, self._prepare_folder)
         before = self.checkpoints.path(self.start) if self.start else None
         stage: Callable[[str], None] = lambda what: self.on_event("stage", {"what": what})  # noqa: E731
-        self.source = Source(config, Tokenizer.load(before) if before else None, stage)
+        self.place = Place(self.folder, comm, exists=self.start > 0)
+        undone.callback(self.place.close)
+        self.source = Source(config, Tokenizer.load(before) if before else None, stage, self.place)
         self.model = self._model(before)
         seq_len = config.seq_len or self.model.family.max_positions
         if seq_len > self.model.family.max_positions:
@@ -139,6 +151,8 @@ class Trainer:
             raise ConfigError(f"[train] seq_len ({seq_len}) is more than the model's {most} positions")
         self.seq_len = seq_len
         self.batches, self.evaluation, self.data = self.source.batches(seq_len)
+        first = self.start * config.gradient_accumulation_steps
+        share(comm, lambda: (self.batches.ready(first), None)[1])
         self.sharing: Sharing | None = None
         if comm.size > 1:
             shapes = {p.name: p.shape for p in programs.trainable(self.model.family)}
@@ -230,7 +244,16 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         """What ``training.json`` holds: all options, the text, the machine."""
         c = self.config
-        return {**dataclasses.asdict(c), "data": self.data, "environment": environment(c.device)}
+        data = {**self.data, **self._counted()}
+        return {**dataclasses.asdict(c), "data": data, "environment": environment(c.device)}
+
+    def _counted(self) -> dict[str, int]:
+        """How many tokens there are, once all text that was to be tokenized is."""
+        both = {"train_tokens": self.batches, "valid_tokens": self.evaluation}
+        growing = {name: b for name, b in both.items() if isinstance(b, Growing)}
+        if not any(b.known for b in growing.values()):
+            return {}
+        return {name: b.count() for name, b in growing.items()}
 
     def _create_folder(self) -> None:
         """Makes the folder of a new run appear at once, with all but weights and numbers."""
@@ -247,13 +270,15 @@ class Trainer:
             save_config(self.model, path)
             write_json(path / OPTIONS, self._facts())
             (path / METRICS).touch()
-            directory.commit(replace=True)
+            with self.place.moving(path, self.folder):
+                directory.commit(replace=True)
         finally:
             directory.discard()
 
     def run(self) -> Run:
         try:
             share(self.comm, self._open_folder)
+            self.place.moved(self.folder)
             with ExitStack() as files:
                 if self.leads:
                     self.metrics = Metrics(self.folder / METRICS, self.start)
@@ -264,6 +289,7 @@ class Trainer:
                 try:
                     return self._loop()
                 finally:
+                    self.place.close()
                     self.checkpoints.join()
         except OSError as e:
             self._discard()
@@ -276,6 +302,7 @@ class Trainer:
 
     def _discard(self) -> None:
         """Removes a run folder in which no update was made."""
+        self.place.close()
         if self.leads and self.step == 0 and not self.checkpoints.steps():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -366,8 +393,10 @@ class Trainer:
                 "vocab_size": self.source.tokenizer.vocab_size,
                 "tokens_per_step": c.batch_size * self.seq_len * c.gradient_accumulation_steps,
                 **self.data,
+                **self._counted(),
             },
         )
+        self.told = bool(self._counted())
         began = self.saved_at = time.monotonic()
         self.clock = Clock()
         every, pause = steps_or_seconds(c.save_every)
@@ -375,35 +404,39 @@ class Trainer:
         interrupt: KeyboardInterrupt | None = None
         over = False
         with Signals() as signals:
+            if self.comm.size == 1:
+                self.source.wait_until(lambda: bool(signals.first))
+            if self.start:
+                # What a signal kept from being done.
+                with suppress(Interrupted):
+                    self._look()
             while self.step < c.max_steps and not over and not self._stalled():
-                numbers = self._update()
-                if numbers is None:
-                    continue
-                try:
-                    self.on_event("step", numbers)
-                except KeyboardInterrupt as e:
-                    interrupt = e
-                step, last = self.step, self.step == c.max_steps
-                if c.eval_every and step % c.eval_every == 0 and not last:
-                    self._evaluate()
-                if c.sample_every and step % c.sample_every == 0 and not last:
-                    self._sample()
+                with suppress(Interrupted):
+                    numbers = self._update()
+                    if numbers is None:
+                        continue
+                    try:
+                        self.on_event("step", numbers)
+                    except KeyboardInterrupt as e:
+                        interrupt = e
+                    self._look()
                 # Signals and clocks differ between processes; all go by the first that has something.
                 late = bool(pause) and time.monotonic() - self.saved_at >= pause
                 mine = (signals.first or (signal.SIGINT if interrupt else 0), time.monotonic() >= end, late)
                 told, ended, due = zip(*self.comm.gather(mine), strict=True)
                 over = any(ended)
-                if (step % every == 0 if every else any(due)) and not last:
+                if (self.step % every == 0 if every else any(due)) and self.step < c.max_steps:
                     self._save()
                 if any(told) and interrupt is None:
-                    interrupt = Stopped(next(filter(None, told)), step, self.folder)
+                    interrupt = Stopped(next(filter(None, told)), self.step, self.folder)
                 if interrupt is not None:
-                    self._save()
-                    self.checkpoints.wait()
-                    raise interrupt
+                    self._stop(interrupt)
                 self.checkpoints.raise_failure()
                 self._tell_saved()
-            valid_loss = self._evaluate()
+            try:
+                valid_loss = self._evaluate()
+            except Interrupted:
+                self._stop(Stopped(signals.first, self.step, self.folder))
             self._sample()
             self._save()
             self.checkpoints.wait()
@@ -429,6 +462,22 @@ class Trainer:
         self.callbacks.tell("end", numbers)
         self.on_event("end", numbers)
         return run
+
+    def _stop(self, interrupt: KeyboardInterrupt) -> NoReturn:
+        """Ends the run early, saved."""
+        self._save()
+        self.checkpoints.wait()
+        raise interrupt
+
+    def _look(self) -> None:
+        """Evaluates and samples where that is due after an update, unless it was done."""
+        c, step = self.config, self.step
+        if step == c.max_steps:
+            return
+        if c.eval_every and step % c.eval_every == 0 and step > self.judged:
+            self._evaluate()
+        if c.sample_every and step % c.sample_every == 0:
+            self._sample()
 
     def _update(self) -> dict[str, Any] | None:
         """One update and its row; None where it was left out."""
@@ -653,6 +702,7 @@ class Trainer:
         if len(means) > 1:
             numbers |= {f"valid_{name}": mean for name, mean in means.items() if name != "loss"}
         self._log(numbers)
+        self._tell_counted()
         self.callbacks.tell("evaluate", self.step, numbers)
         self.on_event("eval", numbers)
         self._judge(loss)
@@ -661,6 +711,19 @@ class Trainer:
             if self.config.load_best_model_at_end:
                 self._save()
         return loss
+
+    def _tell_counted(self) -> None:
+        """Says how many tokens the text has, once that is known."""
+        if self.told or not (counted := self._counted()):
+            return
+        self.told = True
+        known = {name.removesuffix("_tokens"): f"{count:,}" for name, count in counted.items()}
+        what = f"{known['train']} tokens to learn from"
+        if "valid" in known:
+            what += f", {known['valid']} held out"
+        self.on_event("note", {"what": f"all text is tokenized: {what}"})
+        if self.leads:
+            write_json(self.folder / OPTIONS, self._facts())
 
     def _log(self, row: dict[str, Any]) -> None:
         """Writes a row of figures, unless it is an evaluation that is there."""

@@ -11,6 +11,8 @@ OPTIONS = "training.json"
 METRICS = "metrics.jsonl"
 #: Continuations of prompts by the model of a step.
 SAMPLES = "samples.jsonl"
+#: The text of the run, prepared: see :mod:`pyrformer.prepared`.
+TOKENS = "tokens"
 _FAILED = re.compile(r"failed-step-(\d{1,18})")
 
 

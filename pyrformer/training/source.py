@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pyrformer import _core
-from pyrformer.data import Batches, Masking, read_documents, tokenize
+from pyrformer.data import Batches, Documents, Masking, read_documents, tokenize
 from pyrformer.errors import ConfigError
 from pyrformer.pairs import PairBatches, Sentences, sentences
-from pyrformer.prepared import Prepared, is_prepared
+from pyrformer.prepared import Preparation, Prepared, describe, is_prepared
 from pyrformer.supervised import (
     Labelled,
     LabelledBatches,
@@ -24,11 +24,13 @@ from pyrformer.supervised import (
 )
 from pyrformer.tokenizers import Ragged, Tokenizer
 from pyrformer.training.config import TrainConfig
+from pyrformer.training.tokens import SHARD_TOKENS, Growing, Place, There, Tokens
 
-AnyBatches = Batches | PrefixBatches | PermutationBatches | PairBatches | LabelledBatches
+AnyBatches = Batches | PrefixBatches | PermutationBatches | PairBatches | LabelledBatches | Growing
 AnyCorpus = Ragged | Sentences | Labelled
-#: A corpus, its number of tokens, and the SHA-256 of what it was made of.
-_Identified = tuple[AnyCorpus | _core.Corpus, int, str]
+#: Objectives that read all text before the first step: pairs take second texts from anywhere in it, and classes are
+#: known when all labels are.
+IN_MEMORY = ("mlm+nsp", "sentence")
 
 #: The tokenizer of an objective where none is configured.
 DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -39,6 +41,29 @@ DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
     "plm": {"preset": "gpt2", "vocab_size": 4096},
     "sentence": {"preset": "bert-uncased", "vocab_size": 4096},
 }
+
+
+@dataclass(frozen=True)
+class _Identified:
+    """A corpus, its number of tokens, and the SHA-256 of what it was made of."""
+
+    corpus: AnyCorpus | _core.Corpus
+    tokens: int
+    sha256: str
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """For the options of the run, under a name."""
+        return {f"{name}_tokens": self.tokens, f"{name}_sha256": self.sha256}
+
+
+class Once:
+    """Documents in memory, as an iterable that no path is mistaken for."""
+
+    def __init__(self, texts: list[str]):
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
 
 
 @dataclass(frozen=True)
@@ -62,44 +87,80 @@ class Source:
         tokenizer: the one given, or one trained on the text.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None, stage: Callable[[str], None]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Tokenizer | None,
+        stage: Callable[[str], None],
+        place: Place,
+    ):
         """
         Args:
             tokenizer: of the run to go on with; None: as the options say.
             stage: told what is being done.
+            place: where its tokens are put.
 
         Raises:
             ConfigError, DataError, FileError, TokenizerError: something given is wrong.
         """
         self.config, self.stage = config, stage
         stage("reading")
-        self.prepared = self._prepared(config.files)
         self.documents = self.held_out = _Documents([], [])
         #: Each so many-th document is held out; 0: none of those to learn from.
         self._every = 0
-        if self.prepared:
-            self.tokenizer = self._tokenizer_of(self.prepared, tokenizer)
-        else:
+        self._tokens: Tokens | None = None
+        prepared = self._prepared(config.files)
+        if prepared:
+            self.tokenizer = self._tokenizer_of(prepared, tokenizer)
+            self._tokens = There(prepared.corpus)
+            self._identity: dict[str, Any] = {"train_sha256": prepared.sha256}
+        elif config.objective in IN_MEMORY:
             self.documents, self.held_out = self._documents()
-            self.tokenizer = tokenizer or self._tokenizer(self.documents.texts, self.held_out.texts)
+            self.tokenizer = tokenizer or self._tokenizer(
+                lambda **options: Tokenizer.train(iter(self.documents.texts), **options)
+            )
+        else:
+            self._begin(tokenizer, place)
         self.labels = sorted(set(self.documents.labels))
 
     def batches(self, seq_len: int) -> tuple[AnyBatches, AnyBatches, dict[str, Any]]:
-        """Batches to learn from, batches to measure on, and what identifies both: counts of tokens and SHA-256 of the
-        ids."""
-        if self.prepared:
-            train, valid = self._from_prepared(self.prepared, seq_len)
-        else:
-            self.stage("tokenizing")
+        """Batches to learn from, batches to measure on, and what identifies the text. Of text that is being tokenized,
+        the first batch is there then; later ones are waited for where they are asked for."""
+        if self._tokens is None:
             train, valid = (
                 self._identified(self._tokenized(d, seq_len)) for d in (self.documents, self.held_out)
             )
-        made: list[AnyBatches] = []
-        facts: dict[str, Any] = {}
-        for name, (corpus, tokens, sha256) in (("train", train), ("valid", valid)):
-            facts[f"{name}_tokens"], facts[f"{name}_sha256"] = tokens, sha256
-            made.append(self._batches(corpus, seq_len, shuffle=name == "train"))
-        return made[0], made[1], facts
+            facts = {**train.facts("train"), **valid.facts("valid")}
+            return (
+                self._batches(train.corpus, seq_len, True),
+                self._batches(valid.corpus, seq_len, False),
+                facts,
+            )
+        facts = dict(self._identity)
+        if self.config.valid:
+            apart = self._to_measure(seq_len)
+            facts |= apart.facts("valid")
+            evaluation = self._batches(apart.corpus, seq_len, False)
+            return (
+                Growing(self._tokens, lambda all_: (all_, self._batches(all_, seq_len, True))),
+                evaluation,
+                facts,
+            )
+        return self._share(self._tokens, seq_len, 0), self._share(self._tokens, seq_len, 1), facts
+
+    def _share(self, tokens: Tokens, seq_len: int, which: int) -> Growing:
+        """Batches of what is to learn from (0), or of what is held out (1)."""
+
+        def make(corpus: _core.Corpus) -> tuple[_core.Corpus, AnyBatches]:
+            part = corpus.split(self.config.valid_fraction)[which]
+            return part, self._batches(part, seq_len, which == 0)
+
+        return Growing(tokens, make)
+
+    def wait_until(self, interrupted: Callable[[], bool]) -> None:
+        """Lets waiting for text end by :class:`pyrformer.training.tokens.Interrupted` when something is true."""
+        if self._tokens is not None:
+            self._tokens.interrupted = interrupted
 
     def number(self, document: int) -> int:
         """The number of a document to learn from among all that the files hold, from 0; of pairs of texts, its number
@@ -116,7 +177,7 @@ class Source:
         documents = [corpus.documents] if isinstance(corpus, Sentences) else []
         for array in (texts.ids, texts.offsets, *documents):
             sha.update(np.ascontiguousarray(array).data)
-        return corpus, len(texts.ids), sha.hexdigest()
+        return _Identified(corpus, len(texts.ids), sha.hexdigest())
 
     # -- Prepared folders ---------------------------------------------------------------------------------------------
 
@@ -166,21 +227,41 @@ class Source:
             )
         return prepared.tokenizer
 
-    def _from_prepared(self, prepared: Prepared, seq_len: int) -> tuple[_Identified, _Identified]:
-        c = self.config
-        if not c.valid:
-            head, tail = prepared.corpus.split(c.valid_fraction)
-            return (head, head.tokens, prepared.sha256), (tail, tail.tokens, prepared.sha256)
-        held_out: _Identified
-        other = self._prepared(c.valid)
+    def _to_measure(self, seq_len: int) -> _Identified:
+        """The text of the files to measure on."""
+        valid = self.config.valid
+        other = self._prepared(valid)
         if other is None:
-            held_out = self._identified(self._tokenized(self._read(c.valid), seq_len))
-        else:
-            self._tokenizer_of(other, self.tokenizer)
-            held_out = (other.corpus, other.corpus.tokens, other.sha256)
-        return (prepared.corpus, prepared.corpus.tokens, prepared.sha256), held_out
+            return self._identified(self._tokenized(self._read(valid), seq_len))
+        self._tokenizer_of(other, self.tokenizer)
+        return _Identified(other.corpus, other.corpus.tokens, other.sha256)
 
     # -- Text ---------------------------------------------------------------------------------------------------------
+
+    def _begin(self, tokenizer: Tokenizer | None, place: Place) -> None:
+        """Learns a tokenizer where there is none, and begins to tokenize."""
+        c = self.config
+        source: Any = c.files
+        reading: dict[str, Any] = {"column": c.column, "errors": c.errors, "clean": c.clean}
+        if tokenizer is None and "-" in c.files and not self._is_given():
+            # Standard input is read once.
+            source, reading = Once(read_documents(c.files, **reading)), {**reading, "clean": []}
+        self.tokenizer = tokenizer or self._tokenizer(
+            lambda **options: Tokenizer.train(iter(Documents(source, **reading)), **options)
+        )
+        kind = "mlm" if c.objective == "mlm" else "ar"
+        options = {"objective": kind, **reading, "on_corrupt": "fail", "shard_tokens": SHARD_TOKENS}
+        known = describe(c.files)
+        self._identity = {"text_files": len(known), "text_bytes": sum(file.get("bytes", 0) for file in known)}
+        self.stage("tokenizing")
+        self._tokens = place.begin(
+            lambda folder: Preparation(source, folder, self.tokenizer, options, c.threads or None)
+        )
+
+    def _is_given(self) -> bool:
+        """Whether a tokenizer is there, and none is to be learned."""
+        options = self.config.tokenizer
+        return "path" in options or bool(self.config.init_from and not options)
 
     def _documents(self) -> tuple[_Documents, _Documents]:
         """What to learn from and what to measure on."""
@@ -211,7 +292,8 @@ class Source:
         kind = "mlm" if c.objective == "mlm" else "ar"
         return tokenize(self.tokenizer, texts, objective=kind, threads=c.threads or None)
 
-    def _tokenizer(self, documents: list[str], held_out: list[str]) -> Tokenizer:
+    def _tokenizer(self, learn: Callable[..., Tokenizer]) -> Tokenizer:
+        """The tokenizer that the options name, or one that is learned with those for :meth:`Tokenizer.train`."""
         options = dict(self.config.tokenizer)
         if self.config.init_from and not options:
             return Tokenizer.load(self.config.init_from)
@@ -236,12 +318,9 @@ class Source:
             return Tokenizer.load(options["path"])
         self.stage("training the tokenizer")
         defaults = {"kind": "bpe", "vocab_size": 4096, "threads": self.config.threads or None}
-        if "char" in (options.get("kind"), options.get("preset")):
-            # An alphabet is not learned: characters of the held-out text alone would be unknown.
-            documents = documents + held_out
-        return Tokenizer.train(iter(documents), **{**defaults, **options})
+        return learn(**{**defaults, **options})
 
-    def _batches(self, corpus: AnyCorpus | _core.Corpus, seq_len: int, *, shuffle: bool) -> AnyBatches:
+    def _batches(self, corpus: AnyCorpus | _core.Corpus, seq_len: int, shuffle: bool) -> AnyBatches:
         c = self.config
         shared: dict[str, Any] = {
             "seq_len": seq_len,

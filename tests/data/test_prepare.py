@@ -139,7 +139,7 @@ def test_what_a_killed_run_was_writing_goes_away(tmp_path: Path, tokenizer: pf.T
     assert folder_bytes(out) == expected
     # Killed in the middle: no tokenizer yet, and a shard half written.
     manifest = json.loads(expected["manifest.json"])
-    for name in ("documents", "tokens", "rejected", "cleaning"):
+    for name in ("documents", "tokens", "rejected", "cleaning", "text_sha256"):
         del manifest[name]
     (out / "manifest.json").write_text(json.dumps({**manifest, "complete": False, "shards": []}))
     (out / "tokenizer.json").unlink()
@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_made_again_or_named(tmp_path: Path, tokenizer: pf.To
         pf.Prepared.open(out)
     # Unfinished and damaged: made again from there.
     manifest = json.loads(expected["manifest.json"])
-    for name in ("documents", "tokens", "rejected", "cleaning"):
+    for name in ("documents", "tokens", "rejected", "cleaning", "text_sha256"):
         del manifest[name]
     (out / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
     with pytest.raises(DataError, match="not complete"):
@@ -202,7 +202,7 @@ def test_other_text_options_or_folders_are_refused(tmp_path: Path, tokenizer: pf
     with pytest.raises(DataError, match="another tokenizer"):
         pf.prepare(str(source), out, pf.Tokenizer.train(iter(texts(9)), "char"))
     write_jsonl(source, texts(11))
-    with pytest.raises(DataError, match="other sources"):
+    with pytest.raises(DataError, match="another text"):
         pf.prepare(str(source), out, tokenizer)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")

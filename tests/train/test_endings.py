@@ -136,7 +136,8 @@ def test_what_is_watched(text: Path) -> None:
         assert row["rss_bytes"] > 1e6 or sys.platform != "linux"
         assert row["loss_spikes"] == row["grad_norm_spikes"] == 0
     data = json.loads((run.folder / "training.json").read_text("utf-8"))["data"]
-    assert len(data["valid_sha256"]) == 64
+    assert data["train_tokens"] > data["valid_tokens"] > 0
+    assert (data["text_files"], data["text_bytes"]) == (1, len(TEXT))
 
 
 def test_spikes() -> None:

@@ -53,6 +53,7 @@ def test_run_folder(text: Path, tmp_path: Path) -> None:
         "generation_config.json",
         "metrics.jsonl",
         "training.json",
+        "tokens",
         "checkpoint-4",
         "checkpoint-6",
     }

@@ -30,6 +30,8 @@ struct Part {
     tokens: Range<usize>,
     /// Where the first of them lies in `ids`.
     from: usize,
+    /// The number that the document of its first token has in the corpus that this one was split from.
+    document: usize,
     ids: Ids,
 }
 
@@ -46,7 +48,7 @@ impl Corpus {
     /// If `documents` are not such offsets.
     pub fn held(ids: Arc<[u32]>, documents: Arc<[u64]>) -> Result<Self> {
         check_offsets(ids.len(), &documents)?;
-        let part = Part { tokens: 0..ids.len(), from: 0, ids: Ids::Held(ids) };
+        let part = Part { tokens: 0..ids.len(), from: 0, document: 0, ids: Ids::Held(ids) };
         Ok(Self { parts: vec![part], documents })
     }
 
@@ -61,7 +63,13 @@ impl Corpus {
             let (ids, len, offsets) = open_shard(path)?;
             documents.extend(offsets[1..].iter().map(|offset| start + offset));
             let start = start as usize;
-            parts.push(Part { tokens: start..start + len, from: 0, ids: Ids::Mapped(ids) });
+            if len > 0 {
+                let ids = Ids::Mapped(ids);
+                parts.push(Part { tokens: start..start + len, from: 0, document: 0, ids });
+            }
+        }
+        for part in &mut parts {
+            part.document = holder(&documents, part.tokens.start);
         }
         Ok(Self { parts, documents: documents.into() })
     }
@@ -84,16 +92,43 @@ impl Corpus {
         &self.documents
     }
 
-    /// Two corpora: of each part the documents before its last share `held_out` of tokens, and those in it. A part of
-    /// one document is cut within it.
+    /// The number that a document, which is not empty, has in the corpus that this one was split from; its own without
+    /// a split.
+    #[must_use]
+    pub fn number(&self, document: usize) -> usize {
+        let Some(&start) = self.documents.get(document) else { return document };
+        let within = self.parts.partition_point(|part| part.tokens.end <= start as usize);
+        let Some(part) = self.parts.get(within) else { return document };
+        part.document + document - holder(&self.documents, part.tokens.start)
+    }
+
+    /// Two corpora: what is not held out and what is, each part (shard) on its own.
+    ///
+    /// A part of `1 / held_out` documents or more gives every so many-th of them; a shorter one its last share of
+    /// tokens, cut between documents where that is possible. So what is held out of a shard does not depend on those
+    /// behind it.
     #[must_use]
     pub fn split(&self, held_out: f64) -> (Self, Self) {
         let (mut heads, mut tails) = (Builder::default(), Builder::default());
+        let every = (1.0 / held_out.clamp(f64::MIN_POSITIVE, 1.0)).round().max(2.0) as usize;
         for part in &self.parts {
             let Range { start, end } = part.tokens;
+            let first = self.documents.partition_point(|&at| (at as usize) < start);
+            let last = self.documents.partition_point(|&at| (at as usize) < end);
+            if last - first >= every {
+                let mut from = start;
+                for document in (first..last).skip(every - 1).step_by(every) {
+                    let bounds = self.documents[document] as usize..self.documents[document + 1] as usize;
+                    heads.add(self, part, from..bounds.start);
+                    from = bounds.end.min(end);
+                    tails.add(self, part, bounds.start..from);
+                }
+                heads.add(self, part, from..end);
+                continue;
+            }
             let aim = end - ((end - start) as f64 * held_out.clamp(0.0, 1.0)).ceil() as usize;
-            let first = self.documents.partition_point(|&at| (at as usize) < aim);
-            let cut = self.documents.get(first).map_or(end, |&at| at as usize);
+            let border = self.documents.partition_point(|&at| (at as usize) < aim);
+            let cut = self.documents.get(border).map_or(end, |&at| at as usize);
             let cut = if cut == start || cut >= end { aim } else { cut };
             heads.add(self, part, start..cut);
             tails.add(self, part, cut..end);
@@ -108,7 +143,7 @@ impl Corpus {
     #[must_use]
     pub fn ids(&self, range: Range<usize>) -> Cow<'_, [u32]> {
         let first = self.parts.partition_point(|part| part.tokens.end <= range.start);
-        if let Some(Part { tokens, from, ids: Ids::Held(ids) }) = self.parts.get(first)
+        if let Some(Part { tokens, from, ids: Ids::Held(ids), .. }) = self.parts.get(first)
             && range.end <= tokens.end
         {
             let start = from + range.start - tokens.start;
@@ -157,6 +192,11 @@ impl Ids {
     }
 }
 
+/// The number of the document that holds token `at`.
+fn holder(documents: &[u64], at: usize) -> usize {
+    documents.partition_point(|&offset| offset <= at as u64).saturating_sub(1)
+}
+
 /// Puts ranges of a corpus one after another.
 struct Builder {
     parts: Vec<Part>,
@@ -176,7 +216,9 @@ impl Builder {
         }
         let start = self.parts.last().map_or(0, |part| part.tokens.end);
         let from = part.from + range.start - part.tokens.start;
-        self.parts.push(Part { tokens: start..start + range.len(), from, ids: part.ids.clone() });
+        let document = part.document + holder(&corpus.documents, range.start)
+            - holder(&corpus.documents, part.tokens.start);
+        self.parts.push(Part { tokens: start..start + range.len(), from, document, ids: part.ids.clone() });
         let inner = |at: u64| (range.start as u64) < at && at < range.end as u64;
         let first = corpus.documents.partition_point(|&at| at <= range.start as u64);
         let borders = corpus.documents[first..].iter().take_while(|&&at| inner(at));
@@ -277,7 +319,18 @@ mod tests {
             prop_assert_eq!(halves, all);
             for part in [&head, &tail] {
                 check_offsets(part.len(), part.documents()).unwrap();
+                // A document's tokens lie in the one that its number says.
+                for (d, pair) in part.documents().windows(2).enumerate().filter(|(_, pair)| pair[0] < pair[1]) {
+                    let ids = part.ids(pair[0] as usize..pair[1] as usize).into_owned();
+                    let number = part.number(d);
+                    let whole = corpus.ids(borders[number] as usize..borders[number + 1] as usize);
+                    prop_assert!(whole.windows(ids.len()).any(|window| window == ids));
+                }
             }
+            // The split of the first shards is the beginning of the split of all.
+            let some = Corpus::open(&paths[..1]).unwrap().split(0.3);
+            prop_assert_eq!(&some.0.ids(0..some.0.len()), &head.ids(0..some.0.len()));
+            prop_assert_eq!(&some.1.ids(0..some.1.len()), &tail.ids(0..some.1.len()));
         }
     }
 
@@ -289,6 +342,16 @@ mod tests {
         assert_eq!(&tail.ids(0..3)[..], [7, 8, 9]);
         let (head, tail) = held((0..10).collect(), vec![0, 10]).split(0.2);
         assert_eq!((head.len(), &tail.ids(0..2)[..]), (8, &[8, 9][..]));
+    }
+
+    #[test]
+    fn of_many_documents_every_so_many_th_is_held_out() {
+        let corpus = held((0..12).collect(), vec![0, 2, 3, 5, 6, 8, 9, 10, 12]);
+        let (head, tail) = corpus.split(0.25);
+        assert_eq!(&tail.ids(0..3)[..], [5, 10, 11]);
+        assert_eq!((tail.documents(), tail.number(0), tail.number(1)), (&[0, 1, 3][..], 3, 7));
+        assert_eq!(&head.ids(0..9)[..], [0, 1, 2, 3, 4, 6, 7, 8, 9]);
+        assert_eq!((0..6).map(|d| head.number(d)).collect::<Vec<_>>(), [0, 1, 2, 4, 5, 6]);
     }
 
     #[test]

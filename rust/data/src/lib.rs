@@ -9,6 +9,7 @@ mod csv;
 mod error;
 mod mask;
 mod open;
+mod order;
 mod pack;
 pub mod purpose;
 mod read;

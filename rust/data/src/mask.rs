@@ -20,6 +20,7 @@ use pyrformer_random::{Permutation, Stream, philox, unit_f32};
 use crate::IGNORED_LABEL;
 use crate::corpus::Corpus;
 use crate::error::{Error, Result, check_size};
+use crate::order::Order;
 use crate::purpose::{MASK, MASKED_ORDER, MASKED_POOL};
 
 /// Batches in a pool.
@@ -209,6 +210,7 @@ pub struct MaskedBatches {
     /// For each id, whether it is never chosen.
     special: Vec<bool>,
     lengths: SpanLengths,
+    order: Order,
 }
 
 /// A piece as it appears in one epoch.
@@ -243,7 +245,10 @@ impl MaskedBatches {
             special[id as usize] = true;
         }
         let lengths = SpanLengths::new(options.spans, options.mlm_probability);
-        Ok(Self { corpus, options, pieces, special, lengths })
+        let (count, tokens) = (pieces.len() as u64, corpus.len() as u64);
+        let before = |border| pieces.partition_point(|&(start, _)| (start as u64) < border) as u64;
+        let order = Order::new(count, tokens, 0, options.seed, MASKED_ORDER, before);
+        Ok(Self { corpus, options, pieces, special, lengths, order })
     }
 
     /// The number of pieces: the rows of an epoch or of an evaluation.
@@ -256,6 +261,17 @@ impl MaskedBatches {
     #[must_use]
     pub fn batches_per_pass(&self) -> u64 {
         self.pieces.len().div_ceil(self.options.batch_size) as u64
+    }
+
+    /// How many of the first batches would be the same for any longer corpus that begins with this one's documents.
+    #[must_use]
+    pub fn settled_steps(&self) -> u64 {
+        if !self.options.shuffle {
+            return 0;
+        }
+        // Whole pools: the last one's order depends on their number in the epoch.
+        let pool = POOL as u64;
+        self.order.settled() / (self.options.batch_size as u64 * pool) * pool
     }
 
     /// Batch `step`, a pure function of the options and `step`.
@@ -351,8 +367,7 @@ impl MaskedBatches {
     fn shuffled(&self, index: u128) -> Row {
         let count = self.pieces.len() as u128;
         let (epoch, place) = ((index / count) as u64, (index % count) as u64);
-        let order = Permutation::new(count as u64, self.options.seed, MASKED_ORDER, epoch as u32);
-        Row { epoch, piece: order.get(place) as usize }
+        Row { epoch, piece: self.order.get(epoch, place) as usize }
     }
 
     /// Chooses tokens of `rows` and masks them in `batch`.

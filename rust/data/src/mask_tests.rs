@@ -102,6 +102,21 @@ proptest! {
     }
 
     #[test]
+    fn settled_batches_are_those_of_a_longer_corpus(
+        lengths in prop::collection::vec(1usize..60_000, 20..60), cut in 1usize..20, batch_size in 1usize..7, seed: u64,
+    ) {
+        let options = MaskedOptions { seed, ..options(batch_size, 500) };
+        let (part, whole) = (corpus(&lengths[..lengths.len() - cut], options.clone()), corpus(&lengths, options));
+        prop_assert!(part.settled_steps() <= whole.settled_steps());
+        prop_assert!(part.settled_steps() < part.batches_per_pass());
+        let settled = part.settled_steps();
+        for step in (0..settled).step_by(1 + settled as usize / 9).chain(settled.checked_sub(1)) {
+            prop_assert_eq!(part.batch(step), whole.batch(step));
+            prop_assert_eq!(part.documents(step), whole.documents(step));
+        }
+    }
+
+    #[test]
     fn an_evaluation_holds_each_piece_once_in_order(
         lengths in prop::collection::vec(1usize..40, 1..30), batch_size in 1usize..7,
     ) {

@@ -2,14 +2,17 @@
 //!
 //! For training the corpus is a ring: epoch `e` starts its first block at a phase drawn for it, so that block borders
 //! differ between epochs and the remainder that fills no block is not always the same tokens. The number of blocks
-//! stays the same, so the place of a step in the stream of blocks is arithmetic, and any batch is reached at once.
+//! stays the same, so the place of a step in the stream of blocks is arithmetic, and any batch is reached at once. The
+//! first epoch is shuffled in windows, so that it may begin before the end of the corpus is known:
+//! [`CausalBatches::settled_steps`].
 
-use pyrformer_random::{Permutation, Stream};
+use pyrformer_random::Stream;
 use serde::{Deserialize, Serialize};
 
 use crate::IGNORED_LABEL;
 use crate::corpus::Corpus;
 use crate::error::{Error, Result, check_size};
+use crate::order::Order;
 use crate::purpose::{CAUSAL_ORDER, CAUSAL_PHASE};
 
 /// How to cut a corpus into causal batches.
@@ -55,6 +58,7 @@ pub struct CausalBatches {
     options: CausalOptions,
     separating: bool,
     blocks: u64,
+    order: Order,
 }
 
 impl CausalBatches {
@@ -75,13 +79,13 @@ impl CausalBatches {
             return Err(Error::ShortCorpus { tokens, seq_len });
         }
         let with_tokens = corpus.documents().windows(2).filter(|pair| pair[0] < pair[1]).count();
-        let blocks = if options.shuffle { tokens / seq_len } else { (tokens - 1).div_ceil(seq_len) };
-        Ok(Self {
-            separating: options.separate_documents && with_tokens > 1,
-            blocks: blocks as u64,
-            corpus,
-            options,
-        })
+        let blocks = if options.shuffle { tokens / seq_len } else { (tokens - 1).div_ceil(seq_len) } as u64;
+        // Behind a window: the phase of its last block, and the label of that one's last token.
+        let margin = seq_len as u64 + 1;
+        let before = |border| border / seq_len as u64;
+        let order = Order::new(blocks, tokens as u64, margin, options.seed, CAUSAL_ORDER, before);
+        let separating = options.separate_documents && with_tokens > 1;
+        Ok(Self { separating, blocks, order, corpus, options })
     }
 
     /// Blocks in an epoch or, for evaluation, in the pass.
@@ -94,6 +98,15 @@ impl CausalBatches {
     #[must_use]
     pub fn batches_per_pass(&self) -> u64 {
         self.blocks.div_ceil(self.options.batch_size as u64)
+    }
+
+    /// How many of the first batches would be the same for any longer corpus that begins with this one.
+    #[must_use]
+    pub fn settled_steps(&self) -> u64 {
+        let CausalOptions { batch_size, shuffle, separate_documents, .. } = self.options;
+        // One document alone has no segments; a second one may follow.
+        let open = !shuffle || separate_documents && !self.separating;
+        if open { 0 } else { self.order.settled() / batch_size as u64 }
     }
 
     /// Batch `step`, a pure function of the options and `step`.
@@ -166,7 +179,7 @@ impl CausalBatches {
         let index = u128::from(step) * batch_size as u128 + row as u128;
         let blocks = u128::from(self.blocks);
         let (epoch, place) = ((index / blocks) as u64, (index % blocks) as u64);
-        let block = Permutation::new(self.blocks, seed, CAUSAL_ORDER, epoch as u32).get(place);
+        let block = self.order.get(epoch, place);
         let phase = Stream::new(seed, CAUSAL_PHASE, epoch).below(seq_len as u32);
         Some((block as usize * seq_len + phase as usize) % self.corpus.len())
     }
@@ -314,6 +327,27 @@ mod tests {
                 }
                 prop_assert!(seen.iter().all(|&count| count <= 1));
                 prop_assert_eq!(seen.iter().sum::<usize>(), blocks * seq_len);
+            }
+        }
+
+        #[test]
+        fn settled_batches_are_those_of_a_longer_corpus(
+            lengths in prop::collection::vec(1u64..90_000, 20..60), cut in 0.1f64..1.0, seq_len in 100usize..3000,
+            batch_size in 1usize..20, seed: u64, separate_documents: bool,
+        ) {
+            let mut offsets = vec![0];
+            lengths.iter().for_each(|len| offsets.push(offsets[offsets.len() - 1] + len));
+            let options = CausalOptions { seq_len, batch_size, seed, shuffle: true, separate_documents };
+            let whole = batches(&offsets, options).unwrap();
+            let Ok(part) = batches(&offsets[..2 + (cut * lengths.len() as f64) as usize - 1], options) else {
+                return Ok(());
+            };
+            prop_assert!(part.settled_steps() <= whole.settled_steps());
+            prop_assert!(part.settled_steps() < part.batches_per_pass());
+            let settled = part.settled_steps();
+            for step in (0..settled).step_by(1 + settled as usize / 9).chain(settled.checked_sub(1)) {
+                prop_assert_eq!(part.batch(step), whole.batch(step));
+                prop_assert_eq!(part.documents(step), whole.documents(step));
             }
         }
 

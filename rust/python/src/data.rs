@@ -173,6 +173,11 @@ impl Corpus {
         self.inner.documents().len().saturating_sub(1)
     }
 
+    /// The number of a document in the corpus that this one was split from.
+    fn number(&self, document: usize) -> usize {
+        self.inner.number(document)
+    }
+
     /// The ids of document `index`.
     fn document<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyArray1<u32>>> {
         let Some(&[start, end]) = self.inner.documents().get(index..).and_then(|d| d.first_chunk()) else {
@@ -240,6 +245,12 @@ impl CausalBatches {
         self.inner.batches_per_pass()
     }
 
+    /// How many of the first batches a longer corpus that begins with this one would leave as they are.
+    #[getter]
+    fn settled_steps(&self) -> u64 {
+        self.inner.settled_steps()
+    }
+
     /// The numbers of the documents in each row of batch `step`.
     fn documents(&self, step: u64) -> Vec<Vec<usize>> {
         self.inner.documents(step)
@@ -305,6 +316,12 @@ impl MaskedBatches {
     #[getter]
     fn batches_per_pass(&self) -> u64 {
         self.inner.batches_per_pass()
+    }
+
+    /// How many of the first batches a longer corpus that begins with this one would leave as they are.
+    #[getter]
+    fn settled_steps(&self) -> u64 {
+        self.inner.settled_steps()
     }
 
     /// The numbers of the documents in each row of batch `step`.
