@@ -59,11 +59,12 @@ class Documents:
 
     A source is one of
 
-    - a path, or a list or tuple of paths. A ``.txt`` file is one document; ``.jsonl`` has one a line, in the field
-      ``column``; ``.csv``, ``.tsv`` (with a header) and ``.parquet`` one a record, in that column. All but parquet may
-      end in ``.gz`` or ``.zst``. A folder stands for the files below it that have one of these extensions, a pattern
-      (``*``, ``?``, ``[…]``, ``**``) for the files that match it, both in the order of their names. ``-`` is standard
-      input: JSON lines if it begins with ``{``, one text otherwise.
+    - a path, or a list or tuple of paths. A ``.txt`` file is one document, or several where it is longer than 4 MiB:
+      each ends with the first line after so many bytes. ``.jsonl`` has one a line, in the field ``column``; ``.csv``,
+      ``.tsv`` (with a header) and ``.parquet`` one a record, in that column. All but parquet may end in ``.gz`` or
+      ``.zst``. A folder stands for the files below it that have one of these extensions, a pattern (``*``, ``?``,
+      ``[…]``, ``**``) for the files that match it, both in the order of their names. ``-`` is standard input: JSON
+      lines if it begins with ``{``, a text otherwise.
     - an object with ``__arrow_c_stream__`` (of pyarrow, polars, duckdb): the strings of its ``column``.
     - any other iterable of strings: the documents themselves.
 
@@ -354,6 +355,9 @@ class Batches:
     ``objective="mlm"``: rows [CLS] … [SEP], padded. Each dict has int32 ``input_ids``, ``attention_mask``,
     ``token_type_ids``, ``labels`` (−100 where nothing is masked) ``[B, T]``, and the labelled places once more as flat
     ``positions`` and ``masked_labels`` ``[M]``.
+
+    Training visits all text in each pass; the first pass is shuffled in windows that follow the text, of 2^18 tokens and
+    then each as long as all before it, later ones as a whole.
 
     Iteration runs over one pass with ``shuffle=False`` and goes on for ever otherwise. Any step can be had at once:
     ``batch(step)``, or ``iterate(step)`` to go on from it.

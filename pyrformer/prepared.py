@@ -138,6 +138,10 @@ def prepare(
     return work.manifest if work.manifest["complete"] else work.run(progress)
 
 
+class Closed(Exception):
+    """Work that goes on although it was closed."""
+
+
 class Preparation:
     """Chunks of text in, shards out: the work on a prepared folder. Another thread may follow its manifest.
 
@@ -171,7 +175,7 @@ class Preparation:
             raise InputError(f"[prepare] shard_tokens must be at least 1, got {options['shard_tokens']}")
         self.source, self.tokenizer, self.threads = source, tokenizer, threads
         self.folder, self.verified = Path(out), 0
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -209,7 +213,7 @@ class Preparation:
     def _run(self, progress: Progress | None) -> dict[str, Any]:
         o = self.manifest["options"]
         if not self.manifest["complete"]:
-            with self._lock:
+            with self._writing():
                 # What a killed run was writing.
                 for left in self.folder.glob(PARTIAL):
                     left.unlink()
@@ -238,7 +242,7 @@ class Preparation:
     def add(self, ids: Any, offsets: Any, chunks: int, text_sha256: str) -> None:
         """Writes a shard, and the manifest behind it."""
         name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
-        with self._lock:
+        with self._writing():
             path = self.folder / name
             _core.write_shard(path, ids, offsets, self.tokenizer.vocab_size)
             shard = {
@@ -255,8 +259,20 @@ class Preparation:
 
     def complete(self, counts: dict[str, Any]) -> None:
         """Writes the manifest of a folder that is whole."""
-        with self._lock:
+        with self._writing():
             self._tell({**counts, "complete": True})
+
+    def close(self) -> None:
+        """Writes nothing more; another thread's :meth:`run` ends when it comes to write."""
+        with self._lock:
+            self._closed = True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise Closed
+            yield
 
     def _tell(self, more: dict[str, Any]) -> None:
         # A new one: who follows it never sees one that is being changed.

@@ -25,9 +25,11 @@ class TrainConfig:
     """All options of a run.
 
     Attributes:
-        files: paths to learn from, as :class:`pyrformer.data.Documents` takes them.
+        files: paths to learn from, as :class:`pyrformer.data.Documents` takes them, or one prepared folder. Text is
+            tokenized beside the training, into ``OUT/tokens``.
         out: the run folder.
-        valid: files to measure on; without any, ``valid_fraction`` of the text is held out.
+        valid: files to measure on; without any, ``valid_fraction`` of the text is held out: of every shard (a million
+            tokens) so many documents, or the end. A tokenizer that is learned here sees all text.
         objective: "ar" (next token), "prefix" (the same behind a prefix that is read both ways), "mlm" (masked tokens),
             "mlm+nsp" (and whether one text follows another; see :mod:`pyrformer.pairs`), "plm" (tokens in a random
             order) or "sentence" (a class of each text, from field ``label_column`` of ``.jsonl`` files).

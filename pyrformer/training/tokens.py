@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pyrformer import _core
 from pyrformer.batch import Batch
 from pyrformer.errors import DataError, InternalError
-from pyrformer.prepared import Preparation, is_prepared, read_manifest
+from pyrformer.prepared import Closed, Preparation, is_prepared, read_manifest
 from pyrformer.training.comm import Comm, share
 from pyrformer.training.folder import TOKENS
 
@@ -31,10 +31,6 @@ PAUSE = 0.02
 
 class Interrupted(Exception):
     """The run is to end; the batch that was waited for is not there."""
-
-
-class _End(Exception):
-    """Ends the thread."""
 
 
 class Tokens(Protocol):
@@ -77,7 +73,7 @@ class Beside:
     def _run(self) -> None:
         try:
             self.work.run(self._told)
-        except _End:
+        except Closed:
             pass
         except BaseException as e:
             self._error = e
@@ -87,7 +83,7 @@ class Beside:
 
     def _told(self, *_: int) -> None:
         if self._ends:
-            raise _End
+            raise Closed
         with self._changed:
             self._changed.notify_all()
 
@@ -116,9 +112,11 @@ class Beside:
                 raise InternalError("[train] the text is at its end, but not all of its tokens are there")
 
     def close(self) -> None:
-        """Ends the thread; what is left to do is done when the run goes on."""
+        """Ends the thread; what is left to do is done when the run goes on. One that waits for standard input is left
+        behind."""
         self._ends = True
-        self._thread.join()
+        self.work.close()
+        self._thread.join(1.0)
 
 
 class Followed:

@@ -1,7 +1,7 @@
 //! Opens a file, standard input or a compressed file as a stream of bytes; packs bytes.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Error as IoError, ErrorKind, Read, Result as IoResult};
+use std::io::{BufRead, BufReader, Chain, Cursor, Error as IoError, ErrorKind, Read, Result as IoResult};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -75,13 +75,19 @@ impl<R: Read> Read for Counted<R> {
 }
 
 type Compressed = BufReader<Counted<File>>;
+/// A frame, of which the magic number was read already.
+type Frame = StreamingDecoder<Chain<Cursor<[u8; 4]>, Compressed>, FrameDecoder>;
 
-/// The frames of a zstd file one after another, each with its checksum compared where it has one.
+/// Magic numbers of frames to be skipped have these upper bits. Source: RFC 8878, section 3.1.2.
+const SKIPPABLE: u32 = 0x184D_2A50;
+
+/// The frames of a zstd file one after another, each with its checksum compared where it has one. Frames that hold no
+/// text, which parallel compressors and seekable files have, are skipped.
 struct Frames {
     /// Between frames: the file.
     file: Option<Compressed>,
     /// Within a frame: its decoder.
-    frame: Option<StreamingDecoder<Compressed, FrameDecoder>>,
+    frame: Option<Frame>,
 }
 
 impl Read for Frames {
@@ -97,13 +103,29 @@ impl Read for Frames {
                 if stored.is_some() && stored != frame.decoder.get_calculated_checksum() {
                     return Err(IoError::new(ErrorKind::InvalidData, "a checksum differs"));
                 }
-                self.file = Some(frame.into_inner());
+                self.file = Some(frame.into_inner().into_inner().1);
             }
             let Some(mut file) = self.file.take() else { return Ok(0) };
             if file.fill_buf()?.is_empty() {
                 return Ok(0);
             }
-            self.frame = Some(StreamingDecoder::new(file).map_err(IoError::other)?);
+            let magic = word(&mut file)?;
+            if u32::from_le_bytes(magic) & !0xF == SKIPPABLE {
+                let length = u64::from(u32::from_le_bytes(word(&mut file)?));
+                if std::io::copy(&mut file.by_ref().take(length), &mut std::io::sink())? < length {
+                    return Err(ErrorKind::UnexpectedEof.into());
+                }
+                self.file = Some(file);
+            } else {
+                let frame = StreamingDecoder::new(Cursor::new(magic).chain(file));
+                self.frame = Some(frame.map_err(IoError::other)?);
+            }
         }
     }
+}
+
+fn word(file: &mut impl Read) -> IoResult<[u8; 4]> {
+    let mut bytes = [0; 4];
+    file.read_exact(&mut bytes)?;
+    Ok(bytes)
 }

@@ -8,7 +8,7 @@
 use pyrformer_random::Permutation;
 
 /// Tokens in the first window. Shorter corpora are shuffled as a whole from the start.
-const WINDOW: u64 = 1 << 19;
+const WINDOW: u64 = 1 << 18;
 
 /// The shuffled epochs of `0..count`.
 #[derive(Clone, Debug)]

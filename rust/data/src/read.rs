@@ -1,7 +1,7 @@
-//! Reads documents from text, JSON lines and separated values, one at a time: memory holds one document (one file for
-//! `.txt`), whatever the size of the input.
+//! Reads documents from text, JSON lines and separated values, one at a time: memory holds one document (a few megabytes
+//! of a `.txt` file), whatever the size of the input.
 
-use std::io::BufRead;
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,7 +56,8 @@ impl Default for ReadOptions {
 
 /// An iterator over the documents of files, in the order of the paths and, within a file, of its lines.
 ///
-/// A `.txt` file is one document; a `.jsonl` file has one for each line that is not blank, the string in its field
+/// A `.txt` file is one document, or several where it is longer than 4 MiB: each ends with the first line after so many
+/// bytes (between two characters, where no line ends within as many again). A `.jsonl` file has one for each line that is not blank, the string in its field
 /// `options.column`; a `.csv` or `.tsv` file one for each record after the header, the field in that column. Each may
 /// be compressed (`.gz`, `.zst` after the extension). The path `-` is standard input: JSON lines if its first byte is
 /// `{`, otherwise as a `.txt` file. Extensions are read without regard to case; a leading byte-order mark is dropped.
@@ -204,6 +205,42 @@ fn kind(path: &Path) -> Result<(Kind, Packing)> {
     Ok((kind, packing))
 }
 
+/// Bytes of a `.txt` file after which a document ends with its line.
+const PIECE: usize = 1 << 22;
+
+/// How far to read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// The end of the line.
+    Line,
+    /// The end of a piece of a text.
+    Piece,
+}
+
+/// Adds to `raw` the bytes of a piece: [`PIECE`] of them and the rest of the line, but less than twice as many.
+fn piece(bytes: &mut impl BufRead, raw: &mut Vec<u8>) -> std::io::Result<usize> {
+    let before = raw.len();
+    bytes.by_ref().take((PIECE - before) as u64).read_to_end(raw)?;
+    if raw.len() == PIECE && raw.last() != Some(&b'\n') {
+        bytes.take(PIECE as u64).read_until(b'\n', raw)?;
+    }
+    Ok(raw.len() - before)
+}
+
+/// How many bytes at the end are the beginning of a character that goes on behind them.
+fn begun(bytes: &[u8]) -> usize {
+    let length = |lead: u8| match lead {
+        0xC2..=0xDF => 2,
+        0xE0..=0xEF => 3,
+        0xF0..=0xF4 => 4,
+        _ => 1,
+    };
+    let last = bytes.len() - bytes.len().min(3);
+    let lead = bytes[last..].iter().rposition(|&byte| byte & 0xC0 != 0x80);
+    let lead = lead.map(|at| last + at).filter(|&at| length(bytes[at]) > bytes.len() - at);
+    lead.map_or(0, |at| bytes.len() - at)
+}
+
 /// One open file.
 struct Source {
     path: PathBuf,
@@ -214,6 +251,8 @@ struct Source {
     line: usize,
     /// Bytes before the line to be read next.
     offset: usize,
+    /// Bytes of a character that was cut.
+    left: Vec<u8>,
     /// The header's fields and the place of the text among them.
     header: Option<(Vec<String>, usize)>,
     /// No document had a character so far.
@@ -229,7 +268,17 @@ impl Source {
         {
             kind = Kind::Lines;
         }
-        Ok(Self { path, kind, packing, bytes, line: 0, offset: 0, header: None, empty: true })
+        Ok(Self {
+            path,
+            kind,
+            packing,
+            bytes,
+            line: 0,
+            offset: 0,
+            left: Vec::new(),
+            header: None,
+            empty: true,
+        })
     }
 
     /// The next document or row; `None` at the end.
@@ -239,8 +288,7 @@ impl Source {
                 let line = self.line(options)?;
                 Ok(line.map(|line| object_of(&[&options.column], &[line.trim_end_matches(['\n', '\r'])])))
             }
-            Kind::Text if self.line > 0 => Ok(None),
-            Kind::Text => self.text(None, options),
+            Kind::Text => self.text(Until::Piece, options),
             Kind::Lines => {
                 let Some(content) = self.line(options)? else { return Ok(None) };
                 match self.object(&content, &options.column) {
@@ -255,7 +303,7 @@ impl Source {
 
     /// The next line that is not blank; `None` at the end.
     fn line(&mut self, options: &ReadOptions) -> Result<Option<String>, Rejected> {
-        while let Some(content) = self.text(Some(b'\n'), options)? {
+        while let Some(content) = self.text(Until::Line, options)? {
             if !content.trim().is_empty() {
                 return Ok(Some(content));
             }
@@ -263,17 +311,22 @@ impl Source {
         Ok(None)
     }
 
-    /// The text up to and with the byte `until`, or all of it; `None` at the end.
-    fn text(&mut self, until: Option<u8>, options: &ReadOptions) -> Result<Option<String>, Rejected> {
-        let mut raw = Vec::new();
+    /// The next text; `None` at the end.
+    fn text(&mut self, until: Until, options: &ReadOptions) -> Result<Option<String>, Rejected> {
+        let mut raw = std::mem::take(&mut self.left);
         let count = match until {
-            Some(end) => self.bytes.read_until(end, &mut raw),
-            None => self.bytes.read_to_end(&mut raw),
+            Until::Line => self.bytes.read_until(b'\n', &mut raw),
+            Until::Piece => piece(&mut self.bytes, &mut raw),
         };
-        let count = count.map_err(|source| match self.packing {
+        count.map_err(|source| match self.packing {
             Packing::Plain => io_error(&self.path, source),
             _ => Error::Compressed { path: self.path.clone(), reason: source.to_string() },
         })?;
+        if until == Until::Piece && raw.len() >= 2 * PIECE {
+            // No line ended: what may be the beginning of a character goes to the next piece.
+            self.left = raw.split_off(raw.len() - begun(&raw));
+        }
+        let count = raw.len();
         if count == 0 {
             return Ok(None);
         }
@@ -317,12 +370,12 @@ impl Source {
     /// The text of the next record of a table; the first one is the header.
     fn record(&mut self, delimiter: char, options: &ReadOptions) -> Result<Option<String>, Rejected> {
         loop {
-            let Some(mut record) = self.text(Some(b'\n'), options)? else { return Ok(None) };
+            let Some(mut record) = self.text(Until::Line, options)? else { return Ok(None) };
             let line = self.line;
             // A quoted field may hold line ends. The count of quotes is kept, not taken again over all that was read.
             let mut is_open = csv::is_open(&record);
             while is_open {
-                let Some(more) = self.text(Some(b'\n'), options)? else { break };
+                let Some(more) = self.text(Until::Line, options)? else { break };
                 is_open ^= csv::is_open(&more);
                 record.push_str(&more);
             }
@@ -428,6 +481,46 @@ mod tests {
         assert_eq!(read(files, &ReadOptions::default()).unwrap(), ["one\r\ntwo\n", "é", "\n"]);
         let column = ReadOptions { column: "body".into(), ..Default::default() };
         assert_eq!(read(&[("c.jsonl", b"{\"text\":1,\"body\":\"b\"}")], &column).unwrap(), ["b"]);
+    }
+
+    #[test]
+    fn long_texts_are_cut_behind_lines_or_between_characters() {
+        // Lines of 1000 bytes: the piece ends with the line that crosses the border.
+        let lines = ("é".repeat(499) + "a\n").repeat(9000);
+        let pieces = read(&[("a.txt", lines.as_bytes())], &ReadOptions::default()).unwrap();
+        assert_eq!(pieces.concat(), lines);
+        assert_eq!(pieces.iter().map(String::len).collect::<Vec<_>>(), [4_195_000, 4_195_000, 610_000]);
+        // One line of characters of three bytes, behind one of one byte, and a byte that is none at its end.
+        let line = "a".to_owned() + &"語".repeat(3_000_000);
+        let pieces = read(&[("a.txt", line.as_bytes())], &ReadOptions::default()).unwrap();
+        assert_eq!(pieces.concat(), line);
+        assert_eq!(pieces.len(), 2);
+        let text = message(&[("a.txt", &[line.as_bytes(), b"\xE8\xAA"].concat())]);
+        assert!(text.contains("at byte 9000001"), "{text}");
+        let nothing = "\0".repeat(2 * PIECE);
+        assert_eq!(read(&[("a.txt", nothing.as_bytes())], &ReadOptions::default()).unwrap(), [nothing]);
+    }
+
+    #[test]
+    fn frames_without_text_are_skipped() {
+        let options = ReadOptions::default();
+        let frame = |text: &str| zstd(format!("{{\"text\":\"{text}\"}}\n").as_bytes());
+        let skipped = |magic: u8, bytes: &[u8]| {
+            [&[magic, 0x2A, 0x4D, 0x18][..], &(bytes.len() as u32).to_le_bytes(), bytes].concat()
+        };
+        let file = [
+            skipped(0x50, b"table"),
+            frame("1"),
+            skipped(0x5E, b""),
+            frame("2"),
+            skipped(0x5F, &[7; 300_000]),
+        ];
+        assert_eq!(read(&[("a.jsonl.zst", &file.concat())], &options).unwrap(), ["1", "2"]);
+        for cut in [1, 3, 6, 12] {
+            let text = message(&[("a.jsonl.zst", &file[0][..cut])]);
+            assert!(text.contains("cut short"), "{cut}: {text}");
+        }
+        assert!(message(&[("a.jsonl.zst", &file[0])]).contains("holds no document"));
     }
 
     #[test]
