@@ -3,7 +3,8 @@
 A run folder holds ``config.json``, ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json``,
 ``generation_config.json`` (the model of the last checkpoint), ``training.json`` (all options), ``metrics.jsonl`` (a
 line per log step), ``samples.jsonl`` (texts by the model, if asked for), ``tokens`` (the text, prepared; see
-:mod:`pyrformer.training.tokens`), ``checkpoint-500`` … (all that is needed to go on; see :mod:`pyrformer.training.checkpoints`) and, where an update was not finite, ``failed-step-7`` (see
+:mod:`pyrformer.training.tokens`), ``checkpoint-500`` … (all that is needed to go on; see
+:mod:`pyrformer.training.checkpoints`) and, where an update was not finite, ``failed-step-7`` (see
 :mod:`pyrformer.training.failure`).
 The batch of a step is a pure function of (seed, step), so going on gives the bits that a straight run gives.
 """
