@@ -356,8 +356,8 @@ class Batches:
     ``token_type_ids``, ``labels`` (−100 where nothing is masked) ``[B, T]``, and the labelled places once more as flat
     ``positions`` and ``masked_labels`` ``[M]``.
 
-    Training visits all text in each pass; the first pass is shuffled in windows that follow the text, one of 2^18 tokens
-    and then each as long as all before it, later ones as a whole.
+    Training visits all text in each pass; the first pass is shuffled in windows that follow the text, one of 2^18
+    tokens and then each as long as all before it, later ones as a whole.
 
     Iteration runs over one pass with ``shuffle=False`` and goes on for ever otherwise. Any step can be had at once:
     ``batch(step)``, or ``iterate(step)`` to go on from it.
