@@ -73,6 +73,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "renormalize_logits": (bool, "Beam scores are renormalised after processors."),
     "remove_invalid_values": (bool, "Replace NaN and infinite scores."),
     "eos_token_id": (json_value, "The token, or tokens, that end a text.  [default: the model's]"),
+    "cache_implementation": (click.Choice(["dynamic", "quantized"]), "quantized: keys and values in 8 bits."),
     "max_time": (float, "Seconds after which to stop."),
     "seed": (int, "The same seed draws the same text.  [default: 0]"),
 }

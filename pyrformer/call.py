@@ -69,6 +69,7 @@ class Call:
         self.ngram = _taken(options, "max_matching_ngram_size", 1)
         self.drafted = _taken(options, "num_assistant_tokens", 1)
         self.alpha = options.pop("penalty_alpha", None)
+        self.in_8bit = _quantized(model, options.pop("cache_implementation", None))
         number = options.get("num_return_sequences", 1)
         self.prompts, self.started = len(ids), time.monotonic()
         self.slots = slots_for(model, ids, options)
@@ -175,12 +176,14 @@ class Call:
             else:
                 proposer = Lookup(self.lookup or 0, self.ngram or 2)
             sampled = options.get("do_sample", False)
-            return Speculative(model, self.ids[number], search, slots, proposer, sampled)
+            return Speculative(model, self.ids[number], search, slots, proposer, sampled, self.in_8bit)
         if self.alpha is not None:
-            return Contrastive(model, self.ids, search, slots, self.alpha, self.candidates, self.recorder)
+            alpha, watch = self.alpha, self.recorder
+            return Contrastive(model, self.ids, search, slots, alpha, self.candidates, watch, self.in_8bit)
         rows = len(self.ids) * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
         hooked = any(f is not None for f in (self.allowed, self.processor, self.ends))
-        return Lockstep(model, self.ids, search, slots, rows, self.recorder, steps=steps, hooked=hooked)
+        how: dict[str, Any] = {"steps": steps, "hooked": hooked, "in_8bit": self.in_8bit}
+        return Lockstep(model, self.ids, search, slots, rows, self.recorder, **how)
 
     def finish(self) -> list[tuple[int, Any]]:
         """The results, prompts in order, each with the number of its search."""
@@ -223,6 +226,17 @@ def _taken(options: dict[str, Any], name: str, least: int) -> int | None:
     """Takes a whole number out of the options."""
     value = options.pop(name, None)
     return None if value is None else _whole(name, value, least)
+
+
+def _quantized(model: Model, kind: Any) -> bool:
+    """Whether keys and values are to be kept in 8 bits."""
+    if kind not in (None, "dynamic", "quantized"):
+        raise InputError(f"[generate] cache_implementation must be 'dynamic' or 'quantized', got {kind!r}")
+    if kind == "quantized" and (model.device != "cpu" or model.dtype != "float32"):
+        raise InputError("[generate] cache_implementation 'quantized' is for models of float32 on the CPU")
+    if kind is not None and model.family.objective == "plm":
+        raise InputError("[generate] cache_implementation: permutation models have no cache")
+    return bool(kind == "quantized")
 
 
 def _stops(options: dict[str, Any]) -> tuple[list[str], float | None]:

@@ -84,7 +84,9 @@ class Lowered:
 
         return display.plan(self.name, self.plan)
 
-    def compile(self, store: AnyStore, threads: int | None = None, *, pack: bool = False) -> Compiled:
+    def compile(
+        self, store: AnyStore, threads: int | None = None, *, pack: bool = False, caches_in_8bit: bool = False
+    ) -> Compiled:
         """Binds the plan to states, memory and threads (default: ``PYRFORMER_NUM_THREADS``, or all the machine has;
         devices have none to choose).
 
@@ -92,6 +94,7 @@ class Lowered:
             pack: keep the weights that the plan multiplies by in the order in which the CPU's kernels read them, for
                 all programs of the store, as long as none is bound that does more with them: for programs that run
                 many times with few rows. No bit of a result changes.
+            caches_in_8bit: keep the plan's caches of keys and values in 8 bits, on the CPU.
 
         Raises:
             DeviceError: the store is on a device that cannot run the plan.
@@ -101,6 +104,8 @@ class Lowered:
                 executor = _core.Executor(self.plan, store, threads)
                 if pack:
                     executor.pack_weights()
+                if caches_in_8bit:
+                    executor.quantise_caches()
                 return Compiled(self.name, self.plan, executor)
         return Compiled(self.name, self.plan, store.executor(self.plan))
 

@@ -64,13 +64,13 @@ class Positions:
 
 
 class Decoder(Positions):
-    """A model with a cache of its own."""
+    """A model with a cache of its own, of 8 bits if asked for."""
 
-    def __init__(self, model: Model, sequences: int, cache_rows: int, slots: int):
+    def __init__(self, model: Model, sequences: int, cache_rows: int, slots: int, in_8bit: bool = False):
         super().__init__(sequences, slots)
-        self.model, self.cache_rows = model, cache_rows
-        self.cache = model.take_cache(cache_rows, slots)
-        weakref.finalize(self, model.give_cache, self.cache, cache_rows, slots).atexit = False
+        self.model, self.cache_rows, self.in_8bit = model, cache_rows, in_8bit
+        self.cache = model.take_cache(cache_rows, slots, in_8bit)
+        weakref.finalize(self, model.give_cache, self.cache, cache_rows, slots, in_8bit).atexit = False
 
     def read(
         self, feeds: list[list[int]], into: Ints, *, outputs: int = 1, hidden: bool = False
@@ -137,7 +137,8 @@ class Decoder(Positions):
             outputs=outputs,
             hidden=hidden,
         )
-        return self.model.program(("decode", self.cache, batch, width, outputs, hidden), make, pack=True)
+        key = ("decode", self.cache, batch, width, outputs, hidden)
+        return self.model.program(key, make, pack=True, caches_in_8bit=self.in_8bit)
 
 
 class Rereader(Positions):

@@ -73,6 +73,7 @@ def generate(
             of the same vocabulary; with ``num_assistant_tokens``, default 5) draft tokens that one pass checks: faster
             where they are often right, with the same distribution of results, one sequence after the other.
             ``penalty_alpha`` with ``top_k`` (from 2 on) is contrastive search.
+            ``cache_implementation="quantized"`` keeps keys and values in 8 bits (CPU, float32).
             ``regex``, ``json_schema`` or ``grammar`` (Lark's syntax): the text follows it, and ends where nothing else
             can follow; see :class:`pyrformer.grammar.Grammar`.
 

@@ -24,7 +24,7 @@ STORED = frozenset([
 ])
 # fmt: on
 #: Options of one call only, which no file holds besides.
-NAMES = STORED | {"seed", "min_tokens_to_keep"}
+NAMES = STORED | {"seed", "min_tokens_to_keep", "cache_implementation"}
 
 
 class GenerationConfig:

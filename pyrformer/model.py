@@ -107,8 +107,9 @@ class Model:
     #: Where it was opened, while it is as it was then.
     origin: Origin | None = None
     _programs: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
-    #: Shapes (R, S) of the decoding caches that no generation uses, by name, and how many caches were made.
-    _caches: dict[str, tuple[int, int]] = field(default_factory=dict)
+    #: Shapes (R, S) of the decoding caches that no generation uses, and whether they are of 8 bits, by name; and how
+    #: many caches were made.
+    _caches: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     _made: int = 0
     #: Guards the programs and the caches.
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -259,17 +260,17 @@ class Model:
         *,
         recompute: bool = False,
         memory: int = 0,
-        pack: bool = False,
+        **kept: bool,
     ) -> Compiled:
         """The compiled program of this key, made on first use; options as of :meth:`pyrformer.compile.Traced.lower` and
-        :meth:`pyrformer.compile.Lowered.compile`."""
+        (``kept``) of :meth:`pyrformer.compile.Lowered.compile`."""
         with self._lock:
             if key not in self._programs:
                 traced = trace()
                 if not traced.trace.updated.isdisjoint(name for name, _ in self.family.named_parameters()):
                     self.origin = None
                 lowered = traced.lower(self.device, recompute=recompute, memory=memory)
-                self._programs[key] = lowered.compile(self.store, self.threads, pack=pack)
+                self._programs[key] = lowered.compile(self.store, self.threads, **kept)
             return self._programs[key]
 
     def family_changed(self) -> None:
@@ -291,24 +292,24 @@ class Model:
 
         add_lora(self, config or LoraConfig(**options), seed)
 
-    def take_cache(self, rows: int, slots: int) -> str:
+    def take_cache(self, rows: int, slots: int, in_8bit: bool = False) -> str:
         """The name of a decoding cache of shape (R, S), for one generation alone until :meth:`give_cache`. A cache that
-        was used before serves again; unused ones of other shapes are dropped, with their programs."""
-        shape = (rows, slots)
+        was used before serves again; unused ones of other kinds are dropped, with their programs."""
+        kind = (rows, slots, in_8bit)
         with self._lock:
             for name, other in list(self._caches.items()):
-                if other != shape:
+                if other != kind:
                     self._drop_cache(name)
             if not self._caches:
                 self._made += 1
-                self._caches[f"cache{self._made}"] = shape
+                self._caches[f"cache{self._made}"] = kind
             name, _ = self._caches.popitem()
         return name
 
-    def give_cache(self, name: str, rows: int, slots: int) -> None:
+    def give_cache(self, name: str, rows: int, slots: int, in_8bit: bool = False) -> None:
         """Lets other generations use a cache."""
         with self._lock:
-            self._caches[name] = (rows, slots)
+            self._caches[name] = (rows, slots, in_8bit)
 
     def _drop_cache(self, name: str) -> None:
         del self._caches[name]

@@ -73,6 +73,7 @@ class Lockstep(Sequences):
         watch: sees each pass.
         steps: how many may pass before :meth:`step` returns; None: as many as it takes some hundredths of a second.
         hooked: whether the search calls functions of the caller's.
+        in_8bit: whether keys and values are kept in 8 bits.
     """
 
     def __init__(
@@ -86,12 +87,13 @@ class Lockstep(Sequences):
         *,
         steps: int | None = 1,
         hooked: bool = True,
+        in_8bit: bool = False,
     ):
         self.watch, self.steps = watch, steps
         self.decoder: Decoder | Rereader = (
             Rereader(model, len(prompts), slots)
             if model.family.objective == "plm"
-            else Decoder(model, len(prompts), cache_rows, slots)
+            else Decoder(model, len(prompts), cache_rows, slots, in_8bit)
         )
         # A function may fork, which waits for the core, or run the model itself: then each step comes back here.
         self.alone = isinstance(self.decoder, Decoder) and watch is None and not hooked
@@ -193,9 +195,10 @@ class Speculative:
         slots: int,
         proposer: Proposer,
         sampled: bool,
+        in_8bit: bool,
     ):
         self.search, self.proposer, self.sampled = search, proposer, sampled
-        self.decoder = Decoder(model, 1, 1, slots)
+        self.decoder = Decoder(model, 1, 1, slots, in_8bit)
         self.ids = list(prompt)
         #: The end of ``ids`` that is not in the cache.
         self.unread = list(prompt)
@@ -249,9 +252,10 @@ class Contrastive:
         alpha: float,
         candidates: int,
         watch: Watch | None,
+        in_8bit: bool,
     ):
         self.search, self.alpha, self.k, self.watch = search, alpha, candidates, watch
-        self.decoder = Decoder(model, len(prompts), len(prompts) * candidates, slots)
+        self.decoder = Decoder(model, len(prompts), len(prompts) * candidates, slots, in_8bit)
         self.prompts = prompts
         #: Of each active sequence: logits after it [V], and its hidden states [T, C] scaled to length 1.
         self.logits: Floats = np.zeros((0, 0), np.float32)

@@ -115,3 +115,34 @@ def test_what_needs_floats_is_refused(folder: Path, tmp_path: Path) -> None:
         model.load_state_dict(pf.load(folder).state_dict())
     with pytest.raises(InputError, match="float32 on the CPU"):
         pf.load(folder, load_in_8bit=True, dtype="float64")
+
+
+CACHED: dict[str, Any] = {"cache_implementation": "quantized", "max_new_tokens": 12, "min_new_tokens": 12}
+
+
+@pytest.mark.parametrize("folder", KINDS[:2], indirect=True, ids=lambda c: str(c["model_type"]))
+@pytest.mark.parametrize("in_8bit", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
+def test_keys_and_values_in_8_bits(folder: Path, options: dict[str, Any], in_8bit: bool) -> None:
+    model = pf.load(folder, load_in_8bit=in_8bit)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 203, n).tolist() * 2 for n in (1, 2, 9, 16, 33)]
+    together = model.generate(prompts, **CACHED, **options)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate([prompt], **CACHED, **options)
+        assert alone.ids[0] == together.ids[i]
+        assert alone.token_logprobs[0] == together.token_logprobs[i]
+    # The first token follows the prompt's own keys; rounding them moves its log-probability a little.
+    floats = model.generate(prompts, max_new_tokens=1, output_steps=5)
+    rounded = model.generate(prompts, max_new_tokens=1, cache_implementation="quantized", output_steps=5)
+    away = [abs(a[0] - b[0]) for a, b in zip(floats.token_logprobs, rounded.token_logprobs, strict=True)]
+    assert 0 < max(away) < 0.02
+
+
+@pytest.mark.parametrize("folder", KINDS[:1], indirect=True, ids=lambda c: str(c["model_type"]))
+def test_a_cache_in_8_bits_is_refused_where_there_is_none(folder: Path) -> None:
+    model = pf.load(folder, dtype="float64")
+    with pytest.raises(InputError, match="float32 on the CPU"):
+        model.generate([[5]], **CACHED)
+    with pytest.raises(InputError, match="'dynamic' or 'quantized'"):
+        pf.load(folder).generate([[5]], cache_implementation="static")

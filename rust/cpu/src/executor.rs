@@ -13,6 +13,7 @@ use pyrformer_graph::{
 use crate::error::{Error, Result};
 use crate::gemm::{Factor, PackBuffers, Packed};
 use crate::kernels::attention::{self, Mask, Saved};
+use crate::kernels::cache::{Cache8, Kept, KeptMut};
 use crate::kernels::dropout::{Keep, dropout};
 use crate::kernels::loss::{self, Gradients, Head, linear_cross_entropy};
 use crate::kernels::matmul::{Fused, matmul};
@@ -197,6 +198,14 @@ impl CpuExecutor {
         self.store.pack(&self.plan, &self.states, &self.pool);
     }
 
+    /// Keeps the plan's caches of keys and values in 8 bits, empty, for all plans of the store: a quarter of the memory.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub fn quantise_caches(&self) -> Result<()> {
+        self.store.quantise_caches(&self.plan, &self.states)
+    }
+
     /// The plan.
     #[must_use]
     pub fn plan(&self) -> &Plan {
@@ -370,9 +379,8 @@ impl<'a> Memory<'a> {
             Space::Arena => self.arena.as_ptr(),
             Space::State(i) => match self.form(i) {
                 Form::Plain(block) => block.as_ptr(),
-                Form::Packed(_) | Form::Int8(_) => {
-                    unreachable!("weights::uses names all steps that read these")
-                }
+                // Only the steps that `weights` names read these, and they do not ask for an address.
+                Form::Packed(_) | Form::Int8(_) | Form::Cache8(_) => unreachable!("a state in another form"),
             },
         };
         // SAFETY: the memory plan keeps every operand inside its block.
@@ -445,10 +453,20 @@ impl<'a> Run<'a> {
                 Form::Plain(_) => None,
                 Form::Packed(packed) => T::packed(packed).map(Factor::Packed),
                 Form::Int8(int8) => Some(Factor::Int8(int8)),
+                Form::Cache8(_) => None,
             },
             Space::Arena => None,
         };
         kept.unwrap_or_else(|| Factor::Floats(self.x(i), transposed))
+    }
+
+    /// A cache that is kept in 8 bits.
+    fn cache8(&self, i: usize) -> Option<&'a Cache8> {
+        let Space::State(number) = self.step.inputs[i].space else { return None };
+        match self.memory.form(number) {
+            Form::Cache8(cache) => Some(cache),
+            _ => None,
+        }
     }
 
     /// A contiguous integer operand, flattened.
@@ -687,17 +705,26 @@ impl<'a> Run<'a> {
             Op::CacheWrite => {
                 let at = cache::Places { start: self.ints(3), count: self.ints(4) };
                 let dims = &self.step.inputs[0].ty.shape.0;
-                // The state is updated in place; where it is not, the rest of it comes first.
-                let (old, new): (Mat<'_, T>, MatMut<'_, T>) = (self.x(0), self.y(0));
-                if !std::ptr::eq(old.as_ptr(), new.as_ptr()) {
-                    elementwise::copy(pool, old, new);
-                }
-                cache::cache_write(self.x::<T>(1), self.ints(2), at, (dims[0], dims[1]), new)?;
+                let to = match self.cache8(0) {
+                    Some(cache) => KeptMut::Int8(cache),
+                    None => {
+                        // The state is updated in place; where it is not, the rest of it comes first.
+                        let (old, new): (Mat<'_, T>, MatMut<'_, T>) = (self.x(0), self.y(0));
+                        if !std::ptr::eq(old.as_ptr(), new.as_ptr()) {
+                            elementwise::copy(pool, old, new);
+                        }
+                        KeptMut::Floats(new)
+                    }
+                };
+                cache::cache_write(self.x::<T>(1), self.ints(2), at, (dims[0], dims[1]), to)?;
             }
             Op::CachedAttention(spec) => {
                 let at = cache::Places { start: self.ints(4), count: self.ints(5) };
                 let dims = &self.step.inputs[1].ty.shape.0;
-                let kv = [self.x::<T>(1), self.x(2)];
+                let kv = [1, 2].map(|i| match self.cache8(i) {
+                    Some(cache) => Kept::Int8(cache),
+                    None => Kept::Floats(self.x::<T>(i)),
+                });
                 let (workers, rows) = (&self.work.workers, self.ints(3));
                 let bias = spec.key_bias.then(|| self.x(6));
                 cache::cached_attention(

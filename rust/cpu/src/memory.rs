@@ -13,6 +13,7 @@ use pyrformer_graph::{Plan, TensorType};
 use crate::error::{Error, Result};
 use crate::executor::Work;
 use crate::gemm::{Int8, Packed};
+use crate::kernels::cache::Cache8;
 use crate::threads::Pool;
 use crate::view::Mat;
 use crate::weights;
@@ -89,6 +90,8 @@ pub(crate) enum Form {
     Packed(Packed<f32>),
     /// Rounded to 8 bits, for good.
     Int8(Int8),
+    /// A cache of keys or values in 8 bits, for good.
+    Cache8(Cache8),
 }
 
 // SAFETY: a form owns its memory; the lock of the store settles who changes it when.
@@ -147,6 +150,7 @@ impl State {
             }
             Form::Packed(packed) => floats(&|r, to| packed.row(r, to)),
             Form::Int8(int8) => floats(&|r, to| int8.row(r, to)),
+            Form::Cache8(_) => vec![0; self.ty.bytes()],
         }
     }
 
@@ -340,6 +344,26 @@ impl Store {
         }
     }
 
+    /// Keeps the caches of keys and values of a plan in 8 bits from here on, empty: the float32 states that it writes
+    /// tokens to and attends over.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub(crate) fn quantise_caches(&self, plan: &Plan, states: &[Arc<State>]) -> Result<()> {
+        for (number, state) in states.iter().enumerate() {
+            let Some(heads) = weights::cached(plan, number) else { continue };
+            let dims = &state.ty.shape.0;
+            let _alone = write(&self.access);
+            // SAFETY: nobody else has access; no reference into the old form is left.
+            unsafe {
+                if let Form::Plain(_) = state.form() {
+                    *state.form.get() = Form::Cache8(Cache8::new(dims[0] * dims[1], heads, dims[2] / heads)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Forgets a state; plans that hold it keep it alive.
     pub fn remove(&self, name: &str) {
         write(&self.states).remove(name);
@@ -358,6 +382,13 @@ impl Store {
                 Form::Plain(_) => continue,
                 Form::Packed(kept) => kept.transposed(),
                 Form::Int8(kept) => kept.transposed(),
+                Form::Cache8(kept) if weights::cached(plan, number) == Some(kept.heads()) => continue,
+                Form::Cache8(_) => {
+                    let name = &plan.states[number].name;
+                    return Err(Error::State(format!(
+                        "{name} is a cache of 8 bits and cannot be read otherwise"
+                    )));
+                }
             };
             if ways & !State::way(Some(Some(kept))) == 0 {
                 continue;

@@ -48,3 +48,31 @@ fn reads(step: &Step, operand: usize) -> Option<Read> {
         _ => None,
     }
 }
+
+/// The heads of keys or values that a plan keeps in a state, of float32, if it only writes tokens to it and attends over
+/// it.
+pub(crate) fn cached(plan: &Plan, state: usize) -> Option<usize> {
+    if plan.states[state].ty.dtype != DType::F32 || plan.states[state].ty.shape.0.len() != 3 {
+        return None;
+    }
+    let this = |o: &Operand| o.space == Space::State(state);
+    let mut heads = None;
+    for step in &plan.steps {
+        let reads = step.inputs.iter().enumerate().filter(|(_, o)| this(o)).map(|(number, _)| number);
+        let writes = step.outputs.iter().filter(|o| this(o)).count();
+        match &step.op {
+            Op::CacheWrite if writes == 1 && this(&step.inputs[0]) => {}
+            Op::CachedAttention(spec) if writes == 0 => {
+                for number in reads {
+                    if !matches!(number, 1 | 2) || heads.is_some_and(|h| h != spec.kv_heads) {
+                        return None;
+                    }
+                    heads = Some(spec.kv_heads);
+                }
+            }
+            _ if writes > 0 || reads.count() > 0 => return None,
+            _ => {}
+        }
+    }
+    heads
+}

@@ -334,6 +334,11 @@ impl Executor {
         })
     }
 
+    /// Keeps the plan's caches of keys and values in 8 bits, empty, for all plans of the store.
+    fn quantise_caches(&self, py: Python<'_>) -> PyResult<()> {
+        enter(py, || self.inner.quantise_caches())
+    }
+
     /// Runs the plan once: a dict of arrays in, a dict of new arrays out.
     fn run<'py>(&self, py: Python<'py>, inputs: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
         let given = given(inputs)?;

@@ -1,11 +1,11 @@
-//! Decoding: writing keys and values into the cache, and attention over it.
+//! Decoding: writing keys and values into the cache, of floats or of 8 bits, and attention over it.
 
 use pyrformer_graph::AttentionSpec;
 
 use crate::error::{Error, Result};
 use crate::gemm::{Gemm, PackBuffers, gemm_serial};
 use crate::kernels::rows::check;
-use crate::memory::PerWorker;
+use crate::memory::{Block, PerWorker};
 use crate::real::Real;
 use crate::simd::{max, reduce};
 use crate::simd_fn;
@@ -39,13 +39,116 @@ impl Places<'_> {
     }
 }
 
+/// Keys or values in 8 bits: of each token and head a scale, `max |x| / 127`, and the integers `round(x / scale)`. So
+/// what is kept of a token depends on that token alone.
+#[derive(Debug)]
+pub(crate) struct Cache8 {
+    heads: usize,
+    head: usize,
+    integers: Block,
+    scales: Block,
+}
+
+impl Cache8 {
+    /// Zeros of `rows` tokens, each of `heads` heads of width `head`.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub(crate) fn new(rows: usize, heads: usize, head: usize) -> Result<Self> {
+        let (integers, scales) =
+            (Block::new(rows * heads * head)?, Block::new(rows * heads * size_of::<f32>())?);
+        Ok(Self { heads, head, integers, scales })
+    }
+
+    pub(crate) fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// The integers of token `row` from `col` on, and the scale of its head.
+    fn at(&self, row: usize, col: usize) -> (*mut i8, *mut f32) {
+        let (integers, scales) = (self.integers.as_ptr().cast::<i8>(), self.scales.as_ptr().cast::<f32>());
+        let head = col / self.head;
+        (
+            integers.wrapping_add(row * self.heads * self.head + col),
+            scales.wrapping_add(row * self.heads + head),
+        )
+    }
+
+    /// Rounds a token's values [K·D]. What is not finite makes its head NaN.
+    ///
+    /// # Safety
+    /// The row exists, and nobody else touches it.
+    unsafe fn write<T: Real>(&self, row: usize, values: &[T]) {
+        for (number, values) in values.chunks_exact(self.head).enumerate() {
+            let scale = largest(values).to_f64() as f32 / 127.0;
+            let factor = T::from_f64(if scale > 0.0 { 1.0 / f64::from(scale) } else { 0.0 });
+            let (integers, place) = self.at(row, number * self.head);
+            // SAFETY: the caller's promise; a head has as many integers.
+            unsafe {
+                *place = scale;
+                round(values, factor, std::slice::from_raw_parts_mut(integers, self.head));
+            }
+        }
+    }
+
+    /// A token's values of the head at `col`.
+    ///
+    /// # Safety
+    /// The row exists, and nobody writes to it.
+    unsafe fn read<T: Real>(&self, row: usize, col: usize, to: &mut [T]) {
+        let (integers, scale) = self.at(row, col);
+        // SAFETY: the caller's promise; a head has as many integers.
+        unsafe { widen(std::slice::from_raw_parts(integers, to.len()), T::from_f64(f64::from(*scale)), to) };
+    }
+}
+
+simd_fn! {
+    /// The largest |x|; NaN if one is there.
+    fn largest<T: Real>(row: &[T]) -> T {
+        reduce(row, T::ZERO, |x| x.abs(), |a, b| if b <= a || a.is_nan() { a } else { b })
+    }
+}
+
+simd_fn! {
+    fn round<T: Real>(from: &[T], factor: T, to: &mut [i8]) {
+        for (to, &x) in to.iter_mut().zip(from) {
+            let x = x * factor;
+            // Away from 0 by a half, then towards it: rounded.
+            let half = if x < T::ZERO { T::from_f64(-0.5) } else { T::from_f64(0.5) };
+            *to = (x + half).to_i32() as i8;
+        }
+    }
+}
+
+simd_fn! {
+    fn widen<T: Real>(from: &[i8], scale: T, to: &mut [T]) {
+        for (to, &x) in to.iter_mut().zip(from) {
+            *to = T::from_i8(x) * scale;
+        }
+    }
+}
+
+/// A cache `[R·S, K·D]` as attention reads it.
+#[derive(Clone, Copy)]
+pub(crate) enum Kept<'a, T> {
+    Floats(Mat<'a, T>),
+    Int8(&'a Cache8),
+}
+
+/// A cache `[R·S, K·D]` as it is written to.
+#[derive(Clone, Copy)]
+pub(crate) enum KeptMut<'a, T> {
+    Floats(MatMut<'a, T>),
+    Int8(&'a Cache8),
+}
+
 /// Puts `new [B·T, C]` into the cache `[R·S, C]`, whose rows are given by `row [B]`.
 pub(crate) fn cache_write<T: Real>(
     new: Mat<'_, T>,
     row: &[i32],
     places: Places<'_>,
     (cache_rows, slots): (usize, usize),
-    cache: MatMut<'_, T>,
+    cache: KeptMut<'_, T>,
 ) -> Result<()> {
     let tokens = new.rows / row.len().max(1);
     check("cache_write", row, cache_rows)?;
@@ -53,8 +156,14 @@ pub(crate) fn cache_write<T: Real>(
     for (b, &r) in row.iter().enumerate() {
         for i in 0..places.count[b] as usize {
             let to = r as usize * slots + places.start[b] as usize + i;
+            let values = new.row(b * tokens + i);
             // SAFETY: no task runs, and the indices were checked.
-            unsafe { cache.row_mut(to) }.copy_from_slice(new.row(b * tokens + i));
+            unsafe {
+                match &cache {
+                    KeptMut::Floats(cache) => cache.row_mut(to).copy_from_slice(values),
+                    KeptMut::Int8(cache) => cache.write(to, values),
+                }
+            }
         }
     }
     Ok(())
@@ -85,20 +194,26 @@ pub(crate) fn worker_bytes<T>(spec: &AttentionSpec, slots: usize, d: usize) -> u
 }
 
 /// The keys or values of one head at positions `from .. from + rows.len()`, which lie in cache rows `rows`: `cache`
-/// `[R·S, K·D]` itself where they are in one row, otherwise copied together.
+/// `[R·S, K·D]` itself where they are floats in one row, otherwise copied together.
 fn block<'a, T: Real>(
-    cache: &Mat<'a, T>,
+    cache: &Kept<'a, T>,
     rows: &[i32],
     (from, slots): (usize, usize),
     (col, d): (usize, usize),
     gathered: &'a mut [T],
 ) -> Mat<'a, T> {
     let at = |i: usize| rows[i] as usize * slots + from + i;
-    if rows.iter().all(|&row| row == rows[0]) {
+    if let Kept::Floats(cache) = cache
+        && rows.iter().all(|&row| row == rows[0])
+    {
         return cache.block(at(0), rows.len(), col, d);
     }
     for (i, to) in gathered.chunks_exact_mut(d).take(rows.len()).enumerate() {
-        to.copy_from_slice(cache.block(at(i), 1, col, d).row(0));
+        match cache {
+            Kept::Floats(cache) => to.copy_from_slice(cache.block(at(i), 1, col, d).row(0)),
+            // SAFETY: the caller checked the rows, and nobody writes while attention reads.
+            Kept::Int8(cache) => unsafe { cache.read(at(i), col, to) },
+        }
     }
     Mat::new(gathered, rows.len(), d)
 }
@@ -114,7 +229,7 @@ pub(crate) fn cached_attention<T: Real>(
     packs: &PackBuffers<T>,
     spec: &AttentionSpec,
     q: Mat<'_, T>,
-    [k, v]: [Mat<'_, T>; 2],
+    [k, v]: [Kept<'_, T>; 2],
     (cache_rows, slots): (usize, usize),
     rows: &[i32],
     places: Places<'_>,
