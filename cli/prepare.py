@@ -46,6 +46,13 @@ from ._progress import files_bar
     "--shard-tokens", type=click.IntRange(1), default=1 << 25, help="Tokens in a file.  [default: 2^25]"
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Who tokenizes; ray: the workers of a cluster.",
+)
 def command(
     inputs: tuple[str, ...],
     tokenizer: str,
@@ -57,6 +64,7 @@ def command(
     on_corrupt: str,
     shard_tokens: int,
     threads: int | None,
+    engine: str,
 ) -> None:
     """Tokenize INPUTS into a folder that `pyrformer train` reads in place of text.
 
@@ -75,6 +83,7 @@ def command(
             on_corrupt=on_corrupt,
             shard_tokens=shard_tokens,
             threads=threads,
+            engine=engine,
             progress=lambda read, documents, tokens: told(
                 read, f"{documents:,} documents, {tokens:,} tokens"
             ),

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -25,14 +25,16 @@ from pyrformer import _core
 from pyrformer.checkpoint import TOKENIZER, digest, read_json, write_json
 from pyrformer.data import OBJECTIVES, Documents, Source, expand, tokenize
 from pyrformer.errors import DataError, Error, FileError, InputError
-from pyrformer.tokenizers import Tokenizer
+from pyrformer.tokenizers import Ragged, Tokenizer
 
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 #: Files being written have such names until they are whole.
 PARTIAL = ".*.partial"
 FORMAT, VERSION = "pyrformer-tokens", 2
 ON_CORRUPT = ("fail", "skip", "quarantine")
+ENGINES = ("local", "ray")
 
+T = TypeVar("T")
 #: Told how far the work is: bytes of the files read, documents, tokens.
 Progress = Callable[[int, int, int], None]
 
@@ -104,6 +106,7 @@ def prepare(
     on_corrupt: str = "fail",
     shard_tokens: int = 1 << 25,
     threads: int | None = None,
+    engine: str = "local",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Tokenizes a source into a folder of shards, and returns its manifest.
@@ -119,6 +122,8 @@ def prepare(
             ``quarantine.jsonl`` with the reason ("quarantine"). The manifest counts it.
         shard_tokens: a shard ends after the megabyte of text that brings it to so many tokens.
         threads: default: all cores.
+        engine: "local", or "ray": workers of a Ray cluster tokenize; the folder is the same to the byte. See
+            :mod:`pyrformer.cluster`.
         progress: told how far the work is, about once per megabyte.
 
     Raises:
@@ -134,7 +139,7 @@ def prepare(
         "on_corrupt": on_corrupt,
         "shard_tokens": shard_tokens,
     }
-    work = Preparation(source, out, tokenizer, options, threads)
+    work = Preparation(source, out, tokenizer, options, threads, engine)
     return work.manifest if work.manifest["complete"] else work.run(progress)
 
 
@@ -159,6 +164,7 @@ class Preparation:
         tokenizer: Tokenizer,
         options: dict[str, Any],
         threads: int | None = None,
+        engine: str = "local",
     ):
         """Looks at what is there; nothing is written but the folder itself.
 
@@ -171,9 +177,11 @@ class Preparation:
         for name, known in (("objective", OBJECTIVES), ("on_corrupt", ON_CORRUPT)):
             if options[name] not in known:
                 raise InputError(f"[prepare] {name} must be one of {', '.join(known)}, got {options[name]!r}")
+        if engine not in ENGINES:
+            raise InputError(f"[prepare] engine must be one of {', '.join(ENGINES)}, got {engine!r}")
         if options["shard_tokens"] < 1:
             raise InputError(f"[prepare] shard_tokens must be at least 1, got {options['shard_tokens']}")
-        self.source, self.tokenizer, self.threads = source, tokenizer, threads
+        self.source, self.tokenizer, self.threads, self.engine = source, tokenizer, threads, engine
         self.folder, self.verified = Path(out), 0
         self._lock, self._closed = threading.Lock(), False
         manifest = {
@@ -329,20 +337,31 @@ class _Work:
 
     def run(self, documents: Documents) -> None:
         number = 0
-        for number, chunk in enumerate(documents.chunks(), 1):
-            self.text.update("\0".join([*chunk, ""]).encode("utf-8", "surrogatepass"))
-            cleaned = documents.clean(chunk)
-            if self.to.verified < len(self.shards):
-                self._compare(number)
-            elif not self.to.manifest["complete"]:
-                self._tokenize(cleaned, number)
-            if self.progress is not None:
-                self.progress(documents.bytes_read, self.documents, self.tokens)
+
+        def chunks() -> Iterator[tuple[tuple[int, str], list[str]]]:
+            """Those to be tokenized, each with its number and what identifies the text up to its end."""
+            nonlocal number
+            for number, chunk in enumerate(documents.chunks(), 1):
+                self.text.update("\0".join([*chunk, ""]).encode("utf-8", "surrogatepass"))
+                cleaned = documents.clean(chunk)
+                if self.to.verified < len(self.shards):
+                    self._compare(number)
+                elif not self.to.manifest["complete"]:
+                    yield (number, self.text.hexdigest()), cleaned
+                self._tell(documents)
+
+        for place, ragged in self._tokenized(chunks()):
+            self._take(ragged, *place)
+        self._tell(documents)
         whole = self.to.manifest.get("text_sha256", self.text.hexdigest())
         if self.to.verified < len(self.shards) or self.text.hexdigest() != whole:
             raise self._another()
         if self.held:
-            self._write(number)
+            self._write(number, self.text.hexdigest())
+
+    def _tell(self, documents: Documents) -> None:
+        if self.progress is not None:
+            self.progress(documents.bytes_read, self.documents, self.tokens)
 
     def _another(self) -> DataError:
         return DataError(
@@ -358,22 +377,32 @@ class _Work:
                 raise self._another()
             self.to.verified += 1
 
-    def _tokenize(self, texts: list[str], chunk: int) -> None:
-        options = self.to.manifest["options"]
-        ragged = tokenize(self.to.tokenizer, texts, objective=options["objective"], threads=self.to.threads)
+    def _tokenized(self, chunks: Iterator[tuple[T, list[str]]]) -> Iterator[tuple[T, Ragged]]:
+        """The ids of chunks, in their order."""
+        tokenizer, objective = self.to.tokenizer, self.to.manifest["options"]["objective"]
+        if self.to.engine == "ray":
+            from pyrformer.cluster import tokenized
+
+            return tokenized(chunks, tokenizer, objective)
+        return (
+            (place, tokenize(tokenizer, texts, objective=objective, threads=self.to.threads))
+            for place, texts in chunks
+        )
+
+    def _take(self, ragged: Ragged, chunk: int, text_sha256: str) -> None:
         self.ids.append(ragged.ids)
         self.lengths.append(np.diff(ragged.offsets))
         self.held += len(ragged.ids)
         self.documents += len(ragged)
         self.tokens += len(ragged.ids)
-        if self.held >= options["shard_tokens"]:
-            self._write(chunk)
+        if self.held >= self.to.manifest["options"]["shard_tokens"]:
+            self._write(chunk, text_sha256)
 
-    def _write(self, chunks: int) -> None:
+    def _write(self, chunks: int, text_sha256: str) -> None:
         """A shard of what is held."""
         ids, lengths = np.concatenate(self.ids), np.concatenate(self.lengths)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.to.add(ids, offsets, chunks, self.text.hexdigest())
+        self.to.add(ids, offsets, chunks, text_sha256)
         self.ids, self.lengths, self.held = [], [], 0
 
     def finish(self, documents: Documents) -> None:

@@ -21,6 +21,7 @@ OPTIONAL = {
     ("uvicorn", "pyrformer.serve.server"),
     ("llguidance", "pyrformer.grammar"),
     ("mpi4py", "pyrformer.training.comm"),
+    ("ray", "pyrformer.cluster"),
 }
 
 
