@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ from pyrformer.strategies import (
     Speculative,
     Strategy,
 )
+
+if TYPE_CHECKING:
+    from pyrformer.tokenizers import Tokenizer
 
 #: Options that mean nothing without sampling, or without beams.
 SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -202,6 +205,7 @@ def ending(
 ) -> Callable[[int, list[int]], bool]:
     """Whether a sequence, of which the first so many ids are its prompt, ends here."""
     tokenizer = model.require_tokenizer() if stop_strings else None
+    longest = max(map(len, stop_strings), default=0)
 
     def ends(prompt: int, ids: list[int]) -> bool:
         if criterion is not None and criterion(ids):
@@ -210,10 +214,26 @@ def ending(
             return True
         if tokenizer is None:
             return False
-        text = tokenizer.decode_after(ids[:prompt], ids[prompt:])
+        text = _end_of_text(tokenizer, ids, prompt, longest)
         return any(stop in text for stop in stop_strings)
 
     return ends
+
+
+def _end_of_text(tokenizer: Tokenizer, ids: list[int], prompt: int, longest: int) -> str:
+    """What the last of ``ids`` adds to the text and ``longest`` characters or more before it, or all that stands behind
+    the prompt: as much as a string that the last token completes can cover, whatever the length of the text."""
+    width = longest + 8
+    while True:
+        start = max(len(ids) - width, prompt)
+        pieces = tokenizer.stream_decoder()
+        # A few tokens before say how the first one is written.
+        for i in ids[max(start - 4, 0) : start]:
+            pieces.push(i)
+        before = "".join(pieces.push(i) or "" for i in ids[start:-1])
+        if start == prompt or len(before) >= longest:
+            return before + (pieces.push(ids[-1]) or "") + (pieces.finish() or "")
+        width *= 2
 
 
 def _whole(name: str, value: Any, least: int) -> int:

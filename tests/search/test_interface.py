@@ -68,6 +68,29 @@ def test_functions_of_the_caller(model: pf.Model) -> None:
     assert out.finish_reasons == ["length"] or out.ids[0][-1] == 9
 
 
+@pytest.mark.parametrize("name", ["gpt2_bytelevel", "llama2_metaspace", "bert_uncased", "xlnet_unigram"])
+def test_stop_strings_are_found_wherever_they_end(name: str, fixtures: Path) -> None:
+    tokenizer = pf.Tokenizer.load(fixtures / "tokenizers" / name)
+    config = {"model_type": "gpt2", "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 256}
+    model = pf.Model.from_config({**config, "vocab_size": tokenizer.vocab_size})
+    model.tokenizer = tokenizer
+    text = "the naïve café — 你好, 🤗🤗 world!  Two spaces, and the end of it all; the end. " * 2
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    prompt, rest = ids[:3], ids[3:]
+    options: dict[str, Any] = {"max_new_tokens": len(rest), "eos_token_id": []}
+    # The model says the text, whatever it thinks.
+    options["prefix_allowed_tokens_fn"] = lambda _, seen: [ids[len(seen)]]
+    texts = [tokenizer.decode_after(prompt, rest[:n]) for n in range(1, len(rest) + 1)]
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        at, length = rng.integers(0, len(texts[-1]) - 12), rng.integers(1, 12)
+        stop = texts[-1][at : at + length]
+        want = next(n for n, text in enumerate(texts, 1) if stop in text)
+        out = model.generate([prompt], stop_strings=[stop, "not in it"], **options)
+        assert (len(out.ids[0]), out.finish_reasons[0]) in ((want, "stop"), (len(rest), "length")), stop
+        assert len(out.ids[0]) == want, stop
+
+
 def test_time_ends_a_search(model: pf.Model) -> None:
     for options in ({}, {"num_beams": 2}):
         out = model.generate(PROMPT, max_new_tokens=50, eos_token_id=[], max_time=1e-9, **options)
