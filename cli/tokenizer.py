@@ -120,16 +120,22 @@ def decode(tokenizer: str, ids: tuple[str, ...], keep_special: bool, as_json: bo
 @click.argument("tokenizer", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(tokenizer: str, as_json: bool) -> None:
-    """Say what kind of tokenizer this is, and its special tokens."""
+    """Say what kind of tokenizer this is, on which path it runs and why, and its special tokens."""
     start = time.perf_counter()
     loaded = pf.Tokenizer.load(tokenizer)
     seconds = time.perf_counter() - start
     special = {i: loaded.id_to_token(i) for i in range(loaded.vocab_size) if loaded.is_special(i)}
     if as_json:
         report = {"kind": loaded.kind, "vocab_size": loaded.vocab_size, "load_seconds": round(seconds, 4)}
+        report["fallback"] = loaded.fallback
         click.echo(json.dumps({**report, "special_tokens": special}, ensure_ascii=False))
         return
     click.echo(f"{loaded.kind} of {loaded.vocab_size:,} tokens, loaded in {1000 * seconds:.0f} ms")
+    if loaded.fallback is None:
+        click.echo("runs on the fast path")
+    else:
+        click.echo("runs on the tokenizers library (the same ids, slower), as the fast path does not know")
+        click.echo(f"  {loaded.fallback if len(loaded.fallback) <= 200 else loaded.fallback[:199] + '…'}")
     for i, token in special.items():
         click.echo(f"{i:>8}  {token}")
 

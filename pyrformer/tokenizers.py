@@ -211,8 +211,14 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """What the model is: "bpe", "wordpiece", …"""
+        """What the model is: "bpe", "wordpiece", "unigram", "wordlevel" or "char"."""
         return self._core.kind
+
+    @property
+    def fallback(self) -> str | None:
+        """What the file asks for that the fast path does not know, so that the ``tokenizers`` library (built in) does
+        the work: the ids are the same, encoding is slower. None: the fast path."""
+        return self._core.fallback
 
     @property
     def vocab_size(self) -> int:

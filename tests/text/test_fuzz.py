@@ -1,5 +1,6 @@
 """Differential fuzzing against the ``tokenizers`` library: generated strings, the same ids, offsets and texts.
 
+The recorded tokenizers run on the fast path; of the pipelines made here (``pipelines.py``) most do not.
 The number of strings for each tokenizer is ``PYRFORMER_FUZZ`` (``make fuzz``: 15,000). Folders with a
 ``tokenizer.json`` below ``PYRFORMER_VOCABS`` are tried beside the recorded ones.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines import PIPELINES, pipeline
 
 import pyrformer as pf
 
@@ -129,13 +131,18 @@ def agree(ours: pf.Tokenizer, theirs: Any, text: str) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[*NAMES, *VOCABS], ids=lambda p: p if isinstance(p, str) else p.parent.name
+    scope="module",
+    params=[*NAMES, *PIPELINES, *VOCABS],
+    ids=lambda p: p if isinstance(p, str) else p.parent.name,
 )
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pf.Tokenizer, Any]:
     library = pytest.importorskip("tokenizers").Tokenizer
-    if isinstance(request.param, str):
+    if request.param in PIPELINES:
+        file = tmp_path_factory.mktemp("pipeline") / "tokenizer.json"
+        file.write_text(pipeline(request.param), encoding="utf-8")
+    elif isinstance(request.param, str):
         file = request.getfixturevalue("fixtures") / "tokenizers" / request.param / "tokenizer.json"
         if not file.is_file():
             pytest.skip(f"no tokenizer at {file}")
@@ -164,6 +171,7 @@ def test_generated_strings(both: tuple[pf.Tokenizer, Any]) -> None:
         assert (a.ids, a.type_ids, a.offsets) == (b.ids, b.type_ids, b.offsets), repr((text, pair))
 
 
+@pytest.mark.parametrize("both", NAMES, indirect=True)
 @pytest.mark.parametrize("character", ["a", " ", "=", "中", "\u0301"])
 def test_a_megabyte_of_one_character(both: tuple[pf.Tokenizer, Any], character: str) -> None:
     """Linear, or nearly: the library is asked for a short run only, whose tokens ours must continue."""

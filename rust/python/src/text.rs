@@ -89,6 +89,12 @@ impl Tokenizer {
         self.inner.kind()
     }
 
+    /// Why the pipeline runs on the `tokenizers` library, if it does.
+    #[getter]
+    fn fallback(&self) -> Option<&str> {
+        self.inner.fallback()
+    }
+
     #[getter]
     fn vocab_size(&self) -> usize {
         self.inner.vocab_size()

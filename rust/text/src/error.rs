@@ -58,6 +58,9 @@ pub enum Error {
         /// Ids are below this.
         vocab_size: usize,
     },
+    /// A decoder fails on its tokens.
+    #[error("[decode] {0}")]
+    Decode(String),
     /// A tokenizer cannot be trained on what was given.
     #[error("[train] {0}")]
     Train(String),

@@ -121,7 +121,12 @@ fn component<T: DeserializeOwned + Default>(name: &'static str, value: Value) ->
     if value.is_null() {
         return Ok(T::default());
     }
-    serde_json::from_value(value).map_err(|e| Error::format(name, e.to_string()))
+    serde_json::from_value(value).map_err(|e| {
+        // Of a type that is not known, its name; not the list of all that are.
+        let problem = e.to_string();
+        let unknown = problem.strip_prefix("unknown variant ").and_then(|rest| rest.split_once(','));
+        Error::format(name, unknown.map_or(problem.clone(), |(kind, _)| format!("type {kind} is not known")))
+    })
 }
 
 impl Parts {
@@ -187,7 +192,7 @@ impl ModelFile {
         match (kind.as_str(), self.vocab) {
             ("BPE", VocabFile::Ids(entries)) => {
                 if self.dropout.is_some_and(|p| p > 0.0) {
-                    return refuse("BPE with dropout is not supported: its tokens are random".into());
+                    return refuse("BPE with dropout is not on the fast path; its tokens are random, and made here without it".into());
                 }
                 for (name, value) in [
                     ("continuing_subword_prefix", self.continuing_subword_prefix),

@@ -6,9 +6,10 @@ use std::sync::{Mutex, PoisonError};
 use crate::Result;
 use crate::added::AddedToken;
 use crate::model::{Model, Scratch};
+use crate::native::{Native, Piece};
 use crate::normalize::Normalizer;
 use crate::text::Text;
-use crate::tokenizer::{Piece, Tokenizer};
+use crate::tokenizer::{Engine, Tokenizer};
 
 /// Many texts as ids, one after the other: text `i` is `ids[offsets[i]..offsets[i + 1]]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,6 +42,9 @@ impl Ragged {
         &self.ids[self.offsets[i] as usize..self.offsets[i + 1] as usize]
     }
 }
+
+/// Appends the ids of a part of a text.
+type EncodePart<'a> = dyn FnMut(&str, Range<usize>, &mut Vec<u32>) -> Result<()> + 'a;
 
 /// Working memory and caches that no call is using.
 #[derive(Default)]
@@ -84,10 +88,84 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_ids(&self, text: &str, add_special_tokens: bool, out: &mut Vec<u32>) -> Result<()> {
-        let sides = self.sides(add_special_tokens);
-        self.part_ids(text, 0..text.len(), &sides, &mut self.pool.borrow(), out)
+        match &self.engine {
+            Engine::Native(native) => {
+                let sides = native.sides(add_special_tokens);
+                native.part_ids(text, 0..text.len(), &sides, &mut native.pool.borrow(), out)
+            }
+            Engine::Library(library) => library.ids(text, add_special_tokens, out),
+        }
     }
 
+    /// Encodes many texts to ids on `threads` threads (0: as many as there are cores). The result does not depend on
+    /// their number. Truncation applies, padding does not.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`], for the first text that fails.
+    pub fn encode_batch<S: AsRef<str> + Sync>(
+        &self,
+        texts: &[S],
+        add_special_tokens: bool,
+        threads: usize,
+    ) -> Result<Ragged> {
+        // Parts of some 64 KB, many texts or a piece of one, are taken in turn and put together in order.
+        const PART_BYTES: usize = 1 << 16;
+        let parts: Vec<(usize, Range<usize>)> = (0..texts.len())
+            .flat_map(|i| self.cut(texts[i].as_ref(), PART_BYTES).into_iter().map(move |part| (i, part)))
+            .collect();
+        let bounds = crate::parallel::bounds(parts.iter().map(|(_, part)| part.len()), PART_BYTES);
+        let work = |run: usize, encode: &mut EncodePart<'_>| {
+            let mut ids = vec![];
+            let mut lengths = vec![];
+            for (i, part) in &parts[bounds[run]..bounds[run + 1]] {
+                let start = ids.len();
+                encode(texts[*i].as_ref(), part.clone(), &mut ids)?;
+                lengths.push((*i, (ids.len() - start) as i64));
+            }
+            Ok::<_, crate::Error>((ids, lengths))
+        };
+        let n_runs = bounds.len() - 1;
+        let runs = match &self.engine {
+            Engine::Native(native) => {
+                let sides = native.sides(add_special_tokens);
+                let scratch = || native.pool.borrow();
+                crate::parallel::map(n_runs, threads, scratch, |run, scratch| {
+                    work(run, &mut |text, part, ids| native.part_ids(text, part, &sides, scratch, ids))
+                })
+            }
+            Engine::Library(library) => crate::parallel::map(
+                n_runs,
+                threads,
+                || (),
+                |run, ()| work(run, &mut |text, _, ids| library.ids(text, add_special_tokens, ids)),
+            ),
+        };
+        let mut ragged = Ragged { ids: vec![], offsets: vec![0; texts.len() + 1] };
+        for run in runs {
+            let (ids, lengths) = run?;
+            ragged.ids.extend_from_slice(&ids);
+            for (i, length) in lengths {
+                ragged.offsets[i + 1] += length;
+            }
+        }
+        for i in 0..texts.len() {
+            ragged.offsets[i + 1] += ragged.offsets[i];
+        }
+        Ok(ragged)
+    }
+}
+
+impl Tokenizer {
+    /// Cuts `text` into parts of about `target` bytes whose ids, one after the other, are those of the whole.
+    fn cut(&self, text: &str, target: usize) -> Vec<Range<usize>> {
+        match &self.engine {
+            Engine::Native(native) => native.cut(text, target),
+            Engine::Library(_) => std::iter::once(0..text.len()).collect(),
+        }
+    }
+}
+
+impl Native {
     /// The special tokens before and after a text.
     fn sides(&self, add_special_tokens: bool) -> (Vec<u32>, Vec<u32>) {
         if add_special_tokens { self.template.around() } else { Default::default() }
@@ -225,52 +303,5 @@ impl Tokenizer {
             at = end;
         }
         Ok(())
-    }
-
-    /// Encodes many texts to ids on `threads` threads (0: as many as there are cores). The result does not depend on
-    /// their number. Truncation applies, padding does not.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`], for the first text that fails.
-    pub fn encode_batch<S: AsRef<str> + Sync>(
-        &self,
-        texts: &[S],
-        add_special_tokens: bool,
-        threads: usize,
-    ) -> Result<Ragged> {
-        // Parts of some 64 KB, many texts or a piece of one, are taken in turn and put together in order.
-        const PART_BYTES: usize = 1 << 16;
-        let sides = self.sides(add_special_tokens);
-        let parts: Vec<(usize, Range<usize>)> = (0..texts.len())
-            .flat_map(|i| self.cut(texts[i].as_ref(), PART_BYTES).into_iter().map(move |part| (i, part)))
-            .collect();
-        let bounds = crate::parallel::bounds(parts.iter().map(|(_, part)| part.len()), PART_BYTES);
-        let runs = crate::parallel::map(
-            bounds.len() - 1,
-            threads,
-            || self.pool.borrow(),
-            |run, scratch| {
-                let mut ids = vec![];
-                let mut lengths = vec![];
-                for (i, part) in &parts[bounds[run]..bounds[run + 1]] {
-                    let start = ids.len();
-                    self.part_ids(texts[*i].as_ref(), part.clone(), &sides, scratch, &mut ids)?;
-                    lengths.push((*i, (ids.len() - start) as i64));
-                }
-                Ok::<_, crate::Error>((ids, lengths))
-            },
-        );
-        let mut ragged = Ragged { ids: vec![], offsets: vec![0; texts.len() + 1] };
-        for run in runs {
-            let (ids, lengths) = run?;
-            ragged.ids.extend_from_slice(&ids);
-            for (i, length) in lengths {
-                ragged.offsets[i + 1] += length;
-            }
-        }
-        for i in 0..texts.len() {
-            ragged.offsets[i + 1] += ragged.offsets[i];
-        }
-        Ok(ragged)
     }
 }

@@ -1,10 +1,11 @@
 //! Tokenizers and their training: text to ids and back, exactly as the `tokenizers` library does it.
 //!
-//! A text passes through these files: added tokens are cut out (`added`), the rest is normalized (`normalize`, on the
+//! [`Tokenizer`] runs a pipeline on one of two engines. `native` is ours and fast: a text passes through these files: added tokens are cut out (`added`), the rest is normalized (`normalize`, on the
 //! characters and origins of `text`), split into words (`pretokenize`, `split`), each word becomes tokens (`bpe`,
 //! `wordpiece` or `unigram`), and a template goes around them (`template`, `encoding` for truncation and padding).
 //! `ids` is the same without offsets and with a cache; `decode` and `stream` lead back. `format` reads and writes
-//! tokenizer.json, `legacy`, `ranked` and `gguf` read other files, `train` learns vocabularies.
+//! tokenizer.json, `legacy`, `ranked`, `gguf` and `sentencepiece` read other files, `train` learns vocabularies. A pipeline
+//! that these do not know runs on the `tokenizers` library itself (`library`).
 //!
 //! ```
 //! use pyrformer_text::{Preset, Tokenizer, TrainOptions};
@@ -34,7 +35,9 @@ mod format;
 mod gguf;
 mod ids;
 mod legacy;
+mod library;
 mod model;
+mod native;
 mod normalize;
 mod parallel;
 mod presets;

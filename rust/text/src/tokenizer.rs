@@ -1,42 +1,35 @@
 //! The tokenizer: text to ids and back.
 //!
-//! A text passes through added tokens (cut out first), normalizer, pre-tokenizer, model and template. [`Tokenizer::encode`]
-//! keeps track of where everything came from; [`Tokenizer::encode_ids`] and [`Tokenizer::encode_batch`] only make
-//! ids, word by word through a cache, and give the same ids.
+//! A file whose pipeline this crate knows runs on its own parts (`native`); any other that the `tokenizers` library loads
+//! runs on that (`library`). Both give the same ids and offsets; the first is many times faster.
 
 use std::path::Path;
 
 use pyrformer_files::write_file;
 use serde_json::{Map, Value};
 
-use crate::added::{AddedToken, Finder};
+use crate::added::AddedToken;
 use crate::bytes::from_alphabet;
-use crate::decode::Stages;
 use crate::encoding::{Encoding, Padding, Truncation};
 use crate::format::Parts;
-use crate::ids::Pool;
+use crate::library::Library;
 use crate::model::Model;
-use crate::pretokenize::Words;
+use crate::native::Native;
 use crate::roles::SpecialIds;
-use crate::template::Template;
-use crate::text::{Origin, Text};
 use crate::{Error, Result};
 
 /// A tokenizer. It does not change once made; any number of threads may use it.
+#[derive(Clone)]
 pub struct Tokenizer {
-    pub(crate) parts: Parts,
-    pub(crate) words: Words,
-    pub(crate) template: Template,
-    stages: Stages,
-    /// Added tokens found in the text as it is, and those found once it is normalized.
-    pub(crate) raw: Finder,
-    pub(crate) normalized: Finder,
-    /// By id: the string of an added token as the decoder sees it, and whether it is special.
-    added: Vec<Option<(String, bool)>>,
-    /// By id: the bytes of each token, where the decoder is byte-level.
-    byte_tokens: Vec<Vec<u8>>,
+    pub(crate) engine: Engine,
     roles: SpecialIds,
-    pub(crate) pool: Pool,
+}
+
+/// What does the work.
+#[derive(Clone)]
+pub(crate) enum Engine {
+    Native(Box<Native>),
+    Library(Box<Library>),
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -45,72 +38,38 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-impl Clone for Tokenizer {
-    fn clone(&self) -> Self {
-        let clone = Self::new(self.parts.clone()).expect("the parts made a tokenizer before");
-        Self { roles: self.roles.clone(), ..clone }
-    }
-}
-
 impl Tokenizer {
     /// Puts a tokenizer together, checking that the parts fit.
-    pub(crate) fn new(mut parts: Parts) -> Result<Self> {
-        parts.added_tokens.sort_by_key(|t| t.id);
-        let words = Words::new(parts.pre_tokenizer.as_ref())?;
-        let template = Template::new(parts.post_processor.as_ref())?;
-        let stages = Stages::new(parts.decoder.as_ref())?;
-        let vocab = parts.model.vocab();
-        let mut added: Vec<Option<(String, bool)>> = vec![];
-        let (mut raw, mut normalized) = (vec![], vec![]);
-        for token in &parts.added_tokens {
-            let clash = vocab.token(token.id).is_some_and(|t| t != token.content)
-                || vocab.id(&token.content).is_some_and(|id| id != token.id);
-            let id = token.id as usize;
-            if clash || id > vocab.id_bound() + (1 << 20) || added.get(id).is_some_and(Option::is_some) {
-                let problem =
-                    format!("{:?} cannot have id {id}: the vocabulary says otherwise", token.content);
-                return Err(Error::format("added_tokens", problem));
-            }
-            added.resize(added.len().max(id + 1), None);
-            let mut string = token.content.clone();
-            if token.normalized {
-                if let Some(normalizer) = &parts.normalizer {
-                    let mut text = Text::<()>::new(&string, 0);
-                    normalizer.apply(&mut text);
-                    string = text.to_text();
-                }
-                normalized.push((string.clone(), token.clone()));
-            } else {
-                raw.push((string.clone(), token.clone()));
-            }
-            added[id] = Some((string, token.special));
-        }
-        let mut tokenizer = Self {
-            words,
-            template,
-            stages,
-            raw: Finder::new(raw.into_iter()),
-            normalized: Finder::new(normalized.into_iter()),
-            added,
-            byte_tokens: vec![],
-            roles: SpecialIds::default(),
-            pool: Pool::default(),
-            parts,
-        };
-        if tokenizer.stages.is_byte_level() {
-            let token = |id| tokenizer.decoder_token(id as u32).map(from_alphabet).unwrap_or_default();
-            tokenizer.byte_tokens = (0..tokenizer.vocab_size()).map(token).collect();
-        }
+    pub(crate) fn new(parts: Parts) -> Result<Self> {
+        Ok(Self::with_engine(Engine::Native(Box::new(Native::new(parts)?))))
+    }
+
+    fn with_engine(engine: Engine) -> Self {
+        let mut tokenizer = Self { engine, roles: SpecialIds::default() };
         tokenizer.roles = SpecialIds::guess(&tokenizer);
-        Ok(tokenizer)
+        tokenizer
     }
 
     /// Reads the text of a tokenizer.json.
     ///
     /// # Errors
-    /// [`Error::Format`] names the component that is malformed or not supported.
+    /// [`Error::Format`] names the component that is malformed, and that the library does not load either.
     pub fn from_json(text: &str) -> Result<Self> {
-        Self::new(Parts::from_json(text)?)
+        Parts::from_json(text).and_then(Self::new).or_else(|error| {
+            // What the library cannot load is told in our words, which say where the mistake is.
+            let reason = error.to_string().trim_start_matches("[tokenizer.json] ").to_owned();
+            let Some(library) = Library::from_json(text, reason) else { return Err(error) };
+            Ok(Self::with_engine(Engine::Library(Box::new(library))))
+        })
+    }
+
+    /// Why the file is not on the fast path but on that of the `tokenizers` library; none if it is.
+    #[must_use]
+    pub fn fallback(&self) -> Option<&str> {
+        match &self.engine {
+            Engine::Native(_) => None,
+            Engine::Library(library) => Some(library.reason()),
+        }
     }
 
     /// Writes a tokenizer.json that the `tokenizers` library loads to the same ids.
@@ -118,7 +77,10 @@ impl Tokenizer {
     /// # Errors
     /// None in practice: the parts of a tokenizer can be written.
     pub fn to_json(&self) -> Result<String> {
-        self.parts.to_json()
+        match &self.engine {
+            Engine::Native(native) => native.parts.to_json(),
+            Engine::Library(library) => library.to_json(),
+        }
     }
 
     /// Loads a tokenizer: a tokenizer.json, a `.tiktoken` file, a `.gguf` file, SentencePiece's `.model`, or `vocab.txt` (BERT), or `vocab.json` with
@@ -191,38 +153,54 @@ impl Tokenizer {
         Ok(write_file(file, self.to_json()?.as_bytes())?)
     }
 
-    /// The kind of model: `"bpe"`, `"wordpiece"`, `"unigram"` or `"char"`.
+    /// The kind of model: `"bpe"`, `"wordpiece"`, `"unigram"`, `"wordlevel"` or `"char"`.
     #[must_use]
     pub fn kind(&self) -> &'static str {
-        match &self.parts.model {
-            Model::Bpe(m) if m.is_characters() => "char",
-            Model::Bpe(_) => "bpe",
-            Model::WordPiece(_) => "wordpiece",
-            Model::Unigram(_) => "unigram",
+        match &self.engine {
+            Engine::Native(native) => match &native.parts.model {
+                Model::Bpe(m) if m.is_characters() => "char",
+                Model::Bpe(_) => "bpe",
+                Model::WordPiece(_) => "wordpiece",
+                Model::Unigram(_) => "unigram",
+            },
+            Engine::Library(library) => library.kind(),
         }
     }
 
     /// One more than the highest id: the rows an embedding needs.
     #[must_use]
     pub fn vocab_size(&self) -> usize {
-        self.parts.model.vocab().id_bound().max(self.added.len())
+        match &self.engine {
+            Engine::Native(native) => native.vocab_size(),
+            Engine::Library(library) => library.vocab_size(),
+        }
     }
 
     /// The id of a token string, added tokens included.
     #[must_use]
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
-        let added = self.parts.added_tokens.iter().find(|t| t.content == token).map(|t| t.id);
-        added.or_else(|| self.parts.model.vocab().id(token))
+        match &self.engine {
+            Engine::Native(native) => native.token_to_id(token),
+            Engine::Library(library) => library.token_to_id(token),
+        }
     }
 
     /// The token string of an id, as the vocabulary has it.
     #[must_use]
     pub fn id_to_token(&self, id: u32) -> Option<&str> {
-        let at = self.parts.added_tokens.binary_search_by_key(&id, |t| t.id);
-        match at {
-            Ok(i) => Some(&self.parts.added_tokens[i].content),
-            Err(_) => self.parts.model.vocab().token(id),
+        match &self.engine {
+            Engine::Native(native) => native.id_to_token(id),
+            Engine::Library(library) => library.id_to_token(id),
         }
+    }
+
+    /// The string of `id` as the decoder sees it, or the error that there is none.
+    pub(crate) fn checked_token(&self, id: u32) -> Result<&str> {
+        let token = match &self.engine {
+            Engine::Native(native) => return native.checked_token(id),
+            Engine::Library(library) => library.id_to_token(id),
+        };
+        token.ok_or(Error::UnknownId { id, vocab_size: self.vocab_size() })
     }
 
     /// Which ids have the usual roles.
@@ -234,56 +212,83 @@ impl Tokenizer {
     /// The added tokens in the order of ids.
     #[must_use]
     pub fn added_tokens(&self) -> &[AddedToken] {
-        &self.parts.added_tokens
+        match &self.engine {
+            Engine::Native(native) => &native.parts.added_tokens,
+            Engine::Library(library) => library.added_tokens(),
+        }
     }
 
     /// Whether `id` is a special token.
     #[must_use]
     pub fn is_special(&self, id: u32) -> bool {
-        matches!(self.added.get(id as usize), Some(Some((_, true))))
+        match &self.engine {
+            Engine::Native(native) => native.is_special(id),
+            Engine::Library(library) => library.is_special(id),
+        }
     }
 
     /// For each id, whether it continues the word of the token before it, for masking whole words: pieces with `##`,
     /// or without the space that starts a word.
     #[must_use]
     pub fn continues_word(&self) -> Vec<bool> {
-        let continues = |id: u32| match (&self.parts.model, self.parts.model.vocab().token(id)) {
-            (_, None) => false,
+        let (prefix, byte_level) = match &self.engine {
+            Engine::Native(native) => match &native.parts.model {
+                Model::WordPiece(m) => (Some(m.continuing_subword_prefix.as_str()), false),
+                _ => (None, native.words.byte_level),
+            },
+            Engine::Library(library) => (library.continuing_subword_prefix(), library.is_byte_level()),
+        };
+        let continues = |id: u32| match self.id_to_token(id) {
+            None => false,
             _ if self.is_special(id) => false,
-            (Model::WordPiece(m), Some(token)) => token.starts_with(&m.continuing_subword_prefix),
-            (_, Some(token)) => {
-                // Bytes inside a character are none of the space characters that have their numbers.
-                let space = match self.words.byte_level {
-                    true => from_alphabet(token).first().map(u8::is_ascii_whitespace),
-                    false => token.chars().next().map(|c| c == '▁' || c.is_whitespace()),
-                };
-                space == Some(false)
-            }
+            Some(token) => match prefix {
+                Some(prefix) => token.starts_with(prefix),
+                None => {
+                    // Bytes inside a character are none of the space characters that have their numbers.
+                    let space = match byte_level {
+                        true => from_alphabet(token).first().map(u8::is_ascii_whitespace),
+                        false => token.chars().next().map(|c| c == '▁' || c.is_whitespace()),
+                    };
+                    space == Some(false)
+                }
+            },
         };
         (0..self.vocab_size() as u32).map(continues).collect()
     }
 
     /// The unknown token of the model, if it has one.
     pub(crate) fn unk_token(&self) -> Option<&str> {
-        self.parts.model.unk_token()
+        match &self.engine {
+            Engine::Native(native) => native.parts.model.unk_token(),
+            Engine::Library(library) => library.unk_token(),
+        }
     }
 
     /// The special tokens that the template puts around a single text: (before, after).
     #[must_use]
     pub fn around(&self) -> (Vec<u32>, Vec<u32>) {
-        self.template.around()
+        match &self.engine {
+            Engine::Native(native) => native.template.around(),
+            Engine::Library(library) => library.around(),
+        }
     }
 
     /// How long texts are cut, if they are.
     #[must_use]
     pub fn truncation(&self) -> Option<&Truncation> {
-        self.parts.truncation.as_ref()
+        match &self.engine {
+            Engine::Native(native) => native.parts.truncation.as_ref(),
+            Engine::Library(library) => library.truncation(),
+        }
     }
 
     /// How short texts are padded, if they are.
     #[must_use]
     pub fn padding(&self) -> Option<&Padding> {
-        self.parts.padding.as_ref()
+        match &self.engine {
+            Engine::Native(native) => native.parts.padding.as_ref(),
+            Engine::Library(library) => library.padding(),
+        }
     }
 
     /// The same tokenizer with other truncation.
@@ -291,21 +296,28 @@ impl Tokenizer {
     /// # Errors
     /// If `max_length` leaves no more room than `stride`.
     pub fn with_truncation(mut self, truncation: Option<Truncation>) -> Result<Self> {
+        let (before, after) = self.around();
         if let Some(t) = &truncation
             && t.stride > 0
-            && t.stride >= t.max_length.saturating_sub(self.template.n_added(false))
+            && t.stride >= t.max_length.saturating_sub(before.len() + after.len())
         {
             let problem = format!("is {} but only {} tokens are kept", t.stride, t.max_length);
             return Err(Error::option("truncation", "stride", problem));
         }
-        self.parts.truncation = truncation;
+        match &mut self.engine {
+            Engine::Native(native) => native.parts.truncation = truncation,
+            Engine::Library(library) => library.set_truncation(truncation)?,
+        }
         Ok(self)
     }
 
     /// The same tokenizer with other padding.
     #[must_use]
     pub fn with_padding(mut self, padding: Option<Padding>) -> Self {
-        self.parts.padding = padding;
+        match &mut self.engine {
+            Engine::Native(native) => native.parts.padding = padding,
+            Engine::Library(library) => library.set_padding(padding),
+        }
         self
     }
 
@@ -316,7 +328,7 @@ impl Tokenizer {
     /// truncation cannot be carried out.
     pub fn encode(&self, text: &str, pair: Option<&str>, add_special_tokens: bool) -> Result<Encoding> {
         let mut encoding = self.encode_unpadded(text, pair, add_special_tokens)?;
-        if let Some(padding) = &self.parts.padding {
+        if let Some(padding) = self.padding() {
             encoding.pad(padding.length(encoding.len()), padding);
         }
         Ok(encoding)
@@ -335,7 +347,7 @@ impl Tokenizer {
             .iter()
             .map(|(text, pair)| self.encode_unpadded(text, *pair, add_special_tokens))
             .collect::<Result<Vec<_>>>()?;
-        if let Some(padding) = &self.parts.padding {
+        if let Some(padding) = self.padding() {
             let length = padding.length(encodings.iter().map(Encoding::len).max().unwrap_or(0));
             encodings.iter_mut().for_each(|e| e.pad(length, padding));
         }
@@ -343,107 +355,10 @@ impl Tokenizer {
     }
 
     fn encode_unpadded(&self, text: &str, pair: Option<&str>, add_special_tokens: bool) -> Result<Encoding> {
-        let mut first = self.encode_one(text, 0)?;
-        let mut second = pair.map(|pair| self.encode_one(pair, 1)).transpose()?;
-        if let Some(truncation) = &self.parts.truncation {
-            let n_added = if add_special_tokens { self.template.n_added(pair.is_some()) } else { 0 };
-            truncation.apply(&mut first, second.as_mut(), n_added)?;
+        match &self.engine {
+            Engine::Native(native) => native.encode(text, pair, add_special_tokens),
+            Engine::Library(library) => library.encode(text, pair, add_special_tokens),
         }
-        Ok(self.template.apply(first, second, add_special_tokens))
-    }
-
-    /// One text through everything but the template.
-    fn encode_one(&self, text: &str, sequence: u32) -> Result<Encoding> {
-        if u32::try_from(text.len()).is_err() {
-            return Err(Error::Encode(format!("a text of {} bytes is too long, split it", text.len())));
-        }
-        let positions = CodePoints::new(text);
-        let mut scratch = self.pool.borrow();
-        let mut out = Encoding::default();
-        let mut word = 0;
-        let result = self.pieces::<(u32, u32)>(text, &mut |piece| {
-            let (prepared, origin) = match piece {
-                Piece::Token { id, start, end } => {
-                    let token = self.id_to_token(id).unwrap_or_default();
-                    // A token that takes white space along shows it.
-                    let shown = if end - start == token.len() { token } else { &text[start..end] };
-                    out.push(id, shown, positions.range(start, end), Some(word), Some(sequence), 0);
-                    word += 1;
-                    return Ok(());
-                }
-                Piece::Text(prepared, origin) => (prepared, origin),
-            };
-            let mut failed = Ok(());
-            self.words.split(prepared, &mut |start, end| {
-                if failed.is_err() {
-                    return;
-                }
-                match self.parts.model.tokenize(&prepared[start..end], &mut scratch) {
-                    Ok(pieces) => {
-                        let mut at = start;
-                        for &(id, len) in pieces {
-                            let last = at + len as usize - 1;
-                            let (from, to) = origin[at].to(origin[last]);
-                            let token = self.parts.model.shown(id, prepared, at..last + 1);
-                            out.push(id, token, positions.range(from, to), Some(word), Some(sequence), 0);
-                            at = last + 1;
-                        }
-                        word += 1;
-                    }
-                    Err(error) => failed = Err(error),
-                }
-            });
-            failed
-        });
-        result.map(|()| out)
-    }
-
-    /// Cuts `text` at added tokens and prepares what lies between for the splitters.
-    pub(crate) fn pieces<O: Origin>(
-        &self,
-        text: &str,
-        visit: &mut dyn FnMut(Piece<'_, O>) -> Result<()>,
-    ) -> Result<()> {
-        for part in self.raw.split(text) {
-            if let Some(id) = part.token {
-                visit(Piece::Token { id, start: part.start, end: part.end })?;
-                continue;
-            }
-            let mut normalized = Text::<O>::new(&text[part.start..part.end], part.start);
-            if let Some(normalizer) = &self.parts.normalizer {
-                normalizer.apply(&mut normalized);
-            }
-            if self.normalized.is_empty() {
-                self.prepared(normalized, part.start == 0, visit)?;
-                continue;
-            }
-            let string = normalized.to_text();
-            for inner in self.normalized.split(&string) {
-                let n_before = string[..inner.start].chars().count();
-                let n = string[inner.start..inner.end].chars().count();
-                let chars = &normalized.chars[n_before..n_before + n];
-                let (start, end) = chars[0].1.to(chars[n - 1].1);
-                match inner.token {
-                    Some(id) => visit(Piece::Token { id, start, end })?,
-                    None => self.prepared(Text { chars: chars.to_vec() }, start == 0, visit)?,
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn prepared<O: Origin>(
-        &self,
-        mut text: Text<O>,
-        first: bool,
-        visit: &mut dyn FnMut(Piece<'_, O>) -> Result<()>,
-    ) -> Result<()> {
-        self.words.prepare(&mut text, first);
-        let mut origin = Vec::with_capacity(text.chars.len());
-        for &(c, o) in &text.chars {
-            origin.extend(std::iter::repeat_n(o, c.len_utf8()));
-        }
-        visit(Piece::Text(&text.to_text(), &origin))
     }
 
     /// The text of `ids`; without special tokens if so asked.
@@ -451,80 +366,9 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::UnknownId`] for an id outside the vocabulary.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        let kept = |id: u32| !(skip_special_tokens && self.is_special(id));
-        if !self.byte_tokens.is_empty() {
-            let mut bytes = vec![];
-            for &id in ids {
-                self.checked_token(id)?;
-                if kept(id) {
-                    bytes.extend_from_slice(&self.byte_tokens[id as usize]);
-                }
-            }
-            return Ok(String::from_utf8(bytes)
-                .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()));
-        }
-        let mut stages = self.stages.clone();
-        let mut out = String::new();
-        for &id in ids {
-            let token = self.checked_token(id)?;
-            if kept(id) {
-                stages.push(token, &mut out);
-            }
-        }
-        stages.finish(&mut out);
-        Ok(out)
-    }
-
-    /// The stages of the decoder, fresh.
-    pub(crate) fn stages(&self) -> Stages {
-        self.stages.clone()
-    }
-
-    /// The string of `id` as the decoder sees it.
-    fn decoder_token(&self, id: u32) -> Option<&str> {
-        match self.added.get(id as usize) {
-            Some(Some((token, _))) => Some(token),
-            _ => self.parts.model.vocab().token(id),
-        }
-    }
-
-    /// The string of `id` as the decoder sees it, or the error that there is none.
-    pub(crate) fn checked_token(&self, id: u32) -> Result<&str> {
-        self.decoder_token(id).ok_or(Error::UnknownId { id, vocab_size: self.vocab_size() })
-    }
-}
-
-/// A part of a text on its way to the model.
-pub(crate) enum Piece<'a, O> {
-    /// An added token and its byte range.
-    Token { id: u32, start: usize, end: usize },
-    /// A prepared text and the origin of each byte.
-    Text(&'a str, &'a [O]),
-}
-
-/// Byte positions to positions in code points.
-struct CodePoints(Option<Vec<u32>>);
-
-impl CodePoints {
-    fn new(text: &str) -> Self {
-        // In ASCII both are the same.
-        if text.is_ascii() {
-            return Self(None);
-        }
-        let mut table = vec![0; text.len() + 1];
-        let mut n = 0;
-        for (i, c) in text.char_indices() {
-            table[i..i + c.len_utf8()].fill(n);
-            n += 1;
-        }
-        table[text.len()] = n;
-        Self(Some(table))
-    }
-
-    fn range(&self, start: usize, end: usize) -> (u32, u32) {
-        match &self.0 {
-            None => (start as u32, end as u32),
-            Some(table) => (table[start], table[end]),
+        match &self.engine {
+            Engine::Native(native) => native.decode(ids, skip_special_tokens),
+            Engine::Library(library) => library.decode(ids, skip_special_tokens),
         }
     }
 }

@@ -6,7 +6,9 @@
 use std::sync::{Arc, LazyLock};
 
 use proptest::prelude::*;
-use pyrformer_text::{Error, Preset, StreamDecoder, Tokenizer, TrainOptions};
+use pyrformer_text::{
+    Direction, Error, Preset, StreamDecoder, Tokenizer, TrainOptions, Truncation, TruncationStrategy,
+};
 
 const TEXT: &str = include_str!("laws.rs");
 const OTHER: &str =
@@ -254,23 +256,96 @@ fn characters_without_unknown_token_are_refused() {
     assert!(message(lenient.decode(&[9], true)).contains("vocabulary of 4"));
 }
 
-#[test]
-fn what_a_file_asks_for_and_is_not_here_is_named() {
-    let json = tokenizer(Preset::Gpt2).to_json().unwrap();
+/// The file of a preset with one component replaced.
+fn with_component(preset: Preset, component: &str, value: serde_json::Value) -> String {
+    let json = tokenizer(preset).to_json().unwrap();
     let mut file: serde_json::Value = serde_json::from_str(&json).unwrap();
+    file[component] = value;
+    file.to_string()
+}
+
+#[test]
+fn what_a_file_asks_for_and_nobody_knows_is_named() {
     for (component, value, named) in [
-        ("normalizer", serde_json::json!({"type": "Precompiled", "precompiled_charsmap": ""}), "Precompiled"),
-        ("pre_tokenizer", serde_json::json!({"type": "UnicodeScripts"}), "UnicodeScripts"),
-        ("decoder", serde_json::json!({"type": "CTC"}), "CTC"),
+        (
+            "normalizer",
+            serde_json::json!({"type": "Precompiled", "precompiled_charsmap": "!"}),
+            "Precompiled",
+        ),
+        ("pre_tokenizer", serde_json::json!({"type": "Syllables"}), "Syllables"),
+        ("decoder", serde_json::json!({"type": "CTC", "pad_token": 7}), "CTC"),
         ("post_processor", serde_json::json!({"type": "Other"}), "Other"),
-        ("model", serde_json::json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "WordLevel"),
+        ("model", serde_json::json!({"type": "Other", "vocab": {}}), "Other"),
     ] {
-        let kept = std::mem::replace(&mut file[component], value);
-        let error = message(Tokenizer::from_json(&file.to_string()));
+        let error = message(Tokenizer::from_json(&with_component(Preset::Gpt2, component, value)));
         assert!(error.contains(named) && error.contains(component), "{error}");
-        file[component] = kept;
     }
     assert!(message(Tokenizer::from_json("{")).contains("tokenizer.json"));
+}
+
+/// Files that the fast path does not know keep every law on the library.
+#[test]
+fn other_pipelines_fall_back() {
+    for (preset, component, value, named) in [
+        (Preset::Gpt2, "pre_tokenizer", serde_json::json!({"type": "UnicodeScripts"}), "UnicodeScripts"),
+        (Preset::Llama, "normalizer", serde_json::json!({"type": "Nmt"}), "Nmt"),
+        (
+            Preset::BertCased,
+            "model",
+            serde_json::json!({"type": "WordLevel", "vocab": {"[UNK]": 0, "[CLS]": 2, "[SEP]": 3, "the": 9}, "unk_token": "[UNK]"}),
+            "WordLevel",
+        ),
+    ] {
+        let loaded = Arc::new(Tokenizer::from_json(&with_component(preset, component, value)).unwrap());
+        assert!(loaded.fallback().is_some_and(|reason| reason.contains(named)), "{:?}", loaded.fallback());
+        assert!(tokenizer(preset).fallback().is_none());
+        let texts = [OTHER, "the cat\u{0} sat", "", TEXT];
+        for threads in [1, 3] {
+            let batch = loaded.encode_batch(&texts, true, threads).unwrap();
+            for (i, text) in texts.iter().enumerate() {
+                let full = loaded.encode(text, None, true).unwrap();
+                assert_eq!(batch.row(i), full.ids);
+                let mut stream = StreamDecoder::new(loaded.clone(), true);
+                let mut streamed: String =
+                    full.ids.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
+                streamed.extend(stream.finish());
+                assert_eq!(streamed, loaded.decode(&full.ids, true).unwrap());
+            }
+        }
+        let again = Tokenizer::from_json(&loaded.to_json().unwrap()).unwrap();
+        assert_eq!(
+            again.encode(OTHER, Some(TEXT), true).unwrap(),
+            loaded.encode(OTHER, Some(TEXT), true).unwrap()
+        );
+        assert_eq!(loaded.around(), tokenizer(preset).around());
+        assert!(message(loaded.decode(&[99_999], true)).contains("99999"));
+        let cut = Truncation {
+            direction: Direction::Right,
+            max_length: 1,
+            strategy: TruncationStrategy::LongestFirst,
+            stride: 0,
+        };
+        let n_added = loaded.around().0.len() + loaded.around().1.len();
+        let cut = Tokenizer::clone(&loaded).with_truncation(Some(cut)).unwrap();
+        match n_added {
+            0 | 1 => assert_eq!(cut.encode(TEXT, None, true).unwrap().len(), 1),
+            _ => assert!(message(cut.encode(TEXT, None, true)).contains("max_length")),
+        }
+    }
+}
+
+/// Tokens are never random.
+#[test]
+fn dropout_is_left_out() {
+    let mut file: serde_json::Value =
+        serde_json::from_str(&tokenizer(Preset::Gpt2).to_json().unwrap()).unwrap();
+    file["model"]["dropout"] = 0.5.into();
+    let loaded = Tokenizer::from_json(&file.to_string()).unwrap();
+    assert!(loaded.fallback().is_some_and(|reason| reason.contains("dropout")));
+    assert_eq!(
+        loaded.encode(OTHER, None, true).unwrap(),
+        tokenizer(Preset::Gpt2).encode(OTHER, None, true).unwrap()
+    );
 }
 
 #[test]

@@ -2,8 +2,9 @@
 
 use rustc_hash::FxHashMap;
 
+use crate::native::Native;
+use crate::parallel;
 use crate::text::Text;
-use crate::{Tokenizer, parallel};
 
 /// Bytes of a piece of work.
 const PART_BYTES: usize = 1 << 18;
@@ -34,7 +35,7 @@ fn count<'d, K: std::hash::Hash + Eq + Send>(
 /// The words that `tokenizer` splits `documents` into and how often each comes, in the order of their bytes.
 pub(super) fn words<S: AsRef<str> + Sync>(
     documents: &[S],
-    tokenizer: &Tokenizer,
+    tokenizer: &Native,
     threads: usize,
 ) -> Vec<(String, u64)> {
     let split = &tokenizer.words;

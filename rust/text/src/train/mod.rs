@@ -13,6 +13,7 @@ use crate::bpe::{Bpe, BpeOptions};
 use crate::bytes::byte_to_char;
 use crate::format::Parts;
 use crate::model::Model;
+use crate::native::Native;
 use crate::presets::Preset;
 use crate::unigram::Unigram;
 use crate::vocab::Vocab;
@@ -120,7 +121,7 @@ fn check_special(tokens: &[String]) -> Result<()> {
 }
 
 /// A tokenizer of `preset` that knows its special tokens and nothing else.
-fn empty(preset: Preset, special: &[String]) -> Result<Tokenizer> {
+fn empty(preset: Preset, special: &[String]) -> Result<Native> {
     let vocab = Vocab::new(special.iter().cloned().zip(0..).collect())?;
     let added = special.iter().zip(0..).map(|(token, id)| AddedToken::special(token, id)).collect();
     let model = Model::Bpe(Bpe::new(vocab, &[], BpeOptions::default(), false)?);
@@ -136,7 +137,7 @@ fn empty(preset: Preset, special: &[String]) -> Result<Tokenizer> {
             format!("lacks {token}, which this kind of tokenizer needs"),
         ));
     }
-    Tokenizer::new(preset.parts(added, model))
+    Native::new(preset.parts(added, model))
 }
 
 fn no_text() -> Error {
