@@ -68,6 +68,8 @@ PIPELINES: dict[str, tuple[str, dict[str, Any], Any, Any, Any]] = {
     ),
     "starcoder": ("bytes", {}, None, words({"type": "Digits", "individual_digits": True}, {**BYTES, "use_regex": True}),
                   BYTE_DECODER),
+    # A byte-level vocabulary that lacks most bytes: they are left out.
+    "holes": ("holes", {}, None, {**BYTES, "use_regex": True}, BYTE_DECODER),
     "gemma": (
         "bpe", {"fuse_unk": True, "byte_fallback": True, "unk_token": "<unk>"}, replace(" ", "▁", literal=True),
         split(" ", "MergedWithPrevious", literal=True),

@@ -254,6 +254,30 @@ impl Bpe {
         Ok(())
     }
 
+    /// Where the tokens of `word` stand, as (first byte, last byte), if that is not one after the other: bytes that a
+    /// byte-level vocabulary lacks, without an unknown token, are left out.
+    ///
+    /// The library then counts on as if they had not been there, and in the byte alphabet, where a byte that is no
+    /// printable ASCII character takes two; so that is where the tokens are found.
+    pub(crate) fn misplaced(&self, word: &[u8], pieces: &[Piece]) -> Option<Vec<(usize, usize)>> {
+        let covered: usize = pieces.iter().map(|&(_, len)| len as usize).sum();
+        if !self.byte_level || covered == word.len() {
+            return None;
+        }
+        let width = |byte: u8| if byte.is_ascii_graphic() { 1 } else { 2 };
+        // The byte that each byte of the word's spelling is of.
+        let spelled: Vec<usize> =
+            word.iter().enumerate().flat_map(|(i, &byte)| std::iter::repeat_n(i, width(byte))).collect();
+        let mut kept = word.iter().filter(|&&byte| self.byte_ids[byte as usize] != NONE);
+        let mut at = 0;
+        let places = pieces.iter().map(|&(_, len)| {
+            let start = at;
+            at += kept.by_ref().take(len as usize).map(|&byte| width(byte)).sum::<usize>();
+            (spelled[start], spelled[at - 1])
+        });
+        Some(places.collect())
+    }
+
     /// The symbols that `word` starts as.
     fn start(&self, word: &str, symbols: &mut Vec<Symbol>) -> Result<()> {
         let mut start = Start { symbols, unk: self.unk, fuse: self.options.fuse_unk, waiting: 0 };

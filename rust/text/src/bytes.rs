@@ -1,4 +1,4 @@
-//! The byte alphabet of byte-level tokenizers: each byte written as one printable character.
+//! Bytes as text: the byte alphabet of byte-level tokenizers, where each is one printable character, and base64.
 //!
 //! Source: openai/gpt-2 `encoder.py` (`bytes_to_unicode`): printable Latin-1 bytes stand for themselves, the others for
 //! U+0100, U+0101 … in order.
@@ -39,6 +39,47 @@ pub(crate) fn from_alphabet(token: &str) -> Vec<u8> {
     token.chars().map(char_to_byte).collect::<Option<_>>().unwrap_or_else(|| token.as_bytes().to_vec())
 }
 
+/// Decodes base64 with `=` at the end (RFC 4648, section 4).
+pub(crate) fn from_base64(text: &[u8]) -> Option<Vec<u8>> {
+    let digit = |b: u8| match b {
+        b'A'..=b'Z' => Some(b - b'A'),
+        b'a'..=b'z' => Some(b - b'a' + 26),
+        b'0'..=b'9' => Some(b - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    if !text.len().is_multiple_of(4) {
+        return None;
+    }
+    let n_pad = text.iter().rev().take_while(|&&b| b == b'=').count().min(2);
+    let mut out = Vec::with_capacity(text.len() / 4 * 3);
+    let (mut bits, mut n_bits) = (0u32, 0);
+    for &b in &text[..text.len() - n_pad] {
+        bits = bits << 6 | u32::from(digit(b)?);
+        n_bits += 6;
+        if n_bits >= 8 {
+            n_bits -= 8;
+            out.push((bits >> n_bits) as u8);
+        }
+    }
+    Some(out)
+}
+
+/// Encodes as base64.
+pub(crate) fn to_base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for chunk in bytes.chunks(3) {
+        let bits = (0..3).fold(0u32, |bits, i| bits << 8 | u32::from(*chunk.get(i).unwrap_or(&0)));
+        for i in 0..4 {
+            let digit = DIGITS[(bits >> (18 - 6 * i) & 63) as usize] as char;
+            out.push(if i <= chunk.len() { digit } else { '=' });
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,5 +92,17 @@ mod tests {
         assert_eq!(from_alphabet("Ġa"), b" a");
         assert_eq!(from_alphabet("a b"), b"a b");
         assert_eq!(char_to_byte('\u{143}'), Some(0xad));
+    }
+
+    #[test]
+    fn base64_of_all_lengths() {
+        for (text, bytes) in
+            [("", &b""[..]), ("YQ==", b"a"), ("YWI=", b"ab"), ("YWJj", b"abc"), ("//79", b"\xff\xfe\xfd")]
+        {
+            assert_eq!(to_base64(bytes), text);
+            assert_eq!(from_base64(text.as_bytes()).as_deref(), Some(bytes));
+        }
+        assert_eq!(from_base64(b"YQ="), None);
+        assert_eq!(from_base64(b"Y*=="), None);
     }
 }

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::bytes::from_alphabet;
-use crate::normalize::Pattern;
+use crate::pattern::Pattern;
 use crate::pretokenize::{Metaspace, Prepend};
 use crate::{Error, Result};
 

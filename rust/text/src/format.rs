@@ -134,9 +134,6 @@ impl Parts {
     pub(crate) fn from_json(text: &str) -> Result<Self> {
         let file: File = serde_json::from_str(text).map_err(|e| Error::format("file", e.to_string()))?;
         let normalizer: Option<Normalizer> = component("normalizer", file.normalizer)?;
-        if let Some(normalizer) = &normalizer {
-            normalizer.check()?;
-        }
         let pre_tokenizer: Option<PreTokenizer> = component("pre_tokenizer", file.pre_tokenizer)?;
         let byte_level = Words::new(pre_tokenizer.as_ref())?.byte_level;
         Ok(Self {

@@ -9,6 +9,8 @@ use crate::decode::Stages;
 use crate::encoding::Encoding;
 use crate::format::Parts;
 use crate::ids::Pool;
+use crate::model::Model;
+use crate::normalize::Normalizer;
 use crate::pretokenize::Words;
 use crate::template::Template;
 use crate::text::{Origin, Text};
@@ -40,6 +42,7 @@ impl Native {
     /// Puts a tokenizer together, checking that the parts fit.
     pub(crate) fn new(mut parts: Parts) -> Result<Self> {
         parts.added_tokens.sort_by_key(|t| t.id);
+        parts.normalizer.iter().try_for_each(Normalizer::check)?;
         let words = Words::new(parts.pre_tokenizer.as_ref())?;
         let template = Template::new(parts.post_processor.as_ref())?;
         let stages = Stages::new(parts.decoder.as_ref())?;
@@ -156,11 +159,19 @@ impl Native {
                 }
                 match self.parts.model.tokenize(&prepared[start..end], &mut scratch) {
                     Ok(pieces) => {
+                        let bytes = &prepared.as_bytes()[start..end];
+                        let misplaced = match &self.parts.model {
+                            Model::Bpe(bpe) => bpe.misplaced(bytes, pieces),
+                            _ => None,
+                        };
                         let mut at = start;
-                        for &(id, len) in pieces {
-                            let last = at + len as usize - 1;
-                            let (from, to) = origin[at].to(origin[last]);
-                            let token = self.parts.model.shown(id, prepared, at..last + 1);
+                        for (i, &(id, len)) in pieces.iter().enumerate() {
+                            let (first, last) = match &misplaced {
+                                Some(places) => (start + places[i].0, start + places[i].1),
+                                None => (at, at + len as usize - 1),
+                            };
+                            let (from, to) = origin[first].to(origin[last]);
+                            let token = self.parts.model.shown(id, prepared, first..last + 1);
                             out.push(id, token, positions.range(from, to), Some(word), Some(sequence), 0);
                             at = last + 1;
                         }

@@ -8,9 +8,11 @@ use unicode_normalization::char::{
     canonical_combining_class, compose, decompose_canonical, decompose_compatible,
 };
 
+use crate::Result;
+use crate::charmap::CharMap;
+use crate::pattern::Pattern;
 use crate::text::{Origin, Text};
 use crate::unicode::{self, Flags};
-use crate::{Error, Result};
 
 /// A normalizer as tokenizer.json writes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,32 +50,20 @@ pub(crate) enum Normalizer {
         pattern: Pattern,
         content: String,
     },
+    /// SentencePiece's rewriting.
+    Precompiled {
+        precompiled_charsmap: CharMap,
+    },
     Sequence {
         normalizers: Vec<Normalizer>,
     },
 }
 
-/// What to look for.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) enum Pattern {
-    String(String),
-    Regex(String),
-}
-
-/// The one regular expression that a `Replace` may hold: runs of spaces.
-const SPACES: &str = " {2,}";
-
 impl Normalizer {
     /// Refuses what cannot be carried out.
     pub(crate) fn check(&self) -> Result<()> {
         match self {
-            Self::Replace { pattern: Pattern::Regex(regex), .. } if regex != SPACES => Err(Error::format(
-                "normalizer",
-                format!("Replace with the regular expression {regex:?} is not supported, only {SPACES:?} is"),
-            )),
-            Self::Replace { pattern: Pattern::String(s), .. } if s.is_empty() => {
-                Err(Error::format("normalizer", "Replace has an empty pattern"))
-            }
+            Self::Replace { pattern, .. } => pattern.check("normalizer"),
             Self::Sequence { normalizers } => normalizers.iter().try_for_each(Self::check),
             _ => Ok(()),
         }
@@ -114,6 +104,7 @@ impl Normalizer {
             }
             Self::Prepend { prepend } => text.prepend(prepend),
             Self::Replace { pattern, content } => replace(text, pattern, content),
+            Self::Precompiled { precompiled_charsmap } => precompiled_charsmap.apply(text),
             Self::Sequence { normalizers } => normalizers.iter().for_each(|n| n.apply(text)),
         }
     }
@@ -208,29 +199,27 @@ fn recompose(parts: Vec<(char, usize)>) -> Vec<(char, usize)> {
     out
 }
 
+/// Writes `content` for what is found; it gets the origin of the last character found, or of the one before nothing.
 fn replace<O: Origin>(text: &mut Text<O>, pattern: &Pattern, content: &str) {
-    let wanted: Vec<char> = match pattern {
-        Pattern::String(s) => s.chars().collect(),
-        Pattern::Regex(_) => vec![' ', ' '],
-    };
-    let mut out = Vec::with_capacity(text.chars.len());
-    let mut rest = text.chars.as_slice();
-    while let Some(&first) = rest.first() {
-        let found = rest.len() >= wanted.len() && wanted.iter().zip(rest).all(|(w, (c, _))| w == c);
-        if !found {
-            out.push(first);
-            rest = &rest[1..];
-            continue;
+    let string = text.to_text();
+    let mut out = Vec::new();
+    // How far the text has been read, in bytes and in characters.
+    let (mut bytes, mut chars) = (0, 0);
+    pattern.find(&string, |start, end| {
+        if out.is_empty() {
+            out.reserve(text.chars.len());
         }
-        let length = match pattern {
-            Pattern::String(_) => wanted.len(),
-            Pattern::Regex(_) => rest.iter().take_while(|(c, _)| *c == ' ').count(),
-        };
-        let origin = rest[length - 1].1;
+        let n_kept = string[bytes..start].chars().count();
+        out.extend_from_slice(&text.chars[chars..chars + n_kept]);
+        chars += n_kept + string[start..end].chars().count();
+        bytes = end;
+        let origin = chars.checked_sub(1).map_or_else(O::default, |last| text.chars[last].1);
         out.extend(content.chars().map(|c| (c, origin)));
-        rest = &rest[length..];
+    });
+    if bytes > 0 || !out.is_empty() {
+        out.extend_from_slice(&text.chars[chars..]);
+        text.chars = out;
     }
-    text.chars = out;
 }
 
 #[cfg(test)]
@@ -278,8 +267,8 @@ mod tests {
     }
 
     #[test]
-    fn unknown_patterns_are_refused() {
-        let n = Normalizer::Replace { pattern: Pattern::Regex("a+".into()), content: String::new() };
-        assert!(n.check().is_err_and(|e| e.to_string().contains("a+")));
+    fn broken_patterns_are_refused() {
+        let n = Normalizer::Replace { pattern: Pattern::regex("a(+"), content: String::new() };
+        assert!(n.check().is_err_and(|e| e.to_string().contains("a(+")));
     }
 }

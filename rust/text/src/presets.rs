@@ -6,7 +6,8 @@ use crate::added::AddedToken;
 use crate::decode::Decoder;
 use crate::format::Parts;
 use crate::model::Model;
-use crate::normalize::{Normalizer, Pattern};
+use crate::normalize::Normalizer;
+use crate::pattern::Pattern;
 use crate::pretokenize::{Metaspace, PreTokenizer, Prepend};
 use crate::template::PostProcessor;
 use crate::{Error, Result};
@@ -126,7 +127,7 @@ impl Preset {
                         space("\n"),
                         space("\r"),
                         space("\t"),
-                        Normalizer::Replace { pattern: Pattern::Regex(" {2,}".into()), content: " ".into() },
+                        Normalizer::Replace { pattern: Pattern::regex(" {2,}"), content: " ".into() },
                     ],
                 }),
                 pre_tokenizer: Some(PreTokenizer::Metaspace(Metaspace::new(Prepend::Always))),

@@ -5,8 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::normalize::Pattern;
-use crate::split::{GPT2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN, Splitter};
+use crate::pattern::Pattern;
+use crate::split::{Behavior, Find, GPT2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN, Splitter};
 use crate::text::{Origin, Text};
 use crate::{Error, Result};
 
@@ -25,16 +25,29 @@ pub(crate) enum PreTokenizer {
     Metaspace(Metaspace),
     Split {
         pattern: Pattern,
-        behavior: String,
+        behavior: Behavior,
         invert: bool,
     },
     WhitespaceSplit,
+    /// Runs of letters, marks, digits and underscores, and runs of signs; white space goes.
+    Whitespace,
+    Punctuation {
+        #[serde(default = "isolated")]
+        behavior: Behavior,
+    },
+    CharDelimiterSplit {
+        delimiter: char,
+    },
     Digits {
         individual_digits: bool,
     },
     Sequence {
         pretokenizers: Vec<PreTokenizer>,
     },
+}
+
+fn isolated() -> Behavior {
+    Behavior::Isolated
 }
 
 /// The settings of `Metaspace`, shared by pre-tokenizer and decoder.
@@ -133,25 +146,28 @@ impl Words {
                     self.splitters.push(Splitter::Before(m.replacement));
                 }
             }
+            PreTokenizer::Whitespace => {
+                let pattern = Pattern::regex(r"\w+|[^\w\s]+");
+                self.splitters.push(Splitter::found(Find::pattern(pattern)?, true, Behavior::Removed));
+            }
+            PreTokenizer::Punctuation { behavior } => {
+                self.splitters.push(Splitter::found(Find::Punctuation, false, *behavior));
+            }
+            PreTokenizer::CharDelimiterSplit { delimiter } => {
+                let pattern = Pattern::String(delimiter.to_string());
+                self.splitters.push(Splitter::found(Find::pattern(pattern)?, false, Behavior::Removed));
+            }
             PreTokenizer::Split { pattern, behavior, invert } => {
-                let splitter = match pattern {
-                    Pattern::Regex(p) if p == GPT2_PATTERN => Splitter::Gpt2,
-                    Pattern::Regex(p) if p == LLAMA3_PATTERN => Splitter::Llama3 { digits: 3 },
-                    Pattern::Regex(p) if p == QWEN2_PATTERN => Splitter::Llama3 { digits: 1 },
-                    Pattern::Regex(p) if p == O200K_PATTERN => Splitter::O200k,
-                    other => {
-                        return refuse(format!(
-                            "Split with the pattern {other:?} is not supported, only those of GPT-2, cl100k, o200k and Qwen 2"
-                        ));
-                    }
+                // These match every character, so that what is cut out and what is left are the same words.
+                let whole =
+                    matches!((behavior, invert), (Behavior::Isolated, false) | (Behavior::Removed, true));
+                let splitter = match pattern.source().filter(|_| whole) {
+                    Some(GPT2_PATTERN) => Splitter::Gpt2,
+                    Some(LLAMA3_PATTERN) => Splitter::Llama3 { digits: 3 },
+                    Some(QWEN2_PATTERN) => Splitter::Llama3 { digits: 1 },
+                    Some(O200K_PATTERN) => Splitter::O200k,
+                    _ => Splitter::found(Find::pattern(pattern.clone())?, *invert, *behavior),
                 };
-                // The patterns match every character, so that what is cut out and what is left are the same words.
-                if !matches!(behavior.as_str(), "Isolated" | "Removed") || (behavior == "Removed") != *invert
-                {
-                    return refuse(format!(
-                        "Split with behavior {behavior:?} and invert {invert} is not supported"
-                    ));
-                }
                 self.splitters.push(splitter);
             }
             PreTokenizer::Sequence { pretokenizers } => {

@@ -10,12 +10,12 @@ use rustc_hash::FxHashMap;
 
 use crate::added::AddedToken;
 use crate::bpe::{Bpe, BpeOptions};
-use crate::bytes::byte_to_char;
+use crate::bytes::{byte_to_char, from_base64};
 use crate::model::Model;
-use crate::normalize::Pattern;
+use crate::pattern::Pattern;
 use crate::presets::Preset;
 use crate::pretokenize::PreTokenizer;
-use crate::split::{LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN};
+use crate::split::{Behavior, LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN};
 use crate::vocab::Vocab;
 use crate::{Error, Result, Tokenizer};
 
@@ -70,8 +70,8 @@ impl Split {
             Self::Qwen2 => QWEN2_PATTERN,
         };
         let split = PreTokenizer::Split {
-            pattern: Pattern::Regex(pattern.into()),
-            behavior: "Isolated".into(),
+            pattern: Pattern::regex(pattern),
+            behavior: Behavior::Isolated,
             invert: false,
         };
         PreTokenizer::Sequence { pretokenizers: vec![split, byte_level(false)] }
@@ -128,7 +128,7 @@ pub(crate) fn load(path: &Path, split: Option<&str>) -> Result<Tokenizer> {
         }
         let entry = line.iter().position(|&b| b == b' ').and_then(|space| {
             let rank = std::str::from_utf8(&line[space + 1..]).ok()?.parse().ok()?;
-            Some((rank, base64(&line[..space]).filter(|token| !token.is_empty())?))
+            Some((rank, from_base64(&line[..space]).filter(|token| !token.is_empty())?))
         });
         ranks.push(entry.ok_or_else(|| {
             Error::source(path, format!("line {i} is not a token in base64, a space and its rank"))
@@ -162,47 +162,9 @@ pub(crate) fn load(path: &Path, split: Option<&str>) -> Result<Tokenizer> {
     Tokenizer::new(parts)
 }
 
-/// Decodes base64 with `=` at the end (RFC 4648, section 4).
-fn base64(text: &[u8]) -> Option<Vec<u8>> {
-    let digit = |b: u8| match b {
-        b'A'..=b'Z' => Some(b - b'A'),
-        b'a'..=b'z' => Some(b - b'a' + 26),
-        b'0'..=b'9' => Some(b - b'0' + 52),
-        b'+' => Some(62),
-        b'/' => Some(63),
-        _ => None,
-    };
-    if !text.len().is_multiple_of(4) {
-        return None;
-    }
-    let n_pad = text.iter().rev().take_while(|&&b| b == b'=').count().min(2);
-    let mut out = Vec::with_capacity(text.len() / 4 * 3);
-    let (mut bits, mut n_bits) = (0u32, 0);
-    for &b in &text[..text.len() - n_pad] {
-        bits = bits << 6 | u32::from(digit(b)?);
-        n_bits += 6;
-        if n_bits >= 8 {
-            n_bits -= 8;
-            out.push((bits >> n_bits) as u8);
-        }
-    }
-    Some(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn base64_of_all_lengths() {
-        for (text, bytes) in
-            [("", &b""[..]), ("YQ==", b"a"), ("YWI=", b"ab"), ("YWJj", b"abc"), ("//79", b"\xff\xfe\xfd")]
-        {
-            assert_eq!(base64(text.as_bytes()).as_deref(), Some(bytes));
-        }
-        assert_eq!(base64(b"YQ="), None);
-        assert_eq!(base64(b"Y*=="), None);
-    }
 
     #[test]
     fn a_token_is_all_its_merges() {

@@ -1,4 +1,4 @@
-//! SentencePiece's `.model` files: BPE and Unigram that take the text as it is (no character map, no joining of spaces).
+//! SentencePiece's `.model` files: BPE and Unigram.
 //!
 //! Source of the fields: SentencePiece `src/sentencepiece_model.proto`; of what they imply for a tokenizer.json:
 //! transformers `convert_slow_tokenizer.py`. The file is one protocol buffer, of which a few fields are needed: each is a
@@ -10,10 +10,13 @@ use serde_json::{Map, Value};
 
 use crate::added::AddedToken;
 use crate::bpe::{Bpe, BpeOptions};
+use crate::charmap::CharMap;
 use crate::decode::Decoder;
 use crate::model::Model;
-use crate::normalize::{Normalizer, Pattern};
+use crate::normalize::Normalizer;
+use crate::pattern::Pattern;
 use crate::presets::Preset;
+use crate::pretokenize::{Metaspace, PreTokenizer, Prepend};
 use crate::ranked::merges;
 use crate::template::PostProcessor;
 use crate::unigram::Unigram;
@@ -83,8 +86,8 @@ struct File {
     byte_fallback: bool,
     /// Spaces are marked behind words.
     suffix: bool,
-    /// The name of the character map, if there is one.
-    map: Option<String>,
+    /// The character map, if there is one; none within where it cannot be read.
+    map: Option<Option<CharMap>>,
     add_dummy_prefix: bool,
     remove_extra_whitespaces: bool,
 }
@@ -130,17 +133,14 @@ impl File {
                     }
                 }
                 3 => {
-                    let mut name = String::new();
                     for field in fields(value)? {
                         match field {
-                            (1, Wire::Bytes(bytes)) => name = String::from_utf8_lossy(bytes).into_owned(),
-                            (2, Wire::Bytes(map)) if !map.is_empty() => file.map = Some(String::new()),
+                            (2, Wire::Bytes(map)) if !map.is_empty() => file.map = Some(CharMap::new(map)),
                             (3, Wire::Number(value)) => file.add_dummy_prefix = value != 0,
                             (4, Wire::Number(value)) => file.remove_extra_whitespaces = value != 0,
                             _ => {}
                         }
                     }
-                    file.map = file.map.map(|_| name);
                 }
                 _ => {}
             }
@@ -155,13 +155,10 @@ pub(crate) fn load(path: &Path, config: &Map<String, Value>) -> Result<Tokenizer
     let refuse = |problem: String| Error::source(path, problem);
     let bytes = std::fs::read(path).map_err(Error::io("load tokenizer", path))?;
     let file = File::read(&bytes).ok_or_else(|| refuse("it is no model of SentencePiece".into()))?;
-    if let Some(name) = &file.map {
-        let problem = format!("its text is rewritten by the map {name:?}; convert it to tokenizer.json");
-        return Err(refuse(problem));
-    }
-    if file.remove_extra_whitespaces {
-        return Err(refuse("it joins runs of spaces; convert it to tokenizer.json".into()));
-    }
+    let map = match &file.map {
+        Some(None) => return Err(refuse("its character map cannot be read".into())),
+        map => map.clone().flatten(),
+    };
     if file.suffix {
         return Err(refuse("it marks spaces behind words; convert it to tokenizer.json".into()));
     }
@@ -190,8 +187,11 @@ pub(crate) fn load(path: &Path, config: &Map<String, Value>) -> Result<Tokenizer
     let bos = token("<s>", "add_bos_token", file.model_type == 2);
     let eos = token("</s>", "add_eos_token", false);
     let mut parts = Preset::Llama.parts(added, model);
-    parts.pre_tokenizer = None;
-    parts.normalizer = Some(spaces(file.add_dummy_prefix));
+    // Where no token holds a space inside, words are looked up one by one.
+    let inner = |token: &String| token.chars().skip(1).any(|c| c == '▁');
+    let by_word = file.tokens.iter().any(|t| t == "▁") && !file.tokens.iter().any(inner);
+    parts.pre_tokenizer = by_word.then(|| PreTokenizer::Metaspace(Metaspace::new(Prepend::Never)));
+    parts.normalizer = Some(normalizer(map, file.remove_extra_whitespaces, file.add_dummy_prefix));
     if !file.add_dummy_prefix
         && let Some(Decoder::Sequence { decoders }) = &mut parts.decoder
     {
@@ -201,6 +201,26 @@ pub(crate) fn load(path: &Path, config: &Map<String, Value>) -> Result<Tokenizer
     parts.post_processor =
         (bos.is_some() || eos.is_some()).then(|| PostProcessor::bos_eos_template(bos.as_ref(), eos.as_ref()));
     Tokenizer::new(parts).map_err(|e| refuse(e.to_string()))
+}
+
+/// What happens to a text: the character map, spaces at the ends and in runs taken away, and what [`spaces`] does.
+fn normalizer(map: Option<CharMap>, remove_extra_whitespaces: bool, prefix: bool) -> Normalizer {
+    let mut normalizers: Vec<Normalizer> = map
+        .into_iter()
+        .map(|precompiled_charsmap| Normalizer::Precompiled { precompiled_charsmap })
+        .collect();
+    if remove_extra_whitespaces {
+        let replace = |pattern: &str, content: &str| Normalizer::Replace {
+            pattern: Pattern::regex(pattern),
+            content: content.into(),
+        };
+        normalizers.extend([replace(r"\A +| +\z", ""), replace(" {2,}", " ")]);
+    }
+    normalizers.extend(match spaces(prefix) {
+        Normalizer::Sequence { normalizers } => normalizers,
+        other => vec![other],
+    });
+    Normalizer::Sequence { normalizers }
 }
 
 /// What happens to spaces, in the text as a whole: tokens may hold several words.

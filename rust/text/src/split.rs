@@ -1,7 +1,11 @@
-//! Splitters: how a text falls into words. Each is a hand-written scanner of one rule; no regular expression engine.
+//! Splitters: how a text falls into words. The usual rules are hand-written scanners; others look for a pattern.
 //!
 //! A scanner calls `emit(start, end)` with the byte range of every word, in order, none empty.
 
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::pattern::Pattern;
 use crate::unicode::{Flags, LETTER, MARK, NUMBER, PUNCTUATION, SPACE};
 
 /// The pattern of GPT-2 tokenizers. Source: openai/gpt-2 `encoder.py`.
@@ -16,7 +20,7 @@ pub(crate) const QWEN2_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L
 pub(crate) const O200K_PATTERN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// One way of splitting.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Splitter {
     /// Words between white space; punctuation alone.
     Bert,
@@ -32,12 +36,124 @@ pub(crate) enum Splitter {
     Whitespace,
     /// Numbers apart from the rest, each digit alone if `individual`.
     Digits { individual: bool },
+    /// At what is found, or at what lies between if `invert`.
+    Found(Box<Found>),
+}
+
+/// A search and what becomes of what it finds.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Found {
+    find: Find,
+    invert: bool,
+    behavior: Behavior,
+}
+
+/// What to split at.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Find {
+    Pattern(Pattern),
+    /// Each character that BERT's splitter takes for punctuation.
+    Punctuation,
+}
+
+impl Find {
+    /// Looks for a pattern, which is compiled here.
+    pub(crate) fn pattern(pattern: Pattern) -> Result<Self> {
+        pattern.check("pre_tokenizer")?;
+        Ok(Self::Pattern(pattern))
+    }
+
+    fn find(&self, text: &str, mut visit: impl FnMut(usize, usize)) {
+        match self {
+            Self::Pattern(pattern) => pattern.find(text, visit),
+            Self::Punctuation => {
+                let flags = Flags::get();
+                text.char_indices()
+                    .filter(|&(_, c)| flags.has(c, PUNCTUATION))
+                    .for_each(|(at, c)| visit(at, at + c.len_utf8()));
+            }
+        }
+    }
+}
+
+/// What becomes of a delimiter, with the names of tokenizer.json.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Behavior {
+    /// It goes.
+    Removed,
+    /// It is a word.
+    Isolated,
+    /// It ends the word before it.
+    MergedWithPrevious,
+    /// It starts the word after it.
+    MergedWithNext,
+    /// Neighbouring delimiters are one word.
+    Contiguous,
+}
+
+impl Found {
+    fn split(&self, text: &str, emit: &mut dyn FnMut(usize, usize)) {
+        // What is found and what lies between, in order: (start, end, delimiter or not).
+        let mut parts: Vec<(usize, usize, bool)> = vec![];
+        let mut done = 0;
+        self.find.find(text, |start, end| {
+            if done < start {
+                parts.push((done, start, self.invert));
+            }
+            parts.push((start, end, !self.invert));
+            done = end;
+        });
+        if done < text.len() {
+            parts.push((done, text.len(), self.invert));
+        }
+        let mut words: Vec<(usize, usize)> = vec![];
+        let mut before = None;
+        match self.behavior {
+            Behavior::Removed => words.extend(parts.iter().filter(|p| !p.2).map(|&(a, b, _)| (a, b))),
+            Behavior::Isolated => words.extend(parts.iter().map(|&(a, b, _)| (a, b))),
+            Behavior::Contiguous => {
+                for &(start, end, delimiter) in &parts {
+                    match words.last_mut() {
+                        Some(last) if before == Some(delimiter) => last.1 = end,
+                        _ => words.push((start, end)),
+                    }
+                    before = Some(delimiter);
+                }
+            }
+            Behavior::MergedWithPrevious => {
+                for &(start, end, delimiter) in &parts {
+                    match words.last_mut() {
+                        Some(last) if delimiter && before != Some(true) => last.1 = end,
+                        _ => words.push((start, end)),
+                    }
+                    before = Some(delimiter);
+                }
+            }
+            Behavior::MergedWithNext => {
+                for &(start, end, delimiter) in parts.iter().rev() {
+                    match words.last_mut() {
+                        Some(last) if delimiter && before != Some(true) => last.0 = start,
+                        _ => words.push((start, end)),
+                    }
+                    before = Some(delimiter);
+                }
+                words.reverse();
+            }
+        }
+        words.into_iter().filter(|(start, end)| start < end).for_each(|(start, end)| emit(start, end));
+    }
 }
 
 impl Splitter {
+    /// Splits at what is found.
+    pub(crate) fn found(find: Find, invert: bool, behavior: Behavior) -> Self {
+        Self::Found(Box::new(Found { find, invert, behavior }))
+    }
+
     /// Emits the words of `text`.
-    pub(crate) fn split(self, text: &str, emit: &mut dyn FnMut(usize, usize)) {
-        match self {
+    pub(crate) fn split(&self, text: &str, emit: &mut dyn FnMut(usize, usize)) {
+        match *self {
+            Self::Found(ref found) => found.split(text, emit),
             Self::Bert => bert(text, emit),
             Self::Gpt2 => gpt2(text, emit),
             Self::Llama3 { digits } => llama3(text, digits, emit),
