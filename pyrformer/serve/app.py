@@ -20,9 +20,10 @@ from pyrformer.errors import Error, InputError
 from pyrformer.fields import parse_json
 from pyrformer.model import Model
 from pyrformer.serve import protocol
-from pyrformer.serve.engine import Completion, Embedding, Engine, Full, Stopping, TimedOut, Token
+from pyrformer.serve.engine import Completion, Echo, Embedding, Engine, Full, Stopping, TimedOut, Token
 from pyrformer.serve.protocol import BadRequest, Limits
 from pyrformer.serve.server import Settings
+from pyrformer.serve.template import chat_template
 
 #: Names of this machine to itself; without a key, requests to others are refused: a page in a browser may have had
 #: its own name point here (DNS rebinding).
@@ -56,19 +57,33 @@ def _refusal(e: Error) -> _Body:
     return _Body(500, str(e), "server_error")
 
 
-class Server:
-    """The application of one model. ``app`` is for an ASGI server; its end ends the engine."""
+class Served:
+    """A model under its name, with an engine and limits of its own."""
 
-    def __init__(self, model: Model, settings: Settings):
+    def __init__(self, name: str, model: Model, settings: Settings):
         length = min(settings.max_length, model.family.max_positions)
-        self.model, self.settings = model, settings
-        self.limits = Limits(settings.name, length, settings.max_rows, settings.max_waiting)
+        self.name, self.model = name, model
+        self.limits = Limits(length, settings.max_rows, settings.max_waiting)
+        self.template = chat_template(model, settings.chat_template) if model.tokenizer else None
         self.engine = Engine(model, rows=settings.max_rows, slots=length, waiting=settings.max_waiting)
+
+
+class Server:
+    """The application of some models. ``app`` is for an ASGI server; its end ends the engines.
+
+    Args:
+        models: by their names for clients; the first answers those that name none.
+    """
+
+    def __init__(self, models: dict[str, Model], settings: Settings):
+        self.settings = settings
+        self.served = {name: Served(name, model, settings) for name, model in models.items()}
         routes = [
             Route("/health", self.health),
             Route("/v1/models", self._guarded(self.models)),
             Route("/v1/models/{name:path}", self._guarded(self.one_model)),
             Route("/v1/completions", self._guarded(self.completions), methods=["POST"]),
+            Route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"]),
             Route("/v1/embeddings", self._guarded(self.embeddings), methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
@@ -81,7 +96,7 @@ class Server:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(self.engine.stop)
+        await asyncio.gather(*(asyncio.to_thread(one.engine.stop) for one in self.served.values()))
 
     def _guarded(
         self, handle: Callable[[Request], Awaitable[Response]]
@@ -109,21 +124,27 @@ class Server:
         return guarded
 
     async def health(self, _: Request) -> Response:
-        engine = self.engine
-        return JSONResponse({"status": "ok", "running": engine.running, "waiting": engine.waiting})
+        engines = [one.engine for one in self.served.values()]
+        running, waiting = sum(e.running for e in engines), sum(e.waiting for e in engines)
+        return JSONResponse({"status": "ok", "running": running, "waiting": waiting})
 
     async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        return JSONResponse({"object": "list", "data": [_card(name) for name in self.served]})
 
     async def one_model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != self.settings.name:
-            message = f"there is no model {name!r} here, only {self.settings.name!r}"
-            raise BadRequest(message, "model", 404, "model_not_found")
-        return JSONResponse(self._card())
+        return JSONResponse(_card(self._named(request.path_params["name"]).name))
 
-    def _card(self) -> dict[str, Any]:
-        return {"id": self.settings.name, "object": "model", "created": 0, "owned_by": "pyrformer"}
+    def _named(self, name: Any) -> Served:
+        """The model of a name, the first without one."""
+        if name is None:
+            return next(iter(self.served.values()))
+        if not isinstance(name, str) or name not in self.served:
+            message = f"there is no model {name!r} here, only {', '.join(map(repr, self.served))}"
+            raise BadRequest(message, "model", 404, "model_not_found")
+        return self.served[name]
+
+    def _asked(self, body: Any) -> Served:
+        return self._named(body.get("model") if isinstance(body, dict) else None)
 
     async def _json(self, request: Request) -> Any:
         """The body, within its limits."""
@@ -150,20 +171,31 @@ class Server:
 
     async def embeddings(self, request: Request) -> Response:
         body = await self._json(request)
-        texts, in_base64 = await asyncio.to_thread(protocol.read_embedding, body, self.model, self.limits)
+        one = self._asked(body)
+        texts, in_base64 = await asyncio.to_thread(protocol.read_embedding, body, one.model, one.limits)
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Any] = asyncio.Queue()
         job = Embedding(texts, self.settings.timeout, lambda x: _tell(loop, inbox, x))
-        self.engine.submit([job])
+        one.engine.submit([job])
         async with _attended(request, inbox, [job]):
             found = await _next(inbox)
         if isinstance(found, Error):
             raise found
-        return JSONResponse(protocol.embedding_body(self.settings.name, texts, found, in_base64))
+        return JSONResponse(protocol.embedding_body(one.name, texts, found, in_base64))
 
     async def completions(self, request: Request) -> Response:
         body = await self._json(request)
-        asked = await asyncio.to_thread(protocol.read_completion, body, self.model, self.limits)
+        one = self._asked(body)
+        asked = await asyncio.to_thread(protocol.read_completion, body, one.model, one.limits)
+        return await self._answer(request, one, asked)
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._json(request)
+        one = self._asked(body)
+        asked = await asyncio.to_thread(protocol.read_chat, body, one.model, one.limits, one.template)
+        return await self._answer(request, one, asked)
+
+    async def _answer(self, request: Request, one: Served, asked: protocol.CompletionRequest) -> Response:
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Any] = asyncio.Queue()
         jobs = [
@@ -175,15 +207,15 @@ class Server:
                 asked.logprobs or 0,
                 self.settings.timeout,
                 lambda x, i=i: _tell(loop, inbox, (i, x)),  # type: ignore[misc]
+                echo=asked.echo,
+                scored=asked.echo and asked.logprobs is not None,
             )
             for i, prompt in enumerate(asked.prompts)
         ]
-        self.engine.submit(jobs)
-        answer = protocol.Answer(self.settings.name, asked)
-        tokenizer = self.model.require_tokenizer()
-        choices = [
-            protocol.Choice(i, tokenizer, asked.stops, asked.logprobs) for i in range(len(jobs) * asked.n)
-        ]
+        one.engine.submit(jobs)
+        answer = protocol.Answer(one.name, asked)
+        tokenizer = one.model.require_tokenizer()
+        choices = [protocol.Choice(i, tokenizer, asked) for i in range(len(jobs) * asked.n)]
         if asked.stream:
             # A request that fails before its first token is still answered by a status.
             async with _attended(request, inbox, jobs):
@@ -203,7 +235,7 @@ class Server:
                     raise event
                 for part in _parts(choices, number, asked.n, event):
                     parts_of[part["index"]].append(part)
-                left -= not isinstance(event[0], Token)
+                left -= _last(event)
         whole = [protocol.joined(parts) for parts in parts_of]
         return JSONResponse(answer.body(whole, answer.usage(choices)))
 
@@ -224,7 +256,7 @@ class Server:
                     return
                 for part in _parts(choices, number, answer.request.n, event):
                     yield _event(answer.body([part]))
-                left -= not isinstance(event[0], Token)
+                left -= _last(event)
                 if not left:
                     break
                 number, event = await inbox.get()
@@ -237,10 +269,21 @@ class Server:
 
 def _parts(choices: list[protocol.Choice], number: int, n: int, event: Any) -> list[dict[str, Any]]:
     """The parts of answers that an event of completion ``number`` makes."""
+    if isinstance(event, Echo):
+        return [choices[number * n + i].echo(event.tokens) for i in range(n)]
     if isinstance(event[0], Token):
         parts = [choices[number * n + token.sequence].push(token) for token in event]
         return [part for part in parts if part is not None]
     return [choices[number * n + i].finish(reason) for i, reason in enumerate(event)]
+
+
+def _last(event: Any) -> bool:
+    """Whether a completion ends with an event: its finish reasons."""
+    return not isinstance(event, Echo) and not isinstance(event[0], Token)
+
+
+def _card(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "pyrformer"}
 
 
 def _event(body: dict[str, Any]) -> str:

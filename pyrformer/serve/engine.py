@@ -3,7 +3,8 @@
 A request is a search of its own, with options of its own, and takes as many rows of the key-value cache as it returns
 sequences. Before each step the thread admits waiting requests, in their order, while rows are free; then the model
 reads the last tokens of all sequences under way in one pass, after the prompts of those that are new. So a request
-enters while others run, and leaves when it ends.
+enters while others run, and leaves when it ends. Prompts are read in pieces of :data:`PIECE` tokens between the steps
+of the others, so a long one delays them by a piece at a time.
 
 A sequence's tokens are those of ``model.generate`` alone: no bit of a row depends on the rows beside it.
 
@@ -32,6 +33,8 @@ from pyrformer.strategies import Sequences
 
 #: Texts that are embedded between two decoding steps.
 EMBEDDED = 64
+#: Tokens of prompts that are read between two decoding steps.
+PIECE = 128
 
 
 class Full(Error, RuntimeError):
@@ -71,6 +74,17 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that was read.
+
+    Attributes:
+        tokens: those of the prompt, ``sequence`` 0; with log-probabilities if asked for, NaN for the first.
+    """
+
+    tokens: list[Token]
+
+
 @dataclass(eq=False)
 class Completion:
     """A request to continue one prompt.
@@ -84,6 +98,7 @@ class Completion:
         seconds: how long it may take, waiting included.
         tell: called by the engine's thread with tokens as they become certain; then once with the finish reason of
             each sequence, or with the error that ended the request.
+        echo: whether to tell the prompt first; ``scored``: with its log-probabilities.
     """
 
     prompt: list[int]
@@ -92,7 +107,9 @@ class Completion:
     first: int
     top: int
     seconds: float
-    tell: Callable[[list[Token] | list[str] | Error], None]
+    tell: Callable[[list[Token] | list[str] | Echo | Error], None]
+    echo: bool = False
+    scored: bool = False
     cancelled: bool = False
     deadline: float = field(default=math.inf, init=False)
 
@@ -123,6 +140,25 @@ class Running:
         search = _core.Search(request.options, [place], model.family.config.vocab_size, None, None, ends)
         self.sequences = Sequences(search, Positions(1, slots))
         self.began = time.monotonic()
+        #: What the active sequences have yet to read before the next step, and their numbers.
+        self.unread: tuple[list[list[int]], Ints] | None = None
+        #: Of the prompt, what is known so far; and whether it was told.
+        self.prompt: list[Token] = []
+        self.told = not request.echo
+
+    def score(self, piece: list[int], logits: Floats) -> None:
+        """Takes the logits [T, V] behind each token of a piece of the prompt: how probable its successor is."""
+        self.prompt = self.prompt or [Token(0, piece[0], math.nan)]
+        for row in logits[: len(self.request.prompt) - len(self.prompt)]:
+            values, token = log_softmax(row), self.request.prompt[len(self.prompt)]
+            top = _top(row, self.request.top) if self.request.top else ()
+            self.prompt.append(Token(0, token, float(values[token]), top))
+
+    def echo(self) -> None:
+        """Tells the prompt, once."""
+        if not self.told:
+            self.told = True
+            self.request.tell(Echo(self.prompt or [Token(0, t, math.nan) for t in self.request.prompt]))
 
     def tokens(self, logits: Floats) -> list[Token]:
         """Goes on with logits [A, V]."""
@@ -255,18 +291,24 @@ class Engine:
             if _given_up(job.request, now):
                 self._leave(job)
                 continue
-            found = job.sequences.feeds()
-            if found is None:
+            job.unread = job.unread or job.sequences.feeds()
+            if job.unread is None:
                 self._leave(job)
                 self._seconds += 0.1 * (now - job.began - self._seconds)
                 job.request.tell(job.reasons())
                 continue
-            feeds, sequences = found
-            reading[max(map(len, feeds)) > 1].append((job, feeds, job.rows[sequences]))
+            feeds, sequences = job.unread
+            alone = max(map(len, feeds)) > 1 or (job.request.scored and not job.told)
+            reading[alone].append((job, feeds, job.rows[sequences]))
         # Prompts one by one: together, the short ones would be padded to the longest.
-        for group in [*([one] for one in reading[True]), reading[False]]:
-            if group:
-                self._read(group)
+        room = PIECE
+        for job, feeds, into in reading[True]:
+            if room > 0:
+                taken = [feeds[0][:room]] if len(feeds) == 1 else feeds
+                room -= sum(map(len, taken))
+                self._read([(job, taken, into)])
+        if reading[False]:
+            self._read(reading[False])
 
     def _read(self, group: list[tuple[Running, list[list[int]], Ints]]) -> None:
         """One pass of the model for the active sequences of some completions."""
@@ -277,17 +319,28 @@ class Engine:
         decoder.rows = np.concatenate([p.rows for p in positions])
         decoder.lengths = np.concatenate([p.lengths for p in positions])
         ends = np.cumsum([len(p.lengths) for p in positions])[:-1]
+        feeds = [feed for _, feeds, _ in group for feed in feeds]
+        scored = not group[0][0].told and group[0][0].request.scored
+        # A power of two: each number of outputs is a program.
+        outputs = 1 << (len(feeds[0]) - 1).bit_length() if scored else 1
         try:
-            feeds = [feed for _, feeds, _ in group for feed in feeds]
-            logits, _ = decoder.read(feeds, np.concatenate([into for _, _, into in group]))
+            logits, _ = decoder.read(feeds, np.concatenate([into for _, _, into in group]), outputs=outputs)
+            if scored:
+                group[0][0].score(feeds[0], logits[0, -len(feeds[0]) :])
         except Exception as e:
             for job, _, _ in group:
                 self._leave(job)
                 job.request.tell(_as_error(e))
             return
-        parts = (np.split(x, ends) for x in (decoder.rows, decoder.lengths, logits[:, 0]))
-        for (job, _, _), place, rows, lengths, part in zip(group, positions, *parts, strict=True):
+        parts = (np.split(x, ends) for x in (decoder.rows, decoder.lengths, logits[:, -1]))
+        for (job, taken, _), place, rows, lengths, part in zip(group, positions, *parts, strict=True):
             place.rows, place.lengths = rows, lengths
+            whole, sequences = job.unread or ([], np.zeros(0, np.int32))
+            left = [feed[len(read) :] for feed, read in zip(whole, taken, strict=True)]
+            job.unread = (left, sequences) if any(left) else None
+            if job.unread is not None:
+                continue
+            job.echo()
             try:
                 tokens = job.tokens(part)
             except Exception as e:

@@ -1,14 +1,15 @@
 """What requests may say, and how answers are worded: JSON objects in, JSON objects out, no network.
 
-Source: OpenAI's API reference, https://platform.openai.com/docs/api-reference (completions, embeddings, models).
+Source: OpenAI's API reference, https://platform.openai.com/docs/api-reference (completions, chat, embeddings, models).
 """
 
 from __future__ import annotations
 
 import base64
+import math
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from pyrformer.call import merged_options
 from pyrformer.errors import InputError
 from pyrformer.model import Model
 from pyrformer.serve.engine import Token
+from pyrformer.serve.template import ChatTemplate
 from pyrformer.tokenizers import Tokenizer
 
 #: Fields that choose among the filters and penalties of generation, beyond OpenAI's own.
 FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 #: Fields of completions that are taken in their default only.
-DEFAULT_ONLY = {"echo": False, "suffix": None}
+DEFAULT_ONLY = {"suffix": None}
 #: What a model's own file may say and a server does not do.
 NOT_STORED = {
     **dict.fromkeys(
@@ -45,11 +47,22 @@ COMPLETION = {
         "logprobs",
         "logit_bias",
     ),
-    *("stream", "stream_options", "user", *FILTERS, *DEFAULT_ONLY),
+    *("echo", "stream", "stream_options", "user", *FILTERS, *DEFAULT_ONLY),
+}
+#: Fields of chats that completions have not, and the other way round.
+CHAT_ONLY = {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format"}
+CHAT = COMPLETION - {"prompt", "best_of", "echo", *DEFAULT_ONLY} | CHAT_ONLY
+#: Fields of chats that are taken in their default only.
+CHAT_DEFAULT_ONLY: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none"),
+    "response_format": (None, {"type": "text"}),
 }
 EMBEDDING = {"model", "input", "encoding_format", "user"}
 #: Stop strings, alternatives of a token, texts of an embedding request, at most.
 MAX_STOPS, MAX_LOGPROBS, MAX_TEXTS = 4, 5, 2048
+#: The same of a chat.
+MAX_TOP_LOGPROBS = 20
 
 
 class BadRequest(InputError):
@@ -76,13 +89,11 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
-        name: of the model.
         tokens: of a sequence, prompt included.
         rows: sequences of a prompt.
         waiting: prompts of a request.
     """
 
-    name: str
     tokens: int
     rows: int
     waiting: int
@@ -98,6 +109,9 @@ class CompletionRequest:
         stops: strings that end a completion and are not part of it.
         logprobs: alternatives of each token to report; None: no log-probabilities.
         stream: whether pieces come as they are made; ``usage``: and in the end how many tokens there were.
+        echo: whether the prompt comes first.
+        chat: whether the answer is a message.
+        empty: whether nothing is wanted but the prompt; the search makes a token, which is dropped.
     """
 
     prompts: list[list[int]]
@@ -106,6 +120,9 @@ class CompletionRequest:
     logprobs: int | None
     stream: bool
     usage: bool
+    echo: bool = False
+    chat: bool = False
+    empty: bool = False
 
     @property
     def n(self) -> int:
@@ -138,15 +155,12 @@ def _flag(body: dict[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _check(body: Any, known: set[str], limits: Limits) -> dict[str, Any]:
+def _check(body: Any, known: set[str]) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     for name in body:
         if name not in known:
             raise BadRequest(f"unknown field {name!r}; known are {', '.join(sorted(known))}", name)
-    if body.get("model") not in (None, limits.name):
-        message = f"there is no model {body['model']!r} here, only {limits.name!r}"
-        raise BadRequest(message, "model", 404, "model_not_found")
     return body
 
 
@@ -182,7 +196,9 @@ def _is_id(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def read_completion(body: Any, model: Model, limits: Limits) -> CompletionRequest:
+def read_completion(
+    body: Any, model: Model, limits: Limits, most_logprobs: int = MAX_LOGPROBS
+) -> CompletionRequest:
     """Checks a body of ``/v1/completions``.
 
     ``temperature`` is 1 and ``max_tokens`` 16 unless given, as in OpenAI's API; temperature 0 takes the most probable
@@ -191,7 +207,7 @@ def read_completion(body: Any, model: Model, limits: Limits) -> CompletionReques
     Raises:
         BadRequest: a field is unknown, wrong, or beyond the limits.
     """
-    body = _check(body, COMPLETION, limits)
+    body = _check(body, COMPLETION)
     if model.family.objective != "ar":
         why = "keeps no cache" if model.family.objective == "plm" else "does not continue text"
         raise BadRequest(f"this model {why}; use /v1/embeddings", "model")
@@ -204,7 +220,8 @@ def read_completion(body: Any, model: Model, limits: Limits) -> CompletionReques
     n = _number(body, "n", 1, 1, limits.rows, whole=True)
     if body.get("best_of") not in (None, n):
         raise BadRequest("best_of must equal n", "best_of")
-    most = _number(body, "max_tokens", 16, 1, limits.tokens, whole=True)
+    echo = _flag(body, "echo")
+    most = _number(body, "max_tokens", 16, 0 if echo else 1, limits.tokens, whole=True)
     longest = max(map(len, prompts))
     if longest + most > limits.tokens:
         message = (
@@ -213,7 +230,7 @@ def read_completion(body: Any, model: Model, limits: Limits) -> CompletionReques
         raise BadRequest(message, "prompt", code="context_length_exceeded")
     temperature = _number(body, "temperature", 1.0, 0, 2)
     options: dict[str, Any] = {
-        "max_new_tokens": most,
+        "max_new_tokens": max(1, most),
         "num_return_sequences": n,
         "do_sample": temperature > 0,
     }
@@ -249,10 +266,46 @@ def read_completion(body: Any, model: Model, limits: Limits) -> CompletionReques
     extra = body.get("stream_options") or {}
     if not isinstance(extra, dict) or set(extra) - {"include_usage"}:
         raise BadRequest("stream_options may hold include_usage only", "stream_options")
-    logprobs = _number(body, "logprobs", None, 0, MAX_LOGPROBS, whole=True)
+    logprobs = _number(body, "logprobs", None, 0, most_logprobs, whole=True)
     return CompletionRequest(
-        prompts, options, stops, logprobs, _flag(body, "stream"), _flag(extra, "include_usage")
+        prompts,
+        options,
+        stops,
+        logprobs,
+        _flag(body, "stream"),
+        _flag(extra, "include_usage"),
+        echo,
+        empty=most == 0,
     )
+
+
+def read_chat(body: Any, model: Model, limits: Limits, template: ChatTemplate | None) -> CompletionRequest:
+    """Checks a body of ``/v1/chat/completions``: the messages become a prompt by the model's template.
+
+    Raises:
+        BadRequest: a field is unknown, wrong, not supported, or beyond the limits; or the model has no template.
+    """
+    body = dict(_check(body, CHAT))
+    if template is None:
+        raise BadRequest("this model has no chat template; ask /v1/completions", code="no_chat_template")
+    for name, allowed in CHAT_DEFAULT_ONLY.items():
+        if body.pop(name, None) not in allowed:
+            raise BadRequest(f"{name} is not supported here", name)
+    prompt = template.ids(body.pop("messages", None), model.require_tokenizer())
+    if body.get("max_tokens") is None:
+        body["max_tokens"] = body.get("max_completion_tokens")
+    body.pop("max_completion_tokens", None)
+    if body["max_tokens"] is None:
+        body["max_tokens"] = max(1, limits.tokens - len(prompt))
+    # Of completions, logprobs is a number; of chats a flag, and the number stands beside it.
+    top = _number(body, "top_logprobs", None, 0, MAX_TOP_LOGPROBS, whole=True)
+    body.pop("top_logprobs", None)
+    wanted = _flag(body, "logprobs")
+    if top is not None and not wanted:
+        raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    body["logprobs"] = (top or 0) if wanted else None
+    asked = read_completion({**body, "prompt": prompt}, model, limits, MAX_TOP_LOGPROBS)
+    return replace(asked, chat=True)
 
 
 def read_embedding(body: Any, model: Model, limits: Limits) -> tuple[list[list[int]], bool]:
@@ -261,7 +314,7 @@ def read_embedding(body: Any, model: Model, limits: Limits) -> tuple[list[list[i
     Raises:
         BadRequest: a field is unknown, wrong, or beyond the limits.
     """
-    body = _check(body, EMBEDDING, limits)
+    body = _check(body, EMBEDDING)
     texts = _texts(body, "input", model, framed=True)
     if len(texts) > MAX_TEXTS:
         raise BadRequest(f"a request may have {MAX_TEXTS} texts, got {len(texts)}", "input")
@@ -292,16 +345,29 @@ def embedding_body(
 class Choice:
     """One completion as its tokens come: its text up to the first stop string, never half a character."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stops: list[str], logprobs: int | None):
+    def __init__(self, index: int, tokenizer: Tokenizer, asked: CompletionRequest):
         self.index, self.tokens = index, 0
-        self._tokenizer, self._stops, self._logprobs = tokenizer, stops, logprobs
+        self._tokenizer, self._stops, self._logprobs = tokenizer, asked.stops, asked.logprobs
+        self._empty = asked.empty
         self._pieces = tokenizer.stream_decoder(skip_special_tokens=True)
         #: Text that may be the beginning of a stop string; how much was given; whether one was found.
         self._held, self._given, self._stopped = "", 0, False
         self._pending: list[tuple[Token, int]] = []
 
+    def echo(self, tokens: list[Token]) -> dict[str, Any]:
+        """The part of the answer that is the prompt."""
+        pieces, text, placed = self._tokenizer.stream_decoder(skip_special_tokens=True), "", []
+        for token in tokens:
+            placed.append((token, len(text)))
+            text += pieces.push(token.id) or ""
+        text += pieces.finish() or ""
+        self._given = len(text)
+        return self._worded(text, placed)
+
     def push(self, token: Token) -> dict[str, Any] | None:
         """Takes a token; gives a part of the answer where there is one."""
+        if self._empty:
+            return None
         self.tokens += 1
         if self._stopped:
             return None
@@ -348,8 +414,8 @@ class Choice:
             name = self._name
             part["logprobs"] = {
                 "tokens": [name(t.id) for t, _ in tokens],
-                "token_logprobs": [t.logprob for t, _ in tokens],
-                "top_logprobs": [{name(i): p for i, p in t.top} for t, _ in tokens]
+                "token_logprobs": [None if math.isnan(t.logprob) else t.logprob for t, _ in tokens],
+                "top_logprobs": [{name(i): p for i, p in t.top} or None for t, _ in tokens]
                 if self._logprobs
                 else None,
                 "text_offset": [at for _, at in tokens],
@@ -379,12 +445,16 @@ class Answer:
 
     def __init__(self, name: str, request: CompletionRequest):
         self.request = request
+        kind = "text_completion"
+        if request.chat:
+            kind = "chat.completion.chunk" if request.stream else "chat.completion"
         self.head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
+            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "object": kind,
             "created": int(time.time()),
             "model": name,
         }
+        self._begun: set[int] = set()
 
     def usage(self, choices: list[Choice]) -> dict[str, int]:
         """Tokens of the prompts and of the completions."""
@@ -393,4 +463,30 @@ class Answer:
 
     def body(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
         """A whole answer, or a part of one."""
+        if self.request.chat:
+            choices = [self._spoken(part) for part in choices]
         return {**self.head, "choices": choices, **({"usage": usage} if usage is not None else {})}
+
+    def _spoken(self, part: dict[str, Any]) -> dict[str, Any]:
+        """A part as a chat words it: a message, or in a stream what is added to it."""
+        first = part["index"] not in self._begun
+        self._begun.add(part["index"])
+        said = {**({"role": "assistant"} if first else {}), "content": part["text"]}
+        found = part["logprobs"]
+        tops = (found["top_logprobs"] or [None] * len(found["tokens"])) if found is not None else []
+        listed = found and {
+            "content": [
+                {**_probable(token, p), "top_logprobs": [_probable(t, q) for t, q in (top or {}).items()]}
+                for token, p, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
+            ]
+        }
+        return {
+            "index": part["index"],
+            "delta" if self.request.stream else "message": said,
+            "logprobs": listed,
+            "finish_reason": part["finish_reason"],
+        }
+
+
+def _probable(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "surrogatepass"))}

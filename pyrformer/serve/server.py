@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is served.
+    """How models are served.
 
     Attributes:
-        name: the model's, for clients.
+        chat_template: a file with one, in the place of the models' own.
         api_key: what clients must show; None: nothing.
         max_length: tokens of a sequence, prompt included.
-        max_rows: sequences that are decoded together.
-        max_waiting: prompts and embedding requests that wait.
+        max_rows: sequences of one model that are decoded together.
+        max_waiting: prompts and embedding requests that wait for one model.
         max_body: bytes of a request.
         timeout: seconds that a request may take, waiting included.
     """
 
-    name: str
     api_key: str | None = None
     max_length: int = 2048
     max_rows: int = 8
     max_waiting: int = 64
     max_body: int = 1 << 20
     timeout: float = 120.0
+    chat_template: str | None = None
 
 
 def is_local(host: str) -> bool:
@@ -45,7 +45,7 @@ def is_local(host: str) -> bool:
 
 
 def serve(
-    model: Model,
+    models: dict[str, Model],
     settings: Settings,
     *,
     host: str = "127.0.0.1",
@@ -53,16 +53,18 @@ def serve(
     stop_seconds: int = 30,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serves a model until SIGTERM or SIGINT; then takes no new connection and finishes what was asked.
+    """Serves models until SIGTERM or SIGINT; then takes no new connection and finishes what was asked.
 
     Args:
+        models: by their names for clients; the first answers those that name none.
         host: address to listen on.
         port: 0 takes a free one.
         stop_seconds: how long finishing may take.
         on_ready: called with the URL once connections are taken.
 
     Raises:
-        InputError: uvicorn or starlette is not installed; or others than this machine could ask without a key.
+        InputError: uvicorn or starlette is not installed, a chat template is not valid, or others than this machine
+            could ask without a key.
         FileError: the address cannot be listened on.
     """
     try:
@@ -84,7 +86,7 @@ def serve(
                 on_ready(f"http://{f'[{host}]' if ':' in host else host}:{bound}")
 
     config = uvicorn.Config(
-        Server(model, settings).app,
+        Server(models, settings).app,
         host=host,
         port=port,
         log_level="warning",

@@ -17,6 +17,7 @@ THIRD_PARTY = {"pyrformer": {"numpy", "tomli"}, "cli": {"click", "rich", "numpy"
 OPTIONAL = {
     ("torch", "pyrformer.bench.torch_peer"),
     ("pyarrow", "pyrformer.arrow"),
+    ("jinja2", "pyrformer.serve.template"),
     ("starlette", "pyrformer.serve.app"),
     ("uvicorn", "pyrformer.serve.server"),
     ("llguidance", "pyrformer.grammar"),

@@ -6,6 +6,7 @@ import base64
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,8 +30,10 @@ uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip i
 pytest.importorskip("starlette", reason="starlette is not installed: pip install pyrformer[serve]")
 
 from pyrformer.serve import app, protocol  # noqa: E402
+from pyrformer.serve import engine as serving_engine  # noqa: E402
 from pyrformer.serve.app import Server  # noqa: E402
 from pyrformer.serve.server import Settings, is_local, serve  # noqa: E402
+from pyrformer.serve.template import ChatTemplate  # noqa: E402
 
 TEXTS = ["the cat sat", "on the mat the king slept", "a cat", "the mat on the mat — naïve!"]
 
@@ -55,8 +58,9 @@ def model(folder: Path) -> pf.Model:
 class Client:
     """A server in a thread of this process."""
 
-    def __init__(self, model: pf.Model, **settings: Any):
-        self.server = Server(model, Settings(name="tiny", **settings))
+    def __init__(self, model: pf.Model, more: dict[str, pf.Model] = {}, **settings: Any):  # noqa: B006
+        self.server = Server({"tiny": model, **more}, Settings(**settings))
+        self.engine = self.server.served["tiny"].engine
         config = uvicorn.Config(self.server.app, port=0, log_level="error")
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run)
@@ -171,6 +175,186 @@ def test_logprobs(client: Client, model: pf.Model) -> None:
     assert columns["text_offset"] == sorted(columns["text_offset"])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+def test_echo(client: Client, model: pf.Model, logprobs: int | None, stream: bool) -> None:
+    body = {"prompt": TEXTS[1], "max_tokens": 5, "temperature": 0, "echo": True, "logprobs": logprobs}
+    tokenizer = model.require_tokenizer()
+    ids, made = tokenizer.encode(TEXTS[1]).ids, model.generate(TEXTS[1], max_new_tokens=5)
+    if stream:
+        parts = client.stream(**body)
+        (choice,) = (protocol.joined([p["choices"][0] for p in parts]),)
+    else:
+        answer = client.complete(**body)
+        assert answer["usage"]["completion_tokens"] == len(made.ids[0])
+        (choice,) = answer["choices"]
+    assert choice["text"] == TEXTS[1] + made.texts[0]
+    if logprobs is None:
+        assert choice["logprobs"] is None
+        return
+    found = choice["logprobs"]
+    whole = model([ids]).logits[0].astype(np.float64)
+    want = (
+        whole
+        - np.log(np.exp(whole - whole.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - whole.max(-1, keepdims=True)
+    )
+    assert found["token_logprobs"][0] is None
+    np.testing.assert_allclose(
+        found["token_logprobs"][1 : len(ids)], [want[i, t] for i, t in enumerate(ids[1:])], rtol=1e-6
+    )
+    assert len(found["tokens"]) == len(found["text_offset"]) == len(ids) + len(made.ids[0])
+    for token, at in list(zip(found["tokens"], found["text_offset"], strict=True))[: len(ids)]:
+        assert choice["text"][at:].startswith(token)
+    if logprobs:
+        assert found["top_logprobs"][0] is None
+        for row, tops in zip(want, found["top_logprobs"][1 : len(ids)], strict=False):
+            assert max(tops.values()) == pytest.approx(row.max(), rel=1e-6)
+
+
+def test_a_prompt_alone_is_scored(client: Client, model: pf.Model) -> None:
+    answer = client.complete(prompt=[TEXTS[0], TEXTS[1]], max_tokens=0, echo=True, logprobs=0)
+    assert texts_of(answer) == TEXTS[:2]
+    assert answer["usage"]["completion_tokens"] == 0
+    sums = [sum(c["logprobs"]["token_logprobs"][1:]) for c in answer["choices"]]
+    ids = [model.require_tokenizer().encode(t).ids for t in TEXTS[:2]]
+    for i, found in zip(ids, sums, strict=True):
+        loss, _ = model.loss_and_grads([i], [i])
+        assert found == pytest.approx(-loss * (len(i) - 1), rel=1e-6)
+
+
+def test_long_prompts_are_read_in_pieces_beside_streams(
+    client: Client, model: pf.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_engine, "PIECE", 16)
+    decoder, feeds = client.engine._decoder, []
+    read = decoder.read  # type: ignore[union-attr]
+
+    def watched(given: Any, into: Any, **more: Any) -> Any:
+        feeds.append([len(f) for f in given])
+        return read(given, into, **more)
+
+    monkeypatch.setattr(decoder, "read", watched)
+    long = "the cat sat on the mat " * 9
+    with ThreadPoolExecutor(2) as pool:
+        short = pool.submit(client.complete, prompt="a cat", max_tokens=100, temperature=0)
+        while len(feeds) < 5:
+            time.sleep(0.001)
+        answer = client.complete(prompt=long, max_tokens=5, temperature=0, echo=True, logprobs=0)
+        assert texts_of(short.result()) == model.generate("a cat", max_new_tokens=100).texts
+    assert texts_of(answer) == [long + model.generate(long, max_new_tokens=5).texts[0]]
+    pieces = [i for i, f in enumerate(feeds) if f[0] > 1][1:]
+    count = len(model.require_tokenizer().encode(long).ids)
+    assert sum(feeds[i][0] for i in pieces) == count > 32
+    assert max(max(f) for f in feeds) == 16
+    assert all(feeds[i + 1] == [1] for i in pieces[:-1]), "the other goes on between the pieces"
+
+
+CHATML = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('who?') }}"
+    "{% endif %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatting(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, pf.Model]]:
+    pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install pyrformer[serve]")
+    copy = tmp_path_factory.mktemp("chat") / "chatty"
+    shutil.copytree(folder, copy)
+    config = copy / "tokenizer_config.json"
+    known = json.loads(config.read_text())
+    config.write_text(json.dumps({**known, "chat_template": [{"name": "default", "template": CHATML}]}))
+    model = pf.load(copy, dtype="float64", threads=2)
+    client = Client(model, {"plain": pf.load(folder, dtype="float64")}, max_rows=4, max_waiting=8)
+    yield client, model
+    client.stop()
+
+
+MESSAGES = [
+    {"role": "system", "content": "the cat"},
+    {"role": "user", "content": [{"type": "text", "text": "on the mat "}]},
+]
+
+
+def test_chats_go_through_the_template(chatting: tuple[Client, pf.Model]) -> None:
+    client, model = chatting
+    prompt = model.require_tokenizer().encode("[system] the cat\n[user] on the mat\n[assistant] ").ids
+    want = model.generate([prompt], max_new_tokens=9)
+    body = {"messages": MESSAGES, "max_tokens": 9, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    status, answer = client.ask("/v1/chat/completions", body)
+    assert status == 200, answer
+    assert answer["object"] == "chat.completion"
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": want.texts[0]}
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    listed = choice["logprobs"]["content"]
+    np.testing.assert_allclose([t["logprob"] for t in listed], want.token_logprobs[0], rtol=1e-6)
+    assert all(len(t["top_logprobs"]) == 2 and bytes(t["bytes"]).decode() == t["token"] for t in listed)
+    # Without max_tokens there is room up to the model's end.
+    assert client.ask("/v1/chat/completions", {"messages": MESSAGES, "temperature": 0})[0] == 200
+    data = client.fetch("/v1/chat/completions", {**body, "stream": True})[1].split("\n\n")
+    parts = [json.loads(line.removeprefix("data: ")) for line in data[:-2]]
+    deltas = [p["choices"][0]["delta"] for p in parts]
+    assert [d.get("role") for d in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert "".join(d["content"] for d in deltas) == want.texts[0]
+    assert parts[0]["object"] == "chat.completion.chunk"
+    assert parts[-1]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"messages": []}, "list of objects"),
+        ({"messages": [{"content": "a"}]}, "role and content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts of type"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "who?"),
+        ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_logprobs": 3}, "needs logprobs"),
+        ({"prompt": "a"}, "unknown field"),
+        ({"model": "plain"}, "no chat template"),
+        ({"model": "other"}, "there is no model 'other' here, only 'tiny', 'plain'"),
+    ],
+)
+def test_refused_chats(chatting: tuple[Client, pf.Model], more: dict[str, Any], said: str) -> None:
+    status, answer = chatting[0].ask("/v1/chat/completions", {"messages": MESSAGES, **more})
+    assert 400 <= status < 500
+    assert said in answer["error"]["message"]
+
+
+def test_templates_are_in_a_sandbox(folder: Path) -> None:
+    pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install pyrformer[serve]")
+    for text in (
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ 1 / 0 }}",
+    ):
+        with pytest.raises(InputError, match="refuses"):
+            ChatTemplate(text, {}).prompt(MESSAGES)
+    with pytest.raises(InputError, match="not valid"):
+        ChatTemplate("{% for %}", {})
+    assert (
+        ChatTemplate("{{ bos_token }}{{ messages | tojson }}", {"bos_token": "<s>"}).prompt(
+            [{"role": "user", "content": "<é>"}]
+        )
+        == '<s>[{"role": "user", "content": "<é>"}]'
+    )
+
+
+def test_several_models_in_one_server(chatting: tuple[Client, pf.Model]) -> None:
+    client, _ = chatting
+    assert [m["id"] for m in client.ask("/v1/models")[1]["data"]] == ["tiny", "plain"]
+    with ThreadPoolExecutor(8) as pool:
+        names = ["tiny", "plain"] * 4
+        answers = list(
+            pool.map(lambda n: client.complete(model=n, prompt="a", max_tokens=8, temperature=0), names)
+        )
+    assert [a["model"] for a in answers] == names
+    assert len({texts_of(a)[0] for a in answers}) == 1
+
+
 def test_text_ends_before_a_stop_string(client: Client, model: pf.Model) -> None:
     whole = model.generate("the cat", max_new_tokens=30).texts[0]
     for stop in (whole[4:9], whole[10:11]):
@@ -221,8 +405,8 @@ def test_many_clients_at_once(client: Client, model: pf.Model) -> None:
     with ThreadPoolExecutor(24) as pool:
         found = list(pool.map(ask, range(60)))
     assert found == [want(i) for i in range(60)]
-    assert client.server.engine.running == client.server.engine.waiting == 0
-    assert sorted(client.server.engine._free) == [0, 1, 2, 3]
+    assert client.engine.running == client.engine.waiting == 0
+    assert sorted(client.engine._free) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +426,7 @@ def test_many_clients_at_once(client: Client, model: pf.Model) -> None:
         ({"prompt": "a", "n": 5}, 400, "n", "from 1 to 4"),
         ({"prompt": "a", "n": 2, "temperature": 0}, 400, "n", "above 0"),
         ({"prompt": "a", "best_of": 2}, 400, "best_of", "equal n"),
-        ({"prompt": "a", "echo": True}, 400, "echo", "not supported"),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix", "not supported"),
         ({"prompt": "a", "stop": [""]}, 400, "stop", "at most 4"),
         ({"prompt": "a", "logprobs": 6}, 400, "logprobs", "from 0 to 5"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "token ids"),
@@ -316,7 +500,7 @@ def test_any_body_is_read_or_refused(
     ):
         given_body = {**body, **first} if usual else body
         with suppress(protocol.BadRequest):
-            found = read(given_body, model, client.server.limits)
+            found = read(given_body, model, client.server.served["tiny"].limits)
             if isinstance(found, protocol.CompletionRequest):
                 # What was read can be run, or the search refuses it with its own words.
                 status, answer = client.ask("/v1/completions", {**given_body, "stream": False})
@@ -338,13 +522,13 @@ def test_bodies_must_come_in_time(client: Client, monkeypatch: pytest.MonkeyPatc
 
 def slow(model: pf.Model, client: Client) -> None:
     """Makes each step of the engine take a while."""
-    read = client.server.engine._decoder.read  # type: ignore[union-attr]
+    read = client.engine._decoder.read  # type: ignore[union-attr]
 
     def later(*args: Any, **options: Any) -> Any:
         time.sleep(0.05)
         return read(*args, **options)
 
-    client.server.engine._decoder.read = later  # type: ignore[union-attr, method-assign]
+    client.engine._decoder.read = later  # type: ignore[union-attr, method-assign]
 
 
 def test_a_full_queue_says_when_to_come_back(model: pf.Model) -> None:
@@ -379,7 +563,7 @@ def test_requests_end_in_time_and_with_their_clients(model: pf.Model) -> None:
         assert (status, answer["error"]["code"]) == (504, "timeout")
         events = client.fetch("/v1/completions", {**body, "stream": True})[1].split("\n\n")
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
-        engine = client.server.engine
+        engine = client.engine
         object.__setattr__(client.server.settings, "timeout", 60.0)
         for streamed in (True, False):
             connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
@@ -403,7 +587,7 @@ def test_requests_end_in_time_and_with_their_clients(model: pf.Model) -> None:
 def test_a_fault_of_one_step_ends_its_requests_only(model: pf.Model) -> None:
     client = Client(model)
     try:
-        decoder = client.server.engine._decoder
+        decoder = client.engine._decoder
         assert decoder is not None
         read = decoder.read
         decoder.read = lambda *_, **__: 1 / 0  # type: ignore[method-assign, return-value, assignment]
@@ -458,7 +642,7 @@ def test_only_local_addresses_go_without_a_key(model: pf.Model) -> None:
     assert [is_local(h) for h in ("127.0.0.1", "::1", "localhost")] == [True] * 3
     assert [is_local(h) for h in ("0.0.0.0", "::", "example.org", "")] == [False] * 4
     with pytest.raises(InputError, match="set an API key"):
-        serve(model, Settings(name="tiny"), host="0.0.0.0")
+        serve({"tiny": model}, Settings(), host="0.0.0.0")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
