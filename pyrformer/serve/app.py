@@ -138,7 +138,9 @@ class Server:
         """The model of a name, the first without one."""
         if name is None:
             return next(iter(self.served.values()))
-        if not isinstance(name, str) or name not in self.served:
+        if not isinstance(name, str):
+            raise BadRequest(f"model must be a name, got {name!r}", "model")
+        if name not in self.served:
             message = f"there is no model {name!r} here, only {', '.join(map(repr, self.served))}"
             raise BadRequest(message, "model", 404, "model_not_found")
         return self.served[name]
