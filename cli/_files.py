@@ -34,6 +34,10 @@ OPTIONS = (
     ),
     click.option("--overwrite", is_flag=True, help="Replace OUT, and forget what was begun."),
 )
+#: Where commands over files compute.
+DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
 # fmt: on
 
 
@@ -53,34 +57,47 @@ def over_files(
         overwrite: bool,
         **options: Any,
     ) -> None:
-        verb, handle, deciding = command(**options)
-        source = list(files) or ["-"]
-        with files_bar(source, hidden=out == "-" and sys.stdout.isatty()) as told:
-            counts = run(
-                source,
-                verb,
-                _echo if out == "-" else out,
-                column=column,
-                prefix=prefix,
-                on_corrupt=on_corrupt,
-                identity={
-                    "command": click.get_current_context().info_name,
-                    "by": _by(handle),
-                    "given": deciding,
-                },
-                overwrite=overwrite,
-                progress=_telling(told),
-            )
-        rejected = counts.unread + counts.refused
-        if rejected:
-            where = f"; see {out}.quarantine.jsonl" if on_corrupt == "quarantine" else ""
-            click.echo(f"{rejected:,} rows or files were left out{where}", err=True)
-        if out != "-":
-            click.echo(f"{out}: {counts.rows - counts.refused:,} rows", err=True)
+        through(command(**options), list(files) or ["-"], column, out, prefix, on_corrupt, overwrite)
 
     for option in reversed(OPTIONS):
         whole = option(whole)
     return whole
+
+
+def through(
+    done: tuple[Verb, pf.Model | pf.Tokenizer, dict[str, Any]],
+    source: list[str],
+    column: str,
+    out: str,
+    prefix: str,
+    on_corrupt: str,
+    overwrite: bool,
+    **more: Any,
+) -> None:
+    """Puts files through what is done to texts, by what, with the options that decide the results; ``more`` goes to
+    :func:`pyrformer.pipeline.run`."""
+    verb, handle, deciding = done
+    with files_bar(source, hidden=out == "-" and sys.stdout.isatty()) as told:
+        context = click.get_current_context()
+        telling = context.meta[BEAT] = _Telling(told)
+        counts = run(
+            source,
+            verb,
+            _echo if out == "-" else out,
+            column=column,
+            prefix=prefix,
+            on_corrupt=on_corrupt,
+            identity={"command": context.info_name, "by": _by(handle), "given": deciding},
+            overwrite=overwrite,
+            progress=telling,
+            **more,
+        )
+    rejected = counts.unread + counts.refused
+    if rejected:
+        where = f"; see {out}.quarantine.jsonl" if on_corrupt == "quarantine" else ""
+        click.echo(f"{rejected:,} rows or files were left out{where}", err=True)
+    if out != "-":
+        click.echo(f"{out}: {counts.rows - counts.refused:,} rows", err=True)
 
 
 def _echo(lines: str) -> None:
@@ -94,10 +111,23 @@ def _by(handle: pf.Model | pf.Tokenizer) -> Any:
     return [str(handle.origin.path), handle.origin.marks] if handle.origin else None
 
 
-def _telling(told: Told) -> Callable[[int, int, int], None]:
-    return lambda read, rows, rejected: told(
-        read, f"{rows:,} rows" + (f", {rejected:,} left out" if rejected else "")
-    )
+#: Where a command finds what tells how far it is.
+BEAT = "pyrformer.beat"
+
+
+class _Telling:
+    """Rows that are done, and what is done of those under way."""
+
+    def __init__(self, told: Told):
+        self.told, self.read, self.rows = told, 0, "0 rows"
+
+    def __call__(self, read: int, rows: int, rejected: int) -> None:
+        self.read, self.rows = read, f"{rows:,} rows" + (f", {rejected:,} left out" if rejected else "")
+        self.told(read, self.rows)
+
+    def beat(self, what: str) -> None:
+        """Tells of the rows under way."""
+        self.told(self.read, f"{self.rows}, {what}")
 
 
 def texts_of(file: str, column: str) -> Iterator[str]:

@@ -9,21 +9,22 @@ import click
 import pyrformer as pf
 from pyrformer.pipeline import Verb
 
-from ._files import over_files
+from ._files import DEVICE, over_files
 
 
 @click.command()
 @click.argument("run", type=click.Path())
+@DEVICE
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @over_files
-def command(run: str, threads: int | None) -> tuple[Verb, pf.Model, dict[str, Any]]:
+def command(run: str, device: str, threads: int | None) -> tuple[Verb, pf.Model, dict[str, Any]]:
     """Give texts their classes, with the model in the folder RUN.
 
     FILES are as for `pyrformer train`, but each line of a .txt file is a text; without FILES, standard input is read.
     Each row comes out with "label" and "score", or "tokens", "labels" and "scores" of a model that classifies tokens.
     What was ended goes on when the same command is given again.
     """
-    model = pf.load(run, threads=threads)
+    model = pf.load(run, device=device, threads=threads)
     tokenizer = model.require_tokenizer()
 
     def verb(texts: list[str]) -> list[dict[str, Any]]:

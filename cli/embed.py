@@ -9,7 +9,7 @@ import click
 import pyrformer as pf
 from pyrformer.pipeline import Verb
 
-from ._files import over_files
+from ._files import DEVICE, over_files
 
 
 @click.command()
@@ -20,10 +20,11 @@ from ._files import over_files
 @click.option(
     "--normalize/--no-normalize", default=None, help="Scale to length 1.  [default: what RUN says, or yes]"
 )
+@DEVICE
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @over_files
 def command(
-    run: str, pooling: str | None, normalize: bool | None, threads: int | None
+    run: str, pooling: str | None, normalize: bool | None, device: str, threads: int | None
 ) -> tuple[Verb, pf.Model, dict[str, Any]]:
     """Give texts their vectors, with the model in the folder RUN.
 
@@ -31,7 +32,7 @@ def command(
     Each row comes out with its vector, a list, in "embedding". What was ended goes on when the same command is given
     again.
     """
-    model = pf.load(run, threads=threads)
+    model = pf.load(run, device=device, threads=threads)
 
     def verb(texts: list[str]) -> list[dict[str, Any]]:
         vectors = model.embed(texts, pooling=pooling, normalize=normalize)

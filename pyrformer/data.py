@@ -101,6 +101,8 @@ class Documents:
         self._on_corrupt = on_corrupt
         self._cleaner = _core.Cleaner(list(clean))
         self._bytes_before = 0
+        #: The types of each Arrow source read so far.
+        self.schemas: list[Any] = []
         self._reader: _core.Documents | None = None
 
     @property
@@ -169,6 +171,7 @@ class Documents:
                     yield from self._read(list(group), rows)
         else:
             stream = import_arrow("an Arrow stream").RecordBatchReader.from_stream(source)
+            self.schemas.append(stream.schema)
             yield from self._batches(stream, "the Arrow stream", rows)
 
     def _read(self, files: list[Path], rows: bool) -> Iterator[list[str]]:
@@ -190,6 +193,7 @@ class Documents:
         try:
             with arrow.parquet.ParquetFile(file) as table:
                 if self._has_column(table.schema_arrow, str(file)):
+                    self.schemas.append(table.schema_arrow)
                     columns = None if rows else [self._column]
                     yield from self._batches(table.iter_batches(1024, columns=columns), str(file), rows)
         except FileNotFoundError as e:

@@ -1,4 +1,5 @@
-"""Texts out of models that predict masked tokens: all masks filled by repeated prediction or by Gibbs sampling.
+"""Texts out of models that predict masked tokens: what fits in the place of a mask; all masks filled by repeated
+prediction or by Gibbs sampling.
 
 Letters: S samples, T tokens, N masks of a text, V vocabulary.
 """
@@ -6,7 +7,7 @@ Letters: S samples, T tokens, N masks of a text, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,64 @@ from pyrformer.arrow import Columns
 from pyrformer.decoder import log_softmax
 from pyrformer.errors import InputError
 from pyrformer.generate import filter_logits
-from pyrformer.model import Model
+from pyrformer.model import FillMask, Model
 from pyrformer.programs import Sizes
-from pyrformer.score import text_ids
+from pyrformer.score import Row, arrays_of, batches_of, stretches, text_ids
+from pyrformer.tokenizers import Tokenizer
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
+
+
+def fill_mask(model: Model, texts: Iterable[str], top_k: int = 5) -> list[list[list[FillMask]]]:
+    """The most probable tokens for each mask of each text, most probable first.
+
+    Raises:
+        InputError: the model has no masked objective or no tokenizer, a text has no mask token or is too long, or top_k
+            is out of range.
+    """
+    tokenizer, most = model.require_tokenizer(), model.family.max_positions
+    mask = tokenizer.mask_token_id
+    if model.family.objective != "mlm" or mask is None:
+        raise InputError("[fill_mask] this model was not trained on masked tokens; use generate instead")
+    if not 1 <= top_k <= model.family.config.vocab_size:
+        raise InputError(f"[fill_mask] top_k must be in 1..{model.family.config.vocab_size}, got {top_k}")
+    found: list[list[list[FillMask]]] = []
+    for stretch in stretches(texts):
+        rows = [Row(i, text_ids(model, text), []) for i, text in enumerate(stretch)]
+        for row in rows:
+            row.places = [(at, k) for k, at in enumerate(np.flatnonzero(np.array(row.ids) == mask).tolist())]
+            if not row.places:
+                raise InputError(f"[fill_mask] text {row.text} has no {tokenizer.id_to_token(mask)} token")
+            if len(row.ids) > most:
+                raise InputError(
+                    f"[fill_mask] text {row.text} has {len(row.ids)} tokens; the model takes 1 to {most}"
+                )
+        part: list[list[list[FillMask]]] = [[] for _ in rows]
+        for batch in batches_of(model, rows):
+            sizes, arrays = arrays_of(model, batch)
+            flat = [i * sizes.tokens + at for i, row in enumerate(batch) for at, _ in row.places]
+            # A power of two: each number of masks is a program.
+            count = 1 << (len(flat) - 1).bit_length()
+            positions = np.array(flat + [0] * (count - len(flat)), np.int32)
+            sizes = replace(sizes, labelled=count)
+            make = partial(programs.token_logits, model.family, sizes, model.dtype)
+            logits = model.program(("token_logits", sizes), make)(**arrays, positions=positions)["logits"]
+            values = iter(np.exp(log_softmax(np.asarray(logits).astype(np.float64))))
+            for row in batch:
+                part[row.text] = [
+                    _proposals(tokenizer, row.ids, at, next(values), top_k) for at, _ in row.places
+                ]
+        found += part
+    return found
+
+
+def _proposals(tokenizer: Tokenizer, ids: list[int], at: int, p: Floats, top_k: int) -> list[FillMask]:
+    proposals = []
+    for token in np.argsort(-p, kind="stable")[:top_k].tolist():
+        sequence = tokenizer.decode([*ids[:at], token, *ids[at + 1 :]], skip_special_tokens=True)
+        proposals.append(FillMask(float(p[token]), token, tokenizer.decode([token]), sequence))
+    return proposals
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -439,39 +439,21 @@ class Model:
 
         return gibbs(self, texts, **options)
 
-    def fill_mask(self, text: str, top_k: int = 5) -> list[list[FillMask]]:
-        """The ``top_k`` most probable tokens for each mask token of ``text``, most probable first.
+    @overload
+    def fill_mask(self, text: str, top_k: int = 5) -> list[list[FillMask]]: ...  # type: ignore[overload-overlap]
+    @overload
+    def fill_mask(self, text: Iterable[str], top_k: int = 5) -> list[list[list[FillMask]]]: ...
+    def fill_mask(self, text: Any, top_k: int = 5) -> Any:
+        """The ``top_k`` most probable tokens for each mask of a text, most probable first; a list of several texts
+        gives a list.
 
         Raises:
-            InputError: the model has no masked objective or no tokenizer, or the text has no mask token.
+            InputError: the model has no masked objective or no tokenizer, or a text has no mask token.
         """
-        from pyrformer.score import text_ids
+        from pyrformer.masked import fill_mask
 
-        tokenizer = self.require_tokenizer()
-        mask = tokenizer.mask_token_id
-        if self.family.objective != "mlm" or mask is None:
-            raise InputError("[fill_mask] this model was not trained on masked tokens; use generate instead")
-        ids = np.array(text_ids(self, text))
-        masks = np.flatnonzero(ids == mask)
-        if len(masks) == 0:
-            raise InputError(f"[fill_mask] the text has no {tokenizer.id_to_token(mask)} token")
-        if not 1 <= top_k <= self.family.config.vocab_size:
-            raise InputError(f"[fill_mask] top_k must be in 1..{self.family.config.vocab_size}, got {top_k}")
-        logits = np.asarray(self(ids[None]).logits)[0, masks].astype(np.float64)
-        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
-        probabilities /= probabilities.sum(-1, keepdims=True)
-        return [
-            self._proposals(tokenizer, ids, int(at), p, top_k)
-            for at, p in zip(masks, probabilities, strict=True)
-        ]
-
-    def _proposals(self, tokenizer: Tokenizer, ids: Array, at: int, p: Array, top_k: int) -> list[FillMask]:
-        proposals = []
-        for token in np.argsort(-p, kind="stable")[:top_k].tolist():
-            filled: Sequence[int] = [*ids[:at].tolist(), token, *ids[at + 1 :].tolist()]
-            sequence = tokenizer.decode(filled, skip_special_tokens=True)
-            proposals.append(FillMask(float(p[token]), token, tokenizer.decode([token]), sequence))
-        return proposals
+        found = fill_mask(self, [text] if isinstance(text, str) else text, top_k)
+        return found[0] if isinstance(text, str) else found
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.

@@ -4,11 +4,17 @@ Rows pass in stretches of :data:`STRETCH`, so memory does not grow with the inpu
 name, ``.NAME.partial``, beside ``.NAME.state.json``, which says after each stretch how far it is whole. A process that
 is killed leaves both; the next one of the same command cuts the file to that length, reads over the rows that are done
 and goes on, and the file ends up the same to the byte. A stretch is a piece of its own in compressed files (a member of
-gzip, a frame of zstd), as both formats allow. Parquet is made of the lines at the end, when all types are known.
+gzip, a frame of zstd), as both formats allow. Parquet is made of the lines at the end, when all types are known; those
+that JSON lacks, such as dates and bytes, stand in the lines under a name of their own until then, and fields that come
+from parquet or Arrow keep their types.
 """
 
 from __future__ import annotations
 
+import base64
+import datetime
+import decimal
+import glob
 import gzip
 import json
 import math
@@ -114,10 +120,10 @@ def run(
     known = json.loads(json.dumps({"sources": describe(source), "options": options, **(identity or {})}))
     try:
         with _Target(path, PACKINGS[ending], known, overwrite) as target:
-            work = _Work(source, verb, column, prefix, on_corrupt, progress, target)
+            work = _Work(source, verb, column, prefix, on_corrupt, progress, target, ending == ".parquet")
             for number, lines in work.stretches():
                 target.write(lines, number)
-            target.finish(parquet=ending == ".parquet")
+            target.finish(work.documents.schemas if ending == ".parquet" else None)
             return work.counts
     except OSError as e:
         if isinstance(e, Error):
@@ -153,6 +159,9 @@ class _Target:
         return counts if whole else Counts()
 
     def __enter__(self) -> _Target:
+        # What a process was writing of the state when it was killed.
+        for left in self.path.parent.glob(f".{glob.escape(self.state.name)}.*.partial"):
+            left.unlink(missing_ok=True)
         for path, size in ((self.partial, self.counts.size), (self.aside, self.counts.kept)):
             path.touch()
             file = path.open("r+b")
@@ -179,16 +188,16 @@ class _Target:
         counts.size, counts.kept = self.out.tell(), self.kept.tell()
         write_json(self.state, {"identity": self.identity, "counts": asdict(counts)})
 
-    def finish(self, *, parquet: bool) -> None:
-        """Gives the files their names."""
+    def finish(self, schemas: list[Any] | None) -> None:
+        """Gives the files their names; with the types of the sources, those of them that have some, as parquet."""
         if not self.out.tell():
             # Compressed, nothing is something.
             self.out.write(self.pack(b""))
         self.__exit__()
         made = self.partial
-        if parquet:
+        if schemas is not None:
             made = self.path.with_name(f".{self.path.name}.made")
-            _to_parquet(self.partial, made)
+            _to_parquet(self.partial, made, schemas)
         if self.aside.stat().st_size:
             self.aside.replace(self.path.with_name(f"{self.path.name}.quarantine.jsonl"))
         made.replace(self.path)
@@ -208,9 +217,10 @@ class _Work:
         on_corrupt: str,
         progress: Progress | None,
         target: _Target | None = None,
+        typed: bool = False,
     ):
         self.verb, self.column, self.prefix, self.progress = verb, column, prefix, progress
-        self.lenient = on_corrupt != "fail"
+        self.lenient, self.typed = on_corrupt != "fail", typed
         self.keep = target.keep if target is not None and on_corrupt == "quarantine" else None
         self.counts = target.counts if target is not None else Counts()
         #: Rows and rejections met in this process, those of an earlier one read over.
@@ -232,7 +242,8 @@ class _Work:
         while stretch := list(islice(source, STRETCH)):
             first, self.read = self.read, self.read + len(stretch)
             if self.read > done:
-                lines = "".join(f"{_json(row)}\n" for row in self._results(stretch, first)).encode()
+                rows = self._results(stretch, first)
+                lines = "".join(f"{_json(row, typed=self.typed)}\n" for row in rows).encode()
                 self.counts.rows = self.read
                 yield self.counts, lines
             if self.progress is not None:
@@ -266,14 +277,49 @@ class _Work:
         taken = next((name for name in added if name in row), None)
         if taken is not None:
             raise DataError(f"[files] the rows have a field {taken!r} already; set a prefix for those added")
-        return {**row, **added}
+        return {**row, **(_finite(added) if self.typed else added)}
 
 
-def _json(row: dict[str, Any]) -> str:
+def _json(row: dict[str, Any], *, typed: bool = False) -> str:
+    """A row as a line; where ``typed``, :func:`_unnamed` gives back the values that JSON lacks."""
+    if typed:
+        return json.dumps(row, ensure_ascii=False, default=_named)
     try:
         return json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
     except ValueError:
         return json.dumps(_finite(row), ensure_ascii=False, default=str)
+
+
+#: The field that names the type of a value that JSON lacks.
+TYPE = "$pyrformer"
+
+
+def _named(value: Any) -> Any:
+    """A value that JSON lacks, under the name of its type."""
+    for name, (kind, said, _) in TYPES.items():
+        if isinstance(value, kind):
+            return {TYPE: name, "value": said(value)}
+    return str(value)
+
+
+def _unnamed(value: dict[str, Any]) -> Any:
+    name = value.get(TYPE)
+    return TYPES[name][2](value["value"]) if isinstance(name, str) and name in TYPES else value
+
+
+def _seconds(value: datetime.timedelta) -> int:
+    return value // datetime.timedelta(microseconds=1)
+
+
+#: Types that Arrow has and JSON lacks: Python's, how they are written, how they are read. The first one that fits.
+TYPES: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "bytes": (bytes, lambda v: base64.b64encode(v).decode(), base64.b64decode),
+    "datetime": (datetime.datetime, lambda v: v.isoformat(), datetime.datetime.fromisoformat),
+    "date": (datetime.date, lambda v: v.isoformat(), datetime.date.fromisoformat),
+    "time": (datetime.time, lambda v: v.isoformat(), datetime.time.fromisoformat),
+    "timedelta": (datetime.timedelta, _seconds, lambda v: datetime.timedelta(microseconds=v)),
+    "decimal": (decimal.Decimal, str, decimal.Decimal),
+}
 
 
 def _finite(value: Any) -> Any:
@@ -285,26 +331,38 @@ def _finite(value: Any) -> Any:
     return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _to_parquet(lines: Path, path: Path) -> None:
-    """Lines of JSON as records, with the types that fit all of them.
+def _to_parquet(lines: Path, path: Path, sources: list[Any]) -> None:
+    """Lines of JSON as records, with the types that fit all of them; fields of the sources keep theirs.
+
+    Args:
+        sources: the types of the sources that have some.
 
     Raises:
         DataError: no type fits a field.
     """
     arrow = import_arrow(str(path))
-    try:
-        schemas = [table.schema for table in _tables(arrow, lines)]
-        schema = arrow.unify_schemas(schemas or [arrow.schema([])], promote_options="permissive")
+
+    def write(schema: Any) -> None:
         with arrow.parquet.ParquetWriter(path, schema) as writer:
             for table in _tables(arrow, lines, schema):
                 writer.write_table(table)
+
+    try:
+        schemas = [table.schema for table in _tables(arrow, lines)]
+        found = arrow.unify_schemas(schemas or [arrow.schema([])], promote_options="permissive")
+        try:
+            known = {field.name: field for field in arrow.unify_schemas(sources)} if sources else {}
+            write(arrow.schema([known.get(field.name, field) for field in found]))
+        except arrow.ArrowException:
+            # Sources of different types, or some without any.
+            write(found)
     except arrow.ArrowException as e:
         raise DataError(f"[files] the fields of the rows have no common types ({e}); write .jsonl") from None
 
 
 def _tables(arrow: Any, lines: Path, schema: Any = None) -> Iterator[Any]:
     with lines.open(encoding="utf-8") as file:
-        while rows := [json.loads(line) for line in islice(file, STRETCH)]:
+        while rows := [json.loads(line, object_hook=_unnamed) for line in islice(file, STRETCH)]:
             if schema is None:
                 names = list(dict.fromkeys(name for row in rows for name in row))
                 yield arrow.table({name: [row.get(name) for row in rows] for name in names})

@@ -87,6 +87,7 @@ def score(
     stride: int | None = None,
     within_word: bool = False,
     mask_token_id: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Scores:
     """Log-probabilities of texts or lists of ids.
 
@@ -103,6 +104,7 @@ def score(
         stride: tokens between the starts of two windows; default: half of the positions.
         within_word: masked models also hide the rest of a token's word (Kauf and Ivanova 2023: "within-word l2r").
         mask_token_id: default: the tokenizer's.
+        progress: called after each batch with the number of tokens scored so far.
 
     Raises:
         InputError: the model predicts no tokens, or an option makes no sense.
@@ -127,28 +129,35 @@ def score(
         raise InputError("[score] within_word needs a tokenizer")
     # Once, not for each text: it looks at the whole vocabulary.
     continues = model.tokenizer.continues_word() if masked and within_word and model.tokenizer else None
-    plan: Callable[[int, list[int], bool], list[Row]] = (
+    plan: Callable[[int, list[int], bool], Iterator[Row]] = (
         partial(_masked_rows, model, mask or 0, continues, context)
         if masked
         else partial(_window_rows, model, context, stride or max(1, context // 2))
     )
     found: list[Floats] = []
     sizes: list[int] = []
+    scored = 0
     for stretch in stretches(texts):
-        rows: list[Row] = []
-        for i, text in enumerate(stretch):
-            ids = text_ids(model, text)
-            rows += plan(i, ids, isinstance(text, str))
-            sizes.append(len(text.encode("utf-8")) if isinstance(text, str) else 0)
+        part: list[Floats] = []
         counts = np.zeros(len(stretch), np.int64)
-        for row in rows:
-            counts[row.text] += len(row.places)
-        part = [np.zeros(n) for n in counts]
-        for batch in batches_of(model, rows):
+
+        # Made as they are needed: those of a long text are many times as large as it is.
+        def rows(stretch: list[str | Sequence[int]] = stretch, part: list[Floats] = part) -> Iterator[Row]:
+            for i, text in enumerate(stretch):
+                ids = text_ids(model, text)
+                sizes.append(len(text.encode("utf-8")) if isinstance(text, str) else 0)
+                part.append(np.zeros(len(ids) + 1))
+                yield from plan(i, ids, isinstance(text, str))
+
+        for batch in batches_of(model, rows()):
             for row, values in zip(batch, logprobs(model, batch), strict=True):
+                counts[row.text] += len(row.places)
                 for (_, number), value in zip(row.places, values, strict=True):
                     part[row.text][number] = value
-        found += part
+                scored += len(row.places)
+            if progress is not None:
+                progress(scored)
+        found += [values[:count].copy() for values, count in zip(part, counts, strict=True)]
     return Scores(
         np.array([f.sum() for f in found]),
         np.array([len(f) for f in found], np.int64),
@@ -239,19 +248,20 @@ def cut(ids: list[int], most: int) -> list[int]:
     return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
 
 
-def _window_rows(model: Model, context: int, step: int, text: int, ids: list[int], whole: bool) -> list[Row]:
+def _window_rows(
+    model: Model, context: int, step: int, text: int, ids: list[int], whole: bool
+) -> Iterator[Row]:
     ids = (start_ids(model) if whole else []) + ids
-    rows, number, done = [], 0, 0
+    number = done = 0
     for begin in range(0, max(1, len(ids)), step):
         window = ids[begin : begin + context]
         first = max(1, done - begin)
         places = [(place, number + k) for k, place in enumerate(range(first, len(window)))]
         if places:
-            rows.append(Row(text, window, places))
+            yield Row(text, window, places)
         number, done = number + len(places), begin + len(window)
         if done >= len(ids):
             break
-    return rows
 
 
 def _masked_rows(
@@ -262,9 +272,9 @@ def _masked_rows(
     text: int,
     ids: list[int],
     whole: bool,
-) -> list[Row]:
+) -> Iterator[Row]:
     tokenizer = model.tokenizer
-    rows: list[Row] = []
+    number = 0
     for piece in pieces(ids, context):
         for at, token in enumerate(piece):
             ends = at in (0, len(piece) - 1)
@@ -276,8 +286,8 @@ def _masked_rows(
             while continues is not None and after < len(piece) - 1 and continues[piece[after]]:
                 row[after] = mask
                 after += 1
-            rows.append(Row(text, row, [(at, len(rows))], token))
-    return rows
+            yield Row(text, row, [(at, number)], token)
+            number += 1
 
 
 def pieces(ids: list[int], context: int) -> list[list[int]]:
@@ -294,15 +304,16 @@ def _width(n: int, most: int) -> int:
     return min(-(-n // step) * step, most)
 
 
-def batches_of(model: Model, rows: list[Row]) -> Iterator[list[Row]]:
-    """Rows of one width each, at most as many as its program takes."""
+def batches_of(model: Model, rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows of one width each, at most as many as its program takes, as soon as there are so many."""
     groups: dict[int, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_width(len(row.ids), model.family.max_positions), []).append(row)
-    for width, group in sorted(groups.items()):
-        size = max(1, TOKENS // width)
-        for at in range(0, len(group), size):
-            yield group[at : at + size]
+        width = _width(len(row.ids), model.family.max_positions)
+        group = groups.setdefault(width, [])
+        group.append(row)
+        if len(group) == max(1, TOKENS // width):
+            yield groups.pop(width)
+    yield from (group for _, group in sorted(groups.items()))
 
 
 def arrays_of(model: Model, batch: list[Row]) -> tuple[Sizes, dict[str, npt.NDArray[Any]]]:

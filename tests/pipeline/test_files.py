@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -151,6 +155,110 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, ending: str) -> 
     assert aside[0] == aside[1]
     assert len(aside[0].splitlines()) == 6
     assert not list(tmp_path.glob(".*"))
+
+
+def test_types_of_parquet_pass_unchanged(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+
+    day = datetime.datetime(2024, 2, 29, 12, 30, 1, 5)
+    columns = {
+        "text": arrow.array(["a", "bb", "ccc"]),
+        "small": arrow.array([1, None, 3], arrow.int16()),
+        "float": arrow.array([1.5, float("nan"), float("inf")], arrow.float32()),
+        "bytes": arrow.array([b"\xff\x00", b"", None]),
+        "date": arrow.array([day.date(), None, day.date()]),
+        "time": arrow.array([day.time(), day.time(), None]),
+        "when": arrow.array([day, None, day], arrow.timestamp("us", "UTC")),
+        "milli": arrow.array([day.replace(microsecond=5000)] * 3, arrow.timestamp("ms")),
+        "span": arrow.array([datetime.timedelta(days=-1, microseconds=7)] * 3, arrow.duration("us")),
+        "price": arrow.array(
+            [decimal.Decimal("1.20"), None, decimal.Decimal("-7.05")], arrow.decimal128(9, 2)
+        ),
+        "kind": arrow.array(["x", "y", "x"]).dictionary_encode(),
+        "nested": arrow.array([{"at": day, "ids": [1]}, None, {"at": None, "ids": []}]),
+        "nothing": arrow.array([None, None, None], arrow.int32()),
+    }
+    table = arrow.table(columns)
+    arrow.parquet.write_table(table, tmp_path / "in.parquet")
+    stored = arrow.parquet.read_table(tmp_path / "in.parquet")
+    run(tmp_path / "in.parquet", lengths, tmp_path / "out.parquet")
+    out = arrow.parquet.read_table(tmp_path / "out.parquet")
+    assert out.column_names == [*table.column_names, "length"]
+    assert out.drop(["length"]).schema.types == stored.schema.types
+    for name in set(table.column_names) - {"float"}:
+        assert out[name].to_pylist() == stored[name].to_pylist(), name
+    assert out["length"].to_pylist() == [1, 2, 3]
+    np.testing.assert_array_equal(out["float"].to_pylist(), stored["float"].to_pylist())
+    # Beside rows of another kind, the types that fit all.
+    (tmp_path / "more.jsonl").write_text('{"text": "d", "small": "many"}\n')
+    run([tmp_path / "in.parquet", tmp_path / "more.jsonl"], lengths, tmp_path / "mixed.jsonl")
+    assert json.loads((tmp_path / "mixed.jsonl").read_text().splitlines()[0])["date"] == "2024-02-29"
+
+
+def test_leftovers_of_a_kill_go_away(tmp_path: Path) -> None:
+    left = tmp_path / "..out.jsonl.state.json.123-0-abc.partial"
+    other = tmp_path / "..other.jsonl.state.json.123-0-abc.partial"
+    for path in (left, other):
+        path.touch()
+    run(iter_file(tmp_path), lengths, tmp_path / "out.jsonl")
+    assert not left.exists()
+    assert other.exists()
+
+
+def iter_file(folder: Path) -> Path:
+    path = folder / "in.jsonl"
+    path.write_bytes(lines(ROWS[:5]))
+    return path
+
+
+def test_masks_of_files_are_filled(tmp_path: Path) -> None:
+    tokenizer = pf.Tokenizer.train(iter(TEXTS * 9), preset="bert-uncased", vocab_size=80)
+    config = {
+        "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "max_position_embeddings": 32, "vocab_size": tokenizer.vocab_size,
+    }  # fmt: skip
+    model = pf.Model.from_config(config, seed=1, tokenizer=tokenizer)
+    model.save(tmp_path / "masked")
+    texts = ["the [MASK] sat", "on the mat the [MASK] slept on the [MASK]", "[MASK]", "a [MASK] and a king"]
+    alone = [model.fill_mask(text, 3) for text in texts]
+    assert model.fill_mask(texts * 40, 3) == alone * 40
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(lines([{"id": i, "text": text} for i, text in enumerate(texts)]))
+    invoke("fill-mask", tmp_path / "masked", "--texts", source, "--top-k", 3, "--out", tmp_path / "out.jsonl")
+    out = read(tmp_path / "out.jsonl")
+    assert [row["id"] for row in out] == [0, 1, 2, 3]
+    assert [[len(m) for m in row["masks"]] for row in out] == [[3], [3, 3], [3], [3]]
+    assert out[1]["masks"][1][0]["sequence"] == alone[1][1][0].sequence
+    source.write_bytes(lines([{"text": "no mask"}, {"text": texts[0]}]))
+    left = invoke("fill-mask", tmp_path / "masked", "--texts", source, "--on-corrupt", "skip")
+    assert "left out" in left.stderr
+    assert len(left.stdout.splitlines()) == 1
+    invoke("fill-mask", tmp_path / "masked", "a [MASK]", "--texts", source, code=2)
+    invoke("fill-mask", tmp_path / "masked", code=2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_long_text_is_scored_in_little_memory(model_folder: Path, masked: bool) -> None:
+    if masked:
+        tokenizer = pf.Tokenizer.train(iter(TEXTS * 9), preset="bert-uncased", vocab_size=80)
+        config = {
+            "model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+            "intermediate_size": 8, "max_position_embeddings": 256, "vocab_size": tokenizer.vocab_size,
+        }  # fmt: skip
+        model = pf.Model.from_config(config, seed=1, tokenizer=tokenizer)
+    else:
+        model = pf.load(model_folder)
+    told: list[int] = []
+    text = "the cat sat on the mat " * (120 if masked else 4000)
+    tracemalloc.start()
+    scores = model.score([text], progress=told.append)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert told == sorted(told)
+    assert len(told) > 10
+    assert told[-1] == scores.tokens[0]
+    # A row of each token at once would be 256 × 8 bytes a token.
+    assert peak < scores.tokens[0] * 700 + 1_500_000
 
 
 def test_what_was_begun_is_gone_on_with_by_the_same_only(tmp_path: Path) -> None:
