@@ -50,7 +50,7 @@ def fill_mask(model: Model, texts: Iterable[str], top_k: int = 5) -> list[list[l
                 raise InputError(f"[fill_mask] text {row.text} has no {tokenizer.id_to_token(mask)} token")
             if len(row.ids) > most:
                 raise InputError(
-                    f"[fill_mask] text {row.text} has {len(row.ids)} tokens; the model takes 1 to {most}"
+                    f"[fill_mask] text {row.text} has {len(row.ids)} tokens, more than the model's {most} positions"
                 )
         part: list[list[list[FillMask]]] = [[] for _ in rows]
         for batch in batches_of(model, rows):
