@@ -59,6 +59,8 @@ const STREAM_STEPS: [usize; 2] = [8, 64];
 const STREAM_PACKED: usize = 128;
 /// Elements of C that such a task works on: half of the first cache.
 const STREAM_ELEMENTS: usize = 1 << 12;
+/// Panels whose multiplication takes as long as packing the rows.
+const PACKING: usize = 2;
 /// Below this many multiply-adds, a product runs on one thread: waking another takes longer.
 const SMALL: usize = 1 << 17;
 
@@ -532,13 +534,24 @@ fn for_panels<T>(n: usize, k: usize, kernel: &Kernel<T>, elements: usize, mut vi
     }
 }
 
-/// Rows and columns of a task: few enough rows for the scratch, and enough tasks to keep `threads` busy to the end.
+/// Rows and columns of a task: few enough rows for the scratch, and of all grids one that should end first, if threads
+/// take tasks of equal size in turns and packing a row of tiles costs as much as multiplying it by a few panels. Of
+/// grids that are about as good, that of the most tasks: a thread may be held up.
 fn grid<T>(m: usize, n: usize, threads: usize, kernel: &Kernel<T>) -> (usize, usize) {
-    let wanted = if threads == 1 { 1 } else { 4 * threads };
-    let row_tasks = m.div_ceil(ROWS).max(wanted.min(m.div_ceil(ROWS / 3)));
-    let rows = m.div_ceil(row_tasks).next_multiple_of(kernel.height).min(ROWS);
-    let column_tasks = wanted.div_ceil(m.div_ceil(rows)).min(n.div_ceil(128));
-    (rows, n.div_ceil(column_tasks).next_multiple_of(kernel.width))
+    let (tiles, panels) = (m.div_ceil(kernel.height), n.div_ceil(kernel.width));
+    let fewest = tiles.div_ceil(ROWS / kernel.height);
+    let most = if threads == 1 { 1 } else { 4 * threads };
+    let grids = || {
+        let all = (fewest..=fewest.max(most)).flat_map(|rows| (1..=most).map(move |columns| (rows, columns)));
+        all.filter(|&(rows, columns)| rows <= tiles && columns <= panels)
+    };
+    let cost = |&(rows, columns): &(usize, usize)| {
+        (rows * columns).div_ceil(threads) * tiles.div_ceil(rows) * (panels.div_ceil(columns) + PACKING)
+    };
+    let least = grids().map(|grid| cost(&grid)).min().unwrap_or(0);
+    let good = grids().filter(|grid| cost(grid) <= least + least / 32);
+    let (rows, columns) = good.max_by_key(|(rows, columns)| rows * columns).unwrap_or((fewest, 1));
+    (tiles.div_ceil(rows) * kernel.height, panels.div_ceil(columns) * kernel.width)
 }
 
 /// Packs columns `column .. column + columns` of the panels, from a multiple of the width.
