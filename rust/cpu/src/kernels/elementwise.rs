@@ -42,6 +42,21 @@ fn mish_gate<T: Real>(x: T) -> T {
     n / (n + T::from_f64(2.0))
 }
 
+/// The derivative of GELU's tanh form.
+#[inline(always)]
+fn gelu_tanh_slope<T: Real>(x: T) -> T {
+    let (c, cubic) = (T::from_f64(2.0 * SQRT_2_OVER_PI), T::from_f64(3.0 * GELU_CUBIC));
+    let s = gelu_gate(x);
+    s + x * s * (T::ONE - s) * c * (T::ONE + cubic * x * x)
+}
+
+/// The derivative of x·sigmoid(c·x).
+#[inline(always)]
+fn swish_slope<T: Real>(x: T, c: T) -> T {
+    let s = sigmoid(c * x);
+    s * (T::ONE + c * x * (T::ONE - s))
+}
+
 /// −1, 0 or 1; what is no number stays none.
 #[inline(always)]
 fn sign<T: Real>(x: T) -> T {
@@ -117,37 +132,36 @@ simd_fn! {
             }),
             Unary::Relu => times(x, dy, |x| if x > T::ZERO { T::ONE } else { T::ZERO }),
             Unary::Gelu => {
-                let s = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
-                let c = T::from_f64(INV_SQRT_2PI);
-                times(x, dy, |x| half * (T::ONE + (x * s).erf()) + x * c * (-half * x * x).exp());
+                // Φ(x) + x·φ(x), in two loops: with two exponentials in one, it is not vectorised.
+                let (s, c) = (T::from_f64(std::f64::consts::FRAC_1_SQRT_2), T::from_f64(INV_SQRT_2PI));
+                let mut slope = [T::ZERO; 256];
+                for (x, dy) in x.chunks(slope.len()).zip(dy.chunks_mut(slope.len())) {
+                    map(x, &mut slope, |x| half * (T::ONE + (x * s).erf()));
+                    for ((dy, &x), &gate) in dy.iter_mut().zip(x).zip(&slope) {
+                        *dy *= gate + x * c * (-half * x * x).exp();
+                    }
+                }
             }
-            Unary::GeluTanh => {
-                let c = T::from_f64(2.0 * SQRT_2_OVER_PI);
-                let cubic = T::from_f64(3.0 * GELU_CUBIC);
-                times(x, dy, |x| {
-                    let s = gelu_gate(x);
-                    s + x * s * (T::ONE - s) * c * (T::ONE + cubic * x * x)
-                });
-            }
-            Unary::Silu => times(x, dy, |x| {
-                let s = sigmoid(x);
-                s * (T::ONE + x * (T::ONE - s))
-            }),
+            Unary::GeluTanh => times(x, dy, |x| gelu_tanh_slope(x)),
+            Unary::Silu => times(x, dy, |x| swish_slope(x, T::ONE)),
             Unary::QuickGelu => {
                 let c = T::from_f64(QUICK);
-                times(x, dy, |x| {
-                    let s = sigmoid(c * x);
-                    s * (T::ONE + c * x * (T::ONE - s))
-                });
+                times(x, dy, |x| swish_slope(x, c));
             }
             Unary::Relu2 => {
                 let two = T::from_f64(2.0);
                 times(x, dy, |x| two * x.max(T::ZERO));
             }
-            Unary::Mish => times(x, dy, |x| {
-                let g = mish_gate(x);
-                g + x * (T::ONE - g * g) * sigmoid(x)
-            }),
+            Unary::Mish => {
+                // As for GELU.
+                let mut gates = [T::ZERO; 256];
+                for (x, dy) in x.chunks(gates.len()).zip(dy.chunks_mut(gates.len())) {
+                    map(x, &mut gates, |x| mish_gate(x));
+                    for ((dy, &x), &g) in dy.iter_mut().zip(x).zip(&gates) {
+                        *dy *= g + x * (T::ONE - g * g) * sigmoid(x);
+                    }
+                }
+            }
             Unary::Sqrt => times(x, dy, |x| half / x.sqrt()),
             Unary::Sign => times(x, dy, |_| T::ZERO),
         }

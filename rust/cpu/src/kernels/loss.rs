@@ -12,12 +12,16 @@ use crate::simd_fn;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
 
-/// Elements of logits held at a time.
-const LOGITS: usize = 8 << 20;
+/// About as many elements of logits are held at a time.
+const LOGITS: usize = 12 << 20;
+/// Columns of a task that sums the gradient of the bias.
+const STRIP: usize = 4096;
 
-/// Rows whose logits are held at a time: a function of the shape.
+/// Rows whose logits are held at a time, a function of the shape: chunks of equal size, as each reads all weights and
+/// adds to all of their gradients.
 pub(crate) fn chunk_rows(rows: usize, vocab: usize) -> usize {
-    (LOGITS / vocab.max(1)).next_multiple_of(16).min(rows).max(1)
+    let chunks = (rows * vocab).div_ceil(LOGITS).max(1);
+    rows.div_ceil(chunks).next_multiple_of(24).min(rows).max(1)
 }
 
 /// Elements of scratch: the logits of a chunk and the loss of each row.
@@ -130,12 +134,15 @@ pub(crate) fn linear_cross_entropy<T: Real>(
             gemm(pool, packs, &dw, &no_epilogue);
         }
         if let Some(dbias) = &g.dbias {
-            // SAFETY: no task runs.
-            let sum = unsafe { dbias.row_mut(0) };
-            if from == 0 {
-                sum.fill(T::ZERO);
-            }
-            (0..n).for_each(|r| add_row(d.row(r), sum));
+            pool.run(vocab.div_ceil(STRIP), &|task, _| {
+                let (col, cols) = (task * STRIP, STRIP.min(vocab - task * STRIP));
+                // SAFETY: tasks have different columns.
+                let sum = unsafe { dbias.block(0, 1, col, cols).row_mut(0) };
+                if from == 0 {
+                    sum.fill(T::ZERO);
+                }
+                (0..n).for_each(|r| add_row(d.block(r, 1, col, cols).row(0), sum));
+            });
         }
     }
     if loss.cols == rows {
