@@ -24,7 +24,7 @@ mod pack;
 mod packed;
 mod vector;
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, handle_alloc_error};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -40,6 +40,7 @@ use crate::real::Real;
 use crate::simd;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
+use crate::zeroed::Zeroed;
 
 /// Rows of A packed by a task at a time: with 384 steps of `f32`, 216 KiB of the second cache.
 const ROWS: usize = 144;
@@ -209,41 +210,31 @@ impl<T: Real> Default for Scratch<T> {
     }
 }
 
-/// Zeroed memory that starts on a cache line. Untouched pages cost nothing.
+/// Zeroed memory for elements.
 #[derive(Debug)]
 struct Buffer<T> {
     data: *mut T,
     elements: usize,
+    #[expect(dead_code, reason = "held for its drop")]
+    memory: Zeroed,
 }
 
 // SAFETY: the buffer owns its memory, like a `Vec`.
 unsafe impl<T: Send> Send for Buffer<T> {}
 
 impl<T: Real> Buffer<T> {
-    fn layout(elements: usize) -> Layout {
-        Layout::array::<T>(elements)
-            .and_then(|layout| layout.align_to(64))
-            .expect("the sizes above are far from usize::MAX")
-    }
-
     fn new(elements: usize) -> Self {
-        Self::try_new(elements).unwrap_or_else(|| handle_alloc_error(Self::layout(elements)))
+        Self::try_new(elements).unwrap_or_else(|| {
+            let layout = Layout::array::<T>(elements);
+            handle_alloc_error(layout.expect("the sizes above are far from usize::MAX"))
+        })
     }
 
-    /// Of one element or more; `None` if there is no memory for it.
+    /// `None` if there is no memory for it.
     fn try_new(elements: usize) -> Option<Self> {
-        let layout = Layout::array::<T>(elements).and_then(|layout| layout.align_to(64)).ok()?;
-        // SAFETY: the layout is not empty; zero bits are a valid `f32` or `f64`.
-        let data = unsafe { alloc_zeroed(layout) }.cast::<T>();
-        (!data.is_null()).then_some(Self { data, elements })
-    }
-}
-
-impl<T> Drop for Buffer<T> {
-    fn drop(&mut self) {
-        let layout = Layout::array::<T>(self.elements).and_then(|layout| layout.align_to(64));
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.data.cast(), layout.expect("it was valid in `new`")) };
+        // Zero bits are a valid `f32` or `f64`.
+        let memory = Zeroed::new(elements.checked_mul(size_of::<T>())?)?;
+        Some(Self { data: memory.as_ptr().cast(), elements, memory })
     }
 }
 

@@ -17,6 +17,7 @@ pub mod simd;
 pub mod threads;
 pub mod view;
 mod weights;
+mod zeroed;
 
 pub use error::{Error, Result};
 pub use executor::{Array, Cpu, CpuExecutor};

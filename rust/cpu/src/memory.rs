@@ -1,6 +1,5 @@
 //! Memory of the executor: aligned blocks, named states, and one block per worker.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
@@ -17,19 +16,23 @@ use crate::kernels::cache::Cache8;
 use crate::threads::Pool;
 use crate::view::Mat;
 use crate::weights;
+use crate::zeroed::Zeroed;
 
 /// Keeps memory alive that a store did not allocate.
 pub type Owner = Arc<dyn Any + Send + Sync>;
 
 /// A block of memory: its own, zeroed, on a 64-byte boundary, or lent by an owner.
 #[derive(Debug)]
-pub(crate) struct Block {
-    data: *mut u8,
-    layout: Layout,
-    owner: Option<Owner>,
+pub(crate) enum Block {
+    Own(Zeroed),
+    Lent {
+        data: *mut u8,
+        #[expect(dead_code, reason = "held for its drop")]
+        owner: Owner,
+    },
 }
 
-// SAFETY: a block owns its memory like a `Box<[u8]>`; who writes when is settled by the lock or worker that holds it.
+// SAFETY: the owner keeps the memory alive; who writes when is settled by the lock or worker that holds the block.
 unsafe impl Send for Block {}
 // SAFETY: as above: `&Block` gives out a raw pointer only.
 unsafe impl Sync for Block {}
@@ -38,35 +41,26 @@ impl Block {
     /// Allocates `bytes` zeros.
     ///
     /// # Errors
-    /// When the size is beyond the address space.
+    /// When there is no such memory.
     pub(crate) fn new(bytes: usize) -> Result<Self> {
-        let layout = Layout::from_size_align(bytes.max(1), 64)
-            .map_err(|_| Error::Memory(format!("{bytes} bytes are more than this machine can address")))?;
-        // SAFETY: the layout's size is not zero.
-        let data = unsafe { alloc_zeroed(layout) };
-        if data.is_null() {
-            handle_alloc_error(layout);
-        }
-        Ok(Self { data, layout, owner: None })
+        let own = Zeroed::new(bytes);
+        own.map(Self::Own).ok_or_else(|| Error::Memory(format!("there is no memory for {bytes} more bytes")))
     }
 
-    /// Its size.
+    /// The size of its own memory.
     pub(crate) fn bytes(&self) -> usize {
-        self.layout.size()
+        match self {
+            Self::Own(memory) => memory.bytes(),
+            Self::Lent { .. } => 0,
+        }
     }
 
     /// The first byte.
     #[must_use]
     pub(crate) fn as_ptr(&self) -> *mut u8 {
-        self.data
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if self.owner.is_none() {
-            // SAFETY: allocated in `new` with this layout.
-            unsafe { dealloc(self.data, self.layout) }
+        match self {
+            Self::Own(memory) => memory.as_ptr(),
+            Self::Lent { data, .. } => *data,
         }
     }
 }
@@ -275,10 +269,10 @@ impl Store {
     /// `data` points to `ty.bytes()` initialised bytes, valid for reads and writes while `owner` lives, and nobody else
     /// reads or writes them meanwhile.
     pub unsafe fn adopt(&self, name: &str, ty: &TensorType, data: *mut u8, owner: Owner) -> Result<()> {
-        let layout = Layout::from_size_align(ty.bytes(), ty.dtype.size());
-        let layout = layout.ok().filter(|l| data.addr().is_multiple_of(l.align()));
-        let layout = layout.ok_or_else(|| Error::Memory(format!("the bytes of {name:?} are not aligned")))?;
-        let block = Block { data, layout, owner: Some(owner) };
+        if !data.addr().is_multiple_of(ty.dtype.size()) {
+            return Err(Error::Memory(format!("the bytes of {name:?} are not aligned")));
+        }
+        let block = Block::Lent { data, owner };
         write(&self.states).insert(name.to_owned(), Arc::new(State::new(ty, Form::Plain(block))));
         Ok(())
     }
@@ -333,7 +327,7 @@ impl Store {
             let _alone = write(&self.access);
             // SAFETY: nobody else has access.
             if let Form::Plain(block) = unsafe { state.form() }
-                && block.owner.is_none()
+                && matches!(block, Block::Own(_))
                 && state.ways.load(Ordering::Relaxed) == State::way(Some(Some(transposed)))
                 // SAFETY: a float32 state holds rows × cols floats.
                 && let Some(packed) = Packed::new(pool, &unsafe { state.matrix(block) }, transposed)
