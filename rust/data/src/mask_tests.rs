@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::masker::{SpanLengths, Spans, Words};
 
 const CLS: u32 = 1;
 const SEP: u32 = 2;
@@ -16,6 +17,11 @@ const VOCAB: usize = 3000;
 
 fn options(batch_size: usize, max_length: usize) -> MaskedOptions {
     MaskedOptions::new(batch_size, max_length, VOCAB, [CLS, SEP, PAD, HIDDEN])
+}
+
+/// Words that begin with the ids for which `begins` holds.
+fn begun_by(begins: impl Fn(u32) -> bool + Send + Sync + 'static) -> Words {
+    Words::new(move |ids| ids.iter().map(|&id| begins(id)).collect())
 }
 
 fn held(ids: Vec<u32>, offsets: &[u64]) -> Corpus {
@@ -35,7 +41,7 @@ fn corpus(lengths: &[usize], options: MaskedOptions) -> MaskedBatches {
 
 /// What holds for every batch.
 fn check(batches: &MaskedBatches, batch: &MaskedBatch, rows: &[Row]) {
-    let o = &batches.options;
+    let o = &batches.masker.options;
     let width = batch.seq_len;
     assert_eq!((batch.batch_size, batch.rows), (o.batch_size, rows.len()));
     for array in [&batch.input_ids, &batch.attention_mask, &batch.token_type_ids, &batch.labels] {
@@ -59,7 +65,7 @@ fn check(batches: &MaskedBatches, batch: &MaskedBatch, rows: &[Row]) {
                 assert_eq!(batch.input_ids[place], token);
             } else {
                 assert_eq!(batch.labels[place], token);
-                assert!(t > 0 && t + 1 < len && !batches.special[token as usize]);
+                assert!(t > 0 && t + 1 < len && !batches.masker.special[token as usize]);
             }
         }
     }
@@ -249,8 +255,8 @@ fn random_tokens_come_from_the_whole_vocabulary() {
 #[test]
 fn whole_words_stay_together() {
     // Ids divisible by 3 begin a word; id 499 is special and breaks one.
-    let continues: Arc<[bool]> = (0..VOCAB).map(|id| id % 3 != 0).collect();
-    let mut words = MaskedOptions { special_ids: vec![499], ..options(4, 64) }.with_whole_words(continues);
+    let begun = begun_by(|id| id % 3 == 0);
+    let mut words = MaskedOptions { special_ids: vec![499], ..options(4, 64) }.with_whole_words(begun);
     let rate = |batches: &MaskedBatches| {
         let (mut drawn, mut all, mut replaced) = (0, 0, 0);
         for step in 0..500 {
@@ -286,10 +292,10 @@ fn whole_words_stay_together() {
 
 #[test]
 fn a_word_begins_after_a_special_token() {
-    let continues: Arc<[bool]> = vec![true; VOCAB].into();
+    let begun = begun_by(|_| false);
     let all = MaskedOptions { special_ids: vec![499], mlm_probability: 1.0, ..options(1, 16) };
     let tokens = vec![5, 499, 6, 7];
-    let batches = MaskedBatches::new(held(tokens, &[0, 4]), all.with_whole_words(continues)).unwrap();
+    let batches = MaskedBatches::new(held(tokens, &[0, 4]), all.with_whole_words(begun)).unwrap();
     assert_eq!(batches.batch(0).labels, [-100, 5, -100, 6, 7, -100, -100, -100]);
 }
 
@@ -298,8 +304,8 @@ fn a_batch_has_a_label_if_it_can() {
     let rare = MaskedOptions { mlm_probability: 1e-7, ..options(2, 10) };
     let batches = corpus(&[5; 100], rare.clone());
     assert!((0..50).all(|step| batches.batch(step).labels_count == 1));
-    let continues: Arc<[bool]> = vec![true; VOCAB].into();
-    let words = corpus(&[5; 100], rare.clone().with_whole_words(continues));
+    let begun = begun_by(|_| false);
+    let words = corpus(&[5; 100], rare.clone().with_whole_words(begun));
     assert!((0..50).all(|step| words.batch(step).labels_count == 5));
     let hidden = MaskedBatches::new(held(vec![HIDDEN; 6], &[0, 6]), rare).unwrap().batch(0);
     assert_eq!((hidden.labels_count, hidden.positions.len()), (0, 32));
@@ -325,7 +331,6 @@ fn errors_say_what_to_do() {
         (of(&|o| o.vocab_size = 3), "mask is 3; it must be below vocab_size (3)"),
         (of(&|o| o.vocab_size = 5), "token 0 of the corpus is 5"),
         (of(&|o| o.special_ids = vec![9999]), "special_ids is 9999"),
-        (of(&|o| o.whole_word = Some(vec![false; 7].into())), "a table of 7 entries"),
     ] {
         assert!(text.starts_with("[data] ") && text.contains(part), "{text}");
     }
@@ -395,10 +400,9 @@ fn lengths_of_spans_are_geometric_and_their_tokens_share_one_fate() {
 fn spans_keep_words_whole_and_end_at_special_tokens() {
     // Words of three tokens, the special 499 behind every fourth word.
     let tokens: Vec<u32> = (0..13 * 60).map(|i| if i % 13 == 12 { 499 } else { 500 + i % 13 % 3 }).collect();
-    let continues: Arc<[bool]> = (0..VOCAB).map(|id| id == 501 || id == 502).collect();
+    let begun = begun_by(|id| id != 501 && id != 502);
     let spans = Some(Spans { p: 0.3, max_length: 5 });
-    let words =
-        MaskedOptions { special_ids: vec![499], spans, whole_word: Some(continues), ..options(4, 132) };
+    let words = MaskedOptions { special_ids: vec![499], spans, whole_word: Some(begun), ..options(4, 132) };
     let batches = MaskedBatches::new(held(tokens, &[0, 780]), words).unwrap();
     for step in 0..20 {
         let batch = batches.batch(step);

@@ -59,6 +59,7 @@ mod unicode_tables;
 mod unigram;
 mod vocab;
 mod wordpiece;
+mod words;
 
 pub use added::AddedToken;
 pub use encoding::{Direction, Encoding, Padding, PaddingStrategy, Truncation, TruncationStrategy};

@@ -9,7 +9,10 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::BPE;
-use tokenizers::{EncodeInput, Model, PostProcessor, Token, Tokenizer, TruncationParams};
+use tokenizers::{
+    EncodeInput, Model, OffsetReferential, OffsetType, PostProcessor, PreTokenizedString, PreTokenizer,
+    Token, Tokenizer, TruncationParams,
+};
 
 use crate::added::AddedToken;
 use crate::encoding::{Encoding, Padding, Truncation};
@@ -144,6 +147,18 @@ impl Library {
 
     pub(crate) fn is_special(&self, id: u32) -> bool {
         self.added.binary_search_by_key(&id, |token| token.id).is_ok_and(|i| self.added[i].special)
+    }
+
+    /// Where the words of a text begin, as the pre-tokenizer cuts it; none where it leaves the text whole.
+    pub(crate) fn words(&self, text: &str) -> Option<Vec<usize>> {
+        let pre_tokenizer = self.inner.get_pre_tokenizer()?;
+        let cut = guarded(|| {
+            let mut pieces = PreTokenizedString::from(text);
+            pre_tokenizer.pre_tokenize(&mut pieces)?;
+            let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            tokenizers::Result::Ok(pieces.into_iter().map(|(_, (start, _), _)| start).collect::<Vec<_>>())
+        });
+        cut.ok().filter(|words| words.len() > 1 && words.is_sorted())
     }
 
     pub(crate) fn unk_token(&self) -> Option<&str> {

@@ -233,6 +233,11 @@ impl Words {
         }
     }
 
+    /// Whether a text may be more than one word.
+    pub(crate) fn splits(&self) -> bool {
+        !self.splitters.is_empty()
+    }
+
     /// Emits the byte range of each word of a prepared text.
     pub(crate) fn split(&self, text: &str, emit: &mut dyn FnMut(usize, usize)) {
         match self.splitters.as_slice() {

@@ -9,7 +9,6 @@ use pyrformer_files::write_file;
 use serde_json::{Map, Value};
 
 use crate::added::AddedToken;
-use crate::bytes::from_alphabet;
 use crate::encoding::{Encoding, Padding, Truncation};
 use crate::format::Parts;
 use crate::library::Library;
@@ -225,35 +224,6 @@ impl Tokenizer {
             Engine::Native(native) => native.is_special(id),
             Engine::Library(library) => library.is_special(id),
         }
-    }
-
-    /// For each id, whether it continues the word of the token before it, for masking whole words: pieces with `##`,
-    /// or without the space that starts a word.
-    #[must_use]
-    pub fn continues_word(&self) -> Vec<bool> {
-        let (prefix, byte_level) = match &self.engine {
-            Engine::Native(native) => match &native.parts.model {
-                Model::WordPiece(m) => (Some(m.continuing_subword_prefix.as_str()), false),
-                _ => (None, native.words.byte_level),
-            },
-            Engine::Library(library) => (library.continuing_subword_prefix(), library.is_byte_level()),
-        };
-        let continues = |id: u32| match self.id_to_token(id) {
-            None => false,
-            _ if self.is_special(id) => false,
-            Some(token) => match prefix {
-                Some(prefix) => token.starts_with(prefix),
-                None => {
-                    // Bytes inside a character are none of the space characters that have their numbers.
-                    let space = match byte_level {
-                        true => from_alphabet(token).first().map(u8::is_ascii_whitespace),
-                        false => token.chars().next().map(|c| c == '▁' || c.is_whitespace()),
-                    };
-                    space == Some(false)
-                }
-            },
-        };
-        (0..self.vocab_size() as u32).map(continues).collect()
     }
 
     /// The unknown token of the model, if it has one.

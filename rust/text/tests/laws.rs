@@ -153,9 +153,49 @@ fn a_word_piece_tokenizer_has_its_template() {
         (ids.pad, ids.unk, ids.cls, ids.sep, ids.mask, ids.eos),
         (Some(0), Some(1), Some(2), Some(3), Some(4), None)
     );
-    let continues = tokenizer.continues_word();
-    assert!(!continues[2] && continues.iter().any(|&c| c));
     assert_eq!(tokenizer.around(), (vec![2], vec![3]));
+}
+
+#[test]
+fn words_begin_where_the_pre_tokenizer_cuts() {
+    let text = "the cat's mat, 1234 naïve (or so)\n";
+    for tokenizer in TOKENIZERS.iter() {
+        let mut ids = vec![];
+        tokenizer.encode_ids(text, false, &mut ids).unwrap();
+        let begins = tokenizer.begins_word(&ids);
+        assert_eq!(begins.len(), ids.len());
+        assert!(begins[0]);
+        assert_eq!(tokenizer.begins_word(&[]), [false; 0]);
+        // Any ids have words: those cut off, special ones and ones that there are not.
+        let unknown: Vec<u32> = ids.iter().rev().chain([&0, &u32::MAX, &1]).copied().collect();
+        assert_eq!(tokenizer.begins_word(&unknown).len(), unknown.len());
+        for cut in 1..ids.len() {
+            let rest = tokenizer.begins_word(&ids[cut..]);
+            assert!(rest[0]);
+            if begins[cut] {
+                assert_eq!(rest, begins[cut..], "{} from {cut}", tokenizer.kind());
+            }
+        }
+    }
+    for preset in [Preset::Gpt2, Preset::BertUncased] {
+        let tokenizer = tokenizer(preset);
+        let words = |text: &str| {
+            let mut ids = vec![];
+            tokenizer.encode_ids(text, false, &mut ids).unwrap();
+            tokenizer.begins_word(&ids).iter().filter(|&&begins| begins).count()
+        };
+        for (text, count) in [("cat,dog", 3), ("x", 1), ("cat dog", 2)] {
+            assert_eq!(words(text), count, "{text} of {}", tokenizer.kind());
+        }
+        if preset == Preset::Gpt2 {
+            assert_eq!((words("(unbelievable!)"), words("don't"), words("a1")), (3, 2, 2));
+            let mut ids = vec![];
+            tokenizer.encode_ids("unbelievable", false, &mut ids).unwrap();
+            assert_eq!(tokenizer.begins_word(&ids)[..2], [true, false]);
+            ids.insert(1, tokenizer.special_ids().eos.unwrap());
+            assert_eq!(tokenizer.begins_word(&ids)[..3], [true; 3]);
+        }
+    }
 }
 
 #[test]
