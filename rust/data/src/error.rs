@@ -181,6 +181,12 @@ pub enum Error {
     /// A file of prepared tokens cannot be read or written.
     #[error(transparent)]
     File(#[from] pyrformer_files::Error),
+    /// There are no two texts that could or could not follow each other.
+    #[error(
+        "[data] pairs of sentences need two paragraphs or more, one of them with two sentences; give more text, or files \
+         to measure on with --valid"
+    )]
+    NoPairs,
     /// No document has a token.
     #[error("[data] all {documents} documents are empty; add text")]
     NoTokens {

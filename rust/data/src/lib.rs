@@ -1,6 +1,7 @@
 //! From text files to training batches: read documents, clean them, and cut their token ids into rows.
 //!
-//! Every batch is a pure function of its options and its step number ([`CausalBatches`], [`MaskedBatches`]): a run
+//! Every batch is a pure function of its options and its step number ([`CausalBatches`],
+//! [`MaskedBatches`], [`PairBatches`], [`PermutedBatches`]): a run
 //! resumes at step `s` by asking for batch `s`, and nothing depends on threads or on what was drawn before.
 
 mod clean;
@@ -12,6 +13,8 @@ mod masker;
 mod open;
 mod order;
 mod pack;
+mod pairs;
+mod permute;
 pub mod purpose;
 mod read;
 
@@ -22,6 +25,8 @@ pub use mask::{MaskedBatch, MaskedBatches};
 pub use masker::{MaskedOptions, Spans, Words};
 pub use open::zstd_frame;
 pub use pack::{CausalBatch, CausalBatches, CausalOptions};
+pub use pairs::{PairBatch, PairBatches};
+pub use permute::{PermutedBatch, PermutedBatches, PermutedOptions};
 pub use read::{DecodeErrors, Documents, Form, ReadOptions, Rejected};
 
 /// The label that the loss leaves out (Hugging Face's convention).

@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use crate::IGNORED_LABEL;
 use crate::corpus::Corpus;
 use crate::error::{Error, Result, check_size};
+use crate::masker::Draws;
 use crate::order::Order;
-use crate::purpose::{CAUSAL_ORDER, CAUSAL_PHASE};
+use crate::purpose::{CAUSAL_ORDER, CAUSAL_PHASE, PREFIX};
 
 /// How to cut a corpus into causal batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +30,9 @@ pub struct CausalOptions {
     /// Whether documents that share a row are kept apart: by segments, positions from 0 and no label across the
     /// border.
     pub separate_documents: bool,
+    /// Whether rows begin with a prefix all of whose tokens see each other, of 1 to T − 1 tokens, each number as
+    /// probable; only what follows is predicted. Source: Raffel et al. 2020, section 3.2.1.
+    pub prefix: bool,
 }
 
 /// One causal batch; arrays are row-major `[B, T]`.
@@ -47,8 +51,21 @@ pub struct CausalBatch {
     /// `[B, T]`: 1, 2, … for the documents of a row (0 at padding); `None` where documents are not kept apart or
     /// there is only one.
     pub segment_ids: Option<Vec<i32>>,
+    /// Tokens of each row's prefix `[B]`, where there are prefixes; drawn by (seed, epoch, block).
+    pub prefix: Option<Vec<i32>>,
     /// How many labels are not −100.
     pub labels_count: usize,
+}
+
+/// A block as it stands in a row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Block {
+    pub(crate) epoch: u64,
+    pub(crate) number: u64,
+    /// Where it begins in the corpus.
+    pub(crate) start: usize,
+    /// Its tokens; the last block of an evaluation may have fewer than a row.
+    pub(crate) len: usize,
 }
 
 /// A corpus of token ids as causal batches.
@@ -117,7 +134,7 @@ impl CausalBatches {
     /// are padding only, and after the pass it starts again.
     #[must_use]
     pub fn batch(&self, step: u64) -> CausalBatch {
-        let CausalOptions { seq_len, batch_size, .. } = self.options;
+        let CausalOptions { seq_len, batch_size, prefix, .. } = self.options;
         let places = batch_size * seq_len;
         let mut batch = CausalBatch {
             batch_size,
@@ -128,11 +145,15 @@ impl CausalBatches {
                 .map(|i| if self.separating { 0 } else { (i % seq_len) as i32 })
                 .collect(),
             segment_ids: self.separating.then(|| vec![0; places]),
+            prefix: prefix.then(|| vec![1; batch_size]),
             labels_count: 0,
         };
         for row in 0..batch_size {
-            if let Some(start) = self.block_start(step, row) {
-                self.fill(&mut batch, row, start);
+            if let Some(block) = self.block(step, row) {
+                self.fill(&mut batch, row, block.start);
+                if self.options.prefix {
+                    self.hide_prefix(&mut batch, row, &block);
+                }
             }
         }
         batch.labels_count = batch.labels.iter().filter(|&&label| label != IGNORED_LABEL).count();
@@ -143,7 +164,7 @@ impl CausalBatches {
     #[must_use]
     pub fn documents(&self, step: u64) -> Vec<Vec<usize>> {
         let row = |row| {
-            let Some(mut at) = self.block_start(step, row) else { return Vec::new() };
+            let Some(mut at) = self.block(step, row).map(|block| block.start) else { return Vec::new() };
             let mut left = self.options.seq_len;
             let mut found = Vec::new();
             while left > 0 {
@@ -168,20 +189,27 @@ impl CausalBatches {
         self.corpus.documents().partition_point(|&offset| offset <= at as u64) - 1
     }
 
-    /// Where the block of `row` begins in the corpus; `None` for a missing row of an evaluation.
-    fn block_start(&self, step: u64, row: usize) -> Option<usize> {
+    /// The block of `row`; `None` for a missing row of an evaluation.
+    pub(crate) fn block(&self, step: u64, row: usize) -> Option<Block> {
         let CausalOptions { seq_len, batch_size, seed, shuffle, .. } = self.options;
         if !shuffle {
-            let block = (step % self.batches_per_pass()) as usize * batch_size + row;
-            return ((block as u64) < self.blocks).then(|| block * seq_len);
+            let number = step % self.batches_per_pass() * batch_size as u64 + row as u64;
+            let start = number as usize * seq_len;
+            return (number < self.blocks).then(|| Block {
+                epoch: 0,
+                number,
+                start,
+                len: seq_len.min(self.corpus.len() - start),
+            });
         }
         // 128 bits: no step, however large, overflows.
         let index = u128::from(step) * batch_size as u128 + row as u128;
         let blocks = u128::from(self.blocks);
         let (epoch, place) = ((index / blocks) as u64, (index % blocks) as u64);
-        let block = self.order.get(epoch, place);
+        let number = self.order.get(epoch, place);
         let phase = Stream::new(seed, CAUSAL_PHASE, epoch).below(seq_len as u32);
-        Some((block as usize * seq_len + phase as usize) % self.corpus.len())
+        let start = (number as usize * seq_len + phase as usize) % self.corpus.len();
+        Some(Block { epoch, number, start, len: seq_len })
     }
 
     /// Writes the block that begins at `start`: around the ring in training, up to the corpus end in evaluation.
@@ -217,6 +245,18 @@ impl CausalBatches {
         }
     }
 
+    /// Draws the length of a row's prefix; its last token does not see the next one, those before it do and have no label.
+    fn hide_prefix(&self, batch: &mut CausalBatch, row: usize, block: &Block) {
+        let draws = Draws::of(self.options.seed, PREFIX, block.epoch, block.number as usize);
+        let lengths = batch.seq_len.saturating_sub(1).max(1) as u64;
+        let length = 1 + ((u64::from(draws.at(0)[0]) * lengths) >> 32) as usize;
+        let first = row * batch.seq_len;
+        batch.labels[first..first + length - 1].fill(IGNORED_LABEL);
+        if let Some(prefix) = &mut batch.prefix {
+            prefix[row] = length as i32;
+        }
+    }
+
     /// The end of the document that holds token `at`.
     fn document_end(&self, at: usize) -> usize {
         // Empty documents share their offset with the next one: the first offset beyond `at` is the end.
@@ -231,8 +271,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const OPTIONS: CausalOptions =
-        CausalOptions { seq_len: 4, batch_size: 2, seed: 3, shuffle: false, separate_documents: false };
+    const OPTIONS: CausalOptions = CausalOptions {
+        seq_len: 4,
+        batch_size: 2,
+        seed: 3,
+        shuffle: false,
+        separate_documents: false,
+        prefix: false,
+    };
 
     /// A corpus whose ids are 10, 11, 12, …
     fn batches(documents: &[u64], options: CausalOptions) -> Result<CausalBatches> {
@@ -281,6 +327,34 @@ mod tests {
     }
 
     #[test]
+    fn prefixes_hide_the_labels_before_their_end() {
+        let plain = CausalOptions { seq_len: 10, batch_size: 16, shuffle: true, ..OPTIONS };
+        let documents = [0, 400, 1000];
+        let (rows, prefixed) = (
+            batches(&documents, plain).unwrap(),
+            batches(&documents, CausalOptions { prefix: true, ..plain }).unwrap(),
+        );
+        let alone = batches(&documents, CausalOptions { prefix: true, batch_size: 1, ..plain }).unwrap();
+        let mut seen = [0; 11];
+        for step in 0..200 {
+            let (whole, batch) = (rows.batch(step), prefixed.batch(step));
+            let lengths = batch.prefix.clone().unwrap();
+            for (row, &length) in lengths.iter().enumerate() {
+                seen[length as usize] += 1;
+                for (i, &label) in batch.labels[row * 10..(row + 1) * 10].iter().enumerate() {
+                    let before = (i as i32) < length - 1;
+                    assert_eq!(label, if before { -100 } else { whole.labels[row * 10 + i] });
+                }
+                assert_eq!(alone.batch(step * 16 + row as u64).prefix, Some(vec![length]));
+            }
+            assert_eq!(batch.labels_count, batch.labels.iter().filter(|&&label| label != -100).count());
+        }
+        assert!(seen[1..10].iter().all(|&count| (250..460).contains(&count)) && seen[10] == 0, "{seen:?}");
+        let short = CausalOptions { prefix: true, seq_len: 1, ..OPTIONS };
+        assert_eq!(batches(&[0, 9], short).unwrap().batch(0).prefix, Some(vec![1, 1]));
+    }
+
+    #[test]
     fn batches_differ_by_seed_and_epoch() {
         let of = |seed, step| {
             batches(&[0, 4000], CausalOptions { shuffle: true, seed, ..OPTIONS })
@@ -300,7 +374,7 @@ mod tests {
             len in 2u64..200, seq_len in 1usize..20, batch_size in 1usize..9, seed: u64, separate_documents: bool,
         ) {
             prop_assume!(len > seq_len as u64);
-            let options = CausalOptions { seq_len, batch_size, seed, shuffle: true, separate_documents };
+            let options = CausalOptions { seq_len, batch_size, seed, shuffle: true, separate_documents, ..OPTIONS };
             let corpus = batches(&[0, len / 3, len / 2, len], options).unwrap();
             let blocks = corpus.blocks() as usize;
             // Three epochs, read from the last batch to the first.
@@ -337,7 +411,7 @@ mod tests {
         ) {
             let mut offsets = vec![0];
             lengths.iter().for_each(|len| offsets.push(offsets[offsets.len() - 1] + len));
-            let options = CausalOptions { seq_len, batch_size, seed, shuffle: true, separate_documents };
+            let options = CausalOptions { seq_len, batch_size, seed, shuffle: true, separate_documents, ..OPTIONS };
             let whole = batches(&offsets, options).unwrap();
             let Ok(part) = batches(&offsets[..2 + (cut * lengths.len() as f64) as usize - 1], options) else {
                 return Ok(());
