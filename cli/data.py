@@ -114,7 +114,11 @@ def _text_report(
 @command.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--tokenizer", type=click.Path(), help="For text files: the tokenizer to use.")
-@click.option("--objective", type=click.Choice(["ar", "mlm"]), default="ar", show_default=True)
+@click.option(
+    "--objective",
+    type=click.Choice(["ar", "prefix", "mlm", "mlm+nsp", "plm"]),
+    help="What is learned.  [default: ar, or mlm where the text was prepared for it]",
+)
 @click.option("--step", type=click.IntRange(0), default=0, show_default=True, help="Which batch.")
 @click.option("--seq-len", type=click.IntRange(1), default=64, show_default=True, help="Tokens in a row.")
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Rows in a batch.")
@@ -133,7 +137,7 @@ def _text_report(
 def show(
     paths: tuple[str, ...],
     tokenizer: str | None,
-    objective: str,
+    objective: str | None,
     step: int,
     seq_len: int,
     batch_size: int,
@@ -148,23 +152,35 @@ def show(
 ) -> None:
     """Print the batch of a step: its tokens, masks and documents.
 
-    PATHS are text files (with --tokenizer), or one folder that `pyrformer prepare` wrote. Tokens that a document begins
-    with change the colour; the ones to predict are underlined, with what is hidden behind them in brackets.
+    PATHS are text files (with --tokenizer), or one folder that `pyrformer prepare` wrote. Each document of a row has a
+    colour; of a pair, each text. Tokens to predict are underlined where not all are: with what is hidden behind them in
+    brackets or, for plm, their turn. A prefix is bold and
+    ends with a bar.
     """
-    from pyrformer.data import Masking, read_documents, tokenize
+    from pyrformer.batches import Masking
+    from pyrformer.data import read_documents, tokenize
+    from pyrformer.pairs import sentences
 
+    corpus: Any
     if any(map(is_prepared, paths)):
         found = pf.Prepared.open(paths[0])
-        loaded = found.tokenizer
-        corpus: Any = found.corpus
-        objective = str(found.manifest["options"].get("objective", objective))
+        loaded, corpus = found.tokenizer, found.corpus
+        made = str(found.manifest["options"].get("objective", "ar"))
+        objective = objective or made
+        if len(paths) > 1 or objective == "mlm+nsp" or objective.startswith("mlm") != (made == "mlm"):
+            raise InputError(f"[data] {paths[0]} is looked at alone, and was prepared for objective {made}")
     elif tokenizer is None:
         raise click.UsageError("text files need --tokenizer")
     else:
+        objective = objective or "ar"
         loaded = pf.Tokenizer.load(tokenizer)
         texts = read_documents(list(paths), column=column, clean=clean)
-        corpus = tokenize(loaded, texts, objective=objective)
-    if objective != "mlm" and (whole_word_mask or span_p):
+        corpus = (
+            sentences(loaded, texts)
+            if objective == "mlm+nsp"
+            else tokenize(loaded, texts, objective=objective)
+        )
+    if not objective.startswith("mlm") and (whole_word_mask or span_p):
         raise InputError(f"[data] --whole-word-mask and --span-p are for objective mlm, not {objective}")
     batches = pf.Batches(
         corpus,
@@ -193,28 +209,37 @@ def show(
     grid.add_column(overflow="fold")
     room = console.width - len(str(b - 1)) - 1
     for row in range(b):
-        grid.add_row(str(row), _row(loaded, batch, row, objective, room))
+        arrays = {name: array[row] for name, array in batch.items() if len(array) == b and array.ndim > 1}
+        grid.add_row(str(row), _row(loaded, arrays, int(batch.get("prefix", np.zeros(b))[row]), room))
+        follows = batch.get("next_sentence_label", np.full(b, -100))[row]
+        if follows >= 0:
+            said = "the second text follows the first" if follows == 0 else "the second text is another one"
+            grid.add_row("", Text(said, style="dim"))
     console.print(grid)
 
 
-def _row(tokenizer: pf.Tokenizer, batch: dict[str, Any], row: int, objective: str, room: int) -> Text:
+def _row(tokenizer: pf.Tokenizer, row: dict[str, Any], prefix: int, room: int) -> Text:
     """A row of a batch in lines of at most ``room`` cells, cut between tokens."""
-    ids, labels = batch["input_ids"][row], batch["labels"][row]
-    segments = batch.get("segments", np.ones_like(batch["input_ids"]))[row]
-    seen = batch["attention_mask"][row] if "attention_mask" in batch else segments > 0
+    ids = row["input_ids"]
+    seen = row.get("attention_mask", row.get("segments", np.ones_like(ids))) > 0
+    colours = row.get("segments", row.get("token_type_ids", np.zeros_like(ids)) + 1)
+    behind = _behind(tokenizer, row)
     pieces = []
-    for token, label, segment, there in zip(ids, labels, segments, seen, strict=True):
-        if not there:
-            continue
-        text, piece = _token(tokenizer, int(token)), Text()
-        style = DOCUMENTS[int(segment - 1) % len(DOCUMENTS)]
-        if objective == "mlm" and label != -100:
-            piece.append(text, style="bold red underline")
-            piece.append(f"[{_token(tokenizer, int(label))}]", style="yellow")
-        else:
-            piece.append(text, style=f"{style} dim" if tokenizer.is_special(int(token)) else style)
-        pieces.append(piece.append("·", style="dim"))
-    missing = int((seen == 0).sum())
+    for place in np.flatnonzero(seen).tolist():
+        token = int(ids[place])
+        style = DOCUMENTS[int(colours[place] - 1) % len(DOCUMENTS)]
+        if place in behind:
+            style = "bold red underline"
+        elif place < prefix:
+            style += " bold"
+        elif tokenizer.is_special(token):
+            style += " dim"
+        piece = Text(_token(tokenizer, token), style=style)
+        if place in behind:
+            piece.append(f"[{behind[place]}]", style="yellow not bold not underline")
+        end = "│" if place + 1 == prefix else "·"
+        pieces.append(piece.append(end, style="dim not bold not underline"))
+    missing = int((~seen).sum())
     if missing:
         pieces.append(Text(f" {missing} × padding", style="dim"))
     lines, used = Text(), 0
@@ -225,6 +250,19 @@ def _row(tokenizer: pf.Tokenizer, batch: dict[str, Any], row: int, objective: st
         lines.append_text(piece)
         used += piece.cell_len
     return lines
+
+
+def _behind(tokenizer: pf.Tokenizer, row: dict[str, Any]) -> dict[int, str]:
+    """By place, what stands in brackets behind a token: what it was before it was masked, or its turn in the order."""
+    if "target_mapping" in row:
+        places = row["target_mapping"].argmax(-1)[row["labels"] != -100]
+        # The more of the targets a token does not see, the earlier its turn.
+        turns = (row["perm_mask"][np.ix_(places, places)] == 0).sum(-1) + 1
+        return {int(place): str(turn) for place, turn in zip(places, turns, strict=True)}
+    if "attention_mask" not in row:
+        return {}
+    labels = row["labels"]
+    return {int(place): _token(tokenizer, int(labels[place])) for place in np.flatnonzero(labels != -100)}
 
 
 def _token(tokenizer: pf.Tokenizer, token: int) -> str:

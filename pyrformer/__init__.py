@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from pyrformer._core import __version__
 
 if TYPE_CHECKING:
+    from pyrformer.batches import Batches
     from pyrformer.checkpoint import load
-    from pyrformer.data import Batches, Documents
+    from pyrformer.data import Documents
     from pyrformer.errors import Error
     from pyrformer.generate import Generation, filter_logits
     from pyrformer.generation_config import GenerationConfig
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pyrformer.trainer import Run, TrainConfig, train
 
 _HOME = {
-    "Batches": "data",
+    "Batches": "batches",
     "Documents": "data",
     "Error": "errors",
     "Generation": "generate",

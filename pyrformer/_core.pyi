@@ -21,6 +21,8 @@ __all__ = [
     "Gguf",
     "Graph",
     "MaskedBatches",
+    "PairBatches",
+    "PermutedBatches",
     "Plan",
     "SafeTensors",
     "Search",
@@ -365,6 +367,7 @@ class CausalBatches:
         seed: int,
         shuffle: bool,
         separate_documents: bool,
+        prefix: bool,
     ) -> CausalBatches: ...
     @property
     def batches_per_pass(self) -> int:
@@ -375,30 +378,17 @@ class CausalBatches:
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row."""
     def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
-        """input_ids, labels, position_ids, where documents are separate segments, [B, S] each; number of labels."""
+        """input_ids, labels, position_ids, where documents are separate segments, [B, S] each, where there are prefixes
+        prefix [B]; number of labels."""
 
 @final
 class MaskedBatches:
     """Padded rows with masked tokens. Letters: B rows, S tokens in a row, P labelled positions."""
 
-    def __new__(
-        cls,
-        corpus: Corpus,
-        max_length: int,
-        batch_size: int,
-        seed: int,
-        shuffle: bool,
-        vocab_size: int,
-        special: Sequence[int],
-        mlm_probability: float,
-        mask_rate: float,
-        random_rate: float,
-        continues: Sequence[bool] | None = None,
-        spans: tuple[float, int] | None = None,
-        pad_to_multiple_of: int = 8,
-    ) -> MaskedBatches:
-        """``special``: ids of [CLS], [SEP], [PAD], [MASK]; ``continues[id]``: whether a token continues a word;
-        ``spans``: p and the greatest length of masked spans."""
+    def __new__(cls, corpus: Corpus, options: dict[str, Any]) -> MaskedBatches:
+        """``options``: max_length, batch_size, seed, shuffle, vocab_size, special (ids of [CLS], [SEP], [PAD], [MASK]),
+        rates (mlm_probability; of [MASK] and of random tokens), words (a tokenizer, or None), spans (p and the greatest
+        length, or None), pad_to_multiple_of."""
     @property
     def batches_per_pass(self) -> int:
         """Batches that visit every piece once."""
@@ -409,6 +399,49 @@ class MaskedBatches:
         """The numbers of the documents in each row."""
     def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
         """input_ids, attention_mask, token_type_ids, labels [B, S], positions, masked_labels [P]; number of labels."""
+
+@final
+class PairBatches:
+    """Rows of two texts with masked tokens. Letters as in :class:`MaskedBatches`."""
+
+    def __new__(cls, corpus: Corpus, bounds: _Offsets, options: dict[str, Any]) -> PairBatches:
+        """``corpus``: of sentences; ``bounds``: the number of the first one of each document, then of all; ``options``
+        as for :class:`MaskedBatches`."""
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches that visit every run of sentences once."""
+    @property
+    def settled_steps(self) -> int:
+        """0: second texts come from anywhere in the corpus."""
+    def documents(self, step: int) -> list[list[int]]:
+        """The numbers of the documents that the rows begin in."""
+    def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
+        """The arrays of :class:`MaskedBatches`, and next_sentence_label [B], −100 in missing rows; number of labels."""
+
+@final
+class PermutedBatches:
+    """Packed rows, some tokens of which are predicted in a random order. Letters: B rows, S tokens, P targets."""
+
+    def __new__(
+        cls,
+        corpus: Corpus,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        plm_probability: float,
+        max_span_length: int,
+    ) -> PermutedBatches: ...
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches that visit every block once."""
+    @property
+    def settled_steps(self) -> int:
+        """How many of the first batches a longer corpus that begins with this one would leave as they are."""
+    def documents(self, step: int) -> list[list[int]]:
+        """The numbers of the documents in each row."""
+    def batch(self, step: int) -> tuple[dict[str, _Ints], int]:
+        """input_ids [B, S], perm_mask [B, S, S], targets (−1 where there is none), labels [B, P]; number of labels."""
 
 # ---- rust/python/src/text.rs ----------------------------------------------------------------------------------------
 
@@ -443,7 +476,7 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, id: int) -> str | None: ...  # noqa: A002
     def is_special(self, id: int) -> bool: ...  # noqa: A002
-    def continues_word(self) -> list[bool]: ...
+    def begins_word(self, ids: Sequence[int]) -> npt.NDArray[np.bool_]: ...
     def special_ids(self) -> dict[str, int]:
         """Role (unk, pad, cls, sep, mask, bos, eos) → id, for the roles that are filled."""
     def encode(self, text: str, pair: str | None, add_special_tokens: bool) -> _Encoding: ...

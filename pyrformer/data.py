@@ -1,8 +1,4 @@
-"""From text to batches: reading, cleaning, tokenizing, packing or masking.
-
-The batch of a step is a pure function of (seed, step): the same whatever the number of threads, and any step can be
-asked for at once. Letters: B rows, T tokens in a row, M labelled positions.
-"""
+"""From files to ids: reading, cleaning, tokenizing. What is made of ids: :mod:`pyrformer.batches`."""
 
 from __future__ import annotations
 
@@ -16,15 +12,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.arrow import import_arrow
-from pyrformer.batch import Batch
 from pyrformer.errors import DataError, InputError
-from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
 
+#: What text is tokenized for: rows in which one document follows another, or rows of their own.
 OBJECTIVES = ("ar", "mlm")
 
 #: Extensions of files that a folder is searched for; each also with ``.gz`` or ``.zst``, except parquet.
@@ -310,157 +304,11 @@ def read_documents(
 def tokenize(
     tokenizer: Tokenizer, documents: Sequence[str], *, objective: str, threads: int | None = None
 ) -> Ragged:
-    """The ids of documents, without the template's special tokens; for "ar", each ends with the end token if there is
-    one."""
+    """The ids of documents, without the template's special tokens; but for masked objectives, each ends with the end
+    token if there is one."""
     ragged = tokenizer.encode_batch(documents, add_special_tokens=False, threads=threads)
     eos = tokenizer.eos_token_id
-    if objective != "ar" or eos is None:
+    if objective.startswith("mlm") or eos is None:
         return ragged
     ids = np.insert(ragged.ids, ragged.offsets[1:], np.uint32(eos))
     return Ragged(ids, ragged.offsets + np.arange(len(ragged) + 1))
-
-
-def as_corpus(corpus: Ragged | _core.Corpus) -> _core.Corpus:
-    """Encoded documents as batches take them; a :class:`Ragged` is copied."""
-    if isinstance(corpus, Ragged):
-        return _core.Corpus(np.ascontiguousarray(corpus.ids), np.ascontiguousarray(corpus.offsets))
-    return corpus
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Rates of masked training. Sources: Devlin et al. 2019, section 3.1; spans: Joshi et al. 2020, section 3.1.
-
-    Attributes:
-        mlm_probability: share of tokens (or words) that get a label.
-        mask_replace_prob: share of those that become [MASK].
-        random_replace_prob: share of those that become a random token; the rest stays.
-        whole_word: choose words, not tokens.
-        span_p: above 0, choose runs of neighbouring words (tokens without ``whole_word``), of length k with a chance
-            proportional to ``span_p * (1 - span_p) ** (k - 1)``; SpanBERT: 0.2. The tokens of a run share one fate.
-        span_max_length: the greatest length of a run, at most 255.
-    """
-
-    mlm_probability: float = 0.15
-    mask_replace_prob: float = 0.8
-    random_replace_prob: float = 0.1
-    whole_word: bool = False
-    span_p: float = 0.0
-    span_max_length: int = 10
-
-
-class Batches:
-    """Batches of a tokenized corpus: an iterable of dicts of plain numpy arrays, and random access by step.
-
-    ``objective="ar"``: packed rows. Each dict has int32 ``input_ids``, ``labels`` (the next token, −100 where there is
-    none) and ``position_ids`` ``[B, T]``; where documents are kept apart, positions restart and ``segments [B, T]``
-    says which tokens may see each other.
-
-    ``objective="mlm"``: rows [CLS] … [SEP], padded. Each dict has int32 ``input_ids``, ``attention_mask``,
-    ``token_type_ids``, ``labels`` (−100 where nothing is masked) ``[B, T]``, and the labelled places once more as flat
-    ``positions`` and ``masked_labels`` ``[M]``.
-
-    Training visits all text in each pass; the first pass is shuffled in windows that follow the text, one of 2^18
-    tokens and then each as long as all before it, later ones as a whole.
-
-    Iteration runs over one pass with ``shuffle=False`` and goes on for ever otherwise. Any step can be had at once:
-    ``batch(step)``, or ``iterate(step)`` to go on from it.
-
-    With ``world_size`` processes, each sees every ``world_size``-th batch, so that together they see what a single one
-    would: step s of rank r is batch ``s * world_size + r``.
-    """
-
-    def __init__(
-        self,
-        corpus: Ragged | _core.Corpus,
-        objective: str,
-        *,
-        seq_len: int,
-        batch_size: int,
-        tokenizer: Tokenizer | None = None,
-        seed: int = 0,
-        shuffle: bool = True,
-        cross_documents: bool = False,
-        masking: Masking | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        """
-        Args:
-            corpus: what :func:`tokenize` gives, or ``corpus`` of :class:`pyrformer.prepared.Prepared`.
-            objective: "ar" or "mlm"; "mlm" needs the tokenizer for its special tokens.
-            seq_len: T, for "mlm" the most it may be.
-            cross_documents: for "ar", let tokens see the document before their own in the row.
-            rank, world_size: which process this is, of how many.
-
-        Raises:
-            DataError: the corpus is too short or a size is out of range.
-            InputError: the objective is unknown, or the rank is not below ``world_size``.
-        """
-        if not 0 <= rank < world_size:
-            raise InputError(f"[data] rank must be from 0 to world_size - 1 ({world_size - 1}), got {rank}")
-        self.rank, self.world_size = rank, world_size
-        self.objective, self.batch_size, self.shuffle = objective, batch_size, shuffle
-        corpus = as_corpus(corpus)
-        self._core: _core.CausalBatches | _core.MaskedBatches
-        if objective == "ar":
-            separate = not cross_documents and corpus.documents > 1
-            self._core = _core.CausalBatches(corpus, seq_len, batch_size, seed, shuffle, separate)
-        elif objective == "mlm":
-            if tokenizer is None:
-                raise InputError("[data] masked batches need the tokenizer")
-            m = masking or Masking()
-            rates = (m.mlm_probability, m.mask_replace_prob, m.random_replace_prob)
-            continues = tokenizer.continues_word() if m.whole_word else None
-            spans = (m.span_p, m.span_max_length) if m.span_p else None
-            order = (seq_len, batch_size, seed, shuffle, tokenizer.vocab_size, tokenizer.masking_ids())
-            # Few distinct widths: each is a program of its own.
-            width = 8 if seq_len <= 64 else 32
-            self._core = _core.MaskedBatches(corpus, *order, *rates, continues, spans, width)
-        else:
-            raise InputError(f"[data] unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
-
-    @property
-    def batches_per_pass(self) -> int:
-        """How many batches of this rank visit its share of the corpus once."""
-        return -(-(self._core.batches_per_pass - self.rank) // self.world_size)
-
-    @property
-    def settled_steps(self) -> int:
-        """How many of the first steps would be the same for any longer corpus that begins with this one: training may
-        begin before all text is tokenized. Evaluations need all of it: 0."""
-        return max(0, -(-(self._core.settled_steps - self.rank) // self.world_size))
-
-    def _place(self, step: int) -> int:
-        return step * self.world_size + self.rank
-
-    def batch(self, step: int) -> dict[str, npt.NDArray[np.int32]]:
-        """The arrays of a step, counted from 0."""
-        return self._core.batch(self._place(step))[0]
-
-    def documents(self, step: int) -> list[list[int]]:
-        """The numbers of the documents in each row of a step."""
-        return self._core.documents(self._place(step))
-
-    def ready(self, step: int) -> Batch:
-        """The batch of a step under the names that the programs take."""
-        arrays, labels = self._core.batch(self._place(step))
-        b, t = arrays["input_ids"].shape
-        if self.objective == "ar":
-            return Batch(Sizes(b, t, 0, "segments" in arrays), arrays, labels)
-        mask, masked = arrays.pop("attention_mask"), arrays.pop("masked_labels")
-        padded = not mask.all()
-        given: dict[str, Any] = {**arrays, "labels": masked}
-        given["position_ids"] = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t))
-        if padded:
-            given["segments"] = mask
-        return Batch(Sizes(b, t, len(masked), padded), given, labels)
-
-    def __iter__(self) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
-        return self.iterate()
-
-    def iterate(self, step: int = 0) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
-        """The batches from ``step`` on; the ones before it are not made."""
-        while self.shuffle or step < self.batches_per_pass:
-            yield self.batch(step)
-            step += 1

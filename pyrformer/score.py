@@ -127,10 +127,8 @@ def score(
         raise InputError("[score] a masked model needs a tokenizer with a mask token, or mask_token_id")
     if masked and within_word and model.tokenizer is None:
         raise InputError("[score] within_word needs a tokenizer")
-    # Once, not for each text: it looks at the whole vocabulary.
-    continues = model.tokenizer.continues_word() if masked and within_word and model.tokenizer else None
     plan: Callable[[int, list[int], bool], Iterator[Row]] = (
-        partial(_masked_rows, model, mask or 0, continues, context)
+        partial(_masked_rows, model, mask or 0, within_word, context)
         if masked
         else partial(_window_rows, model, context, stride or max(1, context // 2))
     )
@@ -267,7 +265,7 @@ def _window_rows(
 def _masked_rows(
     model: Model,
     mask: int,
-    continues: list[bool] | None,
+    within_word: bool,
     context: int,
     text: int,
     ids: list[int],
@@ -276,6 +274,7 @@ def _masked_rows(
     tokenizer = model.tokenizer
     number = 0
     for piece in pieces(ids, context):
+        begins = tokenizer.begins_word(piece) if tokenizer and within_word else None
         for at, token in enumerate(piece):
             ends = at in (0, len(piece) - 1)
             if ends if tokenizer is None else tokenizer.is_special(token):
@@ -283,7 +282,7 @@ def _masked_rows(
             row = list(piece)
             row[at] = mask
             after = at + 1
-            while continues is not None and after < len(piece) - 1 and continues[piece[after]]:
+            while begins is not None and after < len(piece) - 1 and not begins[after]:
                 row[after] = mask
                 after += 1
             yield Row(text, row, [(at, number)], token)

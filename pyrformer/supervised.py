@@ -1,148 +1,29 @@
-"""Batches beyond plain text: prefix and permutation language modelling, and texts with a class.
+"""Texts with a class each, and their batches.
 
-As everywhere, the batch of a step is a pure function of (seed, step). Letters: B rows, T tokens, P targets.
+As everywhere, the batch of a step is a pure function of (seed, step). Letters: B rows, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pyrformer import _core
-from pyrformer.batch import IGNORE, Batch
-from pyrformer.data import Batches, Documents, as_corpus
+from pyrformer.batch import Batch
+from pyrformer.data import Documents
 from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
 
-#: Purposes of random draws, so that order, permutations and prefixes are independent.
-ORDER, PERMUTE, PREFIX = 11, 12, 14
+#: The purpose of the random draws of the order.
+ORDER = 11
 
 
 def draws_of(seed: int, purpose: int, step: int) -> np.random.Generator:
     """A generator that depends on its arguments alone: Philox, keyed by (seed, purpose), counted from the step."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, step]))
-
-
-class PrefixBatches:
-    """Packed rows that begin with a prefix all of whose tokens see each other; what follows is predicted, from left to
-    right. Source: Raffel et al. 2020, section 3.2.1. A prefix has 1 … T − 1 tokens, each number as probable."""
-
-    def __init__(self, rows: Batches, seed: int = 0):
-        self._rows, self._seed = rows, seed
-
-    @property
-    def batches_per_pass(self) -> int:
-        """How many batches visit the whole corpus once."""
-        return self._rows.batches_per_pass
-
-    @property
-    def settled_steps(self) -> int:
-        """How many of the first steps a longer corpus would leave as they are."""
-        return self._rows.settled_steps
-
-    def documents(self, step: int) -> list[list[int]]:
-        """The numbers of the documents in each row of a step."""
-        return self._rows.documents(step)
-
-    def ready(self, step: int) -> Batch:
-        """The batch of a step under the names that the programs take."""
-        rows = self._rows.ready(step)
-        b, t = rows.arrays["input_ids"].shape
-        prefix = draws_of(self._seed, PREFIX, step).integers(1, max(t, 2), size=b).astype(np.int32)
-        # The prefix's last token does not see the next one, those before it do.
-        inside = np.arange(t) < prefix[:, None] - 1
-        labels = np.where(inside, IGNORE, rows.arrays["labels"])
-        arrays = {**rows.arrays, "prefix": prefix, "labels": labels.astype(np.int32)}
-        return Batch(replace(rows.sizes, prefix=True), arrays, int((labels >= 0).sum()))
-
-
-class PermutationBatches:
-    """Packed rows with spans to predict, each from a random order of the row. Source: Yang et al. 2019, sections 2.2
-    and 2.3; spans as in transformers' ``DataCollatorForPermutationLanguageModeling``: of 1 … ``max_span_length``
-    tokens, each alone in a stretch of length / ``plm_probability``."""
-
-    def __init__(
-        self,
-        corpus: Ragged | _core.Corpus,
-        *,
-        seq_len: int,
-        batch_size: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        plm_probability: float = 1 / 6,
-        max_span_length: int = 5,
-    ):
-        """
-        Raises:
-            DataError: the corpus is shorter than a row.
-        """
-        self._rows = _core.CausalBatches(as_corpus(corpus), seq_len, batch_size, seed, shuffle, False)
-        self._seed, self._rate, self._span = seed, plm_probability, max_span_length
-        # The most tokens that spans of a row can hold, to a multiple of 8.
-        stretches = -(-seq_len // max(1, int(1 / plm_probability)))
-        self._targets = min(seq_len, -(-stretches * 2 // 8) * 8)
-
-    @property
-    def batches_per_pass(self) -> int:
-        """How many batches visit the whole corpus once."""
-        return self._rows.batches_per_pass
-
-    @property
-    def settled_steps(self) -> int:
-        """How many of the first steps a longer corpus would leave as they are."""
-        return self._rows.settled_steps
-
-    def documents(self, step: int) -> list[list[int]]:
-        """The numbers of the documents in each row of a step."""
-        return self._rows.documents(step)
-
-    def batch(self, step: int) -> dict[str, npt.NDArray[np.int32]]:
-        """``input_ids``, ``position_ids``, ``token_type_ids [B, T]``; ``hidden [B, T, T]``, 1 where the first token
-        does not see the second; ``targets [B, P]``, −1 where there are fewer; ``labels [B, P]``, −100 there."""
-        arrays, _ = self._rows.batch(step)
-        ids = arrays["input_ids"]
-        b, t = ids.shape
-        draws = draws_of(self._seed, PERMUTE, step)
-        sought = np.zeros((b, t), bool)
-        for row in sought:
-            at = 0
-            while at < t:
-                span = int(draws.integers(1, self._span + 1))
-                stretch = int(span / self._rate)
-                start = at + int(draws.integers(stretch - span + 1))
-                row[start : start + span] = True
-                at += stretch
-        # At most P targets a row, the first ones.
-        sought &= np.cumsum(sought, axis=1) <= self._targets
-        order = draws.permuted(np.broadcast_to(np.arange(t), (b, t)), axis=1)
-        # What is not sought comes first in the order and is seen by all.
-        order = np.where(sought, order, -1)
-        hidden = (order[:, :, None] <= order[:, None, :]) & sought[:, None, :]
-        targets = np.full((b, self._targets), -1, np.int32)
-        for i, row in enumerate(sought):
-            places = np.flatnonzero(row)
-            targets[i, : len(places)] = places
-        labels = np.where(targets >= 0, np.take_along_axis(ids, np.maximum(targets, 0), axis=1), -100)
-        return {
-            "input_ids": ids,
-            "position_ids": np.ascontiguousarray(np.broadcast_to(np.arange(t, dtype=np.int32), (b, t))),
-            "token_type_ids": np.zeros_like(ids),
-            "hidden": hidden.astype(np.int32),
-            "targets": targets,
-            "labels": labels.astype(np.int32),
-        }
-
-    def ready(self, step: int) -> Batch:
-        """The batch of a step under the names that the programs take."""
-        arrays = self.batch(step)
-        labels = arrays.pop("labels").reshape(-1)
-        (b, t), p = arrays["input_ids"].shape, self._targets
-        given = {**arrays, "labels": labels, "positions": np.arange(b * p, dtype=np.int32)}
-        return Batch(Sizes(b, t, b * p, targets=p, hidden=True), given, int((labels >= 0).sum()))
 
 
 @dataclass(frozen=True)

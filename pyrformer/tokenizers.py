@@ -81,10 +81,14 @@ class Ragged:
 
 
 class Tokenizer:
-    """A tokenizer; it does not change, and any number of threads may use it."""
+    """A tokenizer; it does not change, and any number of threads may use it.
+
+    Attributes:
+        core: the one in Rust.
+    """
 
     def __init__(self, core: _core.Tokenizer):
-        self._core = core
+        self.core = core
         self._special: dict[str, int] = core.special_ids()
 
     @classmethod
@@ -154,7 +158,7 @@ class Tokenizer:
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a ``tokenizer.json`` that Hugging Face's library reads too; into an existing folder also
         ``tokenizer_config.json``, which says which tokens have which role. Each file appears whole or not at all."""
-        self._core.save(Path(path))
+        self.core.save(Path(path))
 
     def special_tokens(self) -> dict[str, str]:
         """The tokens that have a role, by ``tokenizer_config.json``'s names: "bos_token", "eos_token", …"""
@@ -162,7 +166,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The contents of ``tokenizer.json``."""
-        return self._core.to_json()
+        return self.core.to_json()
 
     def encode(self, text: str, pair: str | None = None, add_special_tokens: bool = True) -> Encoding:
         """Encodes a text, or a pair of texts, with offsets.
@@ -171,7 +175,7 @@ class Tokenizer:
             TokenizerError: a character is unknown and there is no unknown token, or half a character is there.
         """
         with _whole_characters():
-            return Encoding(**self._core.encode(text, pair, add_special_tokens))
+            return Encoding(**self.core.encode(text, pair, add_special_tokens))
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True, threads: int | None = None
@@ -179,7 +183,7 @@ class Tokenizer:
         """Encodes many texts on all cores into flat arrays; no Python object per token. Errors as in :meth:`encode`."""
         with _whole_characters():
             return Ragged(
-                *self._core.encode_batch(list(texts), add_special_tokens, threads or cpu_count() or 1)
+                *self.core.encode_batch(list(texts), add_special_tokens, threads or cpu_count() or 1)
             )
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -188,7 +192,7 @@ class Tokenizer:
         Raises:
             TokenizerError: an id is outside the vocabulary.
         """
-        return self._core.decode([int(i) for i in ids], skip_special_tokens)
+        return self.core.decode([int(i) for i in ids], skip_special_tokens)
 
     def decode_after(
         self, before: Iterable[int], ids: Iterable[int], skip_special_tokens: bool = True
@@ -207,35 +211,35 @@ class Tokenizer:
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> _core.StreamDecoder:
         """A decoder that takes one id at a time (``push``, then ``finish``) and never gives half a character."""
-        return self._core.stream_decoder(skip_special_tokens)
+        return self.core.stream_decoder(skip_special_tokens)
 
     @property
     def kind(self) -> str:
         """What the model is: "bpe", "wordpiece", "unigram", "wordlevel" or "char"."""
-        return self._core.kind
+        return self.core.kind
 
     @property
     def fallback(self) -> str | None:
         """What the file asks for that the fast path does not know, so that the ``tokenizers`` library (built in) does
         the work: the ids are the same, encoding is slower. None: the fast path."""
-        return self._core.fallback
+        return self.core.fallback
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
-        return self._core.vocab_size
+        return self.core.vocab_size
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token."""
-        return self._core.token_to_id(token)
+        return self.core.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
         """The token of an id."""
-        return self._core.id_to_token(token_id)
+        return self.core.id_to_token(token_id)
 
     def is_special(self, token_id: int) -> bool:
         """Whether an id is a special token."""
-        return self._core.is_special(token_id)
+        return self.core.is_special(token_id)
 
     @property
     def unk_token_id(self) -> int | None:
@@ -276,10 +280,11 @@ class Tokenizer:
             )
         return tuple(self._special[role] for role in roles)  # type: ignore[return-value]
 
-    def continues_word(self) -> list[bool]:
-        """For each id, whether it continues the word of the token before it: WordPiece's ``##``; of other
-        models what begins with no space (``▁``, ``Ġ``): ends of words, and punctuation. Special tokens never do."""
-        return self._core.continues_word()
+    def begins_word(self, ids: Iterable[int]) -> npt.NDArray[np.bool_]:
+        """For each token of a sequence, whether a word begins with it, as the pre-tokenizer cuts the text: at spaces
+        and, where it does so, at punctuation and digits. WordPiece's ``##`` goes on with a word; where nothing splits a
+        text, words begin at spaces (``▁``). Special tokens, and what follows one, always begin one."""
+        return self.core.begins_word(list(ids))
 
     def __len__(self) -> int:
         return self.vocab_size

@@ -53,8 +53,8 @@ class TrainConfig:
         early_stopping_threshold: how much lower it must be.
         label_smoothing_factor, z_loss: see :class:`pyrformer.programs.LossOptions`; the logged loss includes them.
         mlm_probability, mask_replace_prob, random_replace_prob, whole_word_mask, span_p, span_max_length: see
-            :class:`pyrformer.data.Masking`.
-        plm_probability, max_span_length: see :class:`pyrformer.supervised.PermutationBatches`.
+            :class:`pyrformer.batches.Masking`.
+        plm_probability, max_span_length: see :class:`pyrformer.batches.Batches`.
         cross_documents: for "ar", let tokens see the document before their own.
         column, errors, clean: see :class:`pyrformer.data.Documents`.
         eval_every, log_every: in updates; 0: only at the end.
@@ -163,8 +163,8 @@ class TrainConfig:
             0 < self.plm_probability <= 1, f"plm_probability must be in (0, 1], got {self.plm_probability}"
         )
         require(
-            not self.span_p or self.objective == "mlm",
-            f"span_p is for objective 'mlm' only, got objective {self.objective!r}",
+            not self.span_p or self.objective in ("mlm", "mlm+nsp"),
+            f"span_p is for objectives 'mlm' and 'mlm+nsp', got objective {self.objective!r}",
         )
         for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "max_span_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")

@@ -10,23 +10,17 @@ from typing import Any
 import numpy as np
 
 from pyrformer import _core
-from pyrformer.data import Batches, Documents, Masking, read_documents, tokenize
+from pyrformer.batches import Batches, Masking
+from pyrformer.data import Documents, read_documents, tokenize
 from pyrformer.errors import ConfigError
-from pyrformer.pairs import PairBatches, Sentences, sentences
+from pyrformer.pairs import Sentences, sentences
 from pyrformer.prepared import Preparation, Prepared, describe, is_prepared
-from pyrformer.supervised import (
-    Labelled,
-    LabelledBatches,
-    PermutationBatches,
-    PrefixBatches,
-    labelled,
-    read_labelled,
-)
+from pyrformer.supervised import Labelled, LabelledBatches, labelled, read_labelled
 from pyrformer.tokenizers import Ragged, Tokenizer
 from pyrformer.training.config import TrainConfig
 from pyrformer.training.tokens import SHARD_TOKENS, Growing, Place, There, Tokens
 
-AnyBatches = Batches | PrefixBatches | PermutationBatches | PairBatches | LabelledBatches | Growing
+AnyBatches = Batches | LabelledBatches | Growing
 AnyCorpus = Ragged | Sentences | Labelled
 #: Objectives that read all text before the first step: pairs take second texts from anywhere in it, and classes are
 #: known when all labels are.
@@ -332,19 +326,13 @@ class Source:
             return LabelledBatches(corpus, pad_token_id=self.tokenizer.pad_token_id, **shared)
         rates = (c.mlm_probability, c.mask_replace_prob, c.random_replace_prob)
         masking = Masking(*rates, c.whole_word_mask, c.span_p, c.span_max_length)
-        if isinstance(corpus, Sentences):
-            return PairBatches(corpus, tokenizer=self.tokenizer, masking=masking, **shared)
-        if c.objective == "plm":
-            return PermutationBatches(
-                corpus, **shared, plm_probability=c.plm_probability, max_span_length=c.max_span_length
-            )
-        prefix = c.objective == "prefix"
-        batches = Batches(
+        return Batches(
             corpus,
-            "ar" if prefix else c.objective,
+            c.objective,
             **shared,
             tokenizer=self.tokenizer,
             cross_documents=c.cross_documents,
             masking=masking,
+            plm_probability=c.plm_probability,
+            max_span_length=c.max_span_length,
         )
-        return PrefixBatches(batches, c.seed) if prefix else batches

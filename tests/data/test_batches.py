@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import pyrformer as pf
-from pyrformer.data import Masking, tokenize
+from pyrformer.batches import OBJECTIVES, Masking
+from pyrformer.data import tokenize
+from pyrformer.pairs import sentences
 
 TEXTS = [f"chapter {i}: the quick brown foxes jump over {i} unbelievably lazy dogs" for i in range(60)]
 
@@ -19,7 +21,12 @@ def tokenizer() -> pf.Tokenizer:
 
 
 def batches(tokenizer: pf.Tokenizer, objective: str = "mlm", **options: object) -> pf.Batches:
-    corpus = tokenize(tokenizer, TEXTS, objective=objective)
+    paragraphs = ["\n\n".join(f"{text}. it ran. {text}" for text in TEXTS)]
+    corpus = (
+        sentences(tokenizer, paragraphs)
+        if objective == "mlm+nsp"
+        else tokenize(tokenizer, TEXTS, objective=objective)
+    )
     given = {"seq_len": 24, "batch_size": 4, "tokenizer": tokenizer, "seed": 3, **options}
     return pf.Batches(corpus, objective, **given)  # type: ignore[arg-type]
 
@@ -28,8 +35,8 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("objective", ["ar", "mlm"])
-@pytest.mark.parametrize("world_size", [2, 3, 7])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("world_size", [2, 7])
 def test_ranks_share_the_batches_of_one(tokenizer: pf.Tokenizer, objective: str, world_size: int) -> None:
     for shuffle in (True, False):
         one = batches(tokenizer, objective, shuffle=shuffle)
@@ -91,10 +98,40 @@ def test_spans_out_of_range(tokenizer: pf.Tokenizer, masking: Masking) -> None:
 
 @pytest.mark.parametrize("options", [{"kind": "bpe"}, {"preset": "llama"}, {"kind": "unigram"}])
 def test_words_of_any_tokenizer_begin_at_spaces(options: dict[str, str]) -> None:
-    texts = [*TEXTS, "naïve Ångström élève à Ēma"] * 2
+    texts = [*TEXTS, "naïve Ångström élève à Ēma", "chapter,dogs(60)"] * 2
     tokenizer = pf.Tokenizer.train(iter(texts), vocab_size=350, **options)
-    continues = tokenizer.continues_word()
     for text in ("jump over à lazy élève", "the unbelievably quick chapter"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
-        begins = sum(not continues[i] for i in ids[1:])
-        assert begins == text.count(" "), tokenizer.encode(text).tokens
+        begins = tokenizer.begins_word(ids)
+        assert begins.sum() == text.count(" ") + 1, tokenizer.encode(text).tokens
+    # Byte-level tokenizers cut at punctuation and digits, as their pre-tokenizer does.
+    ids = tokenizer.encode("chapter,dogs(60)", add_special_tokens=False).ids
+    assert tokenizer.begins_word(ids).sum() == (6 if options == {"kind": "bpe"} else 1)
+
+
+def test_permutations_are_those_of_the_model(tokenizer: pf.Tokenizer) -> None:
+    """The arrays under Hugging Face's names say what the programs are given."""
+    made = batches(tokenizer, "plm", plm_probability=0.3, max_span_length=3)
+    batch, ready = made.batch(5), made.ready(5)
+    b, t = batch["input_ids"].shape
+    p = batch["labels"].shape[1]
+    assert batch["perm_mask"].shape == (b, t, t)
+    assert batch["target_mapping"].shape == (b, p, t)
+    assert batch["perm_mask"].dtype == batch["target_mapping"].dtype == np.float32
+    small = {"n_layer": 1, "d_model": 16, "n_head": 2, "d_inner": 32, "vocab_size": tokenizer.vocab_size}
+    model = pf.Model.from_config({"model_type": "xlnet", **small}, dtype="float64")
+    given = model.batch(**batch)
+    for name in ("input_ids", "hidden", "targets", "token_type_ids"):
+        assert np.array_equal(given.arrays[name], ready.arrays[name]), name
+    places = batch["labels"] != -100
+    assert ready.labels == places.sum() > 0
+    assert np.array_equal(batch["target_mapping"].sum(-1), places)
+    predicted = (batch["target_mapping"] @ batch["input_ids"][:, :, None])[..., 0]
+    assert np.array_equal(predicted[places], batch["labels"][places])
+
+
+def test_an_objective_has_its_corpus(tokenizer: pf.Tokenizer) -> None:
+    corpus = tokenize(tokenizer, TEXTS, objective="mlm")
+    for given, objective in ((corpus, "mlm+nsp"), (sentences(tokenizer, TEXTS), "mlm"), (corpus, "sop")):
+        with pytest.raises(pf.errors.InputError, match="objective"):
+            pf.Batches(given, objective, seq_len=8, batch_size=2, tokenizer=tokenizer)

@@ -12,8 +12,6 @@ import pytest
 import pyrformer as pf
 from pyrformer.errors import Error
 from pyrformer.models import FAMILIES
-from pyrformer.supervised import PermutationBatches
-from pyrformer.tokenizers import Ragged
 
 TEXT = "the cat sat on the mat, and the dog lay by the door. " * 40
 OBJECTIVE = {"bert": "mlm", "roberta": "mlm", "distilbert": "mlm", "modernbert": "mlm", "xlnet": "plm"}
@@ -126,28 +124,6 @@ def test_texts_are_classified(tmp_path: Path, kind: str) -> None:
     assert model.tokenizer is not None
     ids = np.array([model.tokenizer.encode(f"the {c} tree").ids for c in ("red", "blue")])
     assert model(ids).logits.argmax(-1).tolist() == [1, 0]
-
-
-def test_permutations() -> None:
-    ids = np.arange(1000, dtype=np.uint32)
-    corpus = Ragged(ids, np.array([0, 1000]))
-    batches = PermutationBatches(corpus, seq_len=48, batch_size=3, seed=5)
-    share = []
-    for step in range(20):
-        x = batches.batch(step)
-        for i in range(3):
-            places = x["targets"][i][x["targets"][i] >= 0]
-            assert np.array_equal(x["labels"][i, : len(places)], x["input_ids"][i, places])
-            assert (x["labels"][i, len(places) :] == -100).all()
-            hidden = x["hidden"][i]
-            assert hidden[:, np.setdiff1d(np.arange(48), places)].sum() == 0
-            # An order: of two targets exactly one sees the other, and none sees itself.
-            among = hidden[np.ix_(places, places)]
-            assert np.array_equal(among + among.T, 1 + np.eye(len(places), dtype=int))
-            share.append(len(places) / 48)
-        again = PermutationBatches(corpus, seq_len=48, batch_size=3, seed=5).batch(step)
-        assert all(np.array_equal(x[name], again[name]) for name in x)
-    assert 0.12 < np.mean(share) < 0.22
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import pytest
 
 import pyrformer as pf
 from pyrformer import programs
-from pyrformer.data import Batches, Masking
-from pyrformer.errors import Error, InputError
-from pyrformer.pairs import PairBatches, Sentences, sentences
-from pyrformer.supervised import PrefixBatches
-from pyrformer.tokenizers import Ragged, Tokenizer
+from pyrformer.batch import Batch
+from pyrformer.batches import Batches, Masking
+from pyrformer.errors import Error
+from pyrformer.pairs import Sentences, sentences
+from pyrformer.tokenizers import Tokenizer
 
 WORDS = ["cat", "dog", "king", "crow", "wolf", "hen"]
 #: Each paragraph speaks of one animal, so that its sentences tell where they belong.
@@ -39,9 +39,16 @@ def corpus(tokenizer: Tokenizer) -> Sentences:
     return sentences(tokenizer, [TEXT])
 
 
-def pairs(corpus: Sentences, tokenizer: Tokenizer, **more: Any) -> PairBatches:
-    options: dict[str, Any] = {"seq_len": 24, "batch_size": 8, "masking": Masking(), "seed": 5, **more}
-    return PairBatches(corpus, tokenizer=tokenizer, **options)
+def pairs(corpus: Sentences, tokenizer: Tokenizer, **more: Any) -> Batches:
+    options: dict[str, Any] = {"seq_len": 24, "batch_size": 8, "seed": 5, **more}
+    return Batches(corpus, "mlm+nsp", tokenizer=tokenizer, **options)
+
+
+def unmasked(batch: Batch) -> np.ndarray:
+    """The ids before some of them were masked."""
+    ids, places = batch.arrays["input_ids"].copy(), batch.arrays["labels"] >= 0
+    ids.reshape(-1)[batch.arrays["positions"][places]] = batch.arrays["labels"][places]
+    return ids
 
 
 def test_sentences(corpus: Sentences, tokenizer: Tokenizer) -> None:
@@ -53,21 +60,16 @@ def test_sentences(corpus: Sentences, tokenizer: Tokenizer) -> None:
     assert len(sentences(tokenizer, ["", "\n\n \n", "a. b.\n\n\n\nc"]).documents) == 3
 
 
-def test_pairs_have_no_spans(corpus: Sentences, tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match="span_p"):
-        pairs(corpus, tokenizer, masking=Masking(span_p=0.2))
-
-
 def test_pairs_are_what_they_say(corpus: Sentences, tokenizer: Tokenizer) -> None:
-    batches = pairs(corpus, tokenizer, masking=Masking(mlm_probability=1e-9))
+    batches = pairs(corpus, tokenizer)
     sep, cls = tokenizer.masking_ids()[1], tokenizer.masking_ids()[0]
     whole = corpus.texts.ids.tolist()
     follows, firsts = [], set()
     for step in range(60):
-        arrays = batches.ready(step).arrays
-        for ids, types, real, label in zip(
-            *(arrays[k] for k in ("input_ids", "token_type_ids", "segments", "sentence_labels")), strict=True
-        ):
+        batch = batches.ready(step)
+        names = ("token_type_ids", "segments", "sentence_labels")
+        arrays = (batch.arrays[name] for name in names)
+        for ids, types, real, label in zip(unmasked(batch), *arrays, strict=True):
             n = int(real.sum())
             if n == 0:
                 assert label == -100
@@ -96,13 +98,13 @@ def test_a_second_text_that_follows_stands_behind_the_first(tokenizer: Tokenizer
     """With room for all, following pairs are whole documents and others begin outside the document."""
     distinct = [" ".join(f"{a}{b}" for b in "xyz") + ". " + f"{a} {a}. {a}." for a in "abcdefgh"]
     corpus = sentences(tokenizer, ["\n\n".join(distinct)])
-    batches = pairs(corpus, tokenizer, seq_len=64, masking=Masking(mlm_probability=1e-9))
+    batches = pairs(corpus, tokenizer, seq_len=64)
     offsets, documents = corpus.texts.offsets, corpus.documents
     whole = [corpus.texts.ids[offsets[a] : offsets[b]].tolist() for a, b in pairwise(documents)]
     sep = tokenizer.masking_ids()[1]
     for step in range(20):
-        arrays = batches.ready(step).arrays
-        for ids, label in zip(arrays["input_ids"], arrays["sentence_labels"], strict=True):
+        batch = batches.ready(step)
+        for ids, label in zip(unmasked(batch), batch.arrays["sentence_labels"], strict=True):
             if label < 0:
                 continue
             a, b = np.flatnonzero(ids == sep)
@@ -129,10 +131,9 @@ def test_masks(corpus: Sentences, tokenizer: Tokenizer, whole_word: bool) -> Non
     plain = pairs(corpus, tokenizer, masking=Masking(mlm_probability=1e-12))
     batches = pairs(corpus, tokenizer, masking=masking)
     special, mask = tokenizer.masking_ids()[:3], tokenizer.masking_ids()[3]
-    continues = np.array(tokenizer.continues_word())
     labelled = places = masked = 0
     for step in range(40):
-        before, batch = plain.ready(step).arrays["input_ids"].reshape(-1), batches.ready(step)
+        before, batch = unmasked(plain.ready(step)).reshape(-1), batches.ready(step)
         ids, at, labels = (batch.arrays[k].reshape(-1) for k in ("input_ids", "positions", "labels"))
         at, labels = at[labels >= 0], labels[labels >= 0]
         assert batch.labels == len(at)
@@ -144,7 +145,7 @@ def test_masks(corpus: Sentences, tokenizer: Tokenizer, whole_word: bool) -> Non
         places += int((~np.isin(before, special)).sum())
         if whole_word:
             chosen = np.isin(np.arange(len(ids)), at)
-            inner = np.flatnonzero(continues[before] & ~np.isin(np.roll(before, 1), special))
+            inner = np.flatnonzero(~tokenizer.begins_word(before))
             assert np.array_equal(chosen[inner], chosen[inner - 1])
     assert abs(labelled / places - 0.3) < 0.03
     assert abs(masked / labelled - 0.8) < 0.04
@@ -221,25 +222,6 @@ def test_pairs_are_learned(tmp_path: Path) -> None:
         tmp_path, "more", "mlm+nsp", init_from=str(tmp_path / "masked"), model={}, tokenizer={}, max_steps=1
     )
     assert pf.train(again).model.config["architectures"] == ["BertForPreTraining"]
-
-
-def test_prefixes() -> None:
-    corpus = Ragged(np.arange(1000, dtype=np.uint32) % 50, np.array([0, 400, 1000]))
-    rows = Batches(corpus, "ar", seq_len=10, batch_size=16)
-    batches = PrefixBatches(rows, seed=2)
-    seen: list[int] = []
-    for step in range(40):
-        plain, batch = rows.ready(step).arrays["labels"], batches.ready(step)
-        prefix, labels = batch.arrays["prefix"], batch.arrays["labels"]
-        seen += prefix.tolist()
-        for row, p, all_labels in zip(labels, prefix, plain, strict=True):
-            assert (row[: p - 1] == -100).all()
-            assert np.array_equal(row[p - 1 :], all_labels[p - 1 :])
-        assert batch.labels == (labels >= 0).sum()
-        again = PrefixBatches(rows, seed=2).ready(step).arrays["prefix"]
-        assert np.array_equal(prefix, again)
-    assert set(seen) == set(range(1, 10))
-    assert abs(np.mean(seen) - 5) < 0.5
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "falcon", "opt", "gpt_neox"])

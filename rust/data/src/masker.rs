@@ -32,7 +32,9 @@ pub struct Spans {
 
 /// Which tokens of a piece begin a word.
 #[derive(Clone)]
-pub struct Words(Arc<dyn Fn(&[u32]) -> Vec<bool> + Send + Sync>);
+pub struct Words(Arc<Begins>);
+
+type Begins = dyn Fn(&[u32]) -> Vec<bool> + Send + Sync;
 
 impl Words {
     /// Words as a function says: it gives one value for each id.

@@ -5,9 +5,13 @@ use std::path::PathBuf;
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use pyrformer_data::{CausalOptions, DecodeErrors, Form, MaskedOptions, ReadOptions, Rejected, Spans, Step};
+use pyrformer_data::{
+    CausalOptions, DecodeErrors, Form, MaskedBatch, MaskedOptions, PermutedOptions, ReadOptions, Rejected,
+    Spans, Step, Words,
+};
 
 use crate::enter::{Failure, enter};
+use crate::text::Tokenizer;
 
 impl From<pyrformer_data::Error> for Failure {
     fn from(e: pyrformer_data::Error) -> Self {
@@ -232,8 +236,9 @@ impl CausalBatches {
         seed: u64,
         shuffle: bool,
         separate_documents: bool,
+        prefix: bool,
     ) -> PyResult<Self> {
-        let options = CausalOptions { seq_len, batch_size, seed, shuffle, separate_documents };
+        let options = CausalOptions { seq_len, batch_size, seed, shuffle, separate_documents, prefix };
         let inner =
             pyrformer_data::CausalBatches::new(corpus.inner.clone(), options).map_err(Failure::from)?;
         Ok(Self { inner })
@@ -267,8 +272,58 @@ impl CausalBatches {
         if let Some(segments) = b.segment_ids {
             put(&dict, "segments", segments, cols)?;
         }
+        if let Some(prefix) = b.prefix {
+            put(&dict, "prefix", prefix, None)?;
+        }
         Ok((dict, b.labels_count))
     }
+}
+
+/// How rows are masked, from a dict.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Masked {
+    max_length: usize,
+    batch_size: usize,
+    seed: u64,
+    shuffle: bool,
+    vocab_size: usize,
+    /// Ids of [CLS], [SEP], [PAD], [MASK].
+    special: [u32; 4],
+    /// Share of chosen tokens, and of those, of [MASK] and of random tokens.
+    rates: (f64, f64, f64),
+    /// For whole words: whose words they are.
+    words: Option<Py<Tokenizer>>,
+    /// p and the greatest length of masked spans.
+    spans: Option<(f64, usize)>,
+    pad_to_multiple_of: usize,
+}
+
+impl From<Masked> for MaskedOptions {
+    fn from(m: Masked) -> Self {
+        let mut options = Self::new(m.batch_size, m.max_length, m.vocab_size, m.special);
+        (options.seed, options.shuffle) = (m.seed, m.shuffle);
+        (options.mlm_probability, options.mask_rate, options.random_rate) = m.rates;
+        options.whole_word = m.words.map(|tokenizer| {
+            let tokenizer = tokenizer.get().inner.clone();
+            Words::new(move |ids| tokenizer.begins_word(ids))
+        });
+        options.spans = m.spans.map(|(p, max_length)| Spans { p, max_length });
+        options.pad_to_multiple_of = m.pad_to_multiple_of;
+        options
+    }
+}
+
+fn masked_arrays<'py>(py: Python<'py>, b: MaskedBatch) -> PyResult<(Bound<'py, PyDict>, usize)> {
+    let dict = PyDict::new(py);
+    let cols = Some(b.seq_len);
+    put(&dict, "input_ids", b.input_ids, cols)?;
+    put(&dict, "attention_mask", b.attention_mask, cols)?;
+    put(&dict, "token_type_ids", b.token_type_ids, cols)?;
+    put(&dict, "labels", b.labels, cols)?;
+    put(&dict, "positions", b.positions, None)?;
+    put(&dict, "masked_labels", b.masked_labels, None)?;
+    Ok((dict, b.labels_count))
 }
 
 /// Padded rows with masked tokens.
@@ -279,37 +334,10 @@ pub(crate) struct MaskedBatches {
 
 #[pymethods]
 impl MaskedBatches {
-    /// `special` are the ids of [CLS], [SEP], [PAD], [MASK]; `continues[id]` says whether a token continues a word, for
-    /// whole-word masking; `spans` are p and the greatest length of masked spans.
     #[new]
-    #[pyo3(signature = (corpus, max_length, batch_size, seed, shuffle, vocab_size, special, mlm_probability,
-        mask_rate, random_rate, continues=None, spans=None, pad_to_multiple_of=8))]
-    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
-    fn new(
-        corpus: PyRef<'_, Corpus>,
-        max_length: usize,
-        batch_size: usize,
-        seed: u64,
-        shuffle: bool,
-        vocab_size: usize,
-        special: [u32; 4],
-        mlm_probability: f64,
-        mask_rate: f64,
-        random_rate: f64,
-        continues: Option<Vec<bool>>,
-        spans: Option<(f64, usize)>,
-        pad_to_multiple_of: usize,
-    ) -> PyResult<Self> {
-        let mut options = MaskedOptions::new(batch_size, max_length, vocab_size, special);
-        (options.seed, options.shuffle) = (seed, shuffle);
-        (options.mlm_probability, options.mask_rate, options.random_rate) =
-            (mlm_probability, mask_rate, random_rate);
-        options.whole_word = continues.map(Into::into);
-        options.spans = spans.map(|(p, max_length)| Spans { p, max_length });
-        options.pad_to_multiple_of = pad_to_multiple_of;
-        let inner =
-            pyrformer_data::MaskedBatches::new(corpus.inner.clone(), options).map_err(Failure::from)?;
-        Ok(Self { inner })
+    fn new(corpus: PyRef<'_, Corpus>, options: Masked) -> PyResult<Self> {
+        let inner = pyrformer_data::MaskedBatches::new(corpus.inner.clone(), options.into());
+        Ok(Self { inner: inner.map_err(Failure::from)? })
     }
 
     /// Batches that visit every piece once.
@@ -331,15 +359,105 @@ impl MaskedBatches {
 
     /// Batch `step` as arrays, and its number of labels.
     fn batch<'py>(&self, py: Python<'py>, step: u64) -> PyResult<(Bound<'py, PyDict>, usize)> {
+        masked_arrays(py, py.detach(|| self.inner.batch(step)))
+    }
+}
+
+/// Rows of two texts with masked tokens; the second one follows the first, or does not.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct PairBatches {
+    inner: pyrformer_data::PairBatches,
+}
+
+#[pymethods]
+impl PairBatches {
+    /// `corpus` holds sentences; `bounds` are the numbers of the first one of each document, and of all.
+    #[new]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn new(corpus: PyRef<'_, Corpus>, bounds: PyReadonlyArray1<'_, i64>, options: Masked) -> PyResult<Self> {
+        let inner = pyrformer_data::PairBatches::new(corpus.inner.clone(), &starts(&bounds)?, options.into());
+        Ok(Self { inner: inner.map_err(Failure::from)? })
+    }
+
+    /// Batches that visit every run of sentences once.
+    #[getter]
+    fn batches_per_pass(&self) -> u64 {
+        self.inner.batches_per_pass()
+    }
+
+    /// None: second texts come from anywhere in the corpus.
+    #[getter]
+    fn settled_steps(&self) -> u64 {
+        0
+    }
+
+    /// The numbers of the documents that the rows of batch `step` begin in.
+    fn documents(&self, step: u64) -> Vec<Vec<usize>> {
+        self.inner.documents(step)
+    }
+
+    /// Batch `step` as arrays, and its number of labels.
+    fn batch<'py>(&self, py: Python<'py>, step: u64) -> PyResult<(Bound<'py, PyDict>, usize)> {
         let b = py.detach(|| self.inner.batch(step));
-        let dict = PyDict::new(py);
-        let cols = Some(b.seq_len);
+        let (dict, count) = masked_arrays(py, b.rows)?;
+        put(&dict, "next_sentence_label", b.sentence_labels, None)?;
+        Ok((dict, count))
+    }
+}
+
+/// Packed rows, some tokens of which are predicted in a random order.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct PermutedBatches {
+    inner: pyrformer_data::PermutedBatches,
+}
+
+#[pymethods]
+impl PermutedBatches {
+    #[new]
+    #[expect(clippy::too_many_arguments, reason = "extracted arguments")]
+    fn new(
+        corpus: PyRef<'_, Corpus>,
+        seq_len: usize,
+        batch_size: usize,
+        seed: u64,
+        shuffle: bool,
+        plm_probability: f64,
+        max_span_length: usize,
+    ) -> PyResult<Self> {
+        let (separate_documents, prefix) = (false, false);
+        let rows = CausalOptions { seq_len, batch_size, seed, shuffle, separate_documents, prefix };
+        let options = PermutedOptions { rows, plm_probability, max_span_length };
+        let inner = pyrformer_data::PermutedBatches::new(corpus.inner.clone(), options);
+        Ok(Self { inner: inner.map_err(Failure::from)? })
+    }
+
+    /// Batches that visit every block once.
+    #[getter]
+    fn batches_per_pass(&self) -> u64 {
+        self.inner.batches_per_pass()
+    }
+
+    /// How many of the first batches a longer corpus that begins with this one would leave as they are.
+    #[getter]
+    fn settled_steps(&self) -> u64 {
+        self.inner.settled_steps()
+    }
+
+    /// The numbers of the documents in each row of batch `step`.
+    fn documents(&self, step: u64) -> Vec<Vec<usize>> {
+        self.inner.documents(step)
+    }
+
+    /// Batch `step` as arrays, and its number of labels.
+    fn batch<'py>(&self, py: Python<'py>, step: u64) -> PyResult<(Bound<'py, PyDict>, usize)> {
+        let b = py.detach(|| self.inner.batch(step));
+        let (dict, cols) = (PyDict::new(py), Some(b.seq_len));
         put(&dict, "input_ids", b.input_ids, cols)?;
-        put(&dict, "attention_mask", b.attention_mask, cols)?;
-        put(&dict, "token_type_ids", b.token_type_ids, cols)?;
-        put(&dict, "labels", b.labels, cols)?;
-        put(&dict, "positions", b.positions, None)?;
-        put(&dict, "masked_labels", b.masked_labels, None)?;
+        let rows = b.perm_mask.len() / b.seq_len.pow(2).max(1);
+        let hidden = PyArray1::from_vec(py, b.perm_mask);
+        dict.set_item("perm_mask", hidden.reshape([rows, b.seq_len, b.seq_len])?)?;
+        put(&dict, "targets", b.targets, Some(b.targets_len))?;
+        put(&dict, "labels", b.labels, Some(b.targets_len))?;
         Ok((dict, b.labels_count))
     }
 }

@@ -22,7 +22,10 @@ mod _core {
     #[pymodule_export]
     use super::cuda::{cuda_bars, cuda_program, cuda_sources};
     #[pymodule_export]
-    use super::data::{CausalBatches, Cleaner, Corpus, Documents, MaskedBatches, write_shard, zstd_frame};
+    use super::data::{
+        CausalBatches, Cleaner, Corpus, Documents, MaskedBatches, PairBatches, PermutedBatches, write_shard,
+        zstd_frame,
+    };
     #[pymodule_export]
     use super::files::{AtomicDir, Gguf, SafeTensors, write_file, write_safetensors};
     #[pymodule_export]

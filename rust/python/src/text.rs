@@ -25,7 +25,7 @@ impl From<pyrformer_text::Error> for Failure {
 /// Text to ids and back.
 #[pyclass(frozen, module = "pyrformer._core")]
 pub(crate) struct Tokenizer {
-    inner: Arc<pyrformer_text::Tokenizer>,
+    pub(crate) inner: Arc<pyrformer_text::Tokenizer>,
 }
 
 /// An id that may be one.
@@ -112,9 +112,10 @@ impl Tokenizer {
         u32::try_from(id).is_ok_and(|id| self.inner.is_special(id))
     }
 
-    /// For each id, whether it continues the word of the token before it.
-    fn continues_word(&self) -> Vec<bool> {
-        self.inner.continues_word()
+    /// For each id of a sequence, whether a word begins with it.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn begins_word<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> Bound<'py, PyArray1<bool>> {
+        PyArray1::from_vec(py, py.detach(|| self.inner.begins_word(&ids)))
     }
 
     /// Role → id, for the roles that are filled.
