@@ -414,7 +414,6 @@ pub(crate) struct PermutedBatches {
 #[pymethods]
 impl PermutedBatches {
     #[new]
-    #[expect(clippy::too_many_arguments, reason = "extracted arguments")]
     fn new(
         corpus: PyRef<'_, Corpus>,
         seq_len: usize,
