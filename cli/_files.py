@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import click
 
 import pyrformer as pf
 from pyrformer.errors import FileError
-from pyrformer.pipeline import Verb, run
+from pyrformer.pipeline import Made, Verb, run
 from pyrformer.prepared import ON_CORRUPT
 
 from ._progress import Told, files_bar
@@ -65,7 +65,7 @@ def over_files(
 
 
 def through(
-    done: tuple[Verb, pf.Model | pf.Tokenizer, dict[str, Any]],
+    done: tuple[Verb | Made, pf.Model | pf.Tokenizer, dict[str, Any]],
     source: list[str],
     column: str,
     out: str,
@@ -128,11 +128,6 @@ class _Telling:
     def beat(self, what: str) -> None:
         """Tells of the rows under way."""
         self.told(self.read, f"{self.rows}, {what}")
-
-
-def texts_of(file: str, column: str) -> Iterator[str]:
-    """The texts of a file's rows, or of standard input for "-"."""
-    return (row[column] for row in pf.Documents([file], column=column).rows())
 
 
 def write_page(page: str, out: str, command: str) -> None:

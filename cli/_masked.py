@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 import pyrformer as pf
+from pyrformer.pipeline import Maker
 
 #: What may be said of the draws.
 DRAWS = {
@@ -16,8 +16,8 @@ DRAWS = {
 }  # fmt: skip
 
 
-def fill(model: pf.Model, prompts: list[str], settings: dict[str, Any], as_json: bool) -> None:
-    """Prints each prompt with its masks filled: drawn, or with ``do_sample=False`` by repeated prediction."""
+def filler(model: pf.Model, settings: dict[str, Any]) -> Maker:
+    """What gives each prompt's rows, its masks filled: drawn, or with ``do_sample=False`` by repeated prediction."""
     drawn = settings.pop("do_sample", True)
     known = {"iterations", *(DRAWS if drawn else ())}
     unknown = sorted(settings.keys() - known)
@@ -25,8 +25,15 @@ def fill(model: pf.Model, prompts: list[str], settings: dict[str, Any], as_json:
         way = "Gibbs sampling" if drawn else "mask-predict (--greedy)"
         name = unknown[0].replace("_", "-")
         raise click.UsageError(f"--{name} means nothing for a masked model, whose masks are filled by {way}")
-    for prompt in prompts:
+
+    def rows(prompts: list[str], first: int) -> list[list[dict[str, Any]]]:
+        return [one(prompt) for prompt in prompts]
+
+    def one(prompt: str) -> list[dict[str, Any]]:
         out = model.gibbs(prompt, **settings) if drawn else model.mask_predict(prompt, **settings)
-        for text, ids, logprobs in zip(out.texts, out.ids, out.token_logprobs, strict=True):
-            row = {"prompt": prompt, "text": text, "ids": ids, "token_logprobs": logprobs}
-            click.echo(json.dumps(row, ensure_ascii=False) if as_json else text)
+        return [
+            {"prompt": prompt, "text": text, "ids": ids, "token_logprobs": logprobs}
+            for text, ids, logprobs in zip(out.texts, out.ids, out.token_logprobs, strict=True)
+        ]
+
+    return rows

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import click
 
 import pyrformer as pf
 from pyrformer.fields import parse_json
+from pyrformer.pipeline import Made, Maker
 
-from ._files import texts_of
-from ._masked import fill
+from ._files import through
+from ._masked import filler
+from ._progress import files_bar
 
 
 def json_value(text: str) -> Any:
@@ -107,6 +110,12 @@ def generation_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts taken together."
 )
+@click.option(
+    "--out",
+    type=click.Path(),
+    help="A .jsonl, .jsonl.gz, .jsonl.zst or .parquet file for what --prompts give.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT, and forget what was begun.")
 @click.option("--do-sample/--greedy", default=None, help="Draw tokens, or take the most probable.")
 @click.option(
     "-n",
@@ -142,6 +151,8 @@ def command(
     file: str | None,
     column: str,
     batch_size: int,
+    out: str | None,
+    overwrite: bool,
     num_return_sequences: int,
     iterations: int | None,
     stop_strings: tuple[str, ...],
@@ -163,8 +174,9 @@ def command(
     """Continue PROMPT, or each of --prompts, with the model in the folder RUN.
 
     Tokens are drawn at temperature 0.8 unless --greedy, --num-beams, --penalty-alpha or --generation-config is given.
-    Prompts from .jsonl lines, or --json, give a JSON object for each continuation: prompt, text, ids, token_logprobs,
-    score, finish_reason.
+    Prompts from .jsonl lines, --out, or --json, give a JSON object for each continuation: prompt, text, ids,
+    token_logprobs, score, finish_reason. Those of a batch are written when it is done; with --out, what was ended
+    goes on when the same command is given again.
 
     With a masked model the masks in PROMPT are filled: drawn by Gibbs sampling, or with --greedy by mask-predict.
     """
@@ -172,6 +184,8 @@ def command(
         raise click.UsageError("give either PROMPT or --prompts")
     if (show_beams or show_probs) and (file is not None or as_json):
         raise click.UsageError("--show-beams and --show-probs take one PROMPT, without --json")
+    if out is not None and file is None:
+        raise click.UsageError("--out is for --prompts")
     if html_file is not None and not (show_beams or show_probs):
         raise click.UsageError("--html needs --show-beams or --show-probs")
     settings = {k: v for k, v in options.items() if v is not None}
@@ -198,7 +212,11 @@ def command(
             "show_probs": show_probs or None,
         }
         asked = {**settings, **{k: v for k, v in others.items() if v is not None}}
-        fill(model, [prompt] if prompt is not None else list(texts_of(file or "-", column)), asked, as_json)
+        rows = filler(model, dict(asked))
+        if prompt is not None:
+            _tell(rows([prompt], 0)[0], as_json, filled=True)
+        else:
+            _many(model, rows, file or "-", column, batch_size, asked, as_json, out, overwrite)
         return
     if iterations is not None:
         raise click.UsageError("--iterations is for masked models")
@@ -211,11 +229,14 @@ def command(
     if assistant_model is not None:
         settings["assistant_model"] = pf.load(assistant_model, device=device, threads=threads)
     if prompt is None:
-        _many(model, file or "-", column, batch_size, settings, as_json, mbr)
+        rows, deciding = _continuer(model, settings, mbr), {**settings, "mbr": mbr}
+        if assistant_model is not None:
+            deciding["assistant_model"] = str(Path(assistant_model).absolute())
+        _many(model, rows, file or "-", column, batch_size, deciding, as_json, out, overwrite)
     elif show_beams or show_probs:
         _show(model, prompt, settings, show_beams, show_probs, html_file)
     elif as_json or settings.get("num_beams", 1) != 1 or settings.get("num_return_sequences", 1) != 1:
-        _print(prompt, model.generate(prompt, **settings), as_json, mbr)
+        _tell(_rows(prompt, model.generate(prompt, **settings), mbr), as_json)
     else:
         pieces = model.stream(prompt, **settings)
         first = next(pieces, "")
@@ -250,68 +271,82 @@ def _text(path: str) -> str:
         raise click.UsageError(f"{path} cannot be read: {e}") from None
 
 
-def _print(prompt: str, out: pf.Generation, as_json: bool, mbr: str | None = None) -> None:
-    """Prints continuations of a prompt, or the best of them."""
+def _rows(prompt: str, out: pf.Generation, mbr: str | None = None) -> list[dict[str, Any]]:
+    """A row for each continuation of a prompt, or for the best of them."""
     if mbr is not None:
         best = pf.mbr(out.texts, mbr).best
         out = _part(out, slice(best, best + 1))
-    for i, text in enumerate(out.texts):
-        score = out.scores[i]
+    return [
+        {
+            "prompt": prompt,
+            "text": text,
+            "ids": out.ids[i],
+            "token_logprobs": out.token_logprobs[i],
+            "score": out.scores[i],
+            "finish_reason": out.finish_reasons[i],
+        }
+        for i, text in enumerate(out.texts)
+    ]
+
+
+def _tell(rows: list[dict[str, Any]], as_json: bool, *, filled: bool = False) -> None:
+    """Prints the rows of a prompt; of those ``filled``, the text holds the prompt."""
+    for i, row in enumerate(rows):
         if as_json:
-            row = {
-                "prompt": prompt,
-                "text": text,
-                "ids": out.ids[i],
-                "token_logprobs": out.token_logprobs[i],
-                "score": score,
-                "finish_reason": out.finish_reasons[i],
-            }
             click.echo(json.dumps(row, ensure_ascii=False))
             continue
-        if len(out.texts) > 1:
+        if len(rows) > 1 and not filled:
+            score = row["score"]
             click.secho(f"--- {i + 1}" + (f"  score {score:.4f}" if score is not None else ""), dim=True)
-        click.echo(prompt + text)
+        click.echo(row["text"] if filled else row["prompt"] + row["text"])
+
+
+def _continuer(model: pf.Model, settings: dict[str, Any], mbr: str | None) -> Maker:
+    """What continues the prompts of a file. What is drawn depends on a prompt's place in it, not on the batch."""
+    number = settings.get("num_return_sequences", 1)
+
+    def rows(prompts: list[str], first: int) -> list[list[dict[str, Any]]]:
+        if not prompts:
+            return []
+        out = model.generate(prompts, **settings, first_sequence=first * number)
+        parts = (_part(out, slice(i * number, (i + 1) * number)) for i in range(len(prompts)))
+        return [_rows(prompt, part, mbr) for prompt, part in zip(prompts, parts, strict=True)]
+
+    return rows
 
 
 def _many(
     model: pf.Model,
+    rows: Maker,
     file: str,
     column: str,
     batch_size: int,
-    settings: dict[str, Any],
+    deciding: dict[str, Any],
     as_json: bool,
-    mbr: str | None,
+    out: str | None,
+    overwrite: bool,
 ) -> None:
-    """Continues the prompts of a file. What is drawn depends on a prompt's place in it, not on the batch."""
-    prompts = list(texts_of(file, column))
-    number = settings.get("num_return_sequences", 1)
-    for at in _progress(range(0, len(prompts), batch_size), batch_size, len(prompts)):
-        batch = prompts[at : at + batch_size]
-        out = model.generate(batch, **settings, first_sequence=at * number)
-        for i, prompt in enumerate(batch):
-            _print(prompt, _part(out, slice(i * number, (i + 1) * number)), as_json, mbr)
+    """Puts the prompts of a file through ``rows``, batch by batch, to standard output or a file."""
+    if out is not None:
+        deciding = {k: v for k, v in deciding.items() if not isinstance(v, pf.Model)}
+        through((Made(rows), model, deciding), [file], column, out, "", "fail", overwrite, stretch=batch_size)
+        return
+    documents = pf.Documents([file], column=column)
+    prompts = (row[column] for row in documents.rows())
+    done = 0
+    with files_bar([file], hidden=sys.stdout.isatty()) as told:
+        while batch := list(islice(prompts, batch_size)):
+            for made in rows(batch, done):
+                _tell(made, as_json, filled=model.family.objective == "mlm")
+            sys.stdout.flush()
+            done += len(batch)
+            told(documents.bytes_read, f"{done:,} prompts")
 
 
 def _part(out: pf.Generation, part: slice) -> pf.Generation:
     """Some of the sequences."""
     lists = (out.texts[part], out.ids[part], out.scores[part], out.token_logprobs[part])
     return pf.Generation(*lists, out.finish_reasons[part])
-
-
-def _progress(starts: range, size: int, total: int) -> Iterator[int]:
-    """The starts of batches, with a bar on standard error where that is a terminal and standard output is none."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal or sys.stdout.isatty():
-        yield from starts
-        return
-    with Progress(MofNCompleteColumn(), BarColumn(None), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=total)
-        for start in starts:
-            yield start
-            progress.update(task, completed=min(start + size, total))
 
 
 def _show(
@@ -341,4 +376,4 @@ def _show(
             console.print(f"--- {i + 1}", style="dim")
         console.print(draw_moments(steps))
     if tree is None:
-        _print(prompt, out, False)
+        _tell(_rows(prompt, out), as_json=False)

@@ -36,6 +36,8 @@ from pyrformer.prepared import ON_CORRUPT, describe
 STRETCH = 512
 #: Results of texts: a dict of fields for each.
 Verb = Callable[[list[str]], list[dict[str, Any]]]
+#: What takes the place of rows: for each text some rows, given the texts and the number of the first, from 0.
+Maker = Callable[[list[str], int], list[list[dict[str, Any]]]]
 #: Told how far the work is: bytes of the files read, rows, rows kept out.
 Progress = Callable[[int, int, int], None]
 
@@ -46,6 +48,13 @@ PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     ".jsonl.zst": _core.zstd_frame,
     ".parquet": bytes,
 }
+
+
+@dataclass(frozen=True)
+class Made:
+    """A verb that gives rows of its own."""
+
+    maker: Maker
 
 
 @dataclass
@@ -68,7 +77,7 @@ class Counts:
 
 def run(
     source: Source,
-    verb: Verb,
+    verb: Verb | Made,
     out: str | os.PathLike[str] | Callable[[str], object],
     *,
     column: str = "text",
@@ -76,6 +85,7 @@ def run(
     on_corrupt: str = "fail",
     identity: dict[str, Any] | None = None,
     overwrite: bool = False,
+    stretch: int = STRETCH,
     progress: Progress | None = None,
 ) -> Counts:
     """Adds the results of texts to the rows they stand in.
@@ -83,7 +93,8 @@ def run(
     Args:
         source: files, as :class:`pyrformer.data.Documents` takes them, or an Arrow stream; a line of a ``.txt`` file is
             a row of its own.
-        verb: what gives the fields to add; called with an empty list first, where it may complain of its options.
+        verb: what gives the fields to add; called with an empty list first, where it may complain of its options. Or
+            :class:`Made`, what gives rows in the place of those that are read.
         out: the file to write: .jsonl, .jsonl.gz, .jsonl.zst or .parquet, one row a line or record; or what takes
             lines of JSON, end included.
         column: the field with the text.
@@ -93,6 +104,7 @@ def run(
         identity: what else decides the results, such as the model: a file that was begun is gone on with where this,
             the source and the options are the same.
         overwrite: replace ``out``, and forget what was begun.
+        stretch: rows that go through the verb, and are written, together.
         progress: told how far the work is, after each stretch.
 
     Raises:
@@ -105,7 +117,7 @@ def run(
     if not isinstance(out, (str, os.PathLike)):
         if on_corrupt == "quarantine":
             raise InputError("[files] quarantine needs a file to write: what is kept aside goes beside it")
-        work = _Work(source, verb, column, prefix, on_corrupt, progress)
+        work = _Work(source, verb, column, prefix, on_corrupt, stretch, progress)
         for _, lines in work.stretches():
             out(lines.decode())
         return work.counts
@@ -120,7 +132,9 @@ def run(
     known = json.loads(json.dumps({"sources": describe(source), "options": options, **(identity or {})}))
     try:
         with _Target(path, PACKINGS[ending], known, overwrite) as target:
-            work = _Work(source, verb, column, prefix, on_corrupt, progress, target, ending == ".parquet")
+            work = _Work(
+                source, verb, column, prefix, on_corrupt, stretch, progress, target, ending == ".parquet"
+            )
             for number, lines in work.stretches():
                 target.write(lines, number)
             target.finish(work.documents.schemas if ending == ".parquet" else None)
@@ -211,15 +225,17 @@ class _Work:
     def __init__(
         self,
         source: Source,
-        verb: Verb,
+        verb: Verb | Made,
         column: str,
         prefix: str,
         on_corrupt: str,
+        size: int,
         progress: Progress | None,
         target: _Target | None = None,
         typed: bool = False,
     ):
         self.verb, self.column, self.prefix, self.progress = verb, column, prefix, progress
+        self.size = size
         self.lenient, self.typed = on_corrupt != "fail", typed
         self.keep = target.keep if target is not None and on_corrupt == "quarantine" else None
         self.counts = target.counts if target is not None else Counts()
@@ -236,10 +252,10 @@ class _Work:
 
     def stretches(self) -> Iterator[tuple[Counts, bytes]]:
         """The lines of each stretch, and the counts with it."""
-        self.verb([])
+        self._through([], 0)
         source = self.documents.rows()
         done = self.counts.rows
-        while stretch := list(islice(source, STRETCH)):
+        while stretch := list(islice(source, self.size)):
             first, self.read = self.read, self.read + len(stretch)
             if self.read > done:
                 rows = self._results(stretch, first)
@@ -254,12 +270,12 @@ class _Work:
 
     def _results(self, rows: list[dict[str, Any]], first: int) -> Iterator[dict[str, Any]]:
         try:
-            results = self.verb([row[self.column] for row in rows])
+            results = self._through(rows, first)
         except InputError:
             # One by one, to find the text that is refused.
             for number, row in enumerate(rows, first + 1):
                 try:
-                    alone = self.verb([row[self.column]])
+                    alone = self._through([row], number - 1)
                 except InputError as e:
                     if not self.lenient:
                         raise InputError(f"{e}; this is row {number} of the input") from None
@@ -267,10 +283,18 @@ class _Work:
                     if self.keep is not None:
                         self.keep(f"row {number}: {e}", _json(row))
                     continue
-                yield self._joined(row, alone[0])
+                yield from self._made(row, alone[0])
             return
         for row, result in zip(rows, results, strict=True):
-            yield self._joined(row, result)
+            yield from self._made(row, result)
+
+    def _through(self, rows: list[dict[str, Any]], first: int) -> list[Any]:
+        """What the verb gives for each row."""
+        texts = [row[self.column] for row in rows]
+        return self.verb.maker(texts, first) if isinstance(self.verb, Made) else self.verb(texts)
+
+    def _made(self, row: dict[str, Any], result: Any) -> list[dict[str, Any]]:
+        return result if isinstance(self.verb, Made) else [self._joined(row, result)]
 
     def _joined(self, row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         added = {self.prefix + name: value for name, value in result.items()}

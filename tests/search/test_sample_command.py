@@ -101,6 +101,45 @@ def test_prompts_of_a_file(run: str, tmp_path: Path) -> None:
     assert [json.loads(line)["ids"] for line in piped.splitlines()] == [r["ids"] for r in rows[0]]
 
 
+def test_prompts_go_on_where_they_were_ended(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["the cat", "a", "on the m", "cat", "he", "the", "mat"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in prompts))
+    options = [
+        "--prompts",
+        tmp_path / "p.jsonl",
+        "--max-new-tokens",
+        5,
+        "-n",
+        2,
+        "--seed",
+        4,
+        "--batch-size",
+        2,
+    ]
+    whole = sample(run, *options).stdout
+    generate, calls = pf.Model.generate, []
+
+    def counted(self: pf.Model, given: Any, *rest: Any, **more: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(given)
+        return generate(self, given, *rest, **more)
+
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(pf.Model, "generate", counted)
+    assert CliRunner().invoke(main, ["sample", run, *map(str, options), "--out", str(out)]).exit_code == 130
+    assert not out.exists()
+    assert len((tmp_path / ".out.jsonl.partial").read_text().splitlines()) == 8
+    monkeypatch.setattr(pf.Model, "generate", lambda *a, **k: (calls.append(a[1]), generate(*a, **k))[1])
+    sample(run, *options, "--out", out)
+    assert calls == [prompts[:2], prompts[2:4], prompts[4:6], prompts[6:]]
+    assert out.read_text() == whole
+    refused = CliRunner().invoke(main, ["sample", run, *map(str, options), "--out", str(out)])
+    assert (refused.exit_code, "exists" in refused.output) == (2, True)
+
+
 def test_the_tree_of_hypotheses(run: str, tmp_path: Path) -> None:
     options = ["--num-beams", 3, "-n", 2, "--max-new-tokens", 5]
     rows = [json.loads(line) for line in sample(run, "the ", *options, "--json").stdout.splitlines()]
