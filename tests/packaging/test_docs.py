@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def test_the_reference_has_every_public_name() -> None:
     public = {f"pyrformer.{name}" for name in pyrformer.__all__ if name not in ("Error", "__version__")}
     assert public <= shown
     assert "pyrformer.errors" in shown
+    for name in shown:
+        parts = name.split(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(".".join(parts[:-1])), parts[-1]), name
 
 
 def test_file_tree_of_the_readme_exists() -> None:
