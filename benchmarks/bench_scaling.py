@@ -1,156 +1,104 @@
-"""Training by several processes on one machine: updates a second by 1, 2 … processes of one thread each, in turns.
+"""How a training step grows with threads, the length of texts and the width of the model.
 
-    python benchmarks/bench_scaling.py --model
-    python benchmarks/bench_scaling.py [--turns 3] [--processes 1 2] [--width 256] [--layers 4] [--batch 4] [--seq 128]
+    python benchmarks/bench_scaling.py [--steps 5] [--out benchmarks/scaling.svg]
 
-Every process count trains the same model on the same batches to the same bits. Efficiency is the time of one process
-over N times that of N. The share of the update that N processes spend on each other, and not on passes, is what they
-wait for gradients that are still on the way when a pass is over, the owners' updates, and the new weights.
-
-With --model nothing is measured: what 8 to 1024 GPUs would do on paper, by compute, bytes, messages and overlap.
+One size changes at a time, from a GPT of 4 layers × 256 on 8 × 256 tokens; the number of tokens in a step stays the
+same. Beside the time stand the step's arithmetic and that of attention alone, from the plan: only the latter grows with
+the square of the length. Plots need matplotlib (`pip install matplotlib`); the table does not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-WORKER = """
-import json, sys, time
-import pyrformer as pf
-from pyrformer import trainer
-from pyrformer.training.sharing import Sharing
-spent = [0.0]
-def timed(owner, name):
-    inner = getattr(owner, name)
-    def outer(*arguments):
-        began = time.perf_counter()
-        try:
-            return inner(*arguments)
-        finally:
-            spent[0] += time.perf_counter() - began
-    setattr(owner, name, outer)
-timed(Sharing, "end_round")
-timed(trainer.Trainer, "_shared_end")
-compute = trainer.Trainer.compute
-rows = []
-def watched(self, step, lr):
-    spent[0] = 0.0
-    numbers = compute(self, step, lr)
-    rows.append((numbers["tokens_per_s"], spent[0]))
-    return numbers
-trainer.Trainer.compute = watched
-options, out = json.loads(sys.argv[1]), sys.argv[2]
-run = pf.train(pf.TrainConfig(**options))
-if "PMI_RANK" not in __import__("os").environ or __import__("os").environ["PMI_RANK"] == "0":
-    open(out, "w").write(json.dumps({"rows": rows[2:], "parameters": run.model.parameter_count}))
-"""
+from pyrformer.bench.train_step import Result, Shape, measure
+
+BASE = Shape(family="gpt2", layers=4, width=256, heads=4, vocab=512, batch=8, seq=256)
+TOKENS = BASE.batch * BASE.seq
+LENGTHS = [32, 64, 128, 256, 512, 1024, 2048]
+WIDTHS = [64, 128, 256, 384, 512, 768]
 
 
-#: An H100 SXM: peak of dense bfloat16, and the share of it that is reached.
-PEAK, REACHED = 989e12, 0.4
-#: Bytes a second and GPU, one way: NVLink inside a machine of eight, 400 Gbit/s InfiniBand between machines.
-NVLINK, NETWORK = 450e9, 50e9
-#: Seconds that a message costs besides its bytes.
-MESSAGE = 5e-6
-#: The share of a pass that is its backward half, beside which gradients travel.
-BACKWARD = 2 / 3
+def lengths() -> Iterable[tuple[int, Shape]]:
+    for seq in LENGTHS:
+        yield seq, replace(BASE, seq=seq, batch=TOKENS // seq)
 
 
-def modelled(parameters: float, gpus: int, tokens: int) -> tuple[float, float, float, float]:
-    """Seconds of an update by so many GPUs, one batch of ``tokens`` each: compute, gradients, weights; efficiency.
-
-    A rank receives its part of everyone's gradients, and then everyone's part of the weights: 4·P·(N − 1)/N bytes each,
-    in 4·(N − 1) messages. What the backward pass does not hide of the first, and all of the second, is waited for; the
-    gradients of the last of a rank's buckets can only leave behind the pass.
-    """
-    compute = 6 * parameters * tokens / (PEAK * REACHED)
-    link = NVLINK if gpus <= 8 else NETWORK
-    one_way = 4 * parameters * (gpus - 1) / gpus / link + 4 * (gpus - 1) * MESSAGE
-    hidden = min(one_way * (1 - 1 / (4 * gpus)), BACKWARD * compute)
-    return compute, one_way, one_way, compute / (compute + one_way - hidden + one_way)
+def widths() -> Iterable[tuple[int, Shape]]:
+    for width in WIDTHS:
+        yield width, replace(BASE, width=width, heads=max(1, width // 64))
 
 
-def print_model() -> None:
-    """Prints the table."""
-    print("| parameters | tokens a GPU | GPUs | compute, ms | gradients, ms | weights, ms | efficiency |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for parameters, tokens in ((124e6, 16384), (1.3e9, 16384), (7e9, 16384)):
-        for gpus in (8, 64, 256, 1024):
-            compute, gradients, weights, efficiency = modelled(parameters, gpus, tokens)
-            times = " | ".join(f"{1e3 * s:.1f}" for s in (compute, gradients, weights))
-            print(f"| {parameters / 1e6:,.0f}M | {tokens:,} | {gpus} | {times} | {efficiency:.2f} |")
+def quadratic(result: Result) -> float:
+    """GFLOP of attention in a step."""
+    return sum(o.gflop for o in result.operations if o.name.startswith("attention"))
+
+
+def row(size: int, result: Result) -> dict[str, float]:
+    print(
+        f"{size:>8}{result.ms_per_step:>10.1f}{result.tokens_per_s:>12,.0f}{result.gflop_per_step:>10.1f}"
+        f"{quadratic(result):>12.2f}{result.utilisation:>13.2f}{result.arena_bytes / 1e6:>11.1f}",
+        flush=True,
+    )
+    return {
+        "size": size,
+        "tokens/s": result.tokens_per_s,
+        "utilisation": result.utilisation,
+        "ms": result.ms_per_step,
+        "arena": result.arena_bytes / 1e6,
+    }
+
+
+def table(title: str) -> None:
+    print(f"\n{title}")
+    print(
+        f"{'':8}{'ms/step':>10}{'tokens/s':>12}{'GFLOP':>10}{'attention':>12}{'utilisation':>13}{'arena MB':>11}"
+    )
+
+
+def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.2), layout="constrained")
+    for ax, (title, rows) in zip(axes, found.items(), strict=True):
+        ax.plot([r["size"] for r in rows], [r["tokens/s"] for r in rows], "o-")
+        ax.set(title=title, ylabel="tokens/s", ylim=(0, None), xscale="log", xticks=[r["size"] for r in rows])
+        ax.set_xticklabels([f"{r['size']:.0f}" for r in rows], fontsize=8)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, default in (
-        ("turns", 3),
-        ("width", 256),
-        ("layers", 4),
-        ("batch", 4),
-        ("seq", 128),
-        ("parts", 4),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--model", action="store_true")
-    a = parser.parse_args()
-    if a.model:
-        print_model()
-        return
-    mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
-    found: dict[int, list[tuple[float, float]]] = {n: [] for n in a.processes}
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "text.txt")
-        text.write_text("The king and the queen went over the hill to the sea; nobody saw them.\n" * 4000)
-        model = {
-            "model_type": "gpt2",
-            "n_embd": a.width,
-            "n_layer": a.layers,
-            "n_head": 4,
-            "n_positions": a.seq,
-        }
-        options = {
-            "files": [str(text)],
-            "model": model,
-            "tokenizer": {"kind": "char"},
-            "seq_len": a.seq,
-            "batch_size": a.batch,
-            "gradient_accumulation_steps": a.parts,
-            "max_steps": a.steps,
-            "warmup_steps": 1,
-            "threads": 1,
-            "eval_every": 0,
-            "save_every": 0,
-        }
-        tokens = a.batch * a.parts * a.seq
-        for turn in range(a.turns):
-            for n in a.processes:
-                out = Path(folder, "numbers.json")
-                given = json.dumps({**options, "out": str(Path(folder, f"run-{turn}-{n}"))})
-                worker = [sys.executable, "-c", WORKER, given, str(out)]
-                command = worker if n == 1 else [str(mpiexec), "-n", str(n), *worker]
-                subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-                numbers = json.loads(out.read_text())
-                found[n] += [(tokens / rate, spent) for rate, spent in numbers["rows"]]
-    print(f"{numbers['parameters']:,} parameters, {a.parts} batches of {a.batch} × {a.seq} tokens an update")
-    print(
-        "| processes | s an update (median) | efficiency | of it for the others |\n| --- | --- | --- | --- |"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    alone = statistics.median(seconds for seconds, _ in found[a.processes[0]])
-    for n, rows in found.items():
-        seconds, spent = (statistics.median(column) for column in zip(*rows, strict=True))
-        efficiency = alone * a.processes[0] / (seconds * n)
-        print(f"| {n} | {seconds:.3f} | {efficiency:.2f} | {spent / seconds:.1%} |")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also draw the curves into this SVG file")
+    o = parser.parse_args()
+    if o.out and not find_spec("matplotlib"):
+        parser.error("--out needs matplotlib: pip install matplotlib")
+    options: dict[str, Any] = {"steps": o.steps, "profile": True}
+    found: dict[str, list[dict[str, float]]] = {}
+    table("threads")
+    found["threads"] = [
+        row(n, measure(BASE, threads=n, **options)) for n in range(1, len(os.sched_getaffinity(0)) + 1)
+    ]
+    table(f"length of texts, {TOKENS} tokens a step")
+    found["length of texts"] = [row(n, measure(shape, **options)) for n, shape in lengths()]
+    table("width")
+    found["width"] = [row(n, measure(shape, **options)) for n, shape in widths()]
+    if o.out:
+        plot(found, o.out)
 
 
 if __name__ == "__main__":
