@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -222,6 +223,10 @@ class Model:
                 a GGUF file: also "q8_0", and "float16" is the default.
             max_shard_size: weights beyond this many bytes ("500MB", "2GiB") go into several files, with an index.
 
+        Warns:
+            UserWarning: the model has what other programs that open such folders do not know of, such as positions of
+                another kind than its family's.
+
         Raises:
             FileError: the folder cannot be written, or a number is too large for float16; the tensor is named.
             InputError: the dtype or the size, or, for GGUF, the family is not one that can be written.
@@ -237,6 +242,12 @@ class Model:
             return
         from pyrformer.checkpoint import save
 
+        departure = self.family.config.departure
+        if departure:
+            warnings.warn(
+                f"[save] {departure}: pyrformer opens {folder}, others compute something else from it",
+                stacklevel=2,
+            )
         save(self, folder, dtype=dtype or "float32", max_shard_size=max_shard_size)
 
     def quantise(self) -> None:

@@ -385,6 +385,10 @@ class Trainer:
 
     def _loop(self) -> Run:
         c = self.config
+        departure = self.model.family.config.departure
+        if departure:
+            what = f"note: {departure}; transformers opens the run, but computes something else"
+            self.on_event("note", {"what": what})
         self.on_event(
             "start",
             {

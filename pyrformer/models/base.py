@@ -65,6 +65,8 @@ class ModelConfig:
     #: Keys of ``config.json`` that would change the mathematics, and the values with which they do not; others are
     #: refused.
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    #: The kinds of ``position_embedding_type`` that the family's reference implementation has.
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ()
     #: The key that names the activation.
     ACTIVATION: ClassVar[str] = "hidden_act"
 
@@ -152,6 +154,14 @@ class ModelConfig:
         """How many times longer than its positions an input may be."""
         return 1.0
 
+    @property
+    def departure(self) -> str | None:
+        """What other programs that open the folder do not know of, and would compute differently; None: nothing."""
+        kind = getattr(self, "position_embedding_type", None)
+        if kind is None or kind in self.OWN_POSITIONS:
+            return None
+        return f"positions of kind {kind!r} are pyrformer's own in a {self.model_type} model"
+
     def require(self, ok: bool, message: str) -> None:
         """Raises ConfigError with ``message`` unless ``ok``."""
         if not ok:
@@ -178,7 +188,12 @@ class ModelConfig:
 
     def check_positions(self, kind: str, known: tuple[str, ...], width: int, head: int) -> None:
         """Raises ConfigError unless ``kind`` is one of ``known`` and fits the widths of the model and of a head."""
-        self.require(kind in known, f"position_embedding_type must be one of {known}, got {kind!r}")
+        why = ""
+        if kind == "alibi" and kind not in known:
+            # alibi_bias gives a bias of keys, −slope·distance less what all keys of a query share: distances of one
+            # sign only.
+            why = "; ALiBi's bias falls with the distance to the left, and an encoder looks both ways"
+        self.require(kind in known, f"position_embedding_type must be one of {known}, got {kind!r}{why}")
         self.require(
             kind != "rope" or head % 2 == 0, f"rotary positions need an even width of heads, got {head}"
         )

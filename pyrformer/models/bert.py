@@ -22,7 +22,7 @@ from pyrformer.models.positions import rope
 from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
-#: What a model may know of positions: a learned table (BERT's own), sinusoids, rotations, or nothing.
+#: What an encoder may know of positions: a learned table (BERT's own), sinusoids, rotations, or nothing.
 POSITIONS = ("absolute", "sinusoidal", "rope", "none")
 
 
@@ -38,6 +38,7 @@ class BertConfig(ModelConfig):
         "BertForSequenceClassification",
         "BertForTokenClassification",
     )
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ("absolute",)
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

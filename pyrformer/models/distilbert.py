@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyrformer.errors import InputError
-from pyrformer.models.base import Family, Inputs, ModelConfig
-from pyrformer.models.positions import sinusoids
-from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Table, Tensor, Trace
+from pyrformer.models.base import Family, Inputs, ModelConfig, Positions, position_table
+from pyrformer.models.bert import POSITIONS
+from pyrformer.models.positions import rope
+from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
 #: The epsilon of all norms; the configuration has none.
@@ -27,7 +28,8 @@ EPS = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class DistilBertConfig(ModelConfig):
-    """Hugging Face's ``DistilBertConfig``."""
+    """Hugging Face's ``DistilBertConfig``, and one of our own: ``position_embedding_type`` (one of BERT's
+    ``POSITIONS``; default: what ``sinusoidal_pos_embds`` says)."""
 
     model_type: ClassVar[str] = "distilbert"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = (
@@ -37,6 +39,7 @@ class DistilBertConfig(ModelConfig):
         "DistilBertForTokenClassification",
     )
     ACTIVATION: ClassVar[str] = "activation"
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ("absolute", "sinusoidal")
 
     SIZES: ClassVar[dict[str, str]] = {
         "layers": "n_layers",
@@ -57,6 +60,7 @@ class DistilBertConfig(ModelConfig):
     seq_classif_dropout: float = 0.2
     activation: str = "gelu"
     initializer_range: float = 0.02
+    position_embedding_type: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,21 +76,29 @@ class DistilBertConfig(ModelConfig):
             attention_dropout=self.attention_dropout,
             seq_classif_dropout=self.seq_classif_dropout,
         )
+        kind = self.position_embedding_type or ("sinusoidal" if self.sinusoidal_pos_embds else "absolute")
+        self.check_positions(kind, POSITIONS, self.dim, self.dim // self.n_heads)
+        self.require(
+            kind == "sinusoidal" or not self.sinusoidal_pos_embds,
+            f"sinusoidal_pos_embds and position_embedding_type {kind!r} contradict each other",
+        )
+        self.fill(position_embedding_type=kind, sinusoidal_pos_embds=kind == "sinusoidal")
 
 
 class Embeddings(Module):
     """The sum of word and position embeddings, normalised."""
 
     def __init__(self, c: DistilBertConfig, init: Normal):
-        fixed = c.sinusoidal_pos_embds
-        positions = Table(sinusoids(c.max_position_embeddings, c.dim)) if fixed else init
+        kind, rows = c.position_embedding_type, c.max_position_embeddings
         self.word_embeddings = Embedding(c.vocab_size, c.dim, init)
-        self.position_embeddings = Embedding(c.max_position_embeddings, c.dim, positions, trainable=not fixed)
+        self.position_embeddings = position_table(kind, rows, c.dim, init)
         self.LayerNorm = LayerNorm(c.dim, EPS)
         self._dropout = c.dropout
 
     def __call__(self, x: Inputs) -> Tensor:
-        h = self.word_embeddings(x.input_ids) + self.position_embeddings(x.position_ids)
+        h = self.word_embeddings(x.input_ids)
+        if self.position_embeddings is not None:
+            h = h + self.position_embeddings(x.position_ids)
         return F.dropout(self.LayerNorm(h), self._dropout)
 
 
@@ -96,11 +108,13 @@ class Attention(Module):
     def __init__(self, c: DistilBertConfig, layer: int, init: Normal):
         self.q_lin, self.k_lin = Linear(c.dim, c.dim, init), Linear(c.dim, c.dim, init)
         self.v_lin, self.out_lin = Linear(c.dim, c.dim, init), Linear(c.dim, c.dim, init)
-        self._layer, self._dropout = layer, c.attention_dropout
+        self._layer, self._dropout, self._heads = layer, c.attention_dropout, c.n_heads
         self._spec = F.attention_spec(c.n_heads, c.n_heads, c.dim // c.n_heads, causal=False)
 
-    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         q, k, v = self.q_lin(h), self.k_lin(h), self.v_lin(h)
+        if at.table is not None:
+            q, k = (F.rope(y, at.table, self._heads) for y in (q, k))
         return self.out_lin(x.attend(self._layer, q, k, v, self._spec, self._dropout))
 
 
@@ -122,9 +136,9 @@ class Layer(Module):
         self.ffn = FFN(c, init)
         self.output_layer_norm = LayerNorm(c.dim, EPS)
 
-    def __call__(self, h: Tensor, x: Inputs) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         with h.trace.scope("attention"):
-            h = self.sa_layer_norm(self.attention(h, x) + h)
+            h = self.sa_layer_norm(self.attention(h, x, at) + h)
         with h.trace.scope("ffn"):
             return self.output_layer_norm(self.ffn(h) + h)
 
@@ -178,9 +192,13 @@ class DistilBert(Family):
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         with x.trace.scope("embeddings"):
             states = [self.distilbert.embeddings(x)]
+            c, kind, angles = self.config, self.config.position_embedding_type, None
+            if kind == "rope":
+                angles = rope({}, c.dim // c.n_heads, c.max_position_embeddings, x.length, c.model_type)
+            at = Positions.of(x, kind, c.n_heads, angles)
         for i, layer in enumerate(self.distilbert.transformer.layer):
             with x.trace.scope(f"layer.{i}"):
-                states.append(layer(states[-1], x))
+                states.append(layer(states[-1], x, at))
         return states
 
     def transform(self, hidden: Tensor) -> Tensor:

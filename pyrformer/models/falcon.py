@@ -15,20 +15,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import CausalLM, Inputs, Ints, Positions, RotaryConfig, masked_positions
+from pyrformer.models.base import (
+    CausalLM,
+    Inputs,
+    Ints,
+    Positions,
+    RotaryConfig,
+    masked_positions,
+    position_table,
+)
 from pyrformer.models.positions import alibi_slopes
 from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Tensor
 from pyrformer.nn import functional as F
 
+#: What a model may know of positions: rotations or ALiBi (Falcon's own), a learned table, sinusoids, or nothing.
+POSITIONS = ("rope", "alibi", "learned", "sinusoidal", "none")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FalconConfig(RotaryConfig):
-    """Hugging Face's ``FalconConfig``."""
+    """Hugging Face's ``FalconConfig``, and one of our own: ``position_embedding_type`` (one of ``POSITIONS``; default:
+    what ``alibi`` says)."""
 
     model_type: ClassVar[str] = "falcon"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("FalconForCausalLM",)
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"apply_residual_connection_post_layernorm": (False,)}
     ACTIVATION: ClassVar[str] = "activation"
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ("rope", "alibi")
 
     SMALL: ClassVar[dict[str, Any]] = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4}
 
@@ -48,6 +61,7 @@ class FalconConfig(RotaryConfig):
     multi_query: bool = True
     parallel_attn: bool = True
     bias: bool = False
+    position_embedding_type: str = ""
 
     @classmethod
     def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +85,14 @@ class FalconConfig(RotaryConfig):
             num_kv_heads=self.num_kv_heads or heads,
             ffn_hidden_size=self.ffn_hidden_size or 4 * self.hidden_size,
         )
-        if not self.alibi:
+        kind = self.position_embedding_type or ("alibi" if self.alibi else "rope")
+        self.check_positions(kind, POSITIONS, self.hidden_size, self.head_dim)
+        self.require(
+            kind == "alibi" or not self.alibi,
+            f"alibi and position_embedding_type {kind!r} contradict each other",
+        )
+        self.fill(position_embedding_type=kind, alibi=kind == "alibi")
+        if kind == "rope":
             self.rope(1)
 
     @property
@@ -169,6 +190,8 @@ class Transformer(Module):
 
     def __init__(self, c: FalconConfig, init: Normal):
         self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, init)
+        kind, rows = c.position_embedding_type, c.max_position_embeddings
+        self.position_embeddings = position_table(kind, rows, c.hidden_size, init)
         self.h = [Layer(c, i, init) for i in range(c.num_hidden_layers)]
         self.ln_f = LayerNorm(c.hidden_size, c.layer_norm_epsilon)
 
@@ -186,13 +209,18 @@ class Falcon(CausalLM):
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         c = self.config
         with x.trace.scope("embed"):
-            states = [self.transformer.word_embeddings(x.input_ids)]
-            if c.alibi:
+            table = self.transformer.position_embeddings
+            h = self.transformer.word_embeddings(x.input_ids)
+            states = [h if table is None else h + table(x.position_ids)]
+            kind = c.position_embedding_type
+            if kind == "alibi":
                 slopes = alibi_slopes(c.num_attention_heads)
                 bias = F.alibi_bias(x.key_positions, slopes, scale=c.head_dim**-0.5, rounded=True)
                 at = Positions(key_bias=bias)
             else:
-                at = Positions(table=x.rope_table(c.rope(x.length)))
+                at = Positions.of(
+                    x, kind, c.num_attention_heads, c.rope(x.length) if kind == "rope" else None
+                )
         for i, layer in enumerate(self.transformer.h):
             with x.trace.scope(f"h.{i}"):
                 states.append(layer(states[-1], x, at))

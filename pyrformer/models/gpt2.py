@@ -41,6 +41,7 @@ class GPT2Config(ModelConfig):
     model_type: ClassVar[str] = "gpt2"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("GPT2LMHeadModel",)
     ACTIVATION: ClassVar[str] = "activation_function"
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ("learned",)
 
     SIZES: ClassVar[dict[str, str]] = {
         "layers": "n_layer",

@@ -15,18 +15,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyrformer.models.base import CausalLM, Inputs, RotaryConfig
+from pyrformer.models.base import CausalLM, Inputs, Positions, RotaryConfig, position_table
 from pyrformer.nn import Embedding, LayerNorm, Linear, Module, Normal, Tensor
 from pyrformer.nn import functional as F
+
+#: What a model may know of positions: rotations (GPT-NeoX's own), a learned table, sinusoids, ALiBi, or nothing.
+POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTNeoXConfig(RotaryConfig):
-    """Hugging Face's ``GPTNeoXConfig``."""
+    """Hugging Face's ``GPTNeoXConfig``, and one of our own: ``position_embedding_type`` (one of ``POSITIONS``)."""
 
     model_type: ClassVar[str] = "gpt_neox"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("GPTNeoXForCausalLM",)
 
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ("rope",)
     PARTIAL: ClassVar[bool] = True
     ROPE: ClassVar[dict[str, Any]] = {**RotaryConfig.ROPE, "partial_rotary_factor": 0.25}
 
@@ -42,6 +46,7 @@ class GPTNeoXConfig(RotaryConfig):
     layer_norm_eps: float = 1e-5
     use_parallel_residual: bool = True
     attention_bias: bool = True
+    position_embedding_type: str = "rope"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +57,9 @@ class GPTNeoXConfig(RotaryConfig):
         )
         self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         self.check_probabilities(hidden_dropout=self.hidden_dropout, attention_dropout=self.attention_dropout)
-        self.rope(1)
+        self.check_positions(self.position_embedding_type, POSITIONS, self.hidden_size, self.head_dim)
+        if self.position_embedding_type == "rope":
+            self.rope(1)
 
     @property
     def head_dim(self) -> int:
@@ -73,10 +80,11 @@ class Attention(Module):
         self._layer, self._dropout = layer, c.attention_dropout
         self._spec = F.attention_spec(self._heads, self._heads, self._d, causal=True)
 
-    def __call__(self, h: Tensor, x: Inputs, table: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         q, k, v = F.split_groups(self.query_key_value(h), self._heads, [self._d] * 3)
-        q, k = F.rope(q, table, self._heads), F.rope(k, table, self._heads)
-        return self.dense(x.attend(self._layer, q, k, v, self._spec, self._dropout))
+        if at.table is not None:
+            q, k = (F.rope(y, at.table, self._heads) for y in (q, k))
+        return self.dense(x.attend(self._layer, q, k, v, self._spec, self._dropout, at.key_bias))
 
 
 class MLP(Module):
@@ -101,9 +109,9 @@ class Layer(Module):
         self.mlp = MLP(c, init)
         self._parallel, self._dropout = c.use_parallel_residual, c.hidden_dropout
 
-    def __call__(self, h: Tensor, x: Inputs, table: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         with h.trace.scope("attn"):
-            attended = F.dropout(self.attention(self.input_layernorm(h), x, table), self._dropout)
+            attended = F.dropout(self.attention(self.input_layernorm(h), x, at), self._dropout)
         with h.trace.scope("mlp"):
             after = h + attended
             mlp = self.mlp(self.post_attention_layernorm(h if self._parallel else after))
@@ -115,6 +123,8 @@ class GPTNeoXModel(Module):
 
     def __init__(self, c: GPTNeoXConfig, init: Normal):
         self.embed_in = Embedding(c.vocab_size, c.hidden_size, init)
+        kind, rows = c.position_embedding_type, c.max_position_embeddings
+        self.embed_positions = position_table(kind, rows, c.hidden_size, init)
         self.layers = [Layer(c, i, init) for i in range(c.num_hidden_layers)]
         self.final_layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
 
@@ -131,11 +141,14 @@ class GPTNeoX(CausalLM):
 
     def hidden_states(self, x: Inputs) -> list[Tensor]:
         with x.trace.scope("embed"):
-            states = [self.gpt_neox.embed_in(x.input_ids)]
-            table = x.rope_table(self.config.rope(x.length))
+            c, m = self.config, self.gpt_neox
+            h = m.embed_in(x.input_ids)
+            states = [h if m.embed_positions is None else h + m.embed_positions(x.position_ids)]
+            kind = c.position_embedding_type
+            at = Positions.of(x, kind, c.num_attention_heads, c.rope(x.length) if kind == "rope" else None)
         for i, layer in enumerate(self.gpt_neox.layers):
             with x.trace.scope(f"layers.{i}"):
-                states.append(layer(states[-1], x, table))
+                states.append(layer(states[-1], x, at))
         with x.trace.scope("final_layer_norm"):
             states[-1] = self.gpt_neox.final_layer_norm(states[-1])
         return states

@@ -32,6 +32,7 @@ class LlamaConfig(RotaryConfig):
 
     model_type: ClassVar[str] = "llama"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = ("LlamaForCausalLM",)
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ("rope",)
 
     # The gated MLP has three matrices: 8/3 of the width makes it as large as one of two.
     SMALL: ClassVar[dict[str, Any]] = {

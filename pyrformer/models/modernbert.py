@@ -18,17 +18,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyrformer.errors import InputError
-from pyrformer.models.base import Family, Inputs, ModelConfig
+from pyrformer.models.base import Family, Inputs, ModelConfig, position_table
 from pyrformer.models.positions import Rope, rope
 from pyrformer.nn import ZEROS, Embedding, LayerNorm, Linear, Module, Normal, Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+#: What a model may know of positions: rotations (ModernBERT's own), a learned table, sinusoids, or nothing.
+POSITIONS = ("rope", "absolute", "sinusoidal", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModernBertConfig(ModelConfig):
-    """Hugging Face's ``ModernBertConfig``."""
+    """Hugging Face's ``ModernBertConfig``, and one of our own: ``position_embedding_type`` (one of ``POSITIONS``)."""
 
     model_type: ClassVar[str] = "modernbert"
     ARCHITECTURES: ClassVar[tuple[str, ...]] = (
@@ -37,6 +39,7 @@ class ModernBertConfig(ModelConfig):
         "ModernBertForTokenClassification",
     )
     ACTIVATION: ClassVar[str] = "hidden_activation"
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ("rope",)
 
     SMALL: ClassVar[dict[str, Any]] = {
         "num_hidden_layers": 4,
@@ -66,6 +69,7 @@ class ModernBertConfig(ModelConfig):
     local_attention: int = 128
     layer_types: list[str] | None = None
     rope_parameters: dict[str, Any] | None = None
+    position_embedding_type: str = "rope"
 
     @classmethod
     def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +113,7 @@ class ModernBertConfig(ModelConfig):
                 layer_types=self.layer_types or filled["layer_types"],
                 rope_parameters=self.rope_parameters or filled["rope_parameters"],
             )
+        self.check_positions(self.position_embedding_type, POSITIONS, self.hidden_size, self.head_dim)
         types = self.layer_types or []
         self.require(
             len(types) == self.num_hidden_layers and all(t in (FULL, SLIDING) for t in types),
@@ -118,7 +123,8 @@ class ModernBertConfig(ModelConfig):
             self.require(
                 isinstance((self.rope_parameters or {}).get(kind), dict), f"rope_parameters lack {kind!r}"
             )
-            self.rope(kind, 1)
+            if self.position_embedding_type == "rope":
+                self.rope(kind, 1)
 
     @property
     def head_dim(self) -> int:
@@ -140,11 +146,16 @@ class Embeddings(Module):
 
     def __init__(self, c: ModernBertConfig, init: Normal):
         self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, init)
+        kind, rows = c.position_embedding_type, c.max_position_embeddings
+        self.position_embeddings = position_table(kind, rows, c.hidden_size, init)
         self.norm = c.norm()
         self._dropout = c.embedding_dropout
 
     def __call__(self, x: Inputs) -> Tensor:
-        return F.dropout(self.norm(self.tok_embeddings(x.input_ids)), self._dropout)
+        h = self.tok_embeddings(x.input_ids)
+        if self.position_embeddings is not None:
+            h = h + self.position_embeddings(x.position_ids)
+        return F.dropout(self.norm(h), self._dropout)
 
 
 class Attention(Module):
@@ -157,9 +168,10 @@ class Attention(Module):
         window = c.local_attention // 2 + 1 if (c.layer_types or [])[layer] == SLIDING else None
         self._spec = F.attention_spec(self._heads, self._heads, c.head_dim, causal=False, window=window)
 
-    def __call__(self, h: Tensor, x: Inputs, table: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, table: Tensor | None) -> Tensor:
         q, k, v = F.split(self.Wqkv(h), 3)
-        q, k = F.rope(q, table, self._heads), F.rope(k, table, self._heads)
+        if table is not None:
+            q, k = F.rope(q, table, self._heads), F.rope(k, table, self._heads)
         y = self.Wo(x.attend(self._layer, q, k, v, self._spec, self._dropout))
         return F.dropout(y, self._dropout)
 
@@ -187,7 +199,7 @@ class Layer(Module):
         self.mlp_norm = c.norm()
         self.mlp = MLP(c, init)
 
-    def __call__(self, h: Tensor, x: Inputs, table: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, x: Inputs, table: Tensor | None) -> Tensor:
         with h.trace.scope("attn"):
             h = h + self.attn(h if self.attn_norm is None else self.attn_norm(h), x, table)
         with h.trace.scope("mlp"):
@@ -248,11 +260,12 @@ class ModernBert(Family):
         with x.trace.scope("embeddings"):
             states = [self.model.embeddings(x)]
             tables = {}
-            for kind in sorted(set(self.config.layer_types or [])):
-                tables[kind] = x.rope_table(self.config.rope(kind, x.length))
+            if self.config.position_embedding_type == "rope":
+                for kind in sorted(set(self.config.layer_types or [])):
+                    tables[kind] = x.rope_table(self.config.rope(kind, x.length))
         for i, layer in enumerate(self.model.layers):
             with x.trace.scope(f"layers.{i}"):
-                states.append(layer(states[-1], x, tables[(self.config.layer_types or [])[i]]))
+                states.append(layer(states[-1], x, tables.get((self.config.layer_types or [])[i])))
         with x.trace.scope("final_norm"):
             states[-1] = self.model.final_norm(states[-1])
         return states

@@ -64,6 +64,9 @@ class XLNetConfig(ModelConfig):
     #: XLNet has no table of positions; this bounds training and text, as other families' tables do. A key of our own:
     #: transformers opens no XLNet whose file says max_position_embeddings.
     n_positions: int = 512
+    #: Relative distances, and nothing else: the query stream is told its target's place by them alone.
+    position_embedding_type: str = "relative"
+    OWN_POSITIONS: ClassVar[tuple[str, ...]] = ("relative",)
 
     @classmethod
     def modernise(cls, raw: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +82,11 @@ class XLNetConfig(ModelConfig):
         )
         self.check_heads("d_model", self.d_model, "n_head", self.n_head)
         self.check_probabilities(dropout=self.dropout)
+        self.require(
+            self.position_embedding_type in self.OWN_POSITIONS,
+            f"position_embedding_type must be 'relative', got {self.position_embedding_type!r}: what predicts a token "
+            "knows that token's place by relative distances alone",
+        )
         self.require(self.d_model % 2 == 0, f"d_model must be even, got {self.d_model}")
         self.require(
             self.attn_type in ("bi", "uni"), f"attn_type must be 'bi' or 'uni', got {self.attn_type!r}"
