@@ -61,6 +61,7 @@ def make_batch(
     perm_mask: npt.ArrayLike | None = None,
     target_mapping: npt.ArrayLike | None = None,
     mems: Sequence[npt.ArrayLike] | None = None,
+    prefix: npt.ArrayLike | None = None,
 ) -> Batch:
     """Checks arrays in Hugging Face's conventions and makes them ready for a family's programs.
 
@@ -73,6 +74,7 @@ def make_batch(
         next_sentence_label: ``[B]``, BERT for pre-training.
         perm_mask: ``[B, T, T]``, 1 where the first token does not see the second (XLNet).
         target_mapping: ``[B, P, T]``, each row one-hot at the token to predict, or zero (XLNet).
+        prefix: ``[B]``, how many first tokens, padding included, all tokens may see (autoregressive models).
         mems: for each layer the states ``[M, B, C]`` of an earlier part (XLNet).
 
     Raises:
@@ -106,6 +108,8 @@ def make_batch(
     elif given is not None and family.objective == "ar" and (np.diff(given, axis=1) != 1).any():
         starts = np.diff(given, axis=1, prepend=given[:, :1] - 1) != 1
         arrays["segments"] = (np.cumsum(starts, axis=1) + 1).astype(np.int32)
+    if prefix is not None:
+        arrays["prefix"], sizes["prefix"] = _prefix(family, prefix, ids.shape), True
     count = labelled = sentences = 0
     if family.objective == "sentence":
         labels, next_sentence_label = None, labels
@@ -129,6 +133,19 @@ def make_batch(
             arrays["labels"] = np.pad(wanted.reshape(-1)[at], pad, constant_values=IGNORE)
     made = Sizes(b, t, labelled, "segments" in arrays, sentences="sentence_labels" in arrays, **sizes)
     return Batch(made, arrays, count, sentences)
+
+
+def _prefix(family: Family, value: npt.ArrayLike, shape: tuple[int, ...]) -> Ints:
+    counts = np.asarray(value)
+    if family.objective != "ar":
+        raise InputError("[model] prefix is for autoregressive models only")
+    if counts.shape != shape[:1] or not np.issubdtype(counts.dtype, np.integer):
+        raise InputError(
+            f"[model] prefix must be an integer array [{shape[0]}], got {counts.dtype}{list(counts.shape)}"
+        )
+    if counts.min() < 0 or counts.max() > shape[1]:
+        raise InputError(f"[model] prefix must be in 0..{shape[1]}")
+    return counts.astype(np.int32)
 
 
 def _permutation(

@@ -73,20 +73,32 @@ class Decoder(Positions):
         weakref.finalize(self, model.give_cache, self.cache, cache_rows, slots, in_8bit).atexit = False
 
     def read(
-        self, feeds: list[list[int]], into: Ints, *, outputs: int = 1, hidden: bool = False
+        self,
+        feeds: list[list[int]],
+        into: Ints,
+        *,
+        outputs: int = 1,
+        hidden: bool = False,
+        drafts: int = 0,
     ) -> tuple[Floats, npt.NDArray[Any] | None]:
-        """Reads ``feeds[i]`` behind what active sequence i has read.
+        """Reads ``feeds[i]`` behind what active sequence i has read. A model learned with prefixes lets the tokens of a
+        first feed see each other.
 
         Args:
             into: the cache row that each sequence writes to, int32[A]; no other sequence may need that row at these
                 positions.
             outputs: of how many last tokens of each sequence what follows is wanted; for a shorter feed, the first
                 of these outputs mean nothing.
+            drafts: how many last tokens of each feed are no part of a prompt.
 
         Returns:
             The logits, float32 ``[A, N, V]``, and with ``hidden`` the last hidden states of the feeds,
             ``[A, T, C]`` of which each row's first ``len(feeds[i])`` mean something.
         """
+        fresh = self.lengths == 0 if self.model.family.config.prefix_lm else np.zeros(len(feeds), bool)
+        if fresh.any() and not fresh.all():
+            return self._read_apart(feeds, into, fresh, outputs=outputs, hidden=hidden, drafts=drafts)
+        prompts = bool(fresh.any())
         active, counts = len(feeds), np.array([len(f) for f in feeds], np.int32)
         batch, width = _bucket(active), _bucket(int(counts.max()))
         ids, positions = np.zeros((2, batch, width), np.int32)
@@ -101,11 +113,32 @@ class Decoder(Positions):
         row[:active], start[:active], count[:active], rows[:active] = into, self.lengths, counts, self.rows
         self.lengths = self.lengths + counts
         inputs = {"input_ids": ids, "position_ids": positions, "rows": rows, "row": row, "start": start}
-        program = self._program(batch, width, outputs, hidden)
+        if prompts:
+            inputs["prefix"] = np.maximum(count - drafts, 0).astype(np.int32)
+        program = self._program(batch, width, outputs, hidden, prompts)
         out = program(**inputs, count=count, last=last.reshape(-1))
         logits = out["logits"].reshape(batch, outputs, -1)[:active]
         states = out["hidden"][:active] if hidden else None
         return np.ascontiguousarray(logits, dtype=np.float32), states
+
+    def _read_apart(
+        self, feeds: list[list[int]], into: Ints, fresh: npt.NDArray[np.bool_], **options: Any
+    ) -> tuple[Floats, npt.NDArray[Any] | None]:
+        """:meth:`read` of sequences that begin and of those that go on, which are two programs."""
+        lengths, rows = self.lengths, self.rows
+        width = _bucket(max(map(len, feeds)))
+        parts: dict[int, tuple[Floats, npt.NDArray[Any] | None]] = {}
+        for chosen in (np.flatnonzero(fresh), np.flatnonzero(~fresh)):
+            self.lengths, self.rows = lengths[chosen], rows[chosen]
+            logits, states = self.read([feeds[i] for i in chosen], into[chosen], **options)
+            for k, i in enumerate(chosen.tolist()):
+                state = None if states is None else np.pad(states[k], ((0, width - states.shape[1]), (0, 0)))
+                parts[i] = (logits[k], state)
+            lengths[chosen], rows[chosen] = self.lengths, self.rows
+        self.lengths, self.rows = lengths, rows
+        ordered = [parts[i] for i in range(len(feeds))]
+        hidden = [state for _, state in ordered if state is not None]
+        return np.stack([logits for logits, _ in ordered]), np.stack(hidden) if hidden else None
 
     def run(self, search: _core.Search, steps: int | None) -> list[tuple[int, int, float]] | None:
         """Lets a search whose prompts were read take turns with the model in the core, for at most ``steps`` steps or
@@ -124,7 +157,7 @@ class Decoder(Positions):
             )
         return emitted
 
-    def _program(self, batch: int, width: int, outputs: int, hidden: bool) -> Compiled:
+    def _program(self, batch: int, width: int, outputs: int, hidden: bool, prompts: bool = False) -> Compiled:
         shape = (self.cache_rows, self.slots)
         make = partial(
             programs.decode_step,
@@ -136,8 +169,9 @@ class Decoder(Positions):
             self.model.dtype,
             outputs=outputs,
             hidden=hidden,
+            prompts=prompts,
         )
-        key = ("decode", self.cache, batch, width, outputs, hidden)
+        key = ("decode", self.cache, batch, width, outputs, hidden, prompts)
         return self.model.program(key, make, pack=True, caches_in_8bit=self.in_8bit)
 
 

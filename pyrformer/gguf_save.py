@@ -101,6 +101,7 @@ def _require_known(model: Model) -> None:
         if not ok:
             raise InputError(f"[gguf] a {kind} model with {what} cannot be written")
 
+    require(c.get("prefix_lm") is not True, "prompts that are read both ways")
     own = {"gpt2": ("learned", "sinusoidal"), "bert": ("absolute", "sinusoidal")}.get(kind, ("rope",))
     positions = c.get("position_embedding_type", own[0])
     require(positions in own, f"{positions!r} positions")

@@ -97,6 +97,8 @@ def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mode
         before = (fields["pad_token_id"] or 0) + 1 if kind == "roberta" else 0
         fields.setdefault(family.SIZES["positions"], config.seq_len + before)
     fields |= _head(config.objective, family.ARCHITECTURES, labels)
+    if config.objective == "prefix":
+        fields["prefix_lm"] = True
     return Model.from_config(
         fields,
         seed=config.seed,
@@ -117,6 +119,9 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
             f"{base.family.config.vocab_size} of {config.init_from}"
         )
     fields = {**base.config, **config.model}
+    fields.pop("prefix_lm", None)
+    if config.objective == "prefix":
+        fields["prefix_lm"] = True
     fields |= _head(config.objective, type(base.family.config).ARCHITECTURES, labels)
     model = Model(
         build(fields),

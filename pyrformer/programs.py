@@ -277,13 +277,15 @@ def decode_step(
     *,
     outputs: int = 1,
     hidden: bool = False,
+    prompts: bool = False,
 ) -> Traced:
     """Feeds up to T tokens of B sequences through the cache ``(R, S)`` named ``prefix``.
 
     Inputs: ``input_ids``, ``position_ids int32[B, T]``; ``rows int32[B, S]``, ``row``, ``start``, ``count int32[B]``
     (see ``models.base.Cache``); ``last int32[B·N]``, flat indices of the tokens after which logits are wanted, N =
     ``outputs`` of each sequence. Outputs ``logits [B·N, V]`` at those, with ``hidden`` also the last states
-    ``hidden [B, T, C]``.
+    ``hidden [B, T, C]``. With ``prompts``, each ``start`` is 0, and there is the input ``prefix int32[B]``: so many
+    first tokens that all may see.
     """
     trace = Trace(dtype)
     shape = (batch, tokens)
@@ -291,7 +293,8 @@ def decode_step(
     rows = trace.input("rows", "int32", (batch, cache[1]))
     row, start, count = (trace.input(n, "int32", (batch,)) for n in ("row", "start", "count"))
     last = trace.input("last", "int32", (batch * outputs,))
-    x = Inputs(ids, positions, cache=Cache(prefix, cache, rows, row, start, count))
+    seen = trace.input("prefix", "int32", (batch,)) if prompts else None
+    x = Inputs(ids, positions, cache=Cache(prefix, cache, rows, row, start, count, seen))
     states = model.hidden_states(x)[-1]
     if hidden:
         trace.output("hidden", states)

@@ -87,6 +87,7 @@ def score(
     stride: int | None = None,
     within_word: bool = False,
     mask_token_id: int | None = None,
+    prompts: Sequence[str | Sequence[int]] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Scores:
     """Log-probabilities of texts or lists of ids.
@@ -94,7 +95,8 @@ def score(
     Autoregressive and permutation models (from left to right) give exact ones. A text is scored after the model's start
     token, or else its end token, so that its first token counts; with neither, and for ids, the first token is not
     scored. Texts longer than the model's positions are read in windows; each token is scored once, in the first window
-    that holds it and at least one token before it.
+    that holds it and at least one token before it. A model learned with prefixes lets the tokens of the prompt see each
+    other, and so those of a window that an earlier one scored.
 
     Masked models give pseudo-log-likelihoods, one pass a token; special tokens are not scored. Ids must hold theirs,
     one at either end, unless there is a tokenizer to tell them; longer texts are cut into pieces with the same ends.
@@ -104,6 +106,7 @@ def score(
         stride: tokens between the starts of two windows; default: half of the positions.
         within_word: masked models also hide the rest of a token's word (Kauf and Ivanova 2023: "within-word l2r").
         mask_token_id: default: the tokenizer's.
+        prompts: of autoregressive and permutation models: what each text continues, one a text.
         progress: called after each batch with the number of tokens scored so far.
 
     Raises:
@@ -127,7 +130,15 @@ def score(
         raise InputError("[score] a masked model needs a tokenizer with a mask token, or mask_token_id")
     if masked and within_word and model.tokenizer is None:
         raise InputError("[score] within_word needs a tokenizer")
-    plan: Callable[[int, list[int], bool], Iterator[Row]] = (
+    if prompts is not None:
+        texts = list(texts)
+        if masked:
+            raise InputError(
+                "[score] a masked model sees both sides of a token; put the prompt into the text"
+            )
+        if isinstance(prompts, str) or len(prompts) != len(texts):
+            raise InputError(f"[score] prompts must be a list with one for each of the {len(texts)} texts")
+    plan: Callable[[int, list[int], bool, list[int] | None], Iterator[Row]] = (
         partial(_masked_rows, model, mask or 0, within_word, context)
         if masked
         else partial(_window_rows, model, context, stride or max(1, context // 2))
@@ -140,12 +151,16 @@ def score(
         counts = np.zeros(len(stretch), np.int64)
 
         # Made as they are needed: those of a long text are many times as large as it is.
-        def rows(stretch: list[str | Sequence[int]] = stretch, part: list[Floats] = part) -> Iterator[Row]:
+        def rows(
+            stretch: list[str | Sequence[int]] = stretch, part: list[Floats] = part, done: int = len(found)
+        ) -> Iterator[Row]:
             for i, text in enumerate(stretch):
                 ids = text_ids(model, text)
                 sizes.append(len(text.encode("utf-8")) if isinstance(text, str) else 0)
                 part.append(np.zeros(len(ids) + 1))
-                yield from plan(i, ids, isinstance(text, str))
+                prompt = None if prompts is None else prompts[done + i]
+                before = None if prompt is None else text_ids(model, prompt)
+                yield from plan(i, ids, isinstance(text if prompt is None else prompt, str), before)
 
         for batch in batches_of(model, rows()):
             for row, values in zip(batch, logprobs(model, batch), strict=True):
@@ -247,17 +262,18 @@ def cut(ids: list[int], most: int) -> list[int]:
 
 
 def _window_rows(
-    model: Model, context: int, step: int, text: int, ids: list[int], whole: bool
+    model: Model, context: int, step: int, text: int, ids: list[int], whole: bool, prompt: list[int] | None
 ) -> Iterator[Row]:
-    ids = (start_ids(model) if whole else []) + ids
-    number = done = 0
+    before = (start_ids(model) if whole else []) + (prompt or [])
+    ids, number = before + ids, 0
+    done = 0 if prompt is None else len(before)
     for begin in range(0, max(1, len(ids)), step):
         window = ids[begin : begin + context]
         first = max(1, done - begin)
         places = [(place, number + k) for k, place in enumerate(range(first, len(window)))]
         if places:
             yield Row(text, window, places)
-        number, done = number + len(places), begin + len(window)
+        number, done = number + len(places), max(done, begin + len(window))
         if done >= len(ids):
             break
 
@@ -270,7 +286,9 @@ def _masked_rows(
     text: int,
     ids: list[int],
     whole: bool,
+    prompt: list[int] | None,
 ) -> Iterator[Row]:
+    assert prompt is None
     tokenizer = model.tokenizer
     number = 0
     for piece in pieces(ids, context):
@@ -335,6 +353,11 @@ def arrays_of(model: Model, batch: list[Row]) -> tuple[Sizes, dict[str, npt.NDAr
     }
     if model.family.uses_token_types:
         arrays["token_type_ids"] = np.zeros_like(ids)
+    if model.family.config.prefix_lm:
+        # What comes before the first scored token is the prompt; without one, all is.
+        prompts = [row.places[0][0] if row.places else len(row.ids) for row in batch]
+        arrays["prefix"] = np.array([*prompts, *[0] * (size - len(batch))], np.int32)
+        return Sizes(size, width, segments=True, prefix=True), arrays
     if model.family.objective != "plm":
         return Sizes(size, width, segments=True), arrays
     # Left to right: a token sees those before it, and a target sees no token at its own place or after it.

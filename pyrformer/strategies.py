@@ -213,7 +213,9 @@ class Speculative:
         drafts = self.proposer.propose(self.search, self.ids, decoder.slots - base)
         # As many outputs as a power of two, so that few programs serve all numbers of drafts.
         outputs = 1 << len(drafts).bit_length()
-        logits, _ = decoder.read([[*feed, *(t for t, _ in drafts)]], np.zeros(1, np.int32), outputs=outputs)
+        logits, _ = decoder.read(
+            [[*feed, *(t for t, _ in drafts)]], np.zeros(1, np.int32), outputs=outputs, drafts=len(drafts)
+        )
         rows = logits[0, outputs - len(drafts) - 1 :]
         emitted: Emitted = []
         kept = 0

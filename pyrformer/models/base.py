@@ -125,6 +125,11 @@ class ModelConfig:
         )
         if not self.architecture:
             self.fill(architecture=self.ARCHITECTURES[0])
+        alibi = getattr(self, "position_embedding_type", "") == "alibi" or getattr(self, "alibi", False)
+        self.require(
+            not (self.prefix_lm and alibi),
+            "prefixes and ALiBi exclude each other, for its bias falls to the left only and a prefix is read both ways",
+        )
         name = getattr(self, self.ACTIVATION)
         self.require(
             name in F.ACTIVATIONS,
@@ -155,9 +160,16 @@ class ModelConfig:
         return 1.0
 
     @property
+    def prefix_lm(self) -> bool:
+        """Whether the tokens of a prompt see each other, later ones too, as in training with the objective "prefix"."""
+        return self.extra.get("prefix_lm") is True
+
+    @property
     def departure(self) -> str | None:
         """What other programs that open the folder do not know of, and would compute differently; None: nothing."""
         kind = getattr(self, "position_embedding_type", None)
+        if self.prefix_lm:
+            return "a prompt that is read both ways is pyrformer's own"
         if kind is None or kind in self.OWN_POSITIONS:
             return None
         return f"positions of kind {kind!r} are pyrformer's own in a {self.model_type} model"
@@ -259,6 +271,8 @@ class Cache:
     row: Tensor
     start: Tensor
     count: Tensor
+    #: Where the sequences begin with these tokens: how many first ones all of them may see, int32[B].
+    prompts: Tensor | None = None
 
     def attend(
         self,
@@ -276,6 +290,9 @@ class Cache:
             full = F.cache_write(state, new, self.row, self.start, self.count)
             q.trace.update(state, full)
             kept.append(full)
+        if self.prompts is not None:
+            # Nothing was read before, so what is new is all there is.
+            return F.attention(q, k, v, spec, prefix=self.prompts)
         return F.cached_attention(q, kept[0], kept[1], self.rows, self.start, self.count, spec, key_bias)
 
 

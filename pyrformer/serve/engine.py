@@ -304,7 +304,8 @@ class Engine:
         room = PIECE
         for job, feeds, into in reading[True]:
             if room > 0:
-                taken = [feeds[0][:room]] if len(feeds) == 1 else feeds
+                whole = len(feeds) > 1 or self.model.family.config.prefix_lm
+                taken = feeds if whole else [feeds[0][:room]]
                 room -= sum(map(len, taken))
                 self._read([(job, taken, into)])
         if reading[False]:
