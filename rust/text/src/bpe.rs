@@ -8,7 +8,7 @@ use std::collections::BinaryHeap;
 
 use rustc_hash::FxHashMap;
 
-use crate::bytes::from_alphabet;
+use crate::bytes::byte_to_char;
 use crate::vocab::Vocab;
 use crate::{Error, Result};
 
@@ -49,8 +49,6 @@ pub(crate) struct Bpe {
     ascii_ids: Box<[u32; 128]>,
     char_ids: FxHashMap<char, u32>,
     unk: Option<u32>,
-    /// Raw bytes of each token, for `ignore_merges`.
-    whole: FxHashMap<Box<[u8]>, u32>,
 }
 
 /// Working memory of a merge, kept between words.
@@ -59,6 +57,7 @@ pub(crate) struct BpeScratch {
     symbols: Vec<Symbol>,
     ranks: Vec<u32>,
     heap: BinaryHeap<Reverse<(u32, u32, u32)>>,
+    spelled: String,
 }
 
 #[derive(Clone, Copy)]
@@ -118,7 +117,7 @@ impl Bpe {
     /// A model of `vocab` and `merges` (pairs of token strings); `byte_level` if words come as bytes.
     pub(crate) fn new(
         vocab: Vocab,
-        merges: &[(String, String)],
+        merges: &[(impl AsRef<str>, impl AsRef<str>)],
         options: BpeOptions,
         byte_level: bool,
     ) -> Result<Self> {
@@ -129,6 +128,7 @@ impl Bpe {
         let mut joined = String::new();
         let mut triples = Vec::with_capacity(merges.len());
         for (left, right) in merges {
+            let (left, right) = (left.as_ref(), right.as_ref());
             joined.clear();
             joined.push_str(left);
             joined.push_str(right);
@@ -161,13 +161,8 @@ impl Bpe {
         let mut byte_ids = Box::new([NONE; 256]);
         let mut ascii_ids = Box::new([NONE; 128]);
         let mut char_ids = FxHashMap::default();
-        let mut whole = FxHashMap::default();
         for byte in 0..=255u8 {
-            let token = if byte_level {
-                crate::bytes::byte_to_char(byte).to_string()
-            } else {
-                format!("<0x{byte:02X}>")
-            };
+            let token = if byte_level { byte_to_char(byte).to_string() } else { format!("<0x{byte:02X}>") };
             if byte_level || options.byte_fallback {
                 byte_ids[byte as usize] = vocab.id(&token).unwrap_or(NONE);
             }
@@ -182,23 +177,8 @@ impl Bpe {
                     }
                 }
             }
-            if options.ignore_merges {
-                let bytes = if byte_level { from_alphabet(token) } else { token.into() };
-                whole.insert(bytes.into(), id);
-            }
         }
-        Ok(Self {
-            vocab,
-            merges: pairs,
-            options,
-            byte_level,
-            ranks,
-            byte_ids,
-            ascii_ids,
-            char_ids,
-            unk,
-            whole,
-        })
+        Ok(Self { vocab, merges: pairs, options, byte_level, ranks, byte_ids, ascii_ids, char_ids, unk })
     }
 
     /// Whether every token is one character: a character-level vocabulary.
@@ -238,7 +218,7 @@ impl Bpe {
     /// Appends the tokens of `word`.
     pub(crate) fn tokenize(&self, word: &str, scratch: &mut BpeScratch, out: &mut Vec<Piece>) -> Result<()> {
         if self.options.ignore_merges
-            && let Some(&id) = self.whole.get(word.as_bytes())
+            && let Some(id) = self.whole(word, &mut scratch.spelled)
         {
             out.push((id, word.len() as u32));
             return Ok(());
@@ -252,6 +232,16 @@ impl Bpe {
         }
         out.extend(scratch.symbols.iter().filter(|s| s.len > 0).map(|s| (s.id, s.len)));
         Ok(())
+    }
+
+    /// The token that is all of `word`, which is spelled out in `spelled` if that takes the byte alphabet.
+    fn whole(&self, word: &str, spelled: &mut String) -> Option<u32> {
+        if !self.byte_level {
+            return self.vocab.id(word);
+        }
+        spelled.clear();
+        spelled.extend(word.bytes().map(byte_to_char));
+        self.vocab.id(spelled)
     }
 
     /// Where the tokens of `word` stand, as (first byte, last byte), if that is not one after the other: bytes that a
@@ -399,7 +389,7 @@ mod tests {
         let mut tokens: Vec<String> = "abc".chars().map(String::from).collect();
         let merges: Vec<(String, String)> = merges.iter().map(|&(l, r)| (l.into(), r.into())).collect();
         tokens.extend(merges.iter().map(|(l, r)| format!("{l}{r}")));
-        let vocab = Vocab::new(tokens.into_iter().zip(0..).collect()).unwrap();
+        let vocab = Vocab::new(&tokens.into_iter().zip(0..).collect::<Vec<_>>()).unwrap();
         Bpe::new(vocab, &merges, BpeOptions::default(), true).unwrap()
     }
 

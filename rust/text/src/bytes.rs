@@ -36,7 +36,22 @@ pub(crate) fn char_to_byte(c: char) -> Option<u8> {
 
 /// The bytes of a token; one with a character outside the byte alphabet stands for its own UTF-8.
 pub(crate) fn from_alphabet(token: &str) -> Vec<u8> {
-    token.chars().map(char_to_byte).collect::<Option<_>>().unwrap_or_else(|| token.as_bytes().to_vec())
+    let mut bytes = vec![];
+    write_bytes(token, &mut bytes);
+    bytes
+}
+
+/// Appends the bytes of a token.
+pub(crate) fn write_bytes(token: &str, out: &mut Vec<u8>) {
+    let start = out.len();
+    for c in token.chars() {
+        let Some(byte) = char_to_byte(c) else {
+            out.truncate(start);
+            out.extend_from_slice(token.as_bytes());
+            return;
+        };
+        out.push(byte);
+    }
 }
 
 /// Decodes base64 with `=` at the end (RFC 4648, section 4).

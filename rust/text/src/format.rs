@@ -3,9 +3,10 @@
 //! Every component is one of a closed set of types; a type, pattern or option this crate does not carry out is an error
 //! that names it, never skipped.
 
+use std::borrow::Cow;
 use std::fmt;
 
-use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
@@ -37,7 +38,7 @@ pub(crate) struct Parts {
 }
 
 #[derive(Deserialize)]
-struct File {
+struct File<'a> {
     #[serde(default)]
     truncation: Value,
     #[serde(default)]
@@ -52,16 +53,19 @@ struct File {
     post_processor: Value,
     #[serde(default)]
     decoder: Value,
-    model: ModelFile,
+    #[serde(borrow)]
+    model: ModelFile<'a>,
 }
 
-/// All fields of all models; which of them count depends on the type.
+/// All fields of all models; which of them count depends on the type. Strings lie in the text that is read.
 #[derive(Deserialize)]
-struct ModelFile {
+struct ModelFile<'a> {
     #[serde(rename = "type")]
     kind: Option<String>,
-    vocab: VocabFile,
-    merges: Option<Vec<Merge>>,
+    #[serde(borrow)]
+    vocab: VocabFile<'a>,
+    #[serde(borrow)]
+    merges: Option<Vec<Merge<'a>>>,
     unk_token: Option<String>,
     dropout: Option<f64>,
     continuing_subword_prefix: Option<String>,
@@ -76,36 +80,96 @@ struct ModelFile {
     unk_id: Option<u32>,
 }
 
+/// A string that need not be copied, unless it holds escapes.
+struct Token<'a>(Cow<'a, str>);
+
+impl AsRef<str> for Token<'_> {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Token<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl<'de> Visitor<'de> for Text {
+            type Value = Token<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Token<'de>, E> {
+                Ok(Token(Cow::Borrowed(text)))
+            }
+            fn visit_str<E>(self, text: &str) -> Result<Token<'de>, E> {
+                Ok(Token(Cow::Owned(text.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
+}
+
 /// A merge as a pair, or as one string with a space in older files.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Merge {
-    Pair(String, String),
-    Line(String),
+struct Merge<'a>(Token<'a>, Option<Token<'a>>);
+
+impl<'a> Merge<'a> {
+    fn pair(&self) -> Result<(&str, &str)> {
+        match (&self.0, &self.1) {
+            (left, Some(right)) => Ok((left.as_ref(), right.as_ref())),
+            (line, None) => (line.as_ref().split_once(' '))
+                .ok_or_else(|| Error::format("model", format!("merge {:?} has no space", line.as_ref()))),
+        }
+    }
 }
 
-/// `{token: id}`, or `[[token, score]]` for Unigram.
-enum VocabFile {
-    Ids(Vec<(String, u32)>),
-    Scores(Vec<(String, f64)>),
-}
-
-impl<'de> Deserialize<'de> for VocabFile {
+impl<'de: 'a, 'a> Deserialize<'de> for Merge<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Either;
         impl<'de> Visitor<'de> for Either {
-            type Value = VocabFile;
+            type Value = Merge<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("two tokens, as a list or with a space between")
+            }
+            fn visit_borrowed_str<E>(self, line: &'de str) -> Result<Merge<'de>, E> {
+                Ok(Merge(Token(Cow::Borrowed(line)), None))
+            }
+            fn visit_str<E>(self, line: &str) -> Result<Merge<'de>, E> {
+                Ok(Merge(Token(Cow::Owned(line.to_owned())), None))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Merge<'de>, A::Error> {
+                let mut next = |n| seq.next_element()?.ok_or_else(|| A::Error::invalid_length(n, &self));
+                let merge = Merge(next(0)?, Some(next(1)?));
+                match seq.next_element::<IgnoredAny>()? {
+                    None => Ok(merge),
+                    Some(_) => Err(A::Error::invalid_length(3, &self)),
+                }
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// `{token: id}`, or `[[token, score]]` for Unigram.
+enum VocabFile<'a> {
+    Ids(Vec<(Token<'a>, u32)>),
+    Scores(Vec<(Token<'a>, f64)>),
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for VocabFile<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = VocabFile<'de>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a map of tokens to ids or a list of tokens and scores")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<VocabFile, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<VocabFile<'de>, A::Error> {
                 let mut entries = vec![];
                 while let Some(entry) = map.next_entry()? {
                     entries.push(entry);
                 }
                 Ok(VocabFile::Ids(entries))
             }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<VocabFile, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<VocabFile<'de>, A::Error> {
                 let mut entries = vec![];
                 while let Some(entry) = seq.next_element()? {
                     entries.push(entry);
@@ -132,7 +196,7 @@ fn component<T: DeserializeOwned + Default>(name: &'static str, value: Value) ->
 impl Parts {
     /// Reads the text of a tokenizer.json.
     pub(crate) fn from_json(text: &str) -> Result<Self> {
-        let file: File = serde_json::from_str(text).map_err(|e| Error::format("file", e.to_string()))?;
+        let file: File<'_> = serde_json::from_str(text).map_err(|e| Error::format("file", e.to_string()))?;
         let normalizer: Option<Normalizer> = component("normalizer", file.normalizer)?;
         let pre_tokenizer: Option<PreTokenizer> = component("pre_tokenizer", file.pre_tokenizer)?;
         let byte_level = Words::new(pre_tokenizer.as_ref())?.byte_level;
@@ -177,7 +241,7 @@ impl Parts {
     }
 }
 
-impl ModelFile {
+impl ModelFile<'_> {
     fn build(self, byte_level: bool) -> Result<Model> {
         let refuse = |problem: String| Err(Error::format("model", problem));
         // The oldest files do not say the type; only BPE has merges.
@@ -199,33 +263,27 @@ impl ModelFile {
                         return refuse(format!("BPE with {name} {value:?} is not supported"));
                     }
                 }
-                let merges = self.merges.unwrap_or_default().into_iter().map(|merge| match merge {
-                    Merge::Pair(left, right) => Ok((left, right)),
-                    Merge::Line(line) => match line.split_once(' ') {
-                        Some((left, right)) => Ok((left.to_owned(), right.to_owned())),
-                        None => Err(Error::format("model", format!("merge {line:?} has no space"))),
-                    },
-                });
+                let merges = self.merges.unwrap_or_default();
+                let merges = merges.iter().map(Merge::pair).collect::<Result<Vec<_>>>()?;
                 let options = BpeOptions {
                     unk_token: self.unk_token,
                     fuse_unk: self.fuse_unk,
                     byte_fallback: self.byte_fallback,
                     ignore_merges: self.ignore_merges,
                 };
-                let merges = merges.collect::<Result<Vec<_>>>()?;
-                Ok(Model::Bpe(Bpe::new(Vocab::new(entries)?, &merges, options, byte_level)?))
+                Ok(Model::Bpe(Bpe::new(Vocab::new(&entries)?, &merges, options, byte_level)?))
             }
             ("WordPiece" | "Unigram", _) if byte_level => {
                 refuse(format!("{kind} after a ByteLevel pre-tokenizer is not supported"))
             }
             ("WordPiece", VocabFile::Ids(entries)) => Ok(Model::WordPiece(WordPiece::new(
-                Vocab::new(entries)?,
+                Vocab::new(&entries)?,
                 self.unk_token.unwrap_or_else(|| "[UNK]".into()),
                 self.continuing_subword_prefix.unwrap_or_else(|| "##".into()),
                 self.max_input_chars_per_word.unwrap_or(100),
             )?)),
             ("Unigram", VocabFile::Scores(entries)) => {
-                Ok(Model::Unigram(Unigram::new(entries, self.unk_id, self.byte_fallback)?))
+                Ok(Model::Unigram(Unigram::new(&entries, self.unk_id, self.byte_fallback)?))
             }
             ("BPE" | "WordPiece", VocabFile::Scores(_)) => {
                 refuse(format!("the vocabulary of {kind} is a list"))

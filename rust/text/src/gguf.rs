@@ -132,7 +132,7 @@ fn roles(source: &Source<'_>, n: usize) -> SpecialIds {
 }
 
 fn vocab(source: &Source<'_>, entries: Vec<(String, u32)>) -> Result<Vocab> {
-    Vocab::new(entries).map_err(|e| source.refuse(e.to_string()))
+    Vocab::new(&entries).map_err(|e| source.refuse(e.to_string()))
 }
 
 /// Byte-level BPE with merges.

@@ -40,8 +40,8 @@ fn added(vocab: &Vocab, tokens: &[&str]) -> Vec<AddedToken> {
 
 /// One token a line, ids in order. Source: google-research/bert `tokenization.py` (`load_vocab`).
 pub(crate) fn bert(text: &str, config: &Map<String, Value>) -> Result<Tokenizer> {
-    let tokens = text.lines().map(|line| line.trim_end_matches('\r').to_owned());
-    let vocab = Vocab::new(tokens.zip(0..).collect())?;
+    let tokens = text.lines().map(|line| line.trim_end_matches('\r'));
+    let vocab = Vocab::new(&tokens.zip(0..).collect::<Vec<_>>())?;
     let flag = |name: &str| config.get(name).and_then(Value::as_bool);
     let added = added(&vocab, Preset::BertUncased.special_tokens());
     let model = WordPiece::new(vocab, "[UNK]".into(), "##".into(), 100)?;
@@ -64,7 +64,7 @@ pub(crate) fn gpt2(vocab: &str, merges: &str) -> Result<Tokenizer> {
         Some(id) => Ok((token, id)),
         None => Err(refuse(format!("vocab.json: the id of {token:?} is {id}"))),
     };
-    let vocab = Vocab::new(entries.into_iter().map(id).collect::<Result<_>>()?)?;
+    let vocab = Vocab::new(&entries.into_iter().map(id).collect::<Result<Vec<_>>>()?)?;
     let lines = merges.lines().filter(|line| !line.starts_with("#version") && !line.is_empty());
     let pair = |line: &str| match line.split_once(' ') {
         Some((left, right)) => Ok((left.to_owned(), right.to_owned())),

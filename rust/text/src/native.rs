@@ -4,7 +4,7 @@
 //! track of where everything came from; `ids` only makes ids, word by word through a cache, and gives the same ones.
 
 use crate::added::Finder;
-use crate::bytes::from_alphabet;
+use crate::bytes::write_bytes;
 use crate::decode::Stages;
 use crate::encoding::Encoding;
 use crate::format::Parts;
@@ -27,8 +27,8 @@ pub(crate) struct Native {
     pub(crate) normalized: Finder,
     /// By id: the string of an added token as the decoder sees it, and whether it is special.
     added: Vec<Option<(String, bool)>>,
-    /// By id: the bytes of each token, where the decoder is byte-level.
-    byte_tokens: Vec<Vec<u8>>,
+    /// The bytes of all tokens, where the decoder is byte-level, and by id where they end.
+    byte_tokens: Option<(Vec<u8>, Vec<u32>)>,
     pub(crate) pool: Pool,
 }
 
@@ -79,13 +79,17 @@ impl Native {
             raw: Finder::new(raw.into_iter()),
             normalized: Finder::new(normalized.into_iter()),
             added,
-            byte_tokens: vec![],
+            byte_tokens: None,
             pool: Pool::default(),
             parts,
         };
         if native.stages.is_byte_level() {
-            let token = |id| native.decoder_token(id as u32).map(from_alphabet).unwrap_or_default();
-            native.byte_tokens = (0..native.vocab_size()).map(token).collect();
+            let (mut bytes, mut ends) = (vec![], Vec::with_capacity(native.vocab_size()));
+            for id in 0..native.vocab_size() as u32 {
+                write_bytes(native.decoder_token(id).unwrap_or_default(), &mut bytes);
+                ends.push(bytes.len() as u32);
+            }
+            native.byte_tokens = Some((bytes, ends));
         }
         Ok(native)
     }
@@ -236,12 +240,14 @@ impl Native {
     /// The text of `ids`; without special tokens if so asked.
     pub(crate) fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
         let kept = |id: u32| !(skip_special_tokens && self.is_special(id));
-        if !self.byte_tokens.is_empty() {
+        if let Some((all, ends)) = &self.byte_tokens {
             let mut bytes = vec![];
             for &id in ids {
                 self.checked_token(id)?;
                 if kept(id) {
-                    bytes.extend_from_slice(&self.byte_tokens[id as usize]);
+                    let id = id as usize;
+                    let start = id.checked_sub(1).map_or(0, |before| ends[before]);
+                    bytes.extend_from_slice(&all[start as usize..ends[id] as usize]);
                 }
             }
             return Ok(String::from_utf8(bytes)

@@ -6,8 +6,6 @@
 
 use std::path::Path;
 
-use rustc_hash::FxHashMap;
-
 use crate::added::AddedToken;
 use crate::bpe::{Bpe, BpeOptions};
 use crate::bytes::{byte_to_char, from_base64};
@@ -16,21 +14,46 @@ use crate::pattern::Pattern;
 use crate::presets::Preset;
 use crate::pretokenize::PreTokenizer;
 use crate::split::{Behavior, LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN};
-use crate::vocab::Vocab;
+use crate::vocab::{Index, Vocab};
 use crate::{Error, Result, Tokenizer};
 
 /// Two tokens and what they make.
 pub(crate) type Merge = (u32, u32, u32);
 
 /// All ways to cut each token into two, those of one token by the ids of its halves, tokens in the order given.
-pub(crate) fn merges<'a>(tokens: impl Iterator<Item = (&'a [u8], u32)> + Clone) -> Vec<Merge> {
-    let ids: FxHashMap<&[u8], u32> = tokens.clone().collect();
-    let mut all = vec![];
-    for (token, id) in tokens {
+///
+/// Prefixes and suffixes are looked up by polynomial hashes, of which those of all cuts of a token come from one walk
+/// over it; what has the hash is compared byte for byte.
+pub(crate) fn merges<T: AsRef<[u8]>>(tokens: &[(u32, T)]) -> Vec<Merge> {
+    const BASE: u64 = 0x9E37_79B9_7F4A_7C15;
+    let add = |hash: u64, &byte: &u8| hash.wrapping_mul(BASE).wrapping_add(u64::from(byte) + 1);
+    // The low bits choose the slot, the high ones are compared: both must depend on all.
+    let mix = |hash: u64| (hash ^ hash >> 32).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    let mix = |hash: u64| mix(hash) ^ mix(hash) >> 32;
+    let mut index = Index::with_capacity(tokens.len());
+    for ((_, token), at) in tokens.iter().zip(0..) {
+        index.insert(mix(token.as_ref().iter().fold(0, add)), at);
+    }
+    let find = |hash: u64, part: &[u8]| {
+        let at = index.find(mix(hash), |at| tokens[at as usize].1.as_ref() == part)?;
+        Some(tokens[at as usize].0)
+    };
+    let longest = tokens.iter().map(|(_, token)| token.as_ref().len()).max().unwrap_or(0);
+    let powers: Vec<u64> =
+        std::iter::successors(Some(1u64), |p| Some(p.wrapping_mul(BASE))).take(longest + 1).collect();
+    let mut all = Vec::with_capacity(2 * tokens.len());
+    for (id, token) in tokens {
+        let token = token.as_ref();
+        let whole = token.iter().fold(0, add);
         let first = all.len();
+        let mut prefix = 0;
         for at in 1..token.len() {
-            if let (Some(&left), Some(&right)) = (ids.get(&token[..at]), ids.get(&token[at..])) {
-                all.push((left, right, id));
+            prefix = add(prefix, &token[at - 1]);
+            let suffix = whole.wrapping_sub(prefix.wrapping_mul(powers[token.len() - at]));
+            if let Some(left) = find(prefix, &token[..at])
+                && let Some(right) = find(suffix, &token[at..])
+            {
+                all.push((left, right, *id));
             }
         }
         all[first..].sort_unstable();
@@ -152,8 +175,8 @@ pub(crate) fn load(path: &Path, split: Option<&str>) -> Result<Tokenizer> {
     let string = |token: &[u8]| token.iter().map(|&b| byte_to_char(b)).collect::<String>();
     let mut entries: Vec<(String, u32)> = ranks.iter().map(|(id, token)| (string(token), *id)).collect();
     entries.extend(special.iter().map(|&(token, id)| (token.to_owned(), id)));
-    let vocab = Vocab::new(entries).map_err(|e| Error::source(path, e.to_string()))?;
-    let merges = merges(ranks.iter().map(|(id, token)| (token.as_slice(), *id)));
+    let vocab = Vocab::new(&entries).map_err(|e| Error::source(path, e.to_string()))?;
+    let merges = merges(&ranks);
     let options = BpeOptions { ignore_merges: true, ..BpeOptions::default() };
     let model = Bpe::with_ids(vocab, merges, options, true)?;
     let added = special.iter().map(|&(token, id)| AddedToken::special(token, id)).collect();
@@ -169,7 +192,8 @@ mod tests {
     #[test]
     fn a_token_is_all_its_merges() {
         let tokens = ["a", "b", "ab", "bb", "abb"];
-        let found = merges(tokens.iter().zip(0..).map(|(t, id)| (t.as_bytes(), id)));
+        let tokens: Vec<_> = (0..).zip(tokens).collect();
+        let found = merges(&tokens);
         assert_eq!(found, [(0, 1, 2), (1, 1, 3), (0, 3, 4), (2, 1, 4)]);
     }
 }

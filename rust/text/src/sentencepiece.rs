@@ -172,8 +172,8 @@ pub(crate) fn load(path: &Path, config: &Map<String, Value>) -> Result<Tokenizer
     let unk = file.kinds.iter().position(|&kind| kind == UNKNOWN).map(|id| id as u32);
     let model = match file.model_type {
         1 => {
-            let entries = file.tokens.iter().cloned().zip(file.scores).collect();
-            Unigram::new(entries, unk, file.byte_fallback).map(Model::Unigram)
+            let entries: Vec<_> = file.tokens.iter().zip(file.scores).collect();
+            Unigram::new(&entries, unk, file.byte_fallback).map(Model::Unigram)
         }
         2 => bpe(&file.tokens, &file.scores, unk, file.byte_fallback).map(Model::Bpe),
         _ => return Err(refuse("it is neither BPE nor Unigram".into())),
@@ -235,8 +235,9 @@ pub(crate) fn spaces(prefix: bool) -> Normalizer {
 
 /// SentencePiece's BPE, which merges what makes the token of the highest score.
 pub(crate) fn bpe(tokens: &[String], scores: &[f64], unk: Option<u32>, byte_fallback: bool) -> Result<Bpe> {
-    let vocab = Vocab::new(tokens.iter().cloned().zip(0..).collect())?;
-    let mut merges = merges(tokens.iter().map(String::as_bytes).zip(0..));
+    let vocab = Vocab::new(&tokens.iter().zip(0..).collect::<Vec<_>>())?;
+    let numbered: Vec<_> = (0..).zip(tokens).collect();
+    let mut merges = merges(&numbered);
     let size = |id: u32| tokens[id as usize].chars().count();
     merges.sort_by(|a, b| {
         let by_score = scores[b.2 as usize].total_cmp(&scores[a.2 as usize]);

@@ -44,17 +44,21 @@ pub(crate) struct UnigramScratch {
 
 impl Unigram {
     /// A model of `(token, log probability)` in the order of ids.
-    pub(crate) fn new(entries: Vec<(String, f64)>, unk_id: Option<u32>, byte_fallback: bool) -> Result<Self> {
+    pub(crate) fn new<S: AsRef<str>>(
+        entries: &[(S, f64)],
+        unk_id: Option<u32>,
+        byte_fallback: bool,
+    ) -> Result<Self> {
         if unk_id.is_some_and(|id| id as usize >= entries.len()) {
             return Err(Error::format("model", "unk_id is outside the vocabulary"));
         }
         let mut trie = Trie::default();
         for ((token, _), id) in entries.iter().zip(0..) {
-            trie.insert(token.as_bytes(), id);
+            trie.insert(token.as_ref().as_bytes(), id);
         }
-        let scores: Vec<f64> = entries.iter().map(|&(_, score)| score).collect();
+        let scores: Vec<f64> = entries.iter().map(|(_, score)| *score).collect();
         let lowest = scores.iter().copied().fold(f64::INFINITY, f64::min);
-        let vocab = Vocab::new(entries.into_iter().map(|(token, _)| token).zip(0..).collect())?;
+        let vocab = Vocab::new(&entries.iter().map(|(token, _)| token).zip(0..).collect::<Vec<_>>())?;
         let byte_id = |byte: u8| vocab.id(&format!("<0x{byte:02X}>")).filter(|_| byte_fallback);
         let byte_ids = (0..=255).map(byte_id).collect();
         Ok(Self {

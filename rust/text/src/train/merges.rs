@@ -59,7 +59,7 @@ impl Symbols {
     }
 
     pub(super) fn into_vocab(self) -> Result<Vocab> {
-        Vocab::new(self.tokens.into_iter().zip(0..).collect())
+        Vocab::new(&self.tokens.into_iter().zip(0..).collect::<Vec<_>>())
     }
 }
 

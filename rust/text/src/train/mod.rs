@@ -122,9 +122,9 @@ fn check_special(tokens: &[String]) -> Result<()> {
 
 /// A tokenizer of `preset` that knows its special tokens and nothing else.
 fn empty(preset: Preset, special: &[String]) -> Result<Native> {
-    let vocab = Vocab::new(special.iter().cloned().zip(0..).collect())?;
+    let vocab = Vocab::new(&special.iter().zip(0..).collect::<Vec<_>>())?;
     let added = special.iter().zip(0..).map(|(token, id)| AddedToken::special(token, id)).collect();
-    let model = Model::Bpe(Bpe::new(vocab, &[], BpeOptions::default(), false)?);
+    let model = Model::Bpe(Bpe::with_ids(vocab, vec![], BpeOptions::default(), false)?);
     let needed: &[&str] = match preset {
         Preset::BertUncased | Preset::BertCased | Preset::Multilingual => &["[UNK]", "[CLS]", "[SEP]"],
         Preset::Xlnet | Preset::Llama => &["<unk>"],
@@ -274,9 +274,9 @@ fn pieces(
     let room = options.vocab_size - special.len();
     let learned = unigram::learn(words, &alphabet, room, options.threads, progress);
     let learned = learned.into_iter().filter(|(piece, _)| !special.contains(piece));
-    let entries = special.iter().map(|token| (token.clone(), 0.0)).chain(learned).collect();
+    let entries: Vec<_> = special.iter().map(|token| (token.clone(), 0.0)).chain(learned).collect();
     let unk_id = special.iter().position(|token| token == "<unk>").map(|id| id as u32);
-    Ok(Model::Unigram(Unigram::new(entries, unk_id, false)?))
+    Ok(Model::Unigram(Unigram::new(&entries, unk_id, false)?))
 }
 
 /// WordPiece, learned as BPE over pieces of which those inside a word carry `##`. Ids: special tokens, characters,
@@ -332,5 +332,5 @@ fn characters<S: AsRef<str> + Sync>(
         symbols.add(&c.to_string());
     }
     let options = BpeOptions { unk_token, ..BpeOptions::default() };
-    Ok(Model::Bpe(Bpe::new(symbols.into_vocab()?, &[], options, false)?))
+    Ok(Model::Bpe(Bpe::with_ids(symbols.into_vocab()?, vec![], options, false)?))
 }
