@@ -29,6 +29,7 @@ __all__ = [
     "Store",
     "StreamDecoder",
     "Tokenizer",
+    "Trainer",
     "__version__",
     "cuda_bars",
     "cuda_program",
@@ -446,21 +447,23 @@ class PermutedBatches:
 # ---- rust/python/src/text.rs ----------------------------------------------------------------------------------------
 
 @final
-class Tokenizer:
-    """Text to ids and back."""
-
-    @staticmethod
-    def train(
-        documents: Sequence[str],
+class Trainer:
+    def __new__(
+        cls,
         kind: str,
         preset: str | None,
         vocab_size: int,
         min_frequency: int,
-        special_tokens: Sequence[str] | None,
+        special_tokens: list[str] | None,
         threads: int,
-        progress: Callable[[str, int, int], object] | None,
-    ) -> Tokenizer:
-        """``kind`` counts where no preset is named; ``progress(stage, done, total)`` is called during the work."""
+    ) -> Trainer: ...
+    def add(self, documents: list[str]) -> None: ...
+    def finish(self, progress: Callable[[str, int, int], None] | None) -> Tokenizer: ...
+
+@final
+class Tokenizer:
+    """Text to ids and back."""
+
     @staticmethod
     def load(path: _Path, split: str | None) -> Tokenizer: ...
     @staticmethod

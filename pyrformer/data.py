@@ -287,6 +287,11 @@ def expand(paths: Sequence[str | PathLike[str]]) -> list[Path]:
     return files
 
 
+def size_of(source: Sequence[str | PathLike[str]]) -> int:
+    """Bytes on the disk of the files that a source names; standard input counts as none."""
+    return sum(file.stat().st_size for file in expand(source) if file.is_file())
+
+
 def read_documents(
     source: Source, *, column: str = "text", errors: str = "strict", clean: Sequence[str] = ()
 ) -> list[str]:

@@ -16,7 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.errors import TokenizerError
+from pyrformer.errors import DataError, TokenizerError
+
+#: Characters whose words are counted at a time.
+COUNTED = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ class Tokenizer:
         clean: Sequence[str] = (),
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Tokenizer:
-        """Learns a vocabulary; the same text gives the same bytes, whatever the number of threads.
+        """Learns a vocabulary; the same text gives the same bytes, whatever the number of threads. Texts are counted as
+        they are read: memory grows with the different words in them, not with their length.
 
         Args:
             texts: a list of ``.txt`` or ``.jsonl`` files, or any other iterable of texts.
@@ -136,24 +140,41 @@ class Tokenizer:
             special_tokens: instead of the preset's.
             threads: default: all cores.
             column, errors, clean: for files, as in :func:`pyrformer.data.read_documents`.
-            progress: called with the stage ("count", "merge", "prune"), what is done, and how much there is.
+            progress: called with the stage ("count", in bytes of the files; "merge", in tokens; "prune"), what is done,
+                and how much there is.
 
         Raises:
             TokenizerError: no text, an unknown kind or preset, or a vocabulary smaller than its alphabet.
             DataError: a file cannot be used.
         """
-        if isinstance(texts, (list, tuple)):
-            from pyrformer.data import read_documents
+        from pyrformer.data import Documents, size_of
 
-            documents = read_documents(texts, column=column, errors=errors, clean=clean)
-        else:
-            documents = [str(text) for text in texts]
         special = None if special_tokens is None else list(special_tokens)
-        return cls(
-            _core.Tokenizer.train(
-                documents, kind, preset, vocab_size, min_frequency, special, threads or 0, progress
-            )
+        trainer = _core.Trainer(kind, preset, vocab_size, min_frequency, special, threads or 0)
+        files = texts if isinstance(texts, (list, tuple)) else None
+        documents = Documents(
+            map(str, texts) if files is None else files, column=column, errors=errors, clean=clean
         )
+        total = 0 if files is None else size_of(files)
+        batch: list[str] = []
+        size, counted = 0, False
+        for chunk in documents.chunks():
+            batch += documents.clean(chunk)
+            size += sum(map(len, chunk))
+            if size >= COUNTED:
+                trainer.add(batch)
+                counted |= bool(batch)
+                batch, size = [], 0
+                if progress is not None and total:
+                    progress("count", min(documents.bytes_read, total), total)
+        trainer.add(batch)
+        if files is not None and not counted and not batch:
+            raise DataError(
+                "[data] no document is left to learn from; check the source and the cleaning steps"
+            )
+        if progress is not None:
+            progress("count", total or 1, total or 1)
+        return cls(trainer.finish(progress))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a ``tokenizer.json`` that Hugging Face's library reads too; into an existing folder also

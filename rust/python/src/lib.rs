@@ -35,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use super::search::{Search, filter_logits};
     #[pymodule_export]
-    use super::text::{StreamDecoder, Tokenizer};
+    use super::text::{StreamDecoder, Tokenizer, Trainer};
 
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, PyModule>) -> PyResult<()> {

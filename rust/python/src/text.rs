@@ -38,34 +38,6 @@ type Ragged<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
 
 #[pymethods]
 impl Tokenizer {
-    /// Trains on documents; `kind` is used where no preset is named. `progress(stage, done, total)` is called now and then.
-    #[staticmethod]
-    #[expect(clippy::too_many_arguments, clippy::needless_pass_by_value, reason = "extracted arguments")]
-    fn train(
-        py: Python<'_>,
-        documents: Vec<String>,
-        kind: &str,
-        preset: Option<&str>,
-        vocab_size: usize,
-        min_frequency: u64,
-        special_tokens: Option<Vec<String>>,
-        threads: usize,
-        progress: Option<Py<PyAny>>,
-    ) -> PyResult<Self> {
-        let preset = preset.map_or_else(|| Preset::of_kind(kind), str::parse).map_err(Failure::from)?;
-        let mut options = TrainOptions::new(preset, vocab_size);
-        (options.min_frequency, options.special_tokens, options.threads) =
-            (min_frequency, special_tokens, threads);
-        let mut report = |p: Progress| {
-            if let Some(call) = &progress {
-                // A display that fails must not end the training.
-                Python::attach(|py| drop(call.call1(py, (p.stage, p.done, p.total))));
-            }
-        };
-        let inner = enter(py, || pyrformer_text::Tokenizer::train(&documents, &options, &mut report))?;
-        Ok(Self { inner: Arc::new(inner) })
-    }
-
     #[staticmethod]
     fn load(py: Python<'_>, path: PathBuf, split: Option<&str>) -> PyResult<Self> {
         Ok(Self { inner: Arc::new(enter(py, || pyrformer_text::Tokenizer::load_split(&path, split))?) })
@@ -178,6 +150,64 @@ impl Tokenizer {
         let inner = pyrformer_text::StreamDecoder::new(self.inner.clone(), skip_special_tokens);
         StreamDecoder { inner: Mutex::new(inner) }
     }
+}
+
+/// Documents in, a tokenizer out.
+#[pyclass(frozen, module = "pyrformer._core")]
+pub(crate) struct Trainer {
+    /// None once finished.
+    inner: Mutex<Option<pyrformer_text::Trainer>>,
+}
+
+#[pymethods]
+impl Trainer {
+    /// `kind` is used where no preset is named.
+    #[new]
+    fn new(
+        kind: &str,
+        preset: Option<&str>,
+        vocab_size: usize,
+        min_frequency: u64,
+        special_tokens: Option<Vec<String>>,
+        threads: usize,
+    ) -> PyResult<Self> {
+        let preset = preset.map_or_else(|| Preset::of_kind(kind), str::parse).map_err(Failure::from)?;
+        let mut options = TrainOptions::new(preset, vocab_size);
+        (options.min_frequency, options.special_tokens, options.threads) =
+            (min_frequency, special_tokens, threads);
+        let inner = pyrformer_text::Trainer::new(options).map_err(Failure::from)?;
+        Ok(Self { inner: Mutex::new(Some(inner)) })
+    }
+
+    /// Counts documents.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn add(&self, py: Python<'_>, documents: Vec<String>) -> PyResult<()> {
+        enter(py, || match &mut *self.inner.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(trainer) => {
+                trainer.add(&documents);
+                Ok(())
+            }
+            None => Err(finished()),
+        })
+    }
+
+    /// Learns the vocabulary. `progress(stage, done, total)` is called now and then.
+    fn finish(&self, py: Python<'_>, progress: Option<Py<PyAny>>) -> PyResult<Tokenizer> {
+        let trainer = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let trainer = trainer.ok_or_else(finished)?;
+        let mut report = |p: Progress| {
+            if let Some(call) = &progress {
+                // A display that fails must not end the training.
+                Python::attach(|py| drop(call.call1(py, (p.stage, p.done, p.total))));
+            }
+        };
+        let inner = enter(py, || trainer.finish(&mut report))?;
+        Ok(Tokenizer { inner: Arc::new(inner) })
+    }
+}
+
+fn finished() -> Failure {
+    Failure::new("TokenizerError", "[train] the trainer has finished; make another")
 }
 
 /// Ids in, pieces of text out.

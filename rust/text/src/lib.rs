@@ -69,4 +69,4 @@ pub use presets::Preset;
 pub use roles::SpecialIds;
 pub use stream::StreamDecoder;
 pub use tokenizer::Tokenizer;
-pub use train::{Progress, TrainOptions};
+pub use train::{Progress, TrainOptions, Trainer};

@@ -8,6 +8,8 @@ mod count;
 mod merges;
 mod unigram;
 
+use rustc_hash::FxHashMap;
+
 use crate::added::AddedToken;
 use crate::bpe::{Bpe, BpeOptions};
 use crate::bytes::byte_to_char;
@@ -20,6 +22,7 @@ use crate::vocab::Vocab;
 use crate::wordpiece::WordPiece;
 use crate::{Error, Result, Tokenizer};
 
+use count::Counts;
 use merges::Symbols;
 
 /// How to train. [`TrainOptions::new`] sets the defaults.
@@ -61,7 +64,7 @@ impl TrainOptions {
 /// How far training is: `done` of `total` steps of `stage`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// `"count"` (documents' bytes), `"merge"` (tokens of the vocabulary) or `"prune"` (Unigram, in thousandths).
+    /// `"merge"` (tokens of the vocabulary) or `"prune"` (Unigram, in thousandths).
     pub stage: &'static str,
     /// Steps done.
     pub done: usize,
@@ -69,45 +72,75 @@ pub struct Progress {
     pub total: usize,
 }
 
-impl Tokenizer {
-    /// Trains a tokenizer on `documents`. `progress` hears of each stage as it goes, from this thread.
+/// Training in steps: documents are counted as they come and need not be kept.
+pub struct Trainer {
+    options: TrainOptions,
+    special: Vec<String>,
+    /// The tokenizer without what is to be learned: it finds the words.
+    blank: Native,
+    counts: Counts,
+}
+
+impl Trainer {
+    /// A trainer that has seen no text.
     ///
     /// # Errors
-    /// [`Error::Train`] if there is no text, or `vocab_size` does not even hold special tokens and alphabet;
     /// [`Error::Option`] for special tokens that are missing, empty or twice.
-    pub fn train<S: AsRef<str> + Sync>(
-        documents: &[S],
-        options: &TrainOptions,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<Self> {
+    pub fn new(options: TrainOptions) -> Result<Self> {
         let special: Vec<String> = match &options.special_tokens {
             Some(tokens) => tokens.clone(),
             None => options.preset.special_tokens().iter().map(|&t| t.to_owned()).collect(),
         };
         check_special(&special)?;
         let blank = empty(options.preset, &special)?;
-        let total = documents.iter().map(|d| d.as_ref().len()).sum();
-        progress(Progress { stage: "count", done: 0, total });
-        let model = match options.preset {
-            Preset::Char => characters(documents, &special, options)?,
-            Preset::Gpt2 => {
-                let words = count::words(documents, &blank, options.threads);
-                bytes(&words, &special, options, progress)?
-            }
-            Preset::Llama => {
-                let words = count::words(documents, &blank, options.threads);
-                byte_fallback(&words, &special, options, progress)?
-            }
-            Preset::Xlnet => {
-                let words = count::words(documents, &blank, options.threads);
-                pieces(&words, &special, options, progress)?
-            }
-            Preset::BertUncased | Preset::BertCased | Preset::Multilingual => {
-                let words = count::words(documents, &blank, options.threads);
-                wordpiece(&words, &special, options, progress)?
+        let counts = match options.preset {
+            Preset::Char => Counts::Characters(FxHashMap::default()),
+            _ => Counts::Words(FxHashMap::default()),
+        };
+        Ok(Self { options, special, blank, counts })
+    }
+
+    /// Counts documents.
+    pub fn add<S: AsRef<str> + Sync>(&mut self, documents: &[S]) {
+        self.counts.add(documents, &self.blank, self.options.threads);
+    }
+
+    /// Learns the vocabulary of what was counted. `progress` hears of each stage as it goes, from this thread.
+    ///
+    /// # Errors
+    /// [`Error::Train`] if there is no text, or `vocab_size` does not even hold special tokens and alphabet.
+    pub fn finish(self, progress: &mut dyn FnMut(Progress)) -> Result<Tokenizer> {
+        let Self { options, special, blank, counts } = self;
+        let model = match counts {
+            Counts::Characters(counts) => characters(counts, &special, &options)?,
+            Counts::Words(counts) => {
+                let words = count::words(counts, &blank);
+                let learn = match options.preset {
+                    Preset::Gpt2 | Preset::Char => bytes,
+                    Preset::Llama => byte_fallback,
+                    Preset::Xlnet => pieces,
+                    Preset::BertUncased | Preset::BertCased | Preset::Multilingual => wordpiece,
+                };
+                learn(&words, &special, &options, progress)?
             }
         };
-        Self::new(Parts { model, ..blank.parts })
+        Tokenizer::new(Parts { model, ..blank.parts })
+    }
+}
+
+impl Tokenizer {
+    /// Trains a tokenizer on `documents`: a [`Trainer`] that is given all of them at once.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`] and [`Trainer::finish`].
+    pub fn train<S: AsRef<str> + Sync>(
+        documents: &[S],
+        options: &TrainOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        let mut trainer = Trainer::new(options.clone())?;
+        trainer.add(documents);
+        trainer.finish(progress)
     }
 }
 
@@ -146,7 +179,7 @@ fn no_text() -> Error {
 
 /// `(character, count)` of all words, the most frequent first, equal ones by code point.
 fn alphabet(counts: impl Iterator<Item = (char, u64)>, limit: Option<usize>) -> Vec<char> {
-    let mut sums = rustc_hash::FxHashMap::default();
+    let mut sums = FxHashMap::default();
     for (c, n) in counts {
         *sums.entry(c).or_insert(0u64) += n;
     }
@@ -163,7 +196,7 @@ fn alphabet(counts: impl Iterator<Item = (char, u64)>, limit: Option<usize>) -> 
 fn covering_alphabet(words: &[(String, u64)], limit: Option<usize>) -> Vec<char> {
     let counts = || words.iter().flat_map(|(word, n)| word.chars().map(|c| (c, *n)));
     let limit = limit.unwrap_or_else(|| {
-        let mut sums = rustc_hash::FxHashMap::default();
+        let mut sums = FxHashMap::default();
         counts().for_each(|(c, n)| *sums.entry(c).or_insert(0u64) += n);
         let mut sums: Vec<u64> = sums.into_values().collect();
         sums.sort_unstable_by_key(|&n| std::cmp::Reverse(n));
@@ -311,12 +344,7 @@ fn wordpiece(
 }
 
 /// One token for each character. Ids: special tokens, characters by code point.
-fn characters<S: AsRef<str> + Sync>(
-    documents: &[S],
-    special: &[String],
-    options: &TrainOptions,
-) -> Result<Model> {
-    let counts = count::characters(documents, options.threads);
+fn characters(counts: FxHashMap<char, u64>, special: &[String], options: &TrainOptions) -> Result<Model> {
     let n_chars = counts.len();
     let alphabet = alphabet(counts.into_iter(), options.limit_alphabet);
     if alphabet.is_empty() {
