@@ -10,12 +10,15 @@ use rustc_hash::FxHashMap;
 
 use crate::bytes::byte_to_char;
 use crate::vocab::Vocab;
-use crate::{Error, Result};
+use crate::{Error, Result, parallel};
 
 /// No id: also the end of a list.
 const NONE: u32 = u32::MAX;
 /// Words of up to this many symbols are scanned; beyond, the heap wins.
 const SCAN: usize = 40;
+
+/// Merges that a thread looks up at a time.
+const PART: usize = 1 << 13;
 
 /// A token of a word: its id and the number of bytes it covers.
 pub(crate) type Piece = (u32, u32);
@@ -117,23 +120,40 @@ impl Bpe {
     /// A model of `vocab` and `merges` (pairs of token strings); `byte_level` if words come as bytes.
     pub(crate) fn new(
         vocab: Vocab,
-        merges: &[(impl AsRef<str>, impl AsRef<str>)],
+        merges: &[(impl AsRef<str> + Sync, impl AsRef<str> + Sync)],
         options: BpeOptions,
         byte_level: bool,
     ) -> Result<Self> {
-        let refuse = |problem: String| Error::format("model", problem);
         let id = |token: &str| {
-            vocab.id(token).ok_or_else(|| refuse(format!("{token:?} of a merge is not in the vocabulary")))
+            let missing = || format!("{token:?} of a merge is not in the vocabulary");
+            vocab.id(token).ok_or_else(|| Error::format("model", missing()))
         };
-        let mut joined = String::new();
-        let mut triples = Vec::with_capacity(merges.len());
-        for (left, right) in merges {
-            let (left, right) = (left.as_ref(), right.as_ref());
-            joined.clear();
-            joined.push_str(left);
-            joined.push_str(right);
-            triples.push((id(left)?, id(right)?, id(&joined)?));
-        }
+        // What the merges of a file make mostly comes in the order of ids: look there before searching.
+        let makes = |id: u32, left: &str, right: &str| {
+            vocab.token(id).is_some_and(|t| {
+                t.len() == left.len() + right.len() && t.starts_with(left) && t.ends_with(right)
+            })
+        };
+        let n_parts = merges.len().div_ceil(PART);
+        let parts = parallel::map(n_parts, 0, String::new, |part, joined| {
+            let mut last = 0;
+            let merges = merges[part * PART..].iter().take(PART);
+            let triple = |(left, right): &(_, _)| {
+                let (left, right): (&str, &str) = (AsRef::as_ref(left), AsRef::as_ref(right));
+                last = match [last, last + 1].into_iter().find(|&id| makes(id, left, right)) {
+                    Some(id) => id,
+                    None => {
+                        joined.clear();
+                        joined.push_str(left);
+                        joined.push_str(right);
+                        id(joined)?
+                    }
+                };
+                Ok((id(left)?, id(right)?, last))
+            };
+            merges.map(triple).collect::<Result<Vec<_>>>()
+        });
+        let triples = parts.into_iter().collect::<Result<Vec<_>>>()?.concat();
         Self::with_ids(vocab, triples, options, byte_level)
     }
 

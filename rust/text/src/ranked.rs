@@ -15,7 +15,10 @@ use crate::presets::Preset;
 use crate::pretokenize::PreTokenizer;
 use crate::split::{Behavior, LLAMA3_PATTERN, O200K_PATTERN, QWEN2_PATTERN};
 use crate::vocab::{Index, Vocab};
-use crate::{Error, Result, Tokenizer};
+use crate::{Error, Result, Tokenizer, parallel};
+
+/// Tokens that a thread cuts at a time.
+const PART: usize = 1 << 12;
 
 /// Two tokens and what they make.
 pub(crate) type Merge = (u32, u32, u32);
@@ -24,7 +27,7 @@ pub(crate) type Merge = (u32, u32, u32);
 ///
 /// Prefixes and suffixes are looked up by polynomial hashes, of which those of all cuts of a token come from one walk
 /// over it; what has the hash is compared byte for byte.
-pub(crate) fn merges<T: AsRef<[u8]>>(tokens: &[(u32, T)]) -> Vec<Merge> {
+pub(crate) fn merges<T: AsRef<[u8]> + Sync>(tokens: &[(u32, T)]) -> Vec<Merge> {
     const BASE: u64 = 0x9E37_79B9_7F4A_7C15;
     let add = |hash: u64, &byte: &u8| hash.wrapping_mul(BASE).wrapping_add(u64::from(byte) + 1);
     // The low bits choose the slot, the high ones are compared: both must depend on all.
@@ -41,24 +44,32 @@ pub(crate) fn merges<T: AsRef<[u8]>>(tokens: &[(u32, T)]) -> Vec<Merge> {
     let longest = tokens.iter().map(|(_, token)| token.as_ref().len()).max().unwrap_or(0);
     let powers: Vec<u64> =
         std::iter::successors(Some(1u64), |p| Some(p.wrapping_mul(BASE))).take(longest + 1).collect();
-    let mut all = Vec::with_capacity(2 * tokens.len());
-    for (id, token) in tokens {
-        let token = token.as_ref();
-        let whole = token.iter().fold(0, add);
-        let first = all.len();
-        let mut prefix = 0;
-        for at in 1..token.len() {
-            prefix = add(prefix, &token[at - 1]);
-            let suffix = whole.wrapping_sub(prefix.wrapping_mul(powers[token.len() - at]));
-            if let Some(left) = find(prefix, &token[..at])
-                && let Some(right) = find(suffix, &token[at..])
-            {
-                all.push((left, right, *id));
+    let parts = parallel::map(
+        tokens.len().div_ceil(PART),
+        0,
+        || (),
+        |part, ()| {
+            let mut all = vec![];
+            for (id, token) in tokens[part * PART..].iter().take(PART) {
+                let token = token.as_ref();
+                let whole = token.iter().fold(0, add);
+                let first = all.len();
+                let mut prefix = 0;
+                for at in 1..token.len() {
+                    prefix = add(prefix, &token[at - 1]);
+                    let suffix = whole.wrapping_sub(prefix.wrapping_mul(powers[token.len() - at]));
+                    if let Some(left) = find(prefix, &token[..at])
+                        && let Some(right) = find(suffix, &token[at..])
+                    {
+                        all.push((left, right, *id));
+                    }
+                }
+                all[first..].sort_unstable();
             }
-        }
-        all[first..].sort_unstable();
-    }
-    all
+            all
+        },
+    );
+    parts.concat()
 }
 
 /// How a byte-level vocabulary splits text into words.
