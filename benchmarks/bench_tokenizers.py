@@ -4,14 +4,17 @@
         [--repeats 5] [--train bpe wordpiece unigram]
 
 Every peer that is installed (``tokenizers``, ``tokie``; ``tiktoken`` with cl100k's split for folders with a
-``.tiktoken`` file only) encodes the same documents turn by turn, on all cores; what is timed ends with the ids at hand.
-Medians with minimum and maximum; ids are compared with those of ``tokenizers`` first. Training times each library once.
+``.tiktoken`` file only) loads the same file and encodes the same documents turn by turn, on all cores; what is timed
+ends with the ids at hand. Medians with minimum and maximum; ids are compared with those of the peer first. Training
+times each library once.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -36,13 +39,16 @@ def documents(files: list[str]) -> list[str]:
     return [d for d in out if d]
 
 
-def peers(folder: Path, texts: list[str]) -> dict[str, Callable[[], Any]]:
-    """Name → a call that encodes all texts."""
-    ours = pf.Tokenizer.load(folder)
-    calls: dict[str, Callable[[], Any]] = {
-        "pyrformer": lambda: ours.encode_batch(texts, add_special_tokens=False).ids
-    }
+#: Name → a call.
+Calls = dict[str, Callable[[], Any]]
+
+
+def peers(folder: Path, texts: list[str]) -> tuple[Calls, Calls]:
+    """Calls that load the tokenizer, and calls that encode all texts."""
     file = folder / "tokenizer.json"
+    ours = pf.Tokenizer.load(whole(file)) if file.is_file() else pf.Tokenizer.load(folder)
+    loads: Calls = {"pyrformer": lambda: pf.Tokenizer.load(folder)}
+    calls: Calls = {"pyrformer": lambda: ours.encode_batch(texts, add_special_tokens=False).ids}
     if file.is_file():
         try:
             import tokenizers
@@ -50,10 +56,11 @@ def peers(folder: Path, texts: list[str]) -> dict[str, Callable[[], Any]]:
             theirs = tokenizers.Tokenizer.from_file(str(file))
             theirs.no_padding()
             theirs.no_truncation()
+            loads["tokenizers"] = lambda: tokenizers.Tokenizer.from_file(str(file))
             calls["tokenizers"] = lambda: theirs.encode_batch_fast(texts, add_special_tokens=False)
             expected = [i for e in theirs.encode_batch(texts, add_special_tokens=False) for i in e.ids]
             if calls["pyrformer"]().tolist() != expected:
-                print(f"{folder.name}: the ids are not those of tokenizers (or the file truncates)")
+                print(f"{folder.name}: the ids are not those of tokenizers")
         except ImportError:
             print("tokenizers is not installed")
         try:
@@ -62,26 +69,55 @@ def peers(folder: Path, texts: list[str]) -> dict[str, Callable[[], Any]]:
             quick = tokie.Tokenizer.from_json(str(file))
             quick.no_padding()
             quick.no_truncation()
+            loads["tokie"] = lambda: tokie.Tokenizer.from_json(str(file))
             calls["tokie"] = lambda: quick.encode_batch_flat(texts, add_special_tokens=False)
         except ImportError:
             print("tokie is not installed")
     for ranks in () if file.is_file() else folder.glob("*.tiktoken"):
         try:
-            import tiktoken
-            from tiktoken.load import load_tiktoken_bpe
+            import tiktoken  # noqa: F401
 
             # cl100k's.
             pattern = (
                 r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+"
             )
-            encoding = tiktoken.Encoding(
-                "x", pat_str=pattern, mergeable_ranks=load_tiktoken_bpe(str(ranks)), special_tokens={}
-            )
-            calls["tiktoken"] = partial(encoding.encode_ordinary_batch, texts)
+            load = partial(load_tiktoken, str(ranks), pattern)
+            loads["tiktoken"] = load
+            encode = load().encode_ordinary_batch
+            if calls["pyrformer"]().tolist() != [i for ids in encode(texts) for i in ids]:
+                print(f"{folder.name}: the ids are not those of tiktoken (is the split cl100k's?)")
+            calls["tiktoken"] = partial(encode, texts)
         except ImportError:
             print("tiktoken is not installed")
-    return calls
+    return loads, calls
+
+
+def whole(file: Path) -> Path:
+    """A copy of a tokenizer.json that neither truncates nor pads."""
+    contents = {**json.loads(file.read_text(encoding="utf-8")), "truncation": None, "padding": None}
+    copy = Path(tempfile.mkdtemp()) / file.name
+    copy.write_text(json.dumps(contents, ensure_ascii=False), encoding="utf-8")
+    return copy
+
+
+def load_tiktoken(file: str, pattern: str) -> Any:
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+
+    ranks = load_tiktoken_bpe(file)
+    return tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def timed(calls: Calls, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, taken turn by turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
 
 
 def main() -> None:
@@ -96,23 +132,16 @@ def main() -> None:
     texts = documents(args.text)
     size = sum(len(t.encode()) for t in texts) / 1e6
     print(f"{size:.1f} MB in {len(texts):,} documents")
-    print(f"{'tokenizer':<16} {'library':<12} {'MB/s':>8} {'least':>8} {'most':>8}")
+    head = f"{'tokenizer':<12} {'library':<11} {'MB/s':>8} {'least':>8} {'most':>8} {'load ms':>8}"
+    print(head)
     for folder in map(Path, args.tokenizer):
-        start = time.perf_counter()
-        pf.Tokenizer.load(folder)
-        loading = time.perf_counter() - start
-        calls = peers(folder, texts)
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(args.repeats):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-        for name, seconds in times.items():
+        loads, calls = peers(folder, texts)
+        loading, encoding = timed(loads, args.repeats), timed(calls, args.repeats)
+        for name, seconds in encoding.items():
             speeds = [size / s for s in seconds]
-            median = statistics.median(speeds)
-            print(f"{folder.name:<16} {name:<12} {median:8.1f} {min(speeds):8.1f} {max(speeds):8.1f}")
-        print(f"{folder.name:<16} loaded in {1000 * loading:.0f} ms")
+            median, load = statistics.median(speeds), 1000 * statistics.median(loading[name])
+            row = f"{folder.name:<12} {name:<11} {median:8.1f} {min(speeds):8.1f} {max(speeds):8.1f} {load:8.0f}"
+            print(row, flush=True)
     for kind in args.train:
         train(kind, texts)
 
