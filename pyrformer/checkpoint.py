@@ -32,6 +32,7 @@ MAX_SHARD_SIZE = "5GB"
 #: What holds a tokenizer, in a folder without a ``tokenizer.json`` of ours.
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "merges.txt")
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -290,6 +291,27 @@ def save(
     save_config(model, folder, dtype)
 
 
+def chat_template(folder: Path) -> str | None:
+    """The template of chats in a model folder: ``chat_template.jinja``, or what ``tokenizer_config.json`` has, the one
+    named "default" where that has several; None where there is none.
+
+    Raises:
+        FileError: a file cannot be read.
+    """
+    path = folder / CHAT_TEMPLATE
+    try:
+        if path.is_file():
+            return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise FileError(f"[load] cannot read {path}: {e}") from None
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return None
+    text: Any = read_json(folder / TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(text, list):
+        text = {t.get("name"): t.get("template") for t in text if isinstance(t, dict)}.get("default")
+    return text if isinstance(text, str) else None
+
+
 def parsed_size(size: int | str, what: str = "[save] max_shard_size") -> int:
     """Bytes of a size such as "5GB" (10⁹ bytes) or "500MiB" (2²⁰ bytes); ``what`` is named where it is none.
 
@@ -321,8 +343,12 @@ def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def save_config(model: Model, folder: Path, dtype: str = "float32") -> None:
     """Writes what a model folder holds beside the weights, which are of ``dtype``."""
     if model.tokenizer is not None:
+        # Templates are of the tokenizer's files, and not known to it; it may be about to write over its own.
+        template = chat_template(model.origin.path) if model.origin else None
         # Into the folder: tokenizer.json alone does not say which token ends a text.
         model.tokenizer.save(folder)
+        if template is not None:
+            _core.write_file(folder / CHAT_TEMPLATE, template.encode())
     config = model.family.config
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {**{k: v for k, v in ids.items() if v is not None}, **model.generation_config}

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyrformer.checkpoint import read_json
+from pyrformer.checkpoint import chat_template as stored
 from pyrformer.errors import FileError, InputError
 from pyrformer.model import Model
 from pyrformer.tokenizers import Tokenizer
@@ -104,26 +104,17 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def chat_template(model: Model, file: str | None = None) -> ChatTemplate | None:
-    """The template of a model: that of a file, of its folder's ``chat_template.jinja``, or of its
-    ``tokenizer_config.json``, the one named "default" where there are several; None where there is none.
+    """The template of a model, or that of a file; None where there is none.
 
     Raises:
         FileError: a file cannot be read.
         InputError: the template is not valid, or jinja2 is not installed.
     """
-    folder = Path(model.origin.path) if model.origin else Path()
-    beside = Path(file) if file else folder / "chat_template.jinja"
-    text: Any = None
-    if file or (model.origin and beside.is_file()):
+    if file is not None:
         try:
-            text = beside.read_text("utf-8")
+            text: str | None = Path(file).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise FileError(f"[serve] cannot read the chat template {beside}: {e}") from None
-    elif model.origin and (folder / "tokenizer_config.json").is_file():
-        text = read_json(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(text, list):
-            named = {t.get("name"): t.get("template") for t in text if isinstance(t, dict)}
-            text = named.get("default")
-    if not isinstance(text, str):
-        return None
-    return ChatTemplate(text, model.require_tokenizer().special_tokens())
+            raise FileError(f"[serve] cannot read the chat template {file}: {e}") from None
+    else:
+        text = stored(model.origin.path) if model.origin else None
+    return None if text is None else ChatTemplate(text, model.require_tokenizer().special_tokens())

@@ -33,7 +33,7 @@ from pyrformer.serve import app, protocol  # noqa: E402
 from pyrformer.serve import engine as serving_engine  # noqa: E402
 from pyrformer.serve.app import Server  # noqa: E402
 from pyrformer.serve.server import Settings, is_local, serve  # noqa: E402
-from pyrformer.serve.template import ChatTemplate  # noqa: E402
+from pyrformer.serve.template import ChatTemplate, chat_template  # noqa: E402
 
 TEXTS = ["the cat sat", "on the mat the king slept", "a cat", "the mat on the mat — naïve!"]
 
@@ -300,6 +300,17 @@ def test_chats_go_through_the_template(chatting: tuple[Client, pf.Model]) -> Non
     assert "".join(d["content"] for d in deltas) == want.texts[0]
     assert parts[0]["object"] == "chat.completion.chunk"
     assert parts[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_saved_model_keeps_its_template(chatting: tuple[Client, pf.Model], tmp_path: Path) -> None:
+    chatting[1].save(tmp_path / "copy")
+    (tmp_path / "copy" / "chat_template.jinja").unlink()
+    config = tmp_path / "copy" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": CHATML}))
+    pf.load(tmp_path / "copy").save(tmp_path / "copy")
+    pf.load(tmp_path / "copy").save(tmp_path / "again")
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == CHATML
+    assert chat_template(pf.load(tmp_path / "again")) is not None
 
 
 @pytest.mark.parametrize(
