@@ -92,7 +92,7 @@ def _text_report(
             longest = max(longest, *lengths)
             shortest = min(lengths) if shortest is None else min(shortest, *lengths)
         if loaded is not None:
-            tokens += len(loaded.encode_batch(cleaned, add_special_tokens=False).ids)
+            tokens += len(loaded.without_truncation().encode_batch(cleaned, add_special_tokens=False).ids)
     report: dict[str, Any] = {
         "documents": count,
         "characters": characters,

@@ -163,7 +163,7 @@ def compare(
     groups = _groups(files, by, column)
     rows = []
     for path in tokenizers:
-        tokenizer = pf.Tokenizer.load(path)
+        tokenizer = pf.Tokenizer.load(path).without_truncation()
         for group, texts in groups.items():
             start = time.perf_counter()
             ids = tokenizer.encode_batch(texts, add_special_tokens=False, threads=threads).ids
@@ -192,13 +192,18 @@ def _table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     out = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("tokenizer", "text", "bytes", "tokens", "bytes/token", "unknown", "MB/s"):
+    for name in ("text", "bytes", "tokenizer", "tokens", "bytes/token", "unknown", "MB/s"):
         out.add_column(name, justify="left" if name in ("tokenizer", "text") else "right", overflow="fold")
-    for row in rows:
+    texts, names = _tails([row["text"] for row in rows]), _tails([row["tokenizer"] for row in rows])
+    order = list(texts)
+    before = None
+    # The tokenizers of one text stand together, below its name.
+    for row in sorted(rows, key=lambda row: order.index(row["text"])):
+        first, before = row["text"] != before, row["text"]
         out.add_row(
-            row["tokenizer"],
-            row["text"],
-            f"{row['bytes']:,}",
+            texts[row["text"]] if first else "",
+            f"{row['bytes']:,}" if first else "",
+            names[row["tokenizer"]],
             f"{row['tokens']:,}",
             f"{row['bytes_per_token']:.3f}",
             f"{row['unknown_rate']:.3%}",
@@ -206,6 +211,16 @@ def _table(rows: list[dict[str, Any]]) -> None:
         )
     # Piped output is not cut to a terminal's width.
     Console(highlight=False, width=None if sys.stdout.isatty() else 240).print(out)
+
+
+def _tails(paths: list[str]) -> dict[str, str]:
+    """As much of the ends of paths as tells them apart."""
+    folders = {path: Path(path).parent if Path(path).name == "tokenizer.json" else path for path in paths}
+    parts = {path: Path(folder).parts or (path,) for path, folder in folders.items()}
+    n = 1
+    while n < max(map(len, parts.values())) and len({p[-n:] for p in parts.values()}) < len(parts):
+        n += 1
+    return {path: str(Path(*p[-n:])) for path, p in parts.items()}
 
 
 def _groups(files: tuple[str, ...], by: str | None, column: str) -> dict[str, list[str]]:

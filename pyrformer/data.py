@@ -311,6 +311,7 @@ def tokenize(
 ) -> Ragged:
     """The ids of documents, without the template's special tokens; but for masked objectives, each ends with the end
     token if there is one."""
+    tokenizer = tokenizer.without_truncation()
     ragged = tokenizer.encode_batch(documents, add_special_tokens=False, threads=threads)
     eos = tokenizer.eos_token_id
     if objective.startswith("mlm") or eos is None:

@@ -30,7 +30,7 @@ def sentences(tokenizer: Tokenizer, texts: Sequence[str], threads: int | None = 
     """Cuts texts into documents and sentences and encodes these without special tokens; empty ones are left out."""
     cut = [_SENTENCE.split(p) for text in texts for p in _PARAGRAPH.split(text)]
     flat = [sentence for document in cut for sentence in document]
-    ragged = tokenizer.encode_batch(flat, add_special_tokens=False, threads=threads)
+    ragged = tokenizer.without_truncation().encode_batch(flat, add_special_tokens=False, threads=threads)
     lengths = np.diff(ragged.offsets)
     # How many sentences that hold tokens stand before each document.
     before = np.concatenate([[0], np.cumsum(lengths > 0)])

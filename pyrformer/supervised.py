@@ -73,7 +73,7 @@ def labelled(
     strange = sorted(set(labels) - number.keys())
     if strange:
         raise DataError(f"[data] label {strange[0]!r} occurs in the files to measure on only")
-    bare = tokenizer.encode_batch(texts, add_special_tokens=False)
+    bare = tokenizer.without_truncation().encode_batch(texts, add_special_tokens=False)
     frame = tokenizer.encode("").ids
     half = len(frame) - len(frame) // 2
     rows = [

@@ -93,6 +93,7 @@ class Tokenizer:
     def __init__(self, core: _core.Tokenizer):
         self.core = core
         self._special: dict[str, int] = core.special_ids()
+        self._whole: Tokenizer | None = None
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, split: str | None = None) -> Tokenizer:
@@ -229,6 +230,13 @@ class Tokenizer:
             pieces.push(int(i))
         text = "".join(pieces.push(int(i)) or "" for i in ids)
         return text + (pieces.finish() or "")
+
+    def without_truncation(self) -> Tokenizer:
+        """The same tokenizer without the greatest length that its file may set: what trains and measures wants whole
+        texts."""
+        if self._whole is None:
+            self._whole = Tokenizer(self.core.without_truncation())
+        return self._whole
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> _core.StreamDecoder:
         """A decoder that takes one id at a time (``push``, then ``finish``) and never gives half a character."""

@@ -102,4 +102,8 @@ def test_compare(folder: Path) -> None:
         ("fr", True),
     ]
     assert rows[0]["bytes_per_token"] == pytest.approx(rows[0]["bytes"] / rows[0]["tokens"], abs=1e-4)
-    assert "bytes/token" in run("compare", *both, "--text", folder / "text.txt")
+    table = run("compare", *both, "--text", folder / "text.txt")
+    assert "bytes/token" in table
+    # Names are as short as they can be.
+    assert "gpt2.json" in table
+    assert str(folder) not in table

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,41 @@ def test_progress_is_told() -> None:
     seen.clear()
     trained("unigram", progress=lambda *what: seen.append(what))
     assert seen[-1] == ("prune", 1000, 1000)
+
+
+def test_training_does_not_hold_the_text(tmp_path: Path) -> None:
+    """96 MB are learned from in less than half of that."""
+    file = tmp_path / "big.txt"
+    line = "the dog and the fox, 123 naïve words; " * 25 + "\n"
+    with file.open("w", encoding="utf-8") as out:
+        for _ in range(100):
+            out.write(line * (960_000 // len(line)))
+    code = (
+        "import resource, pyrformer as pf\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "pf.Tokenizer.train(iter(['a small text']), 'bpe', 300)\n"
+        "before = peak()\n"
+        f"pf.Tokenizer.train([{str(file)!r}], 'bpe', 300)\n"
+        "print(peak() - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 48_000, f"{out.stdout} KB"
+
+
+def test_without_truncation(tmp_path: Path) -> None:
+    """What a file cuts is whole where it is trained on or measured."""
+    tokenizer = trained("bpe")
+    file = json.loads(tokenizer.to_json())
+    file["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    cut = pf.Tokenizer.load(tmp_path)
+    text = "the dog and the fox"
+    whole = tokenizer.encode(text).ids
+    assert len(whole) > 2
+    assert cut.encode(text).ids == whole[:2]
+    assert cut.without_truncation().encode(text).ids == whole
+    ragged = pf.data.tokenize(cut, [text, text], objective="mlm")
+    assert [ragged[0].tolist(), ragged[1].tolist()] == [whole, whole]
 
 
 def test_special_tokens() -> None:

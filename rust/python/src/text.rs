@@ -146,6 +146,15 @@ impl Tokenizer {
         enter(py, || self.inner.decode(&ids, skip_special_tokens))
     }
 
+    /// The same tokenizer, which keeps long texts whole.
+    fn without_truncation(&self, py: Python<'_>) -> PyResult<Self> {
+        if self.inner.truncation().is_none() {
+            return Ok(Self { inner: self.inner.clone() });
+        }
+        let whole = enter(py, || pyrformer_text::Tokenizer::clone(&self.inner).with_truncation(None))?;
+        Ok(Self { inner: Arc::new(whole) })
+    }
+
     fn stream_decoder(&self, skip_special_tokens: bool) -> StreamDecoder {
         let inner = pyrformer_text::StreamDecoder::new(self.inner.clone(), skip_special_tokens);
         StreamDecoder { inner: Mutex::new(inner) }
