@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -38,9 +39,23 @@ def command(
 
     Autoregressive models, and permutation models from left to right: exact log-likelihood, perplexity, bits per byte.
     Masked models: pseudo-log-likelihood (one pass a token: slow; see --limit), pseudo-perplexity, and the share of
-    hidden tokens that are guessed.
+    hidden tokens that are guessed. Models that classify tokens: accuracy on words, and precision, recall and F1 of
+    whole entities; FILES hold words with classes, as for `pyrformer train --objective tokens`.
     """
     model = pf.load(run, threads=threads, load_in_8bit=load_in_8bit)
+    if model.family.objective == "tokens":
+        from pyrformer.tagging import measure
+
+        tags = measure(model, list(files))
+        if as_json:
+            click.echo(json.dumps(asdict(tags)))
+            return
+        click.echo(f"{'words':24}{tags.words}")
+        click.echo(f"{'accuracy':24}{tags.accuracy:.4f}")
+        click.echo(f"{'entities':24}{tags.entities}")
+        for name in ("precision", "recall", "f1"):
+            click.echo(f"{'entity ' + name:24}{getattr(tags, name):.4f}")
+        return
     texts = [text[:limit] for text in read_documents(list(files), column=column)]
     found = evaluate(model, texts, stride=stride, within_word=within_word)
     if as_json:

@@ -118,7 +118,7 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
     "--objective",
     type=click.Choice(OBJECTIVES),
     help="Next token, also behind a prefix; masked tokens, also with pairs of texts; permuted tokens; a class of each "
-    "text.  [default: ar]",
+    "text, or of each word.  [default: ar]",
 )
 @click.option("--family", help="gpt2, llama, falcon, bert, xlnet, …  [default: by the objective]")
 @click.option("--init-from", help="A model folder to begin with.")

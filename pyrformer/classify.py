@@ -6,7 +6,7 @@ Letters: N texts, T tokens of a text, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from pyrformer import programs
 from pyrformer.arrow import Columns
 from pyrformer.errors import InputError
 from pyrformer.score import Row, arrays_of, batches_of, cut, stretches, text_ids
+from pyrformer.tagging import Entity, entities
 
 if TYPE_CHECKING:
     from pyrformer.model import Model
@@ -35,6 +36,8 @@ class Classes(Columns):
     names: list[str]
     ids: list[list[int]]
     scores: list[npt.NDArray[np.float32]]
+    #: Of a model that classifies tokens, for each text that was given as one: the entities in it.
+    entities: list[list[Entity]] = field(default_factory=list)
 
     def _columns(self) -> Iterator[tuple[str, Any]]:
         yield "ids", self.ids
@@ -82,7 +85,28 @@ def classify(model: Model, texts: Iterable[str | Sequence[int]]) -> Classes:
                 part[row.text] = _probabilities(real, each=whole and single).astype(np.float32)
         found.ids.extend(ids)
         found.scores.extend(part[i] for i in range(len(ids)))
+        if not whole:
+            found.entities.extend(
+                _entities(model, text, part[i], found.names) if isinstance(text, str) else []
+                for i, text in enumerate(stretch)
+            )
     return found
+
+
+def _entities(model: Model, text: str, scores: npt.NDArray[np.float32], names: list[str]) -> list[Entity]:
+    """Those of a text whose tokens have these probabilities ``[T, K]``."""
+    encoding = model.require_tokenizer().encode(text)
+    real = [i for i, m in enumerate(encoding.attention_mask) if m]
+    # As texts are cut: the last token stays.
+    real = [*real[: len(scores) - 1], real[-1]]
+    shown = [(k, i) for k, i in enumerate(real) if not encoding.special_tokens_mask[i]]
+    best = scores.argmax(-1)
+    return entities(
+        text,
+        [encoding.offsets[i] for _, i in shown],
+        [names[int(best[k])] for k, _ in shown],
+        np.array([scores[k, best[k]] for k, _ in shown], np.float64),
+    )
 
 
 def _names(model: Model) -> list[str]:

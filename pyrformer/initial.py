@@ -23,6 +23,7 @@ DEFAULT_FAMILY = {
     "mlm+nsp": "bert",
     "plm": "xlnet",
     "sentence": "bert",
+    "tokens": "bert",
 }
 #: What a model learns (``Family.objective``), where the run's objective has a name of its own.
 LEARNS = {"prefix": "ar", "mlm+nsp": "mlm"}
@@ -35,7 +36,7 @@ def initial_model(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) 
 
     Args:
         tokenizer: gives the vocabulary's size and the special ids of a fresh model.
-        labels: names of the classes, for "sentence".
+        labels: names of the classes, for "sentence" and "tokens".
 
     Raises:
         ConfigError, FileError, InputError: the options contradict each other, or the folder to begin with.
@@ -135,7 +136,7 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
     parameters = dict(model.family.named_parameters())
     known = {name: tuple(shape) for name, _, shape in model.store.types()}
     for name, parameter in parameters.items():
-        fresh = config.objective == "sentence" or (
+        fresh = config.objective in ("sentence", "tokens") or (
             config.objective == "mlm+nsp" and any(part in f".{name}" for part in PAIR_HEAD)
         )
         if known.get(name) != parameter.shape and not fresh:
@@ -153,9 +154,11 @@ def _head(objective: str, architectures: tuple[str, ...], labels: list[str]) -> 
         return {"architectures": [a for a in architectures if a.endswith(PRETRAINING)][:1]}
     if not labels:
         return {}
-    found = [a for a in architectures if a.endswith("ForSequenceClassification")]
+    what = "tokens" if objective == "tokens" else "texts"
+    kind = {"tokens": "ForTokenClassification", "texts": "ForSequenceClassification"}[what]
+    found = [a for a in architectures if a.endswith(kind)]
     if not found:
-        raise ConfigError("[train] this family has no head that classifies texts")
+        raise ConfigError(f"[train] this family has no head that classifies {what}")
     return {
         "architectures": found[:1],
         "id2label": {str(i): label for i, label in enumerate(labels)},

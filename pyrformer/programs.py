@@ -91,16 +91,16 @@ def batch_inputs(trace: Trace, model: Family, s: Sizes) -> Inputs:
 
 
 def _losses(
-    trace: Trace, model: Family, hidden: Tensor, s: Sizes, options: LossOptions | None = None
+    x: Inputs, model: Family, hidden: Tensor, s: Sizes, options: LossOptions | None = None
 ) -> dict[str, Tensor]:
     """The summed losses that the batch has labels for: "loss" over tokens, "sentence_loss" over sequences."""
-    extras = asdict(options or LossOptions())
+    extras, trace = asdict(options or LossOptions()), hidden.trace
     losses = {}
     if model.objective == "ar":
         losses["loss"] = model.loss(hidden, trace.input("labels", "int32", (s.batch, s.tokens)), **extras)
     elif s.labelled:
         losses["loss"] = model.loss(*_labelled_rows(trace, hidden, s), **extras)
-    head = model.sentence_output(hidden) if s.sentences else None
+    head = model.sentence_output(hidden, x) if s.sentences else None
     if head is not None:
         pooled, weight, bias = head
         problem = model.config.extra.get("problem_type")
@@ -136,20 +136,21 @@ def forward(
     with ``all_hidden`` each ``hidden.i``; with ``loss`` the summed ``loss []`` and ``sentence_loss []`` that the batch
     has labels for."""
     trace = Trace(dtype)
-    states = model.hidden_states(batch_inputs(trace, model, s))
+    x = batch_inputs(trace, model, s)
+    states = model.hidden_states(x)
     trace.output("hidden", states[-1])
     if all_hidden:
         for i, state in enumerate(states):
             trace.output(f"hidden.{i}", state)
     if model.objective in ("ar", "mlm", "plm", "tokens"):
         trace.output("logits", model.logits(states[-1]))
-    head = model.sentence_output(states[-1])
+    head = model.sentence_output(states[-1], x)
     if head is not None:
         pooled, weight, bias = head
         with trace.scope("sentence"):
             trace.output("sentence_logits", F.linear(pooled, trace.parameter(weight), bias))
     if loss:
-        for name, value in _losses(trace, model, states[-1], s).items():
+        for name, value in _losses(x, model, states[-1], s).items():
             trace.output(name, value)
     return Traced("forward", trace)
 
@@ -157,8 +158,8 @@ def forward(
 def evaluate(model: Family, s: Sizes, dtype: str = "float32") -> Traced:
     """Outputs the summed ``loss []`` and ``sentence_loss []`` that the batch has labels for, without logits."""
     trace = Trace(dtype)
-    hidden = model.hidden_states(batch_inputs(trace, model, s))[-1]
-    for name, value in _losses(trace, model, hidden, s).items():
+    x = batch_inputs(trace, model, s)
+    for name, value in _losses(x, model, model.hidden_states(x)[-1], s).items():
         trace.output(name, value)
     return Traced("evaluate", trace)
 
@@ -195,9 +196,9 @@ def _backward(
 ) -> tuple[list[Parameter], list[Tensor]]:
     """Traces the losses as outputs, and the gradients of their sum, each scaled by its own input: ``loss_scale`` and
     ``sentence_scale`` are 1 / number of labels in the whole (accumulated) batch: means are taken over labels."""
-    hidden = model.hidden_states(batch_inputs(trace, model, s))[-1]
+    x = batch_inputs(trace, model, s)
     total = None
-    for name, loss in _losses(trace, model, hidden, s, options).items():
+    for name, loss in _losses(x, model, model.hidden_states(x)[-1], s, options).items():
         trace.output(name, loss)
         scaled = loss * trace.input(SCALES[name], trace.dtype, ())
         total = scaled if total is None else total + scaled

@@ -1,4 +1,4 @@
-"""Texts with a class each, and their batches.
+"""Texts with a class each, or with classes of their words, and their batches.
 
 As everywhere, the batch of a step is a pure function of (seed, step). Letters: B rows, T tokens.
 """
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pyrformer.batch import Batch
+from pyrformer.batch import IGNORE, Batch
 from pyrformer.data import Documents
 from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
+from pyrformer.tagging import Tagged, first_tokens
 from pyrformer.tokenizers import Ragged, Tokenizer
 
 #: The purpose of the random draws of the order.
@@ -28,10 +29,12 @@ def draws_of(seed: int, purpose: int, step: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts with a class each: ids with the template's special tokens, and class numbers."""
+    """Texts as ids with the template's special tokens, and class numbers: of each text, or of each token, −100 where a
+    token has none."""
 
     texts: Ragged
     classes: npt.NDArray[np.int32]
+    of_tokens: bool = False
 
     @property
     def ids(self) -> npt.NDArray[np.uint32]:
@@ -85,8 +88,34 @@ def labelled(
     return Labelled(Ragged(ids, offsets), np.array([number[label] for label in labels], np.int32))
 
 
+def tagged(tokenizer: Tokenizer, rows: Sequence[Tagged], names: Sequence[str], seq_len: int) -> Labelled:
+    """Encodes texts of words, cut to ``seq_len`` tokens; the first token of each word has the word's class.
+
+    Raises:
+        DataError: a class is not among ``names``.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    ids: list[int] = []
+    classes: list[int] = []
+    offsets = [0]
+    for row in rows:
+        strange = sorted(set(row.labels) - number.keys())
+        if strange:
+            raise DataError(f"[data] label {strange[0]!r} occurs in the files to measure on only")
+        text, places = first_tokens(tokenizer, row, seq_len)
+        here = [IGNORE] * len(text)
+        for place, label in zip(places, row.labels, strict=True):
+            if place is not None:
+                here[place] = number[label]
+        ids += text
+        classes += here
+        offsets.append(len(ids))
+    texts = Ragged(np.array(ids, np.uint32), np.array(offsets, np.int64))
+    return Labelled(texts, np.array(classes, np.int32), of_tokens=True)
+
+
 class LabelledBatches:
-    """Padded rows with a class each."""
+    """Padded rows with a class each, or one of each token."""
 
     def __init__(
         self,
@@ -110,7 +139,12 @@ class LabelledBatches:
     @property
     def batches_per_pass(self) -> int:
         """How many batches visit all texts once."""
-        return -(-len(self._corpus.classes) // self._size)
+        return -(-self._count // self._size)
+
+    @property
+    def _count(self) -> int:
+        """How many texts there are."""
+        return len(self._corpus.texts.offsets) - 1
 
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row of a step."""
@@ -118,7 +152,7 @@ class LabelledBatches:
 
     def _chosen(self, step: int) -> npt.NDArray[np.int64]:
         """The numbers of the texts of a step."""
-        count = len(self._corpus.classes)
+        count = self._count
         epoch, at = divmod(step, self.batches_per_pass)
         order = draws_of(self._seed, ORDER, epoch).permutation(count) if self._shuffle else np.arange(count)
         return order[at * self._size : (at + 1) * self._size]
@@ -133,17 +167,24 @@ class LabelledBatches:
         b = self._size
         ids = np.full((b, width), self._pad, np.int32)
         mask = np.zeros((b, width), np.int32)
-        classes = np.full(b, -100, np.int32)
+        of_tokens = self._corpus.of_tokens
+        classes = np.full((b, width) if of_tokens else b, IGNORE, np.int32)
         for i, (row, n) in enumerate(zip(chosen.tolist(), lengths.tolist(), strict=True)):
             ids[i, :n] = self._corpus.texts.ids[offsets[row] : offsets[row] + n]
             mask[i, :n] = 1
-            classes[i] = self._corpus.classes[row]
+            if of_tokens:
+                classes[i, :n] = self._corpus.classes[offsets[row] : offsets[row] + n]
+            else:
+                classes[i] = self._corpus.classes[row]
         positions = np.ascontiguousarray(np.broadcast_to(np.arange(width, dtype=np.int32), (b, width)))
         arrays = {
             "input_ids": ids,
             "position_ids": positions,
             "token_type_ids": np.zeros_like(ids),
             "segments": mask,
-            "sentence_labels": classes,
         }
+        if of_tokens:
+            arrays |= {"positions": np.arange(b * width, dtype=np.int32), "labels": classes.reshape(-1)}
+            return Batch(Sizes(b, width, b * width, True), arrays, int((classes >= 0).sum()))
+        arrays["sentence_labels"] = classes
         return Batch(Sizes(b, width, 0, True, sentences=True), arrays, 0, len(chosen))

@@ -436,9 +436,9 @@ class Family(Module):
         """The output weights ``[V, C]`` and their bias ``[V]``."""
         raise NotImplementedError
 
-    def sentence_output(self, hidden: Tensor) -> tuple[Tensor, Parameter, Tensor | None] | None:
+    def sentence_output(self, hidden: Tensor, x: Inputs) -> tuple[Tensor, Parameter, Tensor | None] | None:
         """For models that classify whole sequences: what the head reads ``[B, C]``, its weights ``[N, C]`` and bias
-        ``[N]``, from ``hidden [B, T, C]``."""
+        ``[N]``, from ``hidden [B, T, C]`` of the inputs ``x``."""
         return None
 
     def position_rows(self, ids: Ints, mask: Ints | None, given: Ints | None) -> Ints:

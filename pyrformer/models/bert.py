@@ -266,7 +266,7 @@ class Bert(Family):
             return predictions.decoder.weight, None if bias is None else trace.parameter(bias)
         return self._classes(self.classifier, trace)
 
-    def sentence_output(self, hidden: Tensor) -> tuple[Tensor, Parameter, Tensor | None] | None:
+    def sentence_output(self, hidden: Tensor, x: Inputs) -> tuple[Tensor, Parameter, Tensor | None] | None:
         pooler = self.bert.pooler
         head = self.classifier if self.objective == "sentence" else None
         if self.cls is not None:

@@ -212,7 +212,7 @@ class DistilBert(Family):
             raise InputError("[distilbert] this model has no head that predicts tokens")
         return head.weight, trace.parameter(head.bias)
 
-    def sentence_output(self, hidden: Tensor) -> tuple[Tensor, Parameter, Tensor | None] | None:
+    def sentence_output(self, hidden: Tensor, x: Inputs) -> tuple[Tensor, Parameter, Tensor | None] | None:
         if self.pre_classifier is None:
             return None
         pooled = F.activation("relu", self.pre_classifier(F.first_token(hidden)))

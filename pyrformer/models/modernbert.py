@@ -36,6 +36,7 @@ class ModernBertConfig(ModelConfig):
     ARCHITECTURES: ClassVar[tuple[str, ...]] = (
         "ModernBertForMaskedLM",
         "ModernBertModel",
+        "ModernBertForSequenceClassification",
         "ModernBertForTokenClassification",
     )
     ACTIVATION: ClassVar[str] = "hidden_activation"
@@ -66,6 +67,7 @@ class ModernBertConfig(ModelConfig):
     classifier_bias: bool = False
     classifier_activation: str = "gelu"
     classifier_dropout: float = 0.0
+    classifier_pooling: str = "cls"
     local_attention: int = 128
     layer_types: list[str] | None = None
     rope_parameters: dict[str, Any] | None = None
@@ -106,6 +108,10 @@ class ModernBertConfig(ModelConfig):
             embedding_dropout=self.embedding_dropout,
             mlp_dropout=self.mlp_dropout,
             classifier_dropout=self.classifier_dropout,
+        )
+        self.require(
+            self.classifier_pooling in ("cls", "mean"),
+            f"classifier_pooling must be 'cls' or 'mean', got {self.classifier_pooling!r}",
         )
         if self.layer_types is None or self.rope_parameters is None:
             filled = self.modernise({"num_hidden_layers": self.num_hidden_layers})
@@ -244,13 +250,15 @@ class ModernBert(Family):
         self.config: ModernBertConfig = config
         self.max_positions = config.max_position_embeddings
         init = Normal(config.initializer_range)
-        self.objective = {"ModernBertModel": "none", "ModernBertForTokenClassification": "tokens"}.get(
-            config.architecture, "mlm"
-        )
+        self.objective = {
+            "ModernBertModel": "none",
+            "ModernBertForSequenceClassification": "sentence",
+            "ModernBertForTokenClassification": "tokens",
+        }.get(config.architecture, "mlm")
         self.model = Body(config, init)
         self.head = None if self.objective == "none" else Head(config, init)
         self.decoder = Decoder(config, init) if self.objective == "mlm" else None
-        classifies = self.objective == "tokens"
+        classifies = self.objective in ("sentence", "tokens")
         self.classifier = Linear(config.hidden_size, config.num_labels, init) if classifies else None
         if self.decoder is not None and config.tie_word_embeddings:
             self.decoder.weight = self.model.embeddings.tok_embeddings.weight
@@ -281,6 +289,18 @@ class ModernBert(Family):
         if head is None:
             raise InputError("[modernbert] this model has no head that predicts tokens")
         return head.weight, None if head.bias is None else trace.parameter(head.bias)
+
+    def sentence_output(self, hidden: Tensor, x: Inputs) -> tuple[Tensor, Parameter, Tensor | None] | None:
+        if self.objective != "sentence":
+            return None
+        c = self.config
+        if c.classifier_pooling == "mean":
+            # Where all scores are equal, attention is the mean over what is no padding.
+            equal = hidden.trace.fill(0.0, hidden.shape)
+            heads = c.num_attention_heads
+            spec = F.attention_spec(heads, heads, c.head_dim, causal=False)
+            hidden = F.attention(equal, equal, hidden, spec, segments=x.segments)
+        return self.transform(F.first_token(hidden)), *self.output(hidden.trace)
 
     def rename(self, name: str) -> str | None:
         if name.startswith(("embeddings.", "layers.", "final_norm.")):

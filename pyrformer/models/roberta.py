@@ -116,7 +116,7 @@ class Roberta(Family):
             return self.classifier.weight, trace.parameter(self.classifier.bias)
         raise InputError("[roberta] this model has no head that predicts tokens")
 
-    def sentence_output(self, hidden: Tensor) -> tuple[Tensor, Parameter, Tensor | None] | None:
+    def sentence_output(self, hidden: Tensor, x: Inputs) -> tuple[Tensor, Parameter, Tensor | None] | None:
         head = self.classifier
         if not isinstance(head, SentenceHead) or head.out_proj.bias is None:
             return None

@@ -15,7 +15,7 @@ from pyrformer.fields import check_types
 from pyrformer.optimizers import Optimizer, make_optimizer
 from pyrformer.schedules import SCHEDULES, check_settings
 
-OBJECTIVES = ("ar", "prefix", "mlm", "mlm+nsp", "plm", "sentence")
+OBJECTIVES = ("ar", "prefix", "mlm", "mlm+nsp", "plm", "sentence", "tokens")
 ON_NONFINITE = ("stop", "skip", "rollback")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -32,7 +32,8 @@ class TrainConfig:
             tokens) so many documents, or the end. A tokenizer that is learned here sees all text.
         objective: "ar" (next token), "prefix" (the same behind a prefix that is read both ways), "mlm" (masked tokens),
             "mlm+nsp" (and whether one text follows another; see :mod:`pyrformer.pairs`), "plm" (tokens in a random
-            order) or "sentence" (a class of each text, from field ``label_column`` of ``.jsonl`` files).
+            order), "sentence" (a class of each text, from field ``label_column``) or "tokens" (a class of each word;
+            see :func:`pyrformer.tagging.read_tagged`).
         model: fields of ``config.json``; sizes of the vocabulary and special ids come from the tokenizer.
         init_from: a model folder to begin with; its tokenizer is used unless another is given.
         freeze: names of parameters that stay as they are; see :func:`pyrformer.finetune.freeze`.

@@ -18,7 +18,7 @@ def check_prompts(model: Model, prompts: Sequence[str], objective: str) -> None:
         ConfigError: the objective gives no text, or a prompt is empty, too long, or lacks a mask.
         TokenizerError: a prompt has a character that the vocabulary lacks.
     """
-    if prompts and objective == "sentence":
+    if prompts and objective in ("sentence", "tokens"):
         raise ConfigError("[train] sample_prompts: a model that learns classes continues no text")
     for prompt in prompts:
         tokenizer = model.require_tokenizer()

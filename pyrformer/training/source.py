@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from pyrformer.data import Documents, read_documents, tokenize
 from pyrformer.errors import ConfigError
 from pyrformer.pairs import Sentences, sentences
 from pyrformer.prepared import Preparation, Prepared, describe, is_prepared
-from pyrformer.supervised import Labelled, LabelledBatches, labelled, read_labelled
+from pyrformer.supervised import Labelled, LabelledBatches, labelled, read_labelled, tagged
+from pyrformer.tagging import Tagged, class_names, read_tagged
 from pyrformer.tokenizers import Ragged, Tokenizer
 from pyrformer.training.config import TrainConfig
 from pyrformer.training.tokens import SHARD_TOKENS, Growing, Place, There, Tokens
@@ -24,7 +25,7 @@ AnyBatches = Batches | LabelledBatches | Growing
 AnyCorpus = Ragged | Sentences | Labelled
 #: Objectives that read all text before the first step: pairs take second texts from anywhere in it, and classes are
 #: known when all labels are.
-IN_MEMORY = ("mlm+nsp", "sentence")
+IN_MEMORY = ("mlm+nsp", "sentence", "tokens")
 
 #: The tokenizer of an objective where none is configured.
 DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -34,6 +35,7 @@ DEFAULT_TOKENIZERS: dict[str, dict[str, Any]] = {
     "mlm+nsp": {"preset": "bert-uncased", "vocab_size": 4096},
     "plm": {"preset": "gpt2", "vocab_size": 4096},
     "sentence": {"preset": "bert-uncased", "vocab_size": 4096},
+    "tokens": {"preset": "bert-uncased", "vocab_size": 4096},
 }
 
 
@@ -62,22 +64,24 @@ class Once:
 
 @dataclass(frozen=True)
 class _Documents:
-    """Texts and, for "sentence", their labels."""
+    """Texts and, for "sentence", their labels, for "tokens" the labels of their words."""
 
     texts: list[str]
     labels: list[str]
+    rows: list[Tagged] = field(default_factory=list)
 
     def where(self, keep: Callable[[int], bool]) -> _Documents:
         """Those whose number is kept."""
         texts = [t for i, t in enumerate(self.texts) if keep(i)]
-        return _Documents(texts, [x for i, x in enumerate(self.labels) if keep(i)])
+        rows = [row for i, row in enumerate(self.rows) if keep(i)]
+        return _Documents(texts, [x for i, x in enumerate(self.labels) if keep(i)], rows)
 
 
 class Source:
     """The text of a run.
 
     Attributes:
-        labels: the classes, for "sentence".
+        labels: the classes, for "sentence" and "tokens".
         tokenizer: the one given, or one trained on the text.
     """
 
@@ -115,7 +119,8 @@ class Source:
             )
         else:
             self._begin(tokenizer, place)
-        self.labels = sorted(set(self.documents.labels))
+        rows = self.documents.rows
+        self.labels = class_names(rows) if rows else sorted(set(self.documents.labels))
 
     def batches(self, seq_len: int) -> tuple[AnyBatches, AnyBatches, dict[str, Any]]:
         """Batches to learn from, batches to measure on, and what identifies the text. Of text that is being tokenized,
@@ -167,7 +172,7 @@ class Source:
     def _identified(self, corpus: AnyCorpus) -> _Identified:
         texts = corpus if isinstance(corpus, Ragged) else corpus.texts
         labels = corpus.classes.tolist() if isinstance(corpus, Labelled) else []
-        sha = hashlib.sha256("\n".join(self.labels[i] for i in labels).encode())
+        sha = hashlib.sha256("\n".join(self.labels[i] if i >= 0 else "" for i in labels).encode())
         documents = [corpus.documents] if isinstance(corpus, Sentences) else []
         for array in (texts.ids, texts.offsets, *documents):
             sha.update(np.ascontiguousarray(array).data)
@@ -275,12 +280,17 @@ class Source:
         c = self.config
         if c.objective == "sentence":
             return _Documents(*read_labelled(files, column=c.column, label_column=c.label_column))
+        if c.objective == "tokens":
+            rows = read_tagged(files, None if c.label_column == "label" else c.label_column)
+            return _Documents([row.text for row in rows], [], rows)
         return _Documents(read_documents(files, column=c.column, errors=c.errors, clean=c.clean), [])
 
     def _tokenized(self, documents: _Documents, seq_len: int) -> AnyCorpus:
         c, texts = self.config, documents.texts
         if c.objective == "sentence":
             return labelled(self.tokenizer, texts, documents.labels, self.labels, seq_len)
+        if c.objective == "tokens":
+            return tagged(self.tokenizer, documents.rows, self.labels, seq_len)
         if c.objective == "mlm+nsp":
             return sentences(self.tokenizer, texts, c.threads or None)
         kind = "mlm" if c.objective == "mlm" else "ar"

@@ -291,7 +291,6 @@ REFUSED = {
     **{name: "must be one of gelu" for name in CASES if name.endswith(tuple(f"act_{a}" for a in UNKNOWN))},
     **{name: "partial_rotary_factor" for name in CASES if name.endswith("ForCausalLM-partial")},
     **{name: "is_decoder" for name in CASES if name.endswith("-decoder")},
-    **{name: "architectures" for name in CASES if name.startswith("ModernBertForSequence")},
 }
 
 
@@ -414,6 +413,9 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
     kinds = (
         ("none", "one") if options.get("attn_type") == "uni" else ("none", "right", "left", "empty", "one")
     )
+    if architecture.endswith("ForSequenceClassification") and options.get("classifier_pooling") == "mean":
+        # Theirs divides by the number of tokens, which is 0.
+        kinds = tuple(kind for kind in kinds if kind != "empty")
     for kind in kinds:
         try:
             compare(ours, theirs, inputs(architecture, theirs, kind))
