@@ -105,9 +105,9 @@ def test_from_the_command(tmp_path: Path, family: str) -> None:
     found = json.loads(done.stdout)
     assert found["objective"] == "tokens"
     assert found["entities"] == 24
-    done = CliRunner().invoke(
-        main, ["classify", str(tmp_path / "run")], input="bob went to los angeles today\n"
-    )
+    (tmp_path / "t.txt").write_text("bob went to los angeles today\n")
+    done = CliRunner().invoke(main, ["classify", str(tmp_path / "run"), str(tmp_path / "t.txt")])
+    assert done.exit_code == 0, done.output
     row = json.loads(done.stdout)
     assert row["labels"] == model.classify([row["text"]]).labels[0]
     if family == "modernbert":
