@@ -21,6 +21,14 @@ from pyrformer.evaluate import evaluate
 @click.option("--limit", type=click.IntRange(1), help="Read so many characters of each text at most.")
 @click.option("--stride", type=int, help="Tokens between windows over long texts.  [default: half a window]")
 @click.option("--within-word", is_flag=True, help="Masked models: hide the rest of a token's word, too.")
+@click.option(
+    "--order",
+    "orders",
+    multiple=True,
+    type=click.IntRange(0),
+    metavar="SEED",
+    help="Permutation models: measure in an order drawn with this seed; may be given again, for the mean.",
+)
 @click.option("--load-in-8bit", is_flag=True, help="Keep weights in 8 bits: a quarter of the memory, faster.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -31,6 +39,7 @@ def command(
     limit: int | None,
     stride: int | None,
     within_word: bool,
+    orders: tuple[int, ...],
     load_in_8bit: bool,
     threads: int | None,
     as_json: bool,
@@ -57,7 +66,7 @@ def command(
             click.echo(f"{'entity ' + name:24}{getattr(tags, name):.4f}")
         return
     texts = [text[:limit] for text in read_documents(list(files), column=column)]
-    found = evaluate(model, texts, stride=stride, within_word=within_word)
+    found = evaluate(model, texts, stride=stride, within_word=within_word, orders=orders)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
         return
@@ -71,5 +80,8 @@ def command(
     ]
     if found.masked_accuracy is not None:
         lines.append(("masked accuracy", f"{found.masked_accuracy:.1%} of hidden tokens guessed"))
+    if found.orders:
+        each = found.orders.values()
+        lines.append(("bits per byte by order", " ".join(f"{bits:.4f}" for bits in each)))
     for name, value in lines:
         click.echo(f"{name:24}{value}")

@@ -30,6 +30,8 @@ class Evaluation:
         tokens, bytes: what was scored.
         perplexity: exp of the mean −log p of a token.
         bits_per_byte: −log₂ p over the bytes.
+        orders: of permutation models measured in drawn orders: the bits per byte of each, by its seed; others
+            are of the mean log-likelihood.
         masked_accuracy: of masked models, how often the hidden token is the most probable one, 15 % hidden at once.
     """
 
@@ -40,6 +42,7 @@ class Evaluation:
     perplexity: float
     bits_per_byte: float
     masked_accuracy: float | None = None
+    orders: dict[int, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -47,24 +50,32 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model, texts: Sequence[str], *, stride: int | None = None, within_word: bool = False
+    model: Model,
+    texts: Sequence[str],
+    *,
+    stride: int | None = None,
+    within_word: bool = False,
+    orders: Sequence[int] = (),
 ) -> Evaluation:
-    """Measures a model on texts; see :func:`pyrformer.score.score` for the options.
+    """Measures a model on texts; see :func:`pyrformer.score.score` for the options. ``orders``: seeds of orders to
+    measure a permutation model in; without any, from left to right.
 
     Raises:
         InputError: the model predicts no tokens, or there is nothing to score.
     """
-    scores = model.score(texts, stride=stride, within_word=within_word)
-    total, tokens, size = (
-        float(scores.log_likelihood.sum()),
-        int(scores.tokens.sum()),
-        int(scores.bytes.sum()),
-    )
+    options = {"stride": stride, "within_word": within_word}
+    runs = {order: model.score(texts, **options, order=order) for order in (orders or (None,))}
+    scores = next(iter(runs.values()))
+    total = float(np.mean([run.log_likelihood.sum() for run in runs.values()]))
+    tokens, size = int(scores.tokens.sum()), int(scores.bytes.sum())
     if tokens == 0:
         raise InputError("[eval] the text has no token to score")
     accuracy = masked_accuracy(model, texts) if model.family.objective == "mlm" else None
-    bits = -total / math.log(2) / size
-    return Evaluation(model.family.objective, total, tokens, size, scores.perplexity, bits, accuracy)
+    bits = 1 / math.log(2) / size
+    each = {seed: -float(run.log_likelihood.sum()) * bits for seed, run in runs.items() if seed is not None}
+    perplexity = math.exp(-total / tokens)
+    objective = model.family.objective
+    return Evaluation(objective, total, tokens, size, perplexity, -total * bits, accuracy, each or None)
 
 
 def masked_accuracy(model: Model, texts: Sequence[str], *, rate: float = 0.15, seed: int = 0) -> float:

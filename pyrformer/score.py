@@ -77,6 +77,8 @@ class Row:
     places: list[tuple[int, int]]
     #: Of masked models: the token at the scored place.
     target: int = -1
+    #: Of permutation models: when each place is predicted, −1 for what is given; None: from left to right.
+    ranks: npt.NDArray[np.int32] | None = None
 
 
 def score(
@@ -88,6 +90,7 @@ def score(
     within_word: bool = False,
     mask_token_id: int | None = None,
     prompts: Sequence[str | Sequence[int]] | None = None,
+    order: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Scores:
     """Log-probabilities of texts or lists of ids.
@@ -107,6 +110,8 @@ def score(
         within_word: masked models also hide the rest of a token's word (Kauf and Ivanova 2023: "within-word l2r").
         mask_token_id: default: the tokenizer's.
         prompts: of autoregressive and permutation models: what each text continues, one a text.
+        order: of permutation models: the seed of an order that is drawn for each text (each window of a long one, of
+            the tokens that it scores); default: left to right.
         progress: called after each batch with the number of tokens scored so far.
 
     Raises:
@@ -120,6 +125,10 @@ def score(
     context = context or most
     if stride is not None and not 1 <= stride <= context:
         raise InputError(f"[score] stride must be in 1..{context}, got {stride}")
+    if order is not None and (model.family.objective != "plm" or model.family.unseen(1) is not None):
+        raise InputError(
+            "[score] another order than that of reading needs a permutation model with attn_type 'bi'"
+        )
     masked = model.family.objective == "mlm"
     mask = (
         mask_token_id
@@ -160,7 +169,10 @@ def score(
                 part.append(np.zeros(len(ids) + 1))
                 prompt = None if prompts is None else prompts[done + i]
                 before = None if prompt is None else text_ids(model, prompt)
-                yield from plan(i, ids, isinstance(text if prompt is None else prompt, str), before)
+                for row in plan(i, ids, isinstance(text if prompt is None else prompt, str), before):
+                    if order is not None:
+                        row.ranks = _ranks(row, [order, done + i, row.places[0][1]])
+                    yield row
 
         for batch in batches_of(model, rows()):
             for row, values in zip(batch, logprobs(model, batch), strict=True):
@@ -278,6 +290,13 @@ def _window_rows(
             break
 
 
+def _ranks(row: Row, seed: list[int]) -> npt.NDArray[np.int32]:
+    """A random order of a row's scored places, int32[T]; the others are given."""
+    ranks = np.full(len(row.ids), -1, np.int32)
+    ranks[[place for place, _ in row.places]] = np.random.default_rng(seed).permutation(len(row.places))
+    return ranks
+
+
 def _masked_rows(
     model: Model,
     mask: int,
@@ -363,7 +382,12 @@ def arrays_of(model: Model, batch: list[Row]) -> tuple[Sizes, dict[str, npt.NDAr
     # Left to right: a token sees those before it, and a target sees no token at its own place or after it.
     arrays.pop("segments")
     later = np.triu(np.ones((width, width), np.int32))[None]
-    arrays["hidden"] = np.maximum(later, 1 - mask[:, None, :]).astype(np.int32)
+    hidden = np.array(np.broadcast_to(later, (size, width, width)))
+    for i, row in enumerate(batch):
+        if row.ranks is not None:
+            n, ranks = len(row.ids), row.ranks
+            hidden[i, :n, :n] = (ranks[:, None] <= ranks[None, :]) & (ranks[None, :] >= 0)
+    arrays["hidden"] = np.maximum(hidden, 1 - mask[:, None, :]).astype(np.int32)
     arrays["targets"] = np.where(mask > 0, np.arange(width), -1).astype(np.int32)
     return Sizes(size, width, targets=width, hidden=True), arrays
 

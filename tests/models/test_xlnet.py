@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,29 @@ def test_refusals() -> None:
     for more in ({"same_length": True, "attn_type": "uni"}, {"attn_type": "sideways"}):
         with pytest.raises(Error, match=next(iter(more))):
             model(**more)
+
+
+def test_every_order_gives_a_distribution() -> None:
+    config = {"model_type": "xlnet", "vocab_size": 4, "d_model": 8, "n_layer": 2, "n_head": 2, "d_inner": 12}
+    m = pf.Model.from_config({**config, "initializer_range": 0.6}, seed=2, dtype="float64")
+    texts = [[1, *rest] for rest in itertools.product(range(4), repeat=3)]
+    found = {}
+    for order in (None, 0, 1, 2):
+        # One at a time: the order of a text is drawn by its number.
+        found[order] = np.array([m.score([text], order=order).log_likelihood[0] for text in texts])
+        assert np.exp(found[order]).sum() == pytest.approx(1, abs=1e-6)
+    assert any(np.abs(found[order] - found[None]).max() > 1e-3 for order in (0, 1, 2))
+    prompted = [
+        m.score([list(rest)], prompts=[[1, 2]], order=3).log_likelihood[0]
+        for rest in itertools.product(range(4), repeat=2)
+    ]
+    assert np.exp(prompted).sum() == pytest.approx(1, abs=1e-6)
+    # Windows of a long text: what an earlier one scored is given.
+    long = m.score([[1, 2, 3, 0, 1, 2, 3, 1]], order=1, context=4, stride=2)
+    assert long.tokens[0] == 7
+    with pytest.raises(Error, match="attn_type 'bi'"):
+        pf.Model.from_config({**config, "attn_type": "uni"}).score([texts[0]], order=1)
+    with pytest.raises(Error, match="permutation model"):
+        pf.Model.from_config({"model_type": "gpt2", "vocab_size": 4, "n_embd": 8, "n_head": 2}).score(
+            [[1]], order=1
+        )
