@@ -1,7 +1,8 @@
 """Training by several processes on one machine: updates a second by 1, 2 … processes of one thread each, in turns.
 
     python benchmarks/bench_processes.py --model
-    python benchmarks/bench_processes.py [--turns 3] [--processes 1 2] [--width 256] [--layers 4] [--batch 4] [--seq 128]
+    python benchmarks/bench_processes.py [--turns 3] [--processes 1 2] [--width 256] [--layers 4] [--batch 4]
+        [--seq 128]
 
 Every process count trains the same model on the same batches to the same bits. Efficiency is the time of one process
 over N times that of N. The share of the update that N processes spend on each other, and not on passes, is what they
