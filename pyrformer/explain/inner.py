@@ -52,12 +52,13 @@ def _normed(terms: str, j: Journey) -> str:
 def _position_without_table(j: Journey) -> str:
     if j.objective == "plm":
         return "Places are not added: attention compares distances i − j instead."
-    config = j.model.config
-    if config.get("alibi") or config.get("position_embedding_type") == "alibi":
+    kind = j.model.config.get("position_embedding_type")
+    if kind == "alibi":
         return "Places are not added: ALiBi lowers attention’s scores in proportion to the distance of two tokens."
-    if config.get("rope_parameters") is not None or config.get("position_embedding_type") == "rope":
+    if kind == "rope":
         return "Places are not added: rotary embedding turns queries and keys by angles that grow with the place."
-    return "Places are not added; without a bias or rotation, only the causal mask tells order."
+    tells = "what its mask hides tells order" if j.inside.layers[0].causal else "nothing tells order"
+    return f"Places are not added; without a bias or rotation, {tells}."
 
 
 def projections(j: Journey) -> Stage:

@@ -90,6 +90,9 @@ def test_training_and_files(tmp_path: Path, kind: str, positions: str) -> None:
     assert done.exit_code == 0, done.output
     m = pf.load(tmp_path / "run")
     assert m.config["position_embedding_type"] == positions
+    if positions in ("none", "rope"):
+        said = "turns queries and keys" if positions == "rope" else "without a bias or rotation"
+        assert said in m.explain("the cat sat")
     foreign = positions not in FAMILIES[kind][0].OWN_POSITIONS
     assert ("pyrformer's own" in done.output) == foreign
     if foreign:
