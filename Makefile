@@ -65,6 +65,17 @@ fuzz: $(READY) ## Tokenizers against the `tokenizers` library on 120,000 generat
 torture: build ## Kill training, break its files, read damaged ones; see docs/reliability.md
 	$(ELSEWHERE); PYRFORMER_TORTURE=25 $(PYTEST) $(CURDIR)/tests/train/test_torture.py $(CURDIR)/tests/fuzz
 
+# The sanitizers' runtimes come with the stable toolchain; a target must be named, or build scripts are sanitized, too.
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+# What Miri runs in minutes: the kernels without vectors, and what owns memory.
+MIRI := gemm::tests::portable_kernels gemm::tests::shapes_must_fit turns
+
+.PHONY: sanitize
+sanitize: ## Rust tests under AddressSanitizer; a choice of them under Miri (rustup +nightly component add miri rust-src)
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/sanitize \
+		cargo test --workspace --exclude pyrformer-python --target $(HOST) $(PROFILE) --lib --tests
+	cargo +nightly miri test -p pyrformer-cpu -p pyrformer-search --lib -- $(MIRI)
+
 .PHONY: lint
 lint: $(READY) ## Formatting, lints and types of both languages
 	cargo fmt --all --check
