@@ -156,7 +156,7 @@ class Executor:
     def pack_weights(self) -> None:
         """Keeps the weights that the plan multiplies by in the order of the kernels, for all plans of the store."""
     def quantise_caches(self) -> None:
-        """Keeps the plan's caches of keys and values in 8 bits, empty, for all plans of the store."""
+        """Keeps the plan's caches of keys and values in 8 bits for all plans of the store."""
     def run(self, inputs: dict[str, _Array]) -> dict[str, _Array]: ...
     def run_telling(self, inputs: dict[str, _Array], tell: Callable[[str, _Array], object]) -> None:
         """Runs once and calls ``tell(name, array)`` with each output as soon as it is computed."""

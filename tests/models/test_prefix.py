@@ -137,3 +137,17 @@ def test_refusals() -> None:
         model()([PROMPT], prefix=[6])
     with pytest.raises(Error, match="autoregressive models only"):
         model("bert", prefix=False)([PROMPT], prefix=[2])
+
+
+def test_prompts_in_a_cache_of_8_bits() -> None:
+    """The program of prompts does not attend over the cache; what it wrote there is rounded, not lost."""
+    m = pf.Model.from_config({**model("llama").config, "vocab_size": 30}, seed=3)
+    prompts, options = [PROMPT, PROMPT[:2], [3]], {"max_new_tokens": 6, "min_new_tokens": 6}
+    floats = m.generate(prompts, **options)
+    for _ in range(2):  # The second call finds the cache as the first left it.
+        rounded = m.generate(prompts, cache_implementation="quantized", **options)
+        for prompt, new, found in zip(prompts, rounded.ids, rounded.token_logprobs, strict=True):
+            want = logprobs(m, prompt + new, len(prompt))
+            rows = np.arange(len(prompt) - 1, len(prompt) + 5)
+            np.testing.assert_allclose(found, want[rows, new], atol=0.05)
+    assert floats.ids[0][0] == rounded.ids[0][0]

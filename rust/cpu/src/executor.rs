@@ -198,7 +198,7 @@ impl CpuExecutor {
         self.store.pack(&self.plan, &self.states, &self.pool);
     }
 
-    /// Keeps the plan's caches of keys and values in 8 bits, empty, for all plans of the store: a quarter of the memory.
+    /// Keeps the plan's caches of keys and values in 8 bits for all plans of the store: a quarter of the memory.
     ///
     /// # Errors
     /// When the memory cannot be had.

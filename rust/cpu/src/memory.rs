@@ -338,21 +338,23 @@ impl Store {
         }
     }
 
-    /// Keeps the caches of keys and values of a plan in 8 bits from here on, empty: the float32 states that it writes
-    /// tokens to and attends over.
+    /// Keeps the caches of keys and values of a plan in 8 bits from here on: the float32 states that it writes tokens to
+    /// and attends over. What they hold is rounded.
     ///
     /// # Errors
     /// When the memory cannot be had.
     pub(crate) fn quantise_caches(&self, plan: &Plan, states: &[Arc<State>]) -> Result<()> {
         for (number, state) in states.iter().enumerate() {
-            let Some(heads) = weights::cached(plan, number) else { continue };
-            let dims = &state.ty.shape.0;
+            let Some(Some(heads)) = weights::cached(plan, number) else { continue };
             let _alone = write(&self.access);
-            // SAFETY: nobody else has access; no reference into the old form is left.
+            // SAFETY: nobody else has access; a float32 state holds rows × cols floats; no reference into the old form
+            // is left when it goes.
             unsafe {
-                if let Form::Plain(_) = state.form() {
-                    *state.form.get() = Form::Cache8(Cache8::new(dims[0] * dims[1], heads, dims[2] / heads)?);
-                }
+                let Form::Plain(block) = state.form() else { continue };
+                let tokens = state.matrix(block);
+                let cache = Cache8::new(tokens.rows, heads, tokens.cols / heads)?;
+                (0..tokens.rows).for_each(|r| cache.write(r, tokens.row(r)));
+                *state.form.get() = Form::Cache8(cache);
             }
         }
         Ok(())
@@ -376,8 +378,12 @@ impl Store {
                 Form::Plain(_) => continue,
                 Form::Packed(kept) => kept.transposed(),
                 Form::Int8(kept) => kept.transposed(),
-                Form::Cache8(kept) if weights::cached(plan, number) == Some(kept.heads()) => continue,
-                Form::Cache8(_) => {
+                Form::Cache8(kept) => {
+                    if weights::cached(plan, number)
+                        .is_some_and(|heads| heads.is_none_or(|h| h == kept.heads()))
+                    {
+                        continue;
+                    }
                     let name = &plan.states[number].name;
                     return Err(Error::State(format!(
                         "{name} is a cache of 8 bits and cannot be read otherwise"

@@ -49,9 +49,9 @@ fn reads(step: &Step, operand: usize) -> Option<Read> {
     }
 }
 
-/// The heads of keys or values that a plan keeps in a state, of float32, if it only writes tokens to it and attends over
-/// it.
-pub(crate) fn cached(plan: &Plan, state: usize) -> Option<usize> {
+/// How a plan uses a state that can be a cache of 8 bits, of float32: over how many heads of keys or values it attends;
+/// None within, if it only writes tokens to it. None for states that it uses in another way.
+pub(crate) fn cached(plan: &Plan, state: usize) -> Option<Option<usize>> {
     if plan.states[state].ty.dtype != DType::F32 || plan.states[state].ty.shape.0.len() != 3 {
         return None;
     }
@@ -74,5 +74,5 @@ pub(crate) fn cached(plan: &Plan, state: usize) -> Option<usize> {
             _ => {}
         }
     }
-    heads
+    Some(heads)
 }

@@ -334,7 +334,7 @@ impl Executor {
         })
     }
 
-    /// Keeps the plan's caches of keys and values in 8 bits, empty, for all plans of the store.
+    /// Keeps the plan's caches of keys and values in 8 bits for all plans of the store.
     fn quantise_caches(&self, py: Python<'_>) -> PyResult<()> {
         enter(py, || self.inner.quantise_caches())
     }

@@ -78,7 +78,7 @@ impl Cache8 {
     ///
     /// # Safety
     /// The row exists, and nobody else touches it.
-    unsafe fn write<T: Real>(&self, row: usize, values: &[T]) {
+    pub(crate) unsafe fn write<T: Real>(&self, row: usize, values: &[T]) {
         for (number, values) in values.chunks_exact(self.head).enumerate() {
             let scale = largest(values).to_f64() as f32 / 127.0;
             let factor = T::from_f64(if scale > 0.0 { 1.0 / f64::from(scale) } else { 0.0 });
