@@ -16,7 +16,7 @@ import pyrformer as pf
 from pyrformer.fields import parse_json
 from pyrformer.pipeline import Made, Maker
 
-from ._files import through
+from ._files import DEVICE, through
 from ._masked import filler
 from ._progress import files_bar
 
@@ -139,9 +139,7 @@ def generation_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--show-beams", is_flag=True, help="Draw the tree of hypotheses.")
 @click.option("--show-probs", is_flag=True, help="Show what could have come at each step.")
 @click.option("--html", "html_file", type=click.Path(), help="Write these views to a page.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
-)
+@DEVICE
 @click.option("--load-in-8bit", is_flag=True, help="Keep weights in 8 bits: a quarter of the memory, faster.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a continuation.")

@@ -8,6 +8,8 @@ import click
 
 import pyrformer as pf
 
+from ._files import DEVICE
+
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
@@ -49,9 +51,7 @@ import pyrformer as pf
 @click.option(
     "--stop-seconds", type=click.IntRange(0), default=30, show_default=True, help="Seconds to finish in."
 )
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
-)
+@DEVICE
 @click.option("--load-in-8bit", is_flag=True, help="Keep weights in 8 bits: a quarter of the memory, faster.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 def command(

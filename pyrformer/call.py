@@ -181,12 +181,11 @@ class Call:
             sampled = options.get("do_sample", False)
             return Speculative(model, self.ids[number], search, slots, proposer, sampled, self.in_8bit)
         if self.alpha is not None:
-            alpha, watch = self.alpha, self.recorder
-            return Contrastive(model, self.ids, search, slots, alpha, self.candidates, watch, self.in_8bit)
+            chosen = (self.alpha, self.candidates)
+            return Contrastive(model, self.ids, search, slots, *chosen, self.recorder, self.in_8bit)
         rows = len(self.ids) * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
         hooked = any(f is not None for f in (self.allowed, self.processor, self.ends))
-        how: dict[str, Any] = {"steps": steps, "hooked": hooked, "in_8bit": self.in_8bit}
-        return Lockstep(model, self.ids, search, slots, rows, self.recorder, **how)
+        return Lockstep(model, self.ids, search, slots, rows, self.recorder, steps, hooked, self.in_8bit)
 
     def finish(self) -> list[tuple[int, Any]]:
         """The results, prompts in order, each with the number of its search."""

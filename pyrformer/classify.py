@@ -96,9 +96,7 @@ def classify(model: Model, texts: Iterable[str | Sequence[int]]) -> Classes:
 def _entities(model: Model, text: str, scores: npt.NDArray[np.float32], names: list[str]) -> list[Entity]:
     """Those of a text whose tokens have these probabilities ``[T, K]``."""
     encoding = model.require_tokenizer().encode(text)
-    real = [i for i, m in enumerate(encoding.attention_mask) if m]
-    # As texts are cut: the last token stays.
-    real = [*real[: len(scores) - 1], real[-1]]
+    real = cut([i for i, m in enumerate(encoding.attention_mask) if m], len(scores))
     shown = [(k, i) for k, i in enumerate(real) if not encoding.special_tokens_mask[i]]
     best = scores.argmax(-1)
     return entities(

@@ -84,10 +84,9 @@ class Lockstep(Sequences):
         slots: int,
         cache_rows: int,
         watch: Watch | None,
-        *,
-        steps: int | None = 1,
-        hooked: bool = True,
-        in_8bit: bool = False,
+        steps: int | None,
+        hooked: bool,
+        in_8bit: bool,
     ):
         self.watch, self.steps = watch, steps
         self.decoder: Decoder | Rereader = (

@@ -621,6 +621,7 @@ class Trainer:
     def _shared_pass(self, program: Compiled, inputs: dict[str, Any]) -> dict[str, Any]:
         """A pass whose gradients are sent to their owners while it goes on; its other outputs."""
         assert self.sharing is not None
+        sharing = self.sharing
         out: dict[str, Any] = {}
 
         def tell(name: str, value: Any) -> None:
@@ -629,7 +630,6 @@ class Trainer:
             else:
                 out[name] = value
 
-        sharing = self.sharing
         program.tell(tell, **inputs)
         sharing.end_round()
         return out

@@ -158,9 +158,10 @@ class Sharing:
 
     def states(self, model: Model) -> dict[str, Array]:
         """All optimizers' states and running averages, in the first process; the others give theirs."""
-        there = moments(model)
+        shapes = {name: tuple(shape) for name, _, shape in model.store.types()}
+        there = [(name, shapes[name]) for name in moments(model)]
         found: dict[str, Array] = {}
-        for owner, listed in enumerate(self.comm.gather([(n, model.store.get(n).shape) for n in there])):
+        for owner, listed in enumerate(self.comm.gather(there)):
             for name, shape in listed:
                 if self.comm.rank == owner:
                     values = np.ascontiguousarray(model.store.get(name))

@@ -275,12 +275,8 @@ impl CpuExecutor {
 
     /// The number of the last step that writes into an operand's memory; the number of steps where none does.
     fn written_by(&self, operand: &Operand) -> usize {
-        let end = |o: &Operand| {
-            let (rows, cols) = (o.ty.shape.rows(), o.ty.shape.cols());
-            o.offset + (rows.saturating_sub(1) * o.row_stride + cols) * o.ty.dtype.size()
-        };
         let meets =
-            |o: &Operand| o.space == operand.space && o.offset < end(operand) && operand.offset < end(o);
+            |o: &Operand| o.space == operand.space && o.offset < operand.end() && operand.offset < o.end();
         let writes = |step: &Step| step.outputs.iter().any(meets);
         self.plan.steps.iter().rposition(writes).unwrap_or(self.plan.steps.len())
     }
@@ -563,7 +559,11 @@ impl<'a> Run<'a> {
     fn integers(&self) -> Result<()> {
         match &self.step.op {
             Op::Copy => elementwise::copy::<i32>(self.pool, self.x(0), self.y(0)),
-            Op::Gather => rows::gather::<i32>(self.pool, self.x(0), self.ints(1), self.y(0))?,
+            Op::Gather => {
+                let table: Mat<'_, i32> = self.x(0);
+                let copy = |r: usize, to: &mut [i32]| to.copy_from_slice(table.row(r));
+                rows::gather(self.pool, (table.rows, copy), self.ints(1), self.y(0))?;
+            }
             Op::Fill { value } => {
                 let y: MatMut<'_, i32> = self.y(0);
                 // SAFETY: no task runs.
@@ -588,7 +588,7 @@ impl<'a> Run<'a> {
             Op::Gather => {
                 let rows = self.step.inputs[0].ty.shape.rows();
                 let table: Factor<'_, T> = self.factor(0, false);
-                rows::gather_from(pool, (table, rows), self.ints(1), self.y(0))?;
+                rows::gather(pool, (rows, |r, to: &mut [T]| table.row(r, to)), self.ints(1), self.y(0))?;
             }
             Op::ScatterAdd { .. } => {
                 let base = (self.step.inputs.len() == 3).then(|| self.x::<T>(2));

@@ -110,6 +110,12 @@ fn check<T>((m, k): (usize, usize), (k2, n): (usize, usize), c: &MatMut<'_, T>) 
     );
 }
 
+/// As [`check`], for a right factor (N, K) that is kept in an order of its own.
+fn check_kept<T, U>((a, ta): (&Mat<'_, T>, bool), (n, k): (usize, usize), c: &MatMut<'_, U>) {
+    assert!(!ta, "gemm: a transposed factor times one that is packed or of 8 bits");
+    check((a.rows, a.cols), (k, n), c);
+}
+
 /// A right factor.
 #[derive(Clone, Copy)]
 pub enum Factor<'a, T> {
@@ -119,6 +125,17 @@ pub enum Factor<'a, T> {
     Packed(&'a Packed<T>),
     /// Either, in 8 bits.
     Int8(&'a Int8),
+}
+
+impl<T: Real> Factor<'_, T> {
+    /// Writes row `r` of the matrix.
+    pub(crate) fn row(&self, r: usize, to: &mut [T]) {
+        match self {
+            Self::Floats(matrix, _) => to.copy_from_slice(matrix.row(r)),
+            Self::Packed(packed) => packed.row(r, to),
+            Self::Int8(int8) => int8.row(r, to),
+        }
+    }
 }
 
 /// What is multiplied: M × K rows as lanes by K × N columns as lanes.
@@ -371,16 +388,12 @@ pub unsafe fn gemm_by<T: Real>(
         match b {
             Factor::Floats(b, tb) => gemm(pool, buffers, &Gemm { a, ta, b, tb, c, accumulate }, epilogue),
             Factor::Packed(b) => {
-                assert!(!ta, "gemm: a transposed factor times a packed one");
-                let (n, k) = b.shape();
-                check((a.rows, a.cols), (k, n), &c);
+                check_kept((&a, ta), b.shape(), &c);
                 packed::multiply(pool, buffers, &a, b, (&c, accumulate), epilogue);
             }
             Factor::Int8(b) => {
-                assert!(!ta, "gemm: a transposed factor times one of 8 bits");
-                let (n, k) = b.shape();
-                check((a.rows, a.cols), (k, n), &c);
-                int8::multiply(pool, buffers, &a, b, &c, accumulate, epilogue);
+                check_kept((&a, ta), b.shape(), &c);
+                int8::multiply(pool, buffers, &a, b, (&c, accumulate), epilogue);
             }
         }
     }

@@ -48,8 +48,8 @@ pub trait Real:
     fn from_i8(x: i8) -> Self;
     /// The value itself: both types fit into `f64`.
     fn to_f64(self) -> f64;
-    /// The integer towards 0, or the nearest that there is; 0 for NaN.
-    fn to_i32(self) -> i32;
+    /// The nearest integer, halves away from 0, or the nearest that there is; 0 for NaN.
+    fn rounded(self) -> i32;
     /// √x.
     #[must_use]
     fn sqrt(self) -> Self;
@@ -117,8 +117,8 @@ macro_rules! real {
                 f64::from(self)
             }
             #[inline(always)]
-            fn to_i32(self) -> i32 {
-                self as i32
+            fn rounded(self) -> i32 {
+                (self + if self < 0.0 { -0.5 } else { 0.5 }) as i32
             }
             #[inline(always)]
             fn sqrt(self) -> Self {

@@ -208,6 +208,13 @@ simd_fn! {
 }
 
 simd_fn! {
+    /// The largest |xᵢ|, 0 for an empty slice; NaN if one is there.
+    pub fn largest_abs<T: Real>(x: &[T]) -> T {
+        reduce(x, T::ZERO, |x| x.abs(), |a, b| if b <= a || a.is_nan() { a } else { b })
+    }
+}
+
+simd_fn! {
     /// Σ xᵢ·yᵢ over two slices of one length.
     pub fn dot<T: Real>(x: &[T], y: &[T]) -> T {
         assert_eq!(x.len(), y.len(), "dot of {} and {} elements", x.len(), y.len());

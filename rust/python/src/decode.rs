@@ -3,7 +3,7 @@
 //! Letters: B sequences that the program is made for, S cache slots, V vocabulary size.
 
 use pyrformer_cpu::CpuExecutor;
-use pyrformer_graph::{DType, TensorType};
+use pyrformer_graph::plan::Port;
 use pyrformer_search::{Model, Positions, Step};
 
 use crate::enter::Failure;
@@ -19,7 +19,10 @@ pub(crate) struct Program<'a> {
     slots: usize,
     /// The number of the first position.
     offset: i32,
+    /// In the order of [`INPUTS`].
     values: [Vec<i32>; 7],
+    /// Of each of the plan's inputs, its number there.
+    order: Vec<usize>,
     logits: Vec<f32>,
 }
 
@@ -35,19 +38,21 @@ impl<'a> Program<'a> {
             Some(&[batch, s]) if s == slots => batch,
             _ => 0,
         };
-        let fits = |port: &pyrformer_graph::plan::Port| {
-            INPUTS
-                .iter()
-                .position(|name| *name == port.name)
-                .is_some_and(|number| port.operand.ty.shape.elements() == Self::sizes(batch, slots)[number])
+        let sizes = Self::sizes(batch, slots);
+        let number = |port: &Port| {
+            let number = INPUTS.iter().position(|name| *name == port.name)?;
+            (port.operand.ty.shape.elements() == sizes[number]).then_some(number)
         };
-        if batch == 0 || !plan.inputs.iter().all(fits) || plan.outputs.len() != 1 {
+        let order: Option<Vec<usize>> = plan.inputs.iter().map(number).collect();
+        let Some(order) = order.filter(|_| batch > 0 && plan.outputs.len() == 1) else {
             let message =
                 format!("[decode] this is no program that reads a token of each sequence with {slots} slots");
             return Err(Failure::new("InputError", message));
-        }
-        let values = Self::sizes(batch, slots).map(|size| vec![0; size]);
-        Ok(Self { executor, batch, slots, offset, values, logits: Vec::new() })
+        };
+        let mut values = sizes.map(|size| vec![0; size]);
+        // Each sequence has one token, the last.
+        values[6] = (0..batch as i32).collect();
+        Ok(Self { executor, batch, slots, offset, values, order, logits: Vec::new() })
     }
 
     fn sizes(batch: usize, slots: usize) -> [usize; 7] {
@@ -65,7 +70,7 @@ impl Model for Program<'_> {
 
     fn read(&mut self, step: &Step, positions: &Positions) -> Result<&[f32], Failure> {
         let active = step.tokens.len();
-        let [ids, places, rows, row, start, count, last] = &mut self.values;
+        let [ids, places, rows, row, start, count, _] = &mut self.values;
         // What stands behind the active sequences writes nothing: it has no tokens.
         count.fill(0);
         for i in 0..active {
@@ -76,19 +81,16 @@ impl Model for Program<'_> {
             (start[i], count[i]) = (at, 1);
         }
         rows[..active * self.slots].copy_from_slice(positions.rows());
-        last.iter_mut().enumerate().for_each(|(i, last)| *last = i as i32);
-        let mut inputs = Vec::with_capacity(INPUTS.len());
-        for port in &self.executor.plan().inputs {
-            let number = INPUTS.iter().position(|name| *name == port.name);
-            if let Some(values) = number.map(|number| &self.values[number]) {
+        let ports = self.executor.plan().inputs.iter().zip(&self.order);
+        let inputs: Vec<_> = ports
+            .map(|(port, &number)| {
+                let values = &self.values[number][..];
                 // SAFETY: integers have no padding, and any byte may be read.
-                let bytes = unsafe {
-                    std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(&values[..]))
-                };
-                let ty = TensorType::new(DType::I32, port.operand.ty.shape.clone());
-                inputs.push((port.name.as_str(), ty, bytes));
-            }
-        }
+                let bytes =
+                    unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+                (port.name.as_str(), port.operand.ty.clone(), bytes)
+            })
+            .collect();
         self.logits.clear();
         self.executor.run_into(&inputs, active, &mut self.logits)?;
         Ok(&self.logits)

@@ -222,13 +222,16 @@ impl Search {
     }
 
     /// Calls `f` on the search with the interpreter released.
-    fn with<T: Send>(
+    fn with<T: Send, E>(
         &self,
         py: Python<'_>,
-        f: impl FnOnce(&mut pyrformer_search::Search) -> pyrformer_search::Result<T> + Send,
-    ) -> PyResult<T> {
+        f: impl FnOnce(&mut pyrformer_search::Search) -> Result<T, E> + Send,
+    ) -> PyResult<T>
+    where
+        Failure: From<E>,
+    {
         let inner = &self.inner;
-        enter(py, || match inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        enter::<_, Failure>(py, || match inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             Some(search) => f(search).map_err(Failure::from),
             None => Err(Self::over()),
         })
@@ -298,11 +301,7 @@ impl Search {
             left = left.saturating_sub(1);
             over
         };
-        let inner = &self.inner;
-        let emitted = enter(py, || match inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            Some(search) => search.decode(&mut positions, &mut program, enough),
-            None => Err(Self::over()),
-        })?;
+        let emitted = self.with(py, |search| search.decode(&mut positions, &mut program, enough))?;
         let rows = PyArray1::from_slice(py, positions.rows()).reshape([positions.lengths().len(), slots])?;
         let emitted = emitted.iter().map(|e| (e.sequence, e.token, e.logprob)).collect();
         Ok((PyArray1::from_slice(py, positions.lengths()), rows, emitted))

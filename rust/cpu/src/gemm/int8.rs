@@ -8,7 +8,7 @@
 
 use super::{Epilogue, PackBuffers, Shared, finish};
 use crate::real::Real;
-use crate::simd::{Level, level, reduce};
+use crate::simd::{Level, largest_abs, level};
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
 
@@ -105,8 +105,7 @@ pub(super) unsafe fn multiply<T: Real>(
     buffers: &PackBuffers<T>,
     a: &Mat<'_, T>,
     b: &Int8,
-    c: &MatMut<'_, T>,
-    accumulate: bool,
+    (c, accumulate): (&MatMut<'_, T>, bool),
     epilogue: Epilogue<'_, T>,
 ) {
     let (m, n, k) = (a.rows, b.n, b.k);
@@ -156,14 +155,8 @@ const SCALE: usize = 2;
 
 /// A row of activations as integers behind their scale, padded to whole pairs with 0.
 fn quantise<T: Real>(row: &[T], to: &mut [i16]) {
-    crate::simd_fn! {
-        /// NaN if one is there.
-        fn largest<T: Real>(row: &[T]) -> T {
-            reduce(row, T::ZERO, |x| x.abs(), |a, b| if b <= a || a.is_nan() { a } else { b })
-        }
-    }
     // What is not finite makes the scale so, and with it the whole row of C.
-    let scale = (largest(row).to_f64() / LARGEST) as f32;
+    let scale = (largest_abs(row).to_f64() / LARGEST) as f32;
     let (head, to) = to.split_at_mut(SCALE);
     let bits = scale.to_bits();
     head.copy_from_slice(&[bits as u16 as i16, (bits >> 16) as u16 as i16]);
@@ -172,10 +165,7 @@ fn quantise<T: Real>(row: &[T], to: &mut [i16]) {
     crate::simd_fn! {
         fn round<T: Real>(row: &[T], factor: T, to: &mut [i16]) {
             for (to, &x) in to.iter_mut().zip(row) {
-                let x = x * factor;
-                // Away from 0 by a half, then towards it: rounded.
-                let half = if x < T::ZERO { T::from_f64(-0.5) } else { T::from_f64(0.5) };
-                *to = (x + half).to_i32() as i16;
+                *to = (x * factor).rounded() as i16;
             }
         }
     }

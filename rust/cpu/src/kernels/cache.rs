@@ -7,7 +7,7 @@ use crate::gemm::{Gemm, PackBuffers, gemm_serial};
 use crate::kernels::rows::check;
 use crate::memory::{Block, PerWorker};
 use crate::real::Real;
-use crate::simd::{max, reduce};
+use crate::simd::{largest_abs, max, reduce};
 use crate::simd_fn;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
@@ -80,7 +80,7 @@ impl Cache8 {
     /// The row exists, and nobody else touches it.
     pub(crate) unsafe fn write<T: Real>(&self, row: usize, values: &[T]) {
         for (number, values) in values.chunks_exact(self.head).enumerate() {
-            let scale = largest(values).to_f64() as f32 / 127.0;
+            let scale = largest_abs(values).to_f64() as f32 / 127.0;
             let factor = T::from_f64(if scale > 0.0 { 1.0 / f64::from(scale) } else { 0.0 });
             let (integers, place) = self.at(row, number * self.head);
             // SAFETY: the caller's promise; a head has as many integers.
@@ -103,19 +103,9 @@ impl Cache8 {
 }
 
 simd_fn! {
-    /// The largest |x|; NaN if one is there.
-    fn largest<T: Real>(row: &[T]) -> T {
-        reduce(row, T::ZERO, |x| x.abs(), |a, b| if b <= a || a.is_nan() { a } else { b })
-    }
-}
-
-simd_fn! {
     fn round<T: Real>(from: &[T], factor: T, to: &mut [i8]) {
         for (to, &x) in to.iter_mut().zip(from) {
-            let x = x * factor;
-            // Away from 0 by a half, then towards it: rounded.
-            let half = if x < T::ZERO { T::from_f64(-0.5) } else { T::from_f64(0.5) };
-            *to = (x + half).to_i32() as i8;
+            *to = (x * factor).rounded() as i8;
         }
     }
 }

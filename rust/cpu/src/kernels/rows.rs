@@ -1,7 +1,6 @@
 //! Rows by index: gather, scatter-add, counting labels.
 
 use crate::error::{Error, Result};
-use crate::gemm::Factor;
 use crate::kernels::elementwise::add_row;
 use crate::kernels::{for_rows, rows_per_task};
 use crate::real::Real;
@@ -25,37 +24,17 @@ pub(crate) fn check(op: &'static str, index: &[i32], rows: usize) -> Result<()> 
     }
 }
 
-/// `y[n] = table[index[n]]`. Shapes: table [R, C], index [N], y [N, C].
+/// `y[n] = table[index[n]]`, from a table of so many rows that `row` writes. Shapes: table [R, C], index [N], y [N, C].
 pub(crate) fn gather<T: Copy + Send + Sync>(
     pool: &Pool,
-    table: Mat<'_, T>,
-    index: &[i32],
-    y: MatMut<'_, T>,
-) -> Result<()> {
-    check("gather", index, table.rows)?;
-    for_rows(pool, index.len(), rows_per_task(y.cols), |n| {
-        // SAFETY: one task a row.
-        unsafe { y.row_mut(n) }.copy_from_slice(table.row(index[n] as usize));
-    });
-    Ok(())
-}
-
-/// As [`gather`], from a table of `rows` rows in any form.
-pub(crate) fn gather_from<T: Real>(
-    pool: &Pool,
-    (table, rows): (Factor<'_, T>, usize),
+    (rows, row): (usize, impl Fn(usize, &mut [T]) + Sync),
     index: &[i32],
     y: MatMut<'_, T>,
 ) -> Result<()> {
     check("gather", index, rows)?;
     for_rows(pool, index.len(), rows_per_task(y.cols), |n| {
         // SAFETY: one task a row.
-        let (r, to) = (index[n] as usize, unsafe { y.row_mut(n) });
-        match table {
-            Factor::Floats(table, _) => to.copy_from_slice(table.row(r)),
-            Factor::Packed(table) => table.row(r, to),
-            Factor::Int8(table) => table.row(r, to),
-        }
+        row(index[n] as usize, unsafe { y.row_mut(n) });
     });
     Ok(())
 }
