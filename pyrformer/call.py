@@ -42,6 +42,8 @@ BEAMS = {
     "force_words_ids",
     "ordered_constraints",
 }
+#: The most sequences of a prompt, and tokens of one.
+MOST_SEQUENCES, MOST_TOKENS = 1 << 16, 1 << 31
 #: Tokens that an assistant drafts at once, unless ``num_assistant_tokens`` says otherwise.
 DRAFTED = 5
 
@@ -73,9 +75,10 @@ class Call:
         self.drafted = _taken(options, "num_assistant_tokens", 1)
         self.alpha = options.pop("penalty_alpha", None)
         self.in_8bit = _quantized(model, options.pop("cache_implementation", None))
-        number = options.get("num_return_sequences", 1)
+        number = _counted(options, "num_return_sequences", MOST_SEQUENCES) or 1
         self.prompts, self.started = len(ids), time.monotonic()
-        self.slots = slots_for(model, ids, options)
+        wanted = [_counted(options, name, MOST_TOKENS) for name in ("max_new_tokens", "max_length")]
+        self.slots = slots_for(model, ids, *wanted)
         self.recorder = None if watched is None else Recorder(_whole("output_steps", watched, 1))
         firsts = [None if first is None else first + i * number for i in range(len(ids))]
         if model.family.objective == "plm":
@@ -245,6 +248,16 @@ def _taken(options: dict[str, Any], name: str, least: int) -> int | None:
     """Takes a whole number out of the options."""
     value = options.pop(name, None)
     return None if value is None else _whole(name, value, least)
+
+
+def _counted(options: dict[str, Any], name: str, most: int) -> int | None:
+    """A whole number among the options, which the search will look at; None if it is not there."""
+    value = options.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value > most:
+        raise InputError(f"[generate] {name} must be a whole number of at most {most}, got {value!r}")
+    return int(value)
 
 
 def _quantized(model: Model, kind: Any) -> bool:

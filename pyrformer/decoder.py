@@ -29,7 +29,9 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
 
-def slots_for(model: Model, prompts: list[list[int]], options: dict[str, Any]) -> int:
+def slots_for(
+    model: Model, prompts: list[list[int]], max_new_tokens: int | None, max_length: int | None
+) -> int:
     """How many cache slots the longest of the prompts and what it may get need, at most the model's positions.
 
     Raises:
@@ -40,7 +42,7 @@ def slots_for(model: Model, prompts: list[list[int]], options: dict[str, Any]) -
         raise InputError(
             f"[generate] a prompt of {longest} tokens is more than the model's {limit} positions"
         )
-    wanted: int = options.get("max_new_tokens") or max(options.get("max_length", longest + 20) - longest, 1)
+    wanted = max_new_tokens or max((max_length or longest + 20) - longest, 1)
     return min(-(-(longest + wanted) // SLOTS) * SLOTS, limit)
 
 

@@ -154,6 +154,10 @@ def test_text_goes_on_beyond_the_positions(fixtures: Path) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"num_beams": "four"}, "num_beams"),
         ({"num_return_sequences": 3}, "num_return_sequences"),
+        ({"num_return_sequences": 2**40, "do_sample": True}, "num_return_sequences"),
+        ({"num_beams": 2**40}, "num_beams"),
+        ({"max_new_tokens": "a"}, "max_new_tokens"),
+        ({"max_length": 2**64}, "max_length"),
     ],
 )
 def test_wrong_options_are_named(fixtures: Path, options: dict[str, Any], named: str) -> None:

@@ -142,6 +142,8 @@ impl Default for GenerationOptions {
 
 /// Tokens added when no limit is given. Source: transformers 5.23 `generation/utils.py`.
 const DEFAULT_NEW_TOKENS: usize = 20;
+/// The most sequences of a prompt: beyond, even their bookkeeping takes gigabytes.
+const MOST_SEQUENCES: usize = 1 << 16;
 
 impl GenerationOptions {
     /// Checks ranges, contradictions, and that every token id is below `vocab_size`.
@@ -164,6 +166,13 @@ impl GenerationOptions {
         ] {
             if value == Some(0) {
                 return Error::option(name, "is 0; it must be at least 1");
+            }
+        }
+        for (name, value) in
+            [("num_beams", self.num_beams), ("num_return_sequences", self.num_return_sequences)]
+        {
+            if value > MOST_SEQUENCES {
+                return Error::option(name, format!("is {value}; it must be at most {MOST_SEQUENCES}"));
             }
         }
         for (name, penalty) in [
