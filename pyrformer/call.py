@@ -43,7 +43,7 @@ BEAMS = {
     "ordered_constraints",
 }
 #: The most sequences of a prompt, and tokens of one.
-MOST_SEQUENCES, MOST_TOKENS = 1 << 16, 1 << 31
+MOST_SEQUENCES, MOST_TOKENS = 1 << 20, 1 << 31
 #: Tokens that an assistant drafts at once, unless ``num_assistant_tokens`` says otherwise.
 DRAFTED = 5
 
