@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrformer.checkpoint import load
+from pyrformer.checkpoint import CONFIG, load, read_json
 from pyrformer.errors import ConfigError
 from pyrformer.finetune import LoraConfig
 from pyrformer.model import Model
-from pyrformer.models import FAMILIES, build
+from pyrformer.models import FAMILIES, Family, ModelConfig, build
 
 if TYPE_CHECKING:
     from pyrformer.tokenizers import Tokenizer
@@ -27,6 +28,8 @@ DEFAULT_FAMILY = {
 }
 #: What a model learns (``Family.objective``), where the run's objective has a name of its own.
 LEARNS = {"prefix": "ar", "mlm+nsp": "mlm"}
+#: The ids of a model's configuration that its tokenizer gives.
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 #: The head of "mlm+nsp", and its parameters beyond those of a head for masked tokens.
 PRETRAINING, PAIR_HEAD = "ForPreTraining", (".pooler.", ".seq_relationship.")
 
@@ -42,17 +45,36 @@ def initial_model(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) 
         ConfigError, FileError, InputError: the options contradict each other, or the folder to begin with.
     """
     model = _opened(config, tokenizer, labels) if config.init_from else _fresh(config, tokenizer, labels)
-    learns = model.family.objective
-    if learns != LEARNS.get(config.objective, config.objective):
-        kind = model.family.config.model_type
-        raise ConfigError(
-            f"[train] a {kind} model learns {learns!r}, not {config.objective!r}; "
-            f"set objective to {learns!r} or choose another model_type"
-        )
-    if config.objective == "mlm+nsp" and not model.family.config.architecture.endswith(PRETRAINING):
-        raise ConfigError("[train] the objective 'mlm+nsp' needs the architecture BertForPreTraining")
+    _check_objective(config, model.family)
     apply_changes(model, config)
     return model
+
+
+def check_model(config: TrainConfig) -> None:
+    """Finds what is wrong with the configured model, whatever the text will hold: reading that may take long.
+
+    Raises:
+        ConfigError, FileError: as :func:`initial_model`.
+    """
+    labels = ["0", "1"] if config.objective in ("sentence", "tokens") else []
+    if not config.init_from:
+        fields = _fields(config, 1, dict.fromkeys(SPECIAL, 0), labels)
+    elif (path := Path(config.init_from)).is_dir():
+        fields = _changed(read_json(path / CONFIG), config, labels)
+    else:
+        return  # one file, which is read as a whole
+    _check_objective(config, build(fields))
+
+
+def _check_objective(config: TrainConfig, family: Family) -> None:
+    learns = family.objective
+    if learns != LEARNS.get(config.objective, config.objective):
+        raise ConfigError(
+            f"[train] a {family.config.model_type} model learns {learns!r}, not {config.objective!r}; "
+            f"set objective to {learns!r} or choose another model_type"
+        )
+    if config.objective == "mlm+nsp" and not family.config.architecture.endswith(PRETRAINING):
+        raise ConfigError("[train] the objective 'mlm+nsp' needs the architecture BertForPreTraining")
 
 
 def apply_changes(model: Model, config: TrainConfig) -> None:
@@ -74,24 +96,32 @@ def apply_changes(model: Model, config: TrainConfig) -> None:
 
 
 def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
+    ids = {name: getattr(tokenizer, name) for name in SPECIAL}
+    return Model.from_config(
+        _fields(config, tokenizer.vocab_size, ids, labels),
+        seed=config.seed,
+        tokenizer=tokenizer,
+        threads=config.threads or None,
+        device=config.device,
+        bf16=config.bf16,
+    )
+
+
+def _fields(
+    config: TrainConfig, vocab_size: int, ids: dict[str, int | None], labels: list[str]
+) -> dict[str, Any]:
+    """The configuration of a fresh model for a tokenizer of ``vocab_size`` tokens, ``ids`` those of :data:`SPECIAL`."""
     fields = dict(config.model)
     kind = fields.setdefault("model_type", DEFAULT_FAMILY[config.objective])
-    if kind not in FAMILIES:
-        raise ConfigError(
-            f"[train] unknown model_type {kind!r}; known families: {', '.join(sorted(FAMILIES))}"
-        )
-    family = FAMILIES[kind][0]
+    family = _config_class(kind)
     known = {f.name for f in dataclasses.fields(family)} - {"extra", "architecture"} | {"model_type"}
     unknown = sorted(fields.keys() - known - {"architectures"})
     if unknown:
         raise ConfigError(f"[train] a {kind} model has no option {unknown[0]!r}")
-    given = fields.setdefault("vocab_size", tokenizer.vocab_size)
-    if isinstance(given, int) and given < tokenizer.vocab_size:
-        raise ConfigError(
-            f"[train] vocab_size ({given}) is smaller than the tokenizer's {tokenizer.vocab_size}"
-        )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        fields.setdefault(name, getattr(tokenizer, name))
+    given = fields.setdefault("vocab_size", vocab_size)
+    if isinstance(given, int) and given < vocab_size:
+        raise ConfigError(f"[train] vocab_size ({given}) is smaller than the tokenizer's {vocab_size}")
+    fields = {**ids, **fields}
     fields = {**family.SMALL, **fields}
     if config.seq_len:
         # RoBERTa counts positions from the padding's id.
@@ -100,14 +130,7 @@ def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mode
     fields |= _head(config.objective, family.ARCHITECTURES, labels)
     if config.objective == "prefix":
         fields["prefix_lm"] = True
-    return Model.from_config(
-        fields,
-        seed=config.seed,
-        tokenizer=tokenizer,
-        threads=config.threads or None,
-        device=config.device,
-        bf16=config.bf16,
-    )
+    return fields
 
 
 def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
@@ -119,13 +142,8 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
             f"[train] the tokenizer's {tokenizer.vocab_size} tokens are more than the "
             f"{base.family.config.vocab_size} of {config.init_from}"
         )
-    fields = {**base.config, **config.model}
-    fields.pop("prefix_lm", None)
-    if config.objective == "prefix":
-        fields["prefix_lm"] = True
-    fields |= _head(config.objective, type(base.family.config).ARCHITECTURES, labels)
     model = Model(
-        build(fields),
+        build(_changed(base.config, config, labels)),
         tokenizer,
         threads=base.threads,
         generation_config=base.generation_config,
@@ -146,6 +164,23 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
             model.store.remove(name)
     model.initialise(config.seed)
     return model
+
+
+def _changed(base: dict[str, Any], config: TrainConfig, labels: list[str]) -> dict[str, Any]:
+    """The configuration of a model that begins as another, whose one is ``base``."""
+    fields = {**base, **config.model}
+    fields.pop("prefix_lm", None)
+    if config.objective == "prefix":
+        fields["prefix_lm"] = True
+    return fields | _head(config.objective, _config_class(fields.get("model_type")).ARCHITECTURES, labels)
+
+
+def _config_class(kind: Any) -> type[ModelConfig]:
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ConfigError(
+            f"[train] unknown model_type {kind!r}; known families: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[kind][0]
 
 
 def _head(objective: str, architectures: tuple[str, ...], labels: list[str]) -> dict[str, Any]:

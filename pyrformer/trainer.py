@@ -35,7 +35,7 @@ from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, wr
 from pyrformer.compile import Compiled
 from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
-from pyrformer.initial import apply_changes, initial_model
+from pyrformer.initial import apply_changes, check_model, initial_model
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.optimizers import AVERAGES
@@ -133,6 +133,7 @@ class Trainer:
             )
         if comm.cores and not config.threads and "PYRFORMER_NUM_THREADS" not in os.environ:
             config = dataclasses.replace(config, threads=comm.cores)
+        check_model(config)
         self.config = config
         board = [TensorBoard(Path(config.out) / FOLDER)] if config.tensorboard else []
         self.callbacks = Callbacks([*callbacks, *board] if self.leads else ())

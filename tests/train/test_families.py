@@ -137,13 +137,37 @@ def test_texts_are_classified(tmp_path: Path, kind: str) -> None:
         ({"init_from": "nowhere"}, "nowhere"),
         ({"model": {"model_type": "parrot"}}, "parrot"),
         ({"model": {"model_type": "bert"}}, "mlm"),
-        ({"objective": "sentence"}, "row 1 of .*text.txt must have .* in 'label'"),
+        (
+            {"objective": "sentence", "model": {"model_type": "bert"}},
+            "row 1 of .*text.txt must have .* in 'label'",
+        ),
     ],
 )
 def test_refusals(text: Path, tmp_path: Path, more: dict[str, Any], named: str) -> None:
     with pytest.raises(Error, match=named):
         pf.train(pf.TrainConfig(**options(text, tmp_path / "run", "gpt2", **more)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"model": {"model_type": "parrot"}}, "parrot"),
+        ({"model": {"model_type": "bert"}}, "mlm"),
+        ({"model": {"n_embd": 30, "n_head": 4}}, "n_embd"),
+        ({"init_from": "gpt2", "model": {"n_head": 7}}, "n_head"),
+    ],
+)
+def test_a_wrong_model_is_refused_before_any_text_is_read(
+    text: Path, fixtures: Path, tmp_path: Path, more: dict[str, Any], named: str
+) -> None:
+    if "init_from" in more:
+        more = {**more, "init_from": str(fixtures / "models" / more["init_from"])}
+    seen: list[str] = []
+    config = pf.TrainConfig(**{**options(text, tmp_path / "run", "gpt2"), **more})
+    with pytest.raises(Error, match=named):
+        pf.train(config, on_event=lambda kind, _numbers: seen.append(kind))
+    assert not seen
 
 
 def test_smoothing_and_z_loss_are_learnt_from(text: Path, tmp_path: Path) -> None:
