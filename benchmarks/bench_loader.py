@@ -21,7 +21,7 @@ import numpy as np
 
 import pyrformer as pf
 from pyrformer.bench.train_step import Shape, measure
-from pyrformer.data import read_documents, tokenize
+from pyrformer.data.documents import read_documents, tokenize
 
 ROWS, LENGTH = 16, 128
 

@@ -26,7 +26,7 @@ from pathlib import Path
 WORKER = """
 import json, sys, time
 import pyrformer as pf
-from pyrformer import trainer
+from pyrformer.training import trainer
 from pyrformer.training.sharing import Sharing
 spent = [0.0]
 def timed(owner, name):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pyrformer as pf
-from pyrformer.data import read_documents
+from pyrformer.data.documents import read_documents
 
 
 def documents(files: list[str]) -> list[str]:

@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 import pyrformer as pf
+from pyrformer.data.prepared import ON_CORRUPT
 from pyrformer.errors import FileError
 from pyrformer.pipeline import Made, Verb, run
-from pyrformer.prepared import ON_CORRUPT
 
 from ._progress import Told, files_bar
 

@@ -24,7 +24,7 @@ def files_bar(inputs: Sequence[str], *, hidden: bool = False) -> Iterator[Told]:
     Raises:
         DataError: a folder or pattern stands for no file.
     """
-    from pyrformer.data import expand
+    from pyrformer.data.documents import expand
 
     console = Console(stderr=True, highlight=False)
     bar = Progress(

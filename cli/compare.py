@@ -7,7 +7,7 @@ import json
 import click
 
 import pyrformer as pf
-from pyrformer.data import read_documents
+from pyrformer.data.documents import read_documents
 from pyrformer.evaluate import evaluate, independence_gap
 
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 import pyrformer as pf
+from pyrformer.data.prepared import is_prepared
 from pyrformer.errors import InputError
-from pyrformer.prepared import is_prepared
 
 #: Colours of the documents in a row, in turn.
 DOCUMENTS = ("cyan", "green", "magenta", "blue")
@@ -157,9 +157,9 @@ def show(
     brackets or, for plm, their turn. A prefix is bold and
     ends with a bar.
     """
-    from pyrformer.batches import Masking
-    from pyrformer.data import read_documents, tokenize
-    from pyrformer.pairs import sentences
+    from pyrformer.data.batches import Masking
+    from pyrformer.data.documents import read_documents, tokenize
+    from pyrformer.data.pairs import sentences
 
     corpus: Any
     if any(map(is_prepared, paths)):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 import pyrformer as pf
-from pyrformer.data import read_documents
+from pyrformer.data.documents import read_documents
 from pyrformer.evaluate import evaluate
 
 
@@ -53,7 +53,7 @@ def command(
     """
     model = pf.load(run, threads=threads, load_in_8bit=load_in_8bit)
     if model.family.objective == "tokens":
-        from pyrformer.tagging import measure
+        from pyrformer.data.tagging import measure
 
         tags = measure(model, list(files))
         if as_json:

@@ -225,7 +225,7 @@ def _tails(paths: list[str]) -> dict[str, str]:
 
 def _groups(files: tuple[str, ...], by: str | None, column: str) -> dict[str, list[str]]:
     """Texts by file, or by field ``by`` of the lines of ``.jsonl`` files."""
-    from pyrformer.data import read_documents
+    from pyrformer.data.documents import read_documents
 
     if by is None:
         return {file: read_documents([file], column=column) for file in files}

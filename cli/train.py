@@ -14,9 +14,9 @@ import click
 
 import pyrformer as pf
 from pyrformer.errors import ConfigError
-from pyrformer.initial import DEFAULT_FAMILY
 from pyrformer.models import FAMILIES
-from pyrformer.trainer import OBJECTIVES
+from pyrformer.training.initial import DEFAULT_FAMILY
+from pyrformer.training.trainer import OBJECTIVES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -94,7 +94,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
 
 def find(config: pf.TrainConfig, memory: str | None) -> None:
     """Prints the largest batch that fits, or a table of learning rates and losses with a suggestion."""
-    from pyrformer.finders import find_batch_size, find_learning_rate
+    from pyrformer.training.finders import find_batch_size, find_learning_rate
 
     if memory:
         rows, size = find_batch_size(config, memory)

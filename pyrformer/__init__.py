@@ -16,34 +16,34 @@ from typing import TYPE_CHECKING, Any
 from pyrformer._core import __version__
 
 if TYPE_CHECKING:
-    from pyrformer.batches import Batches
     from pyrformer.checkpoint import load
-    from pyrformer.data import Documents
+    from pyrformer.data.batches import Batches
+    from pyrformer.data.documents import Documents
+    from pyrformer.data.prepared import Prepared, prepare
     from pyrformer.errors import Error
-    from pyrformer.generate import Generation, filter_logits
-    from pyrformer.generation_config import GenerationConfig
+    from pyrformer.generation.config import GenerationConfig
+    from pyrformer.generation.generate import Generation, filter_logits
+    from pyrformer.generation.rerank import mbr
     from pyrformer.model import Model
-    from pyrformer.prepared import Prepared, prepare
-    from pyrformer.rerank import mbr
     from pyrformer.tokenizers import Tokenizer
-    from pyrformer.trainer import Run, TrainConfig, train
+    from pyrformer.training.trainer import Run, TrainConfig, train
 
 _HOME = {
-    "Batches": "batches",
-    "Documents": "data",
+    "Batches": "data.batches",
+    "Documents": "data.documents",
     "Error": "errors",
-    "Generation": "generate",
-    "GenerationConfig": "generation_config",
+    "Generation": "generation.generate",
+    "GenerationConfig": "generation.config",
     "Model": "model",
-    "Prepared": "prepared",
-    "Run": "trainer",
+    "Prepared": "data.prepared",
+    "Run": "training.trainer",
     "Tokenizer": "tokenizers",
-    "TrainConfig": "trainer",
-    "filter_logits": "generate",
+    "TrainConfig": "training.trainer",
+    "filter_logits": "generation.generate",
     "load": "checkpoint",
-    "mbr": "rerank",
-    "prepare": "prepared",
-    "train": "trainer",
+    "mbr": "generation.rerank",
+    "prepare": "data.prepared",
+    "train": "training.trainer",
 }
 
 __all__ = [

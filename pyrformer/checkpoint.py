@@ -16,9 +16,9 @@ from pyrformer import _core
 from pyrformer.errors import FileError, InputError
 from pyrformer.fields import parse_json
 from pyrformer.finetune import merged
-from pyrformer.gguf import Gguf
-from pyrformer.gguf_layouts import POOLER
-from pyrformer.gguf_model import config_of, tensor_names, tensor_of
+from pyrformer.gguf.file import Gguf
+from pyrformer.gguf.layouts import POOLER
+from pyrformer.gguf.model import config_of, tensor_names, tensor_of
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.models.base import Family
@@ -79,7 +79,7 @@ def load(
 
     Args:
         folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64; or a GGUF file, see
-            :mod:`pyrformer.gguf_layouts`.
+            :mod:`pyrformer.gguf.layouts`.
         device: "cpu", or "cuda" for an NVIDIA GPU (`pip install pyrformer[cuda13]`).
         dtype: "float32" (the default) or "float64", for computing; on "cuda" also "bfloat16": weights stay float32,
             products and attention are computed on tensor cores from factors rounded to bfloat16.

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from pyrformer import programs
 from pyrformer.arrow import Columns
+from pyrformer.data.tagging import Entity, entities
 from pyrformer.errors import InputError
 from pyrformer.score import Row, arrays_of, batches_of, cut, stretches, text_ids
-from pyrformer.tagging import Entity, entities
 
 if TYPE_CHECKING:
     from pyrformer.model import Model

@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from pyrformer import _core
     from pyrformer.batch import Batch
-    from pyrformer.generate import Generation
+    from pyrformer.generation.generate import Generation
     from pyrformer.model import Model
     from pyrformer.tokenizers import Encoding, Tokenizer
 

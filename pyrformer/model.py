@@ -31,8 +31,8 @@ from pyrformer.origin import Origin, reopen
 if TYPE_CHECKING:
     from pyrformer.classify import Classes
     from pyrformer.finetune import LoraConfig
-    from pyrformer.generate import Generation
-    from pyrformer.masked import Filling
+    from pyrformer.generation.generate import Generation
+    from pyrformer.generation.masked import Filling
     from pyrformer.score import Scores
     from pyrformer.tokenizers import Tokenizer
 
@@ -236,7 +236,7 @@ class Model:
                 "[save] the weights are rounded to 8 bits; load the model without load_in_8bit to save it"
             )
         if str(folder).endswith(".gguf"):
-            from pyrformer.gguf_save import save_gguf
+            from pyrformer.gguf.save import save_gguf
 
             save_gguf(self, folder, dtype or "float16")
             return
@@ -391,20 +391,20 @@ class Model:
         return batch.mean(out), grads
 
     def generate(self, prompts: Any, config: Any = None, **options: Any) -> Generation:
-        """Continues prompts; see :func:`pyrformer.generate.generate`."""
-        from pyrformer.generate import generate
+        """Continues prompts; see :func:`pyrformer.generation.generate.generate`."""
+        from pyrformer.generation.generate import generate
 
         return generate(self, prompts, config, **options)
 
     def stream(self, prompt: Any, config: Any = None, **options: Any) -> Iterator[str]:
-        """Continues one prompt, giving text as it comes; see :func:`pyrformer.generate.stream`."""
-        from pyrformer.generate import stream
+        """Continues one prompt, giving text as it comes; see :func:`pyrformer.generation.generate.stream`."""
+        from pyrformer.generation.generate import stream
 
         return stream(self, prompt, config, **options)
 
     def astream(self, prompt: Any, config: Any = None, **options: Any) -> AsyncIterator[str]:
         """:meth:`stream` for ``async for``."""
-        from pyrformer.generate import astream
+        from pyrformer.generation.generate import astream
 
         return astream(self, prompt, config, **options)
 
@@ -439,14 +439,14 @@ class Model:
         return classify(self, texts)
 
     def mask_predict(self, texts: str | Iterable[str | Sequence[int]], **options: Any) -> Filling:
-        """Fills all masks of texts by repeated prediction; see :func:`pyrformer.masked.mask_predict`."""
-        from pyrformer.masked import mask_predict
+        """Fills all masks of texts by repeated prediction; see :func:`pyrformer.generation.masked.mask_predict`."""
+        from pyrformer.generation.masked import mask_predict
 
         return mask_predict(self, texts, **options)
 
     def gibbs(self, texts: str | Iterable[str | Sequence[int]], **options: Any) -> Filling:
-        """Draws all masks of texts by Gibbs sampling; see :func:`pyrformer.masked.gibbs`."""
-        from pyrformer.masked import gibbs
+        """Draws all masks of texts by Gibbs sampling; see :func:`pyrformer.generation.masked.gibbs`."""
+        from pyrformer.generation.masked import gibbs
 
         return gibbs(self, texts, **options)
 
@@ -461,7 +461,7 @@ class Model:
         Raises:
             InputError: the model has no masked objective or no tokenizer, or a text has no mask token.
         """
-        from pyrformer.masked import fill_mask
+        from pyrformer.generation.masked import fill_mask
 
         found = fill_mask(self, [text] if isinstance(text, str) else text, top_k)
         return found[0] if isinstance(text, str) else found

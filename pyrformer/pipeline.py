@@ -28,9 +28,9 @@ from typing import IO, Any
 from pyrformer import _core
 from pyrformer.arrow import import_arrow
 from pyrformer.checkpoint import read_json, write_json
-from pyrformer.data import Documents, Source
+from pyrformer.data.documents import Documents, Source
+from pyrformer.data.prepared import ON_CORRUPT, describe
 from pyrformer.errors import DataError, Error, FileError, InputError
-from pyrformer.prepared import ON_CORRUPT, describe
 
 #: Rows that go through a model between two stretches of output.
 STRETCH = 512
@@ -91,7 +91,7 @@ def run(
     """Adds the results of texts to the rows they stand in.
 
     Args:
-        source: files, as :class:`pyrformer.data.Documents` takes them, or an Arrow stream; a line of a ``.txt`` file is
+        source: files, as :class:`pyrformer.Documents` takes them, or an Arrow stream; a line of a ``.txt`` file is
             a row of its own.
         verb: what gives the fields to add; called with an empty list first, where it may complain of its options. Or
             :class:`Made`, what gives rows in the place of those that are read.

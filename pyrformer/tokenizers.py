@@ -140,7 +140,7 @@ class Tokenizer:
             min_frequency: pairs seen less often are not merged.
             special_tokens: instead of the preset's.
             threads: default: all cores.
-            column, errors, clean: for files, as in :func:`pyrformer.data.read_documents`.
+            column, errors, clean: for files, as in :func:`pyrformer.data.documents.read_documents`.
             progress: called with the stage ("count", in bytes of the files; "merge", in tokens; "prune"), what is done,
                 and how much there is.
 
@@ -148,7 +148,7 @@ class Tokenizer:
             TokenizerError: no text, an unknown kind or preset, or a vocabulary smaller than its alphabet.
             DataError: a file cannot be used.
         """
-        from pyrformer.data import Documents, size_of
+        from pyrformer.data.documents import Documents, size_of
 
         special = None if special_tokens is None else list(special_tokens)
         trainer = _core.Trainer(kind, preset, vocab_size, min_frequency, special, threads or 0)

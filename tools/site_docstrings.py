@@ -10,7 +10,7 @@ from typing import Any
 
 import griffe
 
-ROLE = re.compile(r":(?:class|data|func|meth|mod|attr):`~?([\w.]+)`")
+ROLE = re.compile(r":(?:class|data|func|meth|mod|attr):`[~.]?([\w.]+)`")
 CODE = re.compile(r"``([^`]+)``")
 
 

@@ -25,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.call import ending
-from pyrformer.decoder import Decoder, Floats, Ints, Positions, log_softmax
 from pyrformer.errors import Error, InternalError
+from pyrformer.generation.call import ending
+from pyrformer.generation.decoder import Decoder, Floats, Ints, Positions, log_softmax
+from pyrformer.generation.strategies import Sequences
 from pyrformer.model import Model
-from pyrformer.strategies import Sequences
 
 #: Texts that are embedded between two decoding steps.
 EMBEDDED = 64
@@ -91,7 +91,7 @@ class Completion:
 
     Attributes:
         prompt: its ids.
-        options: of :func:`pyrformer.generate.generate`, ready for the search.
+        options: of :func:`pyrformer.generation.generate.generate`, ready for the search.
         stops: strings that end a sequence.
         first: the number of its first sequence in the coordinates of draws.
         top: how many alternatives of each token to report.

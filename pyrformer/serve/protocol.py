@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyrformer.call import merged_options
 from pyrformer.errors import InputError
+from pyrformer.generation.call import merged_options
 from pyrformer.model import Model
 from pyrformer.serve.engine import Token
 from pyrformer.serve.template import ChatTemplate

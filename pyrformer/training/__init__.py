@@ -1,2 +1,2 @@
-"""The parts of a training run: options, sources, checkpoints, signals, what is watched. The loop is
-``pyrformer.trainer``."""
+"""A training run: the loop (:mod:`.trainer`) over its parts: options, the model to begin with, sources, passes,
+checkpoints, signals, what is watched."""

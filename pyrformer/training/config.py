@@ -25,15 +25,15 @@ class TrainConfig:
     """All options of a run.
 
     Attributes:
-        files: paths to learn from, as :class:`pyrformer.data.Documents` takes them, or one prepared folder. Text is
+        files: paths to learn from, as :class:`pyrformer.Documents` takes them, or one prepared folder. Text is
             tokenized beside the training, into ``OUT/tokens``.
         out: the run folder.
         valid: files to measure on; without any, ``valid_fraction`` of the text is held out: of every shard (a million
             tokens) so many documents, or the end. A tokenizer that is learned here sees all text.
         objective: "ar" (next token), "prefix" (the same behind a prefix that is read both ways), "mlm" (masked tokens),
-            "mlm+nsp" (and whether one text follows another; see :mod:`pyrformer.pairs`), "plm" (tokens in a random
+            "mlm+nsp" (and whether one text follows another; see :mod:`pyrformer.data.pairs`), "plm" (tokens in a random
             order), "sentence" (a class of each text, from field ``label_column``) or "tokens" (a class of each word;
-            see :func:`pyrformer.tagging.read_tagged`).
+            see :func:`pyrformer.data.tagging.read_tagged`).
         model: fields of ``config.json``; sizes of the vocabulary and special ids come from the tokenizer.
         init_from: a model folder to begin with; its tokenizer is used unless another is given.
         freeze: names of parameters that stay as they are; see :func:`pyrformer.finetune.freeze`.
@@ -54,10 +54,10 @@ class TrainConfig:
         early_stopping_threshold: how much lower it must be.
         label_smoothing_factor, z_loss: see :class:`pyrformer.programs.LossOptions`; the logged loss includes them.
         mlm_probability, mask_replace_prob, random_replace_prob, whole_word_mask, span_p, span_max_length: see
-            :class:`pyrformer.batches.Masking`.
-        plm_probability, max_span_length: see :class:`pyrformer.batches.Batches`.
+            :class:`pyrformer.data.batches.Masking`.
+        plm_probability, max_span_length: see :class:`pyrformer.data.batches.Batches`.
         cross_documents: for "ar", let tokens see the document before their own.
-        column, errors, clean: see :class:`pyrformer.data.Documents`.
+        column, errors, clean: see :class:`pyrformer.Documents`.
         eval_every, log_every: in updates; 0: only at the end.
         sample_every: updates between texts by the model; 0: only at the end.
         sample_prompts: what it continues then (64 tokens, drawn with ``seed``) or, for masked models, whose masks it

@@ -23,7 +23,6 @@ from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, WEIGHTS, read_json, write_json
 from pyrformer.compile import Compiled
 from pyrformer.errors import Error, FileError
-from pyrformer.initial import apply_changes
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.programs import Sizes
@@ -31,6 +30,7 @@ from pyrformer.tokenizers import Tokenizer
 from pyrformer.training.checkpoints import load_parameters
 from pyrformer.training.config import TrainConfig
 from pyrformer.training.folder import OPTIONS, failed, failures
+from pyrformer.training.initial import apply_changes
 from pyrformer.training.passes import Passes, Update
 
 BATCH, FACTS = "batch.safetensors", "failure.json"

@@ -11,7 +11,7 @@ OPTIONS = "training.json"
 METRICS = "metrics.jsonl"
 #: Continuations of prompts by the model of a step.
 SAMPLES = "samples.jsonl"
-#: The text of the run, prepared: see :mod:`pyrformer.prepared`.
+#: The text of the run, prepared: see :mod:`pyrformer.data.prepared`.
 TOKENS = "tokens"
 _FAILED = re.compile(r"failed-step-(\d{1,18})")
 

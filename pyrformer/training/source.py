@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from pyrformer import _core
-from pyrformer.batches import Batches, Masking
-from pyrformer.data import Documents, read_documents, tokenize
+from pyrformer.data.batches import Batches, Masking
+from pyrformer.data.documents import Documents, read_documents, tokenize
+from pyrformer.data.pairs import Sentences, sentences
+from pyrformer.data.prepared import Preparation, Prepared, describe, is_prepared
+from pyrformer.data.supervised import Labelled, LabelledBatches, labelled, read_labelled, tagged
+from pyrformer.data.tagging import Tagged, class_names, read_tagged
 from pyrformer.errors import ConfigError
-from pyrformer.pairs import Sentences, sentences
-from pyrformer.prepared import Preparation, Prepared, describe, is_prepared
-from pyrformer.supervised import Labelled, LabelledBatches, labelled, read_labelled, tagged
-from pyrformer.tagging import Tagged, class_names, read_tagged
 from pyrformer.tokenizers import Ragged, Tokenizer
 from pyrformer.training.config import TrainConfig
 from pyrformer.training.tokens import SHARD_TOKENS, Growing, Place, There, Tokens

@@ -1,6 +1,6 @@
 """Text that is tokenized beside the training that learns from it.
 
-A thread prepares the text into the folder ``tokens`` of the run, see :mod:`pyrformer.prepared`; batches are made of the
+A thread prepares the text into the folder ``tokens`` of the run (:class:`pyrformer.Prepared`); batches are made of the
 shards that are there, and waited for where they would be others with more of them. So the batches are those of the
 whole text, whenever they are asked for, and memory does not grow with it.
 """
@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from pyrformer import _core
 from pyrformer.batch import Batch
+from pyrformer.data.prepared import Closed, Preparation, is_prepared, read_manifest
 from pyrformer.errors import DataError, InternalError
-from pyrformer.prepared import Closed, Preparation, is_prepared, read_manifest
 from pyrformer.training.comm import Comm, share
 from pyrformer.training.folder import TOKENS
 

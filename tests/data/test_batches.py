@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import pyrformer as pf
-from pyrformer.batches import OBJECTIVES, Masking
-from pyrformer.data import tokenize
-from pyrformer.pairs import sentences
+from pyrformer.data.batches import OBJECTIVES, Masking
+from pyrformer.data.documents import tokenize
+from pyrformer.data.pairs import sentences
 
 TEXTS = [f"chapter {i}: the quick brown foxes jump over {i} unbelievably lazy dogs" for i in range(60)]
 

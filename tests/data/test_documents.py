@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyrformer.data import Documents, read_documents
+from pyrformer.data.documents import Documents, read_documents
 from pyrformer.errors import DataError, InputError
 
 TEXTS = ["one", 'two, "quoted"\nand a line', "drei ü 東京", "", "a\tb"]
@@ -120,7 +120,7 @@ def test_cleaning_is_counted() -> None:
         read_documents(iter(["a"]), clean=["min-length=2"])
 
 
-CODE = "import sys; from pyrformer.data import read_documents; print(read_documents(['-']))"
+CODE = "import sys; from pyrformer.data.documents import read_documents; print(read_documents(['-']))"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyrformer as pf
-from pyrformer.data import tokenize
+from pyrformer.data.documents import tokenize
 from pyrformer.errors import ConfigError, DataError, FileError, InputError
 
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
@@ -302,9 +302,9 @@ def test_a_folder_for_another_purpose_is_named(tmp_path: Path, tokenizer: pf.Tok
     with pytest.raises(ConfigError, match="--objective ar"):
         start()
     with pytest.raises(ConfigError, match="leave out the tokenizer"):
-        start(objective="mlm", tokenizer={"kind": "char"})
+        start(objective="mlm", model={}, tokenizer={"kind": "char"})
     other = pf.Tokenizer.train(iter(texts(9)), "char")
     other.save(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match="another tokenizer"):
-        start(objective="mlm", tokenizer={"path": str(tmp_path / "tokenizer.json")})
+        start(objective="mlm", model={}, tokenizer={"path": str(tmp_path / "tokenizer.json")})
     assert not (tmp_path / "run").exists()

@@ -31,9 +31,9 @@ import pyrformer as pf
 from pyrformer import _core
 from pyrformer.checkpoint import read_json
 from pyrformer.cli.train import read_toml
-from pyrformer.data import Documents
+from pyrformer.data.documents import Documents
+from pyrformer.data.prepared import Prepared, prepare
 from pyrformer.models import FAMILIES, build
-from pyrformer.prepared import Prepared, prepare
 from pyrformer.report import report
 from pyrformer.training.checkpoints import Checkpoints, read_state
 from pyrformer.training.failure import replay

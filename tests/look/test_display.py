@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pyrformer as pf
-from pyrformer.generate import Generation
+from pyrformer.generation.generate import Generation
 from pyrformer.model import Model
 from pyrformer.programs import Sizes, forward
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import pyrformer as pf
 from pyrformer.errors import Error, FileError
-from pyrformer.gguf import Gguf, write_gguf
-from pyrformer.gguf_blocks import BLOCKS
+from pyrformer.gguf.blocks import BLOCKS
+from pyrformer.gguf.file import Gguf, write_gguf
 
 FAMILIES = ["llama", "llama_gqa_tied", "llama3_rope", "qwen2", "qwen3", "gpt2"]
 FAMILIES += ["falcon_7b_style", "falcon_40b_style", "gpt_neox"]

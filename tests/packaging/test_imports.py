@@ -20,9 +20,9 @@ OPTIONAL = {
     ("jinja2", "pyrformer.serve.template"),
     ("starlette", "pyrformer.serve.app"),
     ("uvicorn", "pyrformer.serve.server"),
-    ("llguidance", "pyrformer.grammar"),
+    ("llguidance", "pyrformer.generation.grammar"),
     ("mpi4py", "pyrformer.training.comm"),
-    ("ray", "pyrformer.cluster"),
+    ("ray", "pyrformer.data.cluster"),
 }
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import pyrformer as pf
 from pyrformer.cli import main
-from pyrformer.grammar import token_bytes
+from pyrformer.generation.grammar import token_bytes
 
 pytest.importorskip("llguidance", reason="needs the extra pyrformer[grammar]")
 

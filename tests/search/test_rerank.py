@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import pyrformer as pf
 from pyrformer.cli import main
-from pyrformer.rerank import chrf, f1
+from pyrformer.generation.rerank import chrf, f1
 
 
 @pytest.mark.parametrize(

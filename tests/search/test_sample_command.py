@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 import pyrformer as pf
 from pyrformer.cli import main
-from pyrformer.generation_config import NAMES
+from pyrformer.generation.config import NAMES
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pyrformer as pf
-from pyrformer.strategies import Lookup
+from pyrformer.generation.strategies import Lookup
 
 
 @pytest.fixture(scope="module")

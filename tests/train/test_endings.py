@@ -101,7 +101,7 @@ def test_bad_times(text: Path, value: str) -> None:
 
 def test_nonfinite_goes_back(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One update of which the weights would be destroyed is left out; the rest is made."""
-    from pyrformer import trainer
+    from pyrformer.training import trainer
 
     rate = trainer.learning_rate
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import pyrformer as pf
 from pyrformer.cli import main
 from pyrformer.errors import InputError
-from pyrformer.finders import find_batch_size, find_learning_rate
+from pyrformer.training.finders import find_batch_size, find_learning_rate
 
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2}
 

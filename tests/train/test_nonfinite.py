@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from recipes import BERT, GPT2, OBJECTIVES, TEXT
 
 import pyrformer as pf
-from pyrformer import trainer
 from pyrformer.cli import main
-from pyrformer.trainer import Trainer
+from pyrformer.training import trainer
 from pyrformer.training.comm import Alone
 from pyrformer.training.failure import Failure, examine, replay
 from pyrformer.training.passes import Passes, Update
+from pyrformer.training.trainer import Trainer
 
 SENTENCES = "".join(f"the cat sat on mat {i}. the dog lay by the door. it was late.\n\n" for i in range(24))
 #: Objectives beyond those of the recipes, with padded rows and several kinds of attention.

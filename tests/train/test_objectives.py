@@ -15,9 +15,9 @@ import pytest
 import pyrformer as pf
 from pyrformer import programs
 from pyrformer.batch import Batch
-from pyrformer.batches import Batches, Masking
+from pyrformer.data.batches import Batches, Masking
+from pyrformer.data.pairs import Sentences, sentences
 from pyrformer.errors import Error
-from pyrformer.pairs import Sentences, sentences
 from pyrformer.tokenizers import Tokenizer
 
 WORDS = ["cat", "dog", "king", "crow", "wolf", "hen"]

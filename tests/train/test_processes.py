@@ -36,7 +36,7 @@ SMALL = {"seq_len": 16, "batch_size": 2, "gradient_accumulation_steps": 4, "max_
 SCRIPT = """
 import json, os, pathlib, sys
 import pyrformer as pf
-from pyrformer import trainer
+from pyrformer.training import trainer
 from pyrformer.errors import Error
 from pyrformer.training import comm
 rank, comm.PATIENCE = comm.launched_rank(), 1.0

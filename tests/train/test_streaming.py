@@ -18,8 +18,8 @@ import pytest
 from recipes import GPT2
 
 import pyrformer as pf
+from pyrformer.data.prepared import Preparation
 from pyrformer.errors import DataError
-from pyrformer.prepared import Preparation
 
 #: Characters of a shard here; steps that two of them settle: 2^18 tokens in rows of 64, 128 rows a step.
 SHARD = 1 << 18
@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyrformer.data.CHUNK", SHARD)
+    monkeypatch.setattr("pyrformer.data.documents.CHUNK", SHARD)
     monkeypatch.setattr("pyrformer.training.source.SHARD_TOKENS", SHARD - 1000)
 
 
@@ -206,8 +206,8 @@ def test_a_signal_ends_the_wait_for_text(source: Path, tmp_path: Path) -> None:
     whole = source.read_bytes()
     given = {**options(source, tmp_path / "run", max_steps=FIRST + 2), "files": ["-"]}
     code = (
-        "import json, sys, pyrformer as pf, pyrformer.data, pyrformer.training.source as source\n"
-        f"pyrformer.data.CHUNK, source.SHARD_TOKENS = {SHARD}, {SHARD - 1000}\n"
+        "import json, sys, pyrformer as pf, pyrformer.data.documents, pyrformer.training.source as source\n"
+        f"pyrformer.data.documents.CHUNK, source.SHARD_TOKENS = {SHARD}, {SHARD - 1000}\n"
         "try: pf.train(pf.TrainConfig(**json.loads(sys.argv[1])))\n"
         "except pf.errors.Stopped as e: sys.exit(128 + e.signal)\n"
     )

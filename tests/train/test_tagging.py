@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 import pyrformer as pf
 from pyrformer.cli import main
+from pyrformer.data.tagging import Tagged, chunks, entities, figures, first_tokens, read_tagged
 from pyrformer.errors import Error
-from pyrformer.tagging import Tagged, chunks, entities, figures, first_tokens, read_tagged
 
 NAMES, PLACES = ["anna", "bob", "carl", "dora"], ["new york", "rome", "paris", "los angeles"]
 

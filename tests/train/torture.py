@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyrformer as pf
-from pyrformer import trainer  # imported before the forks
+from pyrformer.training import trainer  # imported before the forks
 
 KILL, SHORT = -1, -2
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "short write": SHORT, "kill": KILL}

@@ -1,4 +1,4 @@
-"""A model out of a GGUF file: its configuration and its tensors. Architectures: ``gguf_layouts.LAYOUTS``."""
+"""A model out of a GGUF file: its configuration and its tensors. Architectures: ``layouts.LAYOUTS``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from pyrformer.errors import FileError
-from pyrformer.gguf import Gguf
-from pyrformer.gguf_blocks import Array
-from pyrformer.gguf_layouts import TRANSPOSED, TWO_NORMS, groups_of, interleaved, layout_of, unpermuted
+from pyrformer.gguf.blocks import Array
+from pyrformer.gguf.file import Gguf
+from pyrformer.gguf.layouts import TRANSPOSED, TWO_NORMS, groups_of, interleaved, layout_of, unpermuted
 
 
 def config_of(file: Gguf) -> dict[str, Any]:

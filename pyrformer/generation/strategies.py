@@ -1,7 +1,7 @@
 """How a search and a model take turns.
 
 The engine (``rust/search``) keeps the sequences and says which token each appends and which sequence it continues;
-:class:`pyrformer.decoder.Decoder` keeps the cache. A strategy here stands between the two: its ``step`` gives the
+:class:`.Decoder` keeps the cache. A strategy here stands between the two: its ``step`` gives the
 tokens that became certain as (sequence, token, log-probability), None at the end.
 
 Letters: A active sequences, K candidates, C width, V vocabulary.
@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.decoder import Decoder, Floats, Ints, Positions, Rereader, log_softmax
 from pyrformer.errors import InputError
+from pyrformer.generation.decoder import Decoder, Floats, Ints, Positions, Rereader, log_softmax
 from pyrformer.model import Model
 
 Emitted = list[tuple[int, int, float]]

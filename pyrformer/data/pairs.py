@@ -1,4 +1,4 @@
-"""Sentences of paragraphs, for pairs of texts: what :class:`pyrformer.batches.Batches` makes BERT's pre-training of.
+"""Sentences of paragraphs, for pairs of texts: what :class:`pyrformer.Batches` makes BERT's pre-training of.
 
 Source: Devlin et al. 2019, section 3.1 and appendix A.2. A document is a paragraph (texts are cut at empty lines), its
 sentences end at line ends and after ``.``, ``!`` or ``?``.

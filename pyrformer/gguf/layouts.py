@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from pyrformer.errors import FileError
-from pyrformer.gguf import Gguf
-from pyrformer.gguf_blocks import Array
+from pyrformer.gguf.blocks import Array
+from pyrformer.gguf.file import Gguf
 
 
 @dataclass(frozen=True)

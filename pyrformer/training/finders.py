@@ -14,8 +14,8 @@ import numpy as np
 
 from pyrformer.checkpoint import parsed_size
 from pyrformer.errors import ConfigError
-from pyrformer.trainer import Event, TrainConfig, Trainer
 from pyrformer.training.comm import Alone
+from pyrformer.training.trainer import Event, TrainConfig, Trainer
 
 #: How far the smoothed loss may rise above its lowest before a search ends, and how much of it each update keeps.
 DIVERGED, SMOOTHING = 1.5, 0.9

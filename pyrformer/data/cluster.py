@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from pyrformer.data import tokenize
+from pyrformer.data.documents import tokenize
 from pyrformer.errors import InputError, InternalError
 from pyrformer.tokenizers import Ragged, Tokenizer
 

@@ -35,7 +35,6 @@ from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, wr
 from pyrformer.compile import Compiled
 from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
-from pyrformer.initial import apply_changes, check_model, initial_model
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.optimizers import AVERAGES
@@ -46,6 +45,7 @@ from pyrformer.training.comm import Comm, Mpi, share, world
 from pyrformer.training.config import OBJECTIVES, TrainConfig, seconds, steps_or_seconds
 from pyrformer.training.failure import Failure, examine, keep, rows_of
 from pyrformer.training.folder import METRICS, OPTIONS, SAMPLES
+from pyrformer.training.initial import apply_changes, check_model, initial_model
 from pyrformer.training.passes import GRADIENT, SUM, Passes, Update
 from pyrformer.training.rows import Callback, Callbacks, Metrics, Rows
 from pyrformer.training.sampling import check_prompts, samples

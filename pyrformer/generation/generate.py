@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.arrow import Columns
-from pyrformer.call import Call
 from pyrformer.errors import InputError
-from pyrformer.generation_config import GenerationConfig
+from pyrformer.generation.call import Call
+from pyrformer.generation.config import GenerationConfig
+from pyrformer.generation.steps import Step
 from pyrformer.model import Model
-from pyrformer.steps import Step
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def generate(
             ``penalty_alpha`` with ``top_k`` (from 2 on) is contrastive search.
             ``cache_implementation="quantized"`` keeps keys and values in 8 bits (CPU, float32).
             ``regex``, ``json_schema`` or ``grammar`` (Lark's syntax): the text follows it, and ends where nothing else
-            can follow; see :class:`pyrformer.grammar.Grammar`.
+            can follow; see :class:`pyrformer.generation.grammar.Grammar`.
 
     A text longer than the model's positions goes on: when they are used up, the older half is dropped from view.
 

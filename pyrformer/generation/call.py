@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.decoder import slots_for
 from pyrformer.errors import InputError
-from pyrformer.generation_config import STORED, GenerationConfig
-from pyrformer.grammar import KINDS, Grammar
-from pyrformer.model import Model
-from pyrformer.steps import Recorder
-from pyrformer.strategies import (
+from pyrformer.generation.config import STORED, GenerationConfig
+from pyrformer.generation.decoder import slots_for
+from pyrformer.generation.grammar import KINDS, Grammar
+from pyrformer.generation.steps import Recorder
+from pyrformer.generation.strategies import (
     Assistant,
     Contrastive,
     Emitted,
@@ -26,6 +25,7 @@ from pyrformer.strategies import (
     Speculative,
     Strategy,
 )
+from pyrformer.model import Model
 
 if TYPE_CHECKING:
     from pyrformer.tokenizers import Tokenizer

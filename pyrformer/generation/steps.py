@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyrformer import _core
-from pyrformer.decoder import Floats, Ints
+from pyrformer.generation.decoder import Floats, Ints
 
 
 @dataclass(frozen=True)

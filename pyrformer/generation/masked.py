@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from pyrformer import _core, programs
 from pyrformer.arrow import Columns
-from pyrformer.decoder import log_softmax
 from pyrformer.errors import InputError
-from pyrformer.generate import filter_logits
+from pyrformer.generation.decoder import log_softmax
+from pyrformer.generation.generate import filter_logits
 from pyrformer.model import FillMask, Model
 from pyrformer.programs import Sizes
 from pyrformer.score import Row, arrays_of, batches_of, stretches, text_ids

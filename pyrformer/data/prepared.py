@@ -23,7 +23,7 @@ import numpy as np
 
 from pyrformer import _core
 from pyrformer.checkpoint import TOKENIZER, digest, read_json, write_json
-from pyrformer.data import OBJECTIVES, Documents, Source, expand, tokenize
+from pyrformer.data.documents import OBJECTIVES, Documents, Source, expand, tokenize
 from pyrformer.errors import DataError, Error, FileError, InputError
 from pyrformer.tokenizers import Ragged, Tokenizer
 
@@ -115,15 +115,15 @@ def prepare(
     with, where source and options are the same.
 
     Args:
-        source: as :class:`pyrformer.data.Documents` takes it. To go on, an iterable must give the same texts again.
+        source: as :class:`pyrformer.Documents` takes it. To go on, an iterable must give the same texts again.
         objective: "ar": each document ends with the end token, if the tokenizer has one; "mlm": without it.
-        column, errors, clean: as for :class:`pyrformer.data.Documents`.
+        column, errors, clean: as for :class:`pyrformer.Documents`.
         on_corrupt: what cannot be read is an error ("fail"), left out ("skip"), or left out and written to
             ``quarantine.jsonl`` with the reason ("quarantine"). The manifest counts it.
         shard_tokens: a shard ends after the megabyte of text that brings it to so many tokens.
         threads: default: all cores.
         engine: "local", or "ray": workers of a Ray cluster tokenize; the folder is the same to the byte. See
-            :mod:`pyrformer.cluster`.
+            :mod:`pyrformer.data.cluster`.
         progress: told how far the work is, about once per megabyte.
 
     Raises:
@@ -381,7 +381,7 @@ class _Work:
         """The ids of chunks, in their order."""
         tokenizer, objective = self.to.tokenizer, self.to.manifest["options"]["objective"]
         if self.to.engine == "ray":
-            from pyrformer.cluster import tokenized
+            from pyrformer.data.cluster import tokenized
 
             return tokenized(chunks, tokenizer, objective)
         return (

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.batch import Batch
+from pyrformer.data.pairs import Sentences
 from pyrformer.errors import InputError
-from pyrformer.pairs import Sentences
 from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
 
@@ -68,7 +68,7 @@ class Batches:
       nothing is masked) ``[B, T]``, and the labelled places once more, flat: ``positions``, ``masked_labels`` ``[M]``.
     - "mlm+nsp": rows [CLS] … [SEP] … [SEP]. The arrays of "mlm", and ``next_sentence_label [B]``: 0 where the second
       text follows the first, 1 where it is random, −100 in a missing row. The corpus is one of
-      :func:`pyrformer.pairs.sentences`.
+      :func:`pyrformer.data.pairs.sentences`.
     - "plm": packed rows. ``input_ids [B, T]``; as float32 ``perm_mask [B, T, T]``, 1 where the first token does not see
       the second, and ``target_mapping [B, P, T]``, one-hot at the token to predict or zero; ``labels [B, P]``.
 
@@ -101,7 +101,7 @@ class Batches:
     ):
         """
         Args:
-            corpus: what :func:`pyrformer.data.tokenize` gives, or ``corpus`` of :class:`pyrformer.prepared.Prepared`.
+            corpus: what :func:`pyrformer.data.documents.tokenize` gives, or ``corpus`` of :class:`pyrformer.Prepared`.
             objective: see the class; masked ones need the tokenizer for its special tokens.
             seq_len: T, for masked objectives the most it may be.
             cross_documents: for "ar" and "prefix", let tokens see the document before their own in the row.
@@ -122,7 +122,7 @@ class Batches:
             raise InputError(f"[data] unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
         if isinstance(corpus, Sentences) != (objective == "mlm+nsp"):
             raise InputError(
-                "[data] objective 'mlm+nsp' is for what pyrformer.pairs.sentences gives, and that for it"
+                "[data] objective 'mlm+nsp' is for what pyrformer.data.pairs.sentences gives, and that for it"
             )
         self.rank, self.world_size = rank, world_size
         self.objective, self.batch_size, self.shuffle = objective, batch_size, shuffle

@@ -10,9 +10,9 @@ import numpy as np
 
 from pyrformer.errors import InputError
 from pyrformer.finetune import merged
-from pyrformer.gguf import ALIASES, KINDS, write_gguf
-from pyrformer.gguf_blocks import Array
-from pyrformer.gguf_layouts import (
+from pyrformer.gguf.blocks import Array
+from pyrformer.gguf.file import ALIASES, KINDS, write_gguf
+from pyrformer.gguf.layouts import (
     LAYOUTS,
     POOLER,
     TRANSPOSED,

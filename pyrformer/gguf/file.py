@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's file of a model: metadata, tensors in blocks of few bits, and the tokenizer, in one.
 
 Source: the format's description in ggml's ``docs/gguf.md``. Reading checks every size against the file before anything
-is allocated, so a broken file gives one error. What is in a tensor's blocks: :mod:`pyrformer.gguf_blocks`.
+is allocated, so a broken file gives one error. What is in a tensor's blocks: :mod:`pyrformer.gguf.blocks`.
 
 Letters: H heads, D head width, C width, N elements.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.errors import FileError
-from pyrformer.gguf_blocks import BLOCKS
+from pyrformer.gguf.blocks import BLOCKS
 
 Floats = npt.NDArray[np.float32]
 

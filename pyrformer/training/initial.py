@@ -14,7 +14,7 @@ from pyrformer.models import FAMILIES, Family, ModelConfig, build
 
 if TYPE_CHECKING:
     from pyrformer.tokenizers import Tokenizer
-    from pyrformer.trainer import TrainConfig
+    from pyrformer.training.trainer import TrainConfig
 
 #: The family of an objective where none is configured.
 DEFAULT_FAMILY = {

@@ -1,4 +1,4 @@
-"""From files to ids: reading, cleaning, tokenizing. What is made of ids: :mod:`pyrformer.batches`."""
+"""From files to ids: reading, cleaning, tokenizing. What is made of ids: :mod:`pyrformer.data.batches`."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer.batch import IGNORE, Batch
-from pyrformer.data import Documents
+from pyrformer.data.documents import Documents
+from pyrformer.data.tagging import Tagged, first_tokens
 from pyrformer.errors import DataError, InputError
 from pyrformer.programs import Sizes
-from pyrformer.tagging import Tagged, first_tokens
 from pyrformer.tokenizers import Ragged, Tokenizer
 
 #: The purpose of the random draws of the order.
@@ -45,7 +45,7 @@ class Labelled:
 def read_labelled(
     files: Sequence[str], *, column: str = "text", label_column: str = "label"
 ) -> tuple[list[str], list[str]]:
-    """Texts and labels of the rows of files, see :meth:`pyrformer.data.Documents.rows`; labels are strings, whole
+    """Texts and labels of the rows of files, see :meth:`pyrformer.Documents.rows`; labels are strings, whole
     numbers are written as such.
 
     Raises:
