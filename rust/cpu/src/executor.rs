@@ -58,11 +58,11 @@ fn worker_bytes(plan: &Plan) -> usize {
     let need = |s: &Step| match &s.op {
         Op::Attention(spec) | Op::AttentionGrad(spec) => {
             let q = &s.inputs[usize::from(matches!(s.op, Op::AttentionGrad(_)))].ty;
-            let d = q.shape.cols() / spec.heads;
+            let (t, d) = (q.shape.0[1], q.shape.cols() / spec.heads);
             if q.dtype == DType::F64 {
-                attention::worker_bytes::<f64>(d)
+                attention::worker_bytes::<f64>(t, d)
             } else {
-                attention::worker_bytes::<f32>(d)
+                attention::worker_bytes::<f32>(t, d)
             }
         }
         Op::RelativeAttention(spec) | Op::RelativeAttentionGrad(spec) => {

@@ -18,6 +18,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod across;
+mod blocks;
 mod int8;
 mod micro;
 mod pack;
@@ -29,10 +30,11 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub(crate) use blocks::{Blocks, Reach, WIDEST};
 pub use int8::Int8;
 pub use micro::Kernel;
 use micro::{MAX_TILE, Tile};
-pub(crate) use micro::{kernel_f32, kernel_f64};
+pub(crate) use micro::{kernel_f32, kernel_f64, prefetch};
 use pack::Source;
 pub use packed::Packed;
 
@@ -182,6 +184,11 @@ impl<T: Real> PackBuffers<T> {
     fn with_kernel(threads: usize, kernel: Kernel<T>) -> Self {
         let workers = (0..threads.max(1)).map(|_| Mutex::new(Scratch::with_kernel(kernel))).collect();
         Self { kernel, panels: Mutex::new(Buffer::new(SHARED_ELEMENTS)), workers }
+    }
+
+    /// The kernels for products of blocks inside a task.
+    pub(crate) fn blocks(&self) -> Blocks<T> {
+        Blocks { kernel: self.kernel }
     }
 
     /// The buffer that the threads of one product share.

@@ -62,15 +62,18 @@ pub trait Real:
     /// Natural logarithm.
     #[must_use]
     fn ln(self) -> Self;
-    /// eˣ.
+    /// eˣ; here and below, `FUSED` allows multiply-adds to be rounded once: true only in code compiled for them.
     #[must_use]
-    fn exp(self) -> Self;
+    fn exp<const FUSED: bool>(self) -> Self;
+    /// eˣ for softmax and sigmoids, see [`math::exp_normal`].
+    #[must_use]
+    fn exp_normal<const FUSED: bool>(self) -> Self;
     /// Hyperbolic tangent.
     #[must_use]
-    fn tanh(self) -> Self;
+    fn tanh<const FUSED: bool>(self) -> Self;
     /// Error function.
     #[must_use]
-    fn erf(self) -> Self;
+    fn erf<const FUSED: bool>(self) -> Self;
     /// Whether the value is NaN.
     fn is_nan(self) -> bool;
     /// Whether the value is neither NaN nor infinite.
@@ -97,7 +100,7 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($t:ty, exp: $exp:path, tanh: $tanh:path, erf: $erf:path, kernel: $kernel:path) => {
+    ($t:ty, functions: $functions:ident, kernel: $kernel:path) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -137,16 +140,20 @@ macro_rules! real {
                 <$t>::ln(self)
             }
             #[inline(always)]
-            fn exp(self) -> Self {
-                $exp(self)
+            fn exp<const FUSED: bool>(self) -> Self {
+                $functions::exp::<FUSED>(self)
             }
             #[inline(always)]
-            fn tanh(self) -> Self {
-                $tanh(self)
+            fn exp_normal<const FUSED: bool>(self) -> Self {
+                $functions::exp_normal::<FUSED>(self)
             }
             #[inline(always)]
-            fn erf(self) -> Self {
-                $erf(self)
+            fn tanh<const FUSED: bool>(self) -> Self {
+                $functions::tanh::<FUSED>(self)
+            }
+            #[inline(always)]
+            fn erf<const FUSED: bool>(self) -> Self {
+                $functions::erf::<FUSED>(self)
             }
             #[inline(always)]
             fn is_nan(self) -> bool {
@@ -163,8 +170,24 @@ macro_rules! real {
     };
 }
 
-real!(f32, exp: math::exp, tanh: math::tanh, erf: math::erf, kernel: crate::gemm::kernel_f32);
-real!(f64, exp: f64::exp, tanh: f64::tanh, erf: libm::erf, kernel: crate::gemm::kernel_f64);
+/// The functions of `f64`, from libraries.
+mod library {
+    pub(super) fn exp<const FUSED: bool>(x: f64) -> f64 {
+        x.exp()
+    }
+    pub(super) fn exp_normal<const FUSED: bool>(x: f64) -> f64 {
+        x.exp()
+    }
+    pub(super) fn tanh<const FUSED: bool>(x: f64) -> f64 {
+        x.tanh()
+    }
+    pub(super) fn erf<const FUSED: bool>(x: f64) -> f64 {
+        libm::erf(x)
+    }
+}
+
+real!(f32, functions: math, kernel: crate::gemm::kernel_f32);
+real!(f64, functions: library, kernel: crate::gemm::kernel_f64);
 
 #[cfg(test)]
 mod tests {
@@ -195,9 +218,9 @@ mod tests {
         for i in -40..40 {
             let x = f64::from(i) * 0.125;
             let y = x as f32;
-            assert!((f64::from(Real::exp(y)) / Real::exp(x) - 1.0).abs() < 1e-6);
-            assert!((f64::from(Real::tanh(y)) - Real::tanh(x)).abs() < 1e-6);
-            assert!((f64::from(Real::erf(y)) - Real::erf(x)).abs() < 1e-6);
+            assert!((f64::from(Real::exp::<false>(y)) / Real::exp::<false>(x) - 1.0).abs() < 1e-6);
+            assert!((f64::from(Real::tanh::<false>(y)) - Real::tanh::<false>(x)).abs() < 1e-6);
+            assert!((f64::from(Real::erf::<false>(y)) - Real::erf::<false>(x)).abs() < 1e-6);
         }
     }
 }

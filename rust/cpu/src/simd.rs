@@ -120,8 +120,9 @@ pub fn level() -> Level {
 ///
 /// Type parameters take one bound each (`F: Fn(T) -> T` is one); arguments are plain names. The choice costs a load and
 /// a predictable branch, so give it a whole row or more. Functions called by the body must be `#[inline(always)]` or
-/// small enough to be inlined, or they are compiled for the baseline. Products and sums stay separate instructions
-/// (no FMA), so results are the same at every level.
+/// small enough to be inlined, or they are compiled for the baseline. Products and sums stay separate instructions, so
+/// results are the same at every level, but where the body asks for fused ones: `FUSED`, a constant in it, says whether
+/// the level has them.
 #[macro_export]
 macro_rules! simd_fn {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($g:ident : $bound:path),+ $(,)?>)?
@@ -129,17 +130,17 @@ macro_rules! simd_fn {
         $(#[$meta])*
         $vis fn $name $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn body $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? $body
+            fn body<$($($g: $bound,)+)? const FUSED: bool>($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2 $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
-                    body($($arg),*)
+                    body::<$($($g,)+)? true>($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
                 fn avx512 $(<$($g: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
-                    body($($arg),*)
+                    body::<$($($g,)+)? true>($($arg),*)
                 }
                 match $crate::simd::level() {
                     // SAFETY: `level` names only what the CPU has.
@@ -149,7 +150,8 @@ macro_rules! simd_fn {
                     $crate::simd::Level::Baseline => {}
                 }
             }
-            body($($arg),*)
+            // NEON always has them.
+            body::<$($($g,)+)? { cfg!(target_arch = "aarch64") }>($($arg),*)
         }
     };
 }

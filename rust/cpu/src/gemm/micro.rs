@@ -197,7 +197,7 @@ unsafe fn tile<V: Vector, const H: usize, const AHEAD: bool>(tile: &Tile<V::Elem
 
 /// Asks for the cache line of `at`, which need not be readable.
 #[inline(always)]
-pub(super) fn prefetch<T>(at: *const T) {
+pub(crate) fn prefetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

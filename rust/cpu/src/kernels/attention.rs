@@ -1,19 +1,20 @@
 //! Attention forward and backward, in blocks: scores exist for one block of queries against one block of keys at a time.
 //!
 //! Source: Dao et al. 2022, "FlashAttention", algorithms 1 (forward, online softmax) and 4 (backward, probabilities
-//! recomputed from lse). Blocks that the mask hides whole are skipped. A task owns one (sequence, head, query block) of
-//! the forward pass and one (sequence, key-value head) of the backward pass, so no sum crosses tasks.
+//! recomputed from lse). What the mask hides by position is left out, by blocks and by tiles of a product; rows of scores
+//! are worked on in whole vectors, with −∞ or zeros where a query does not see. A task owns the queries of some blocks of
+//! one head of the forward pass, and one (sequence, key-value head) of the backward pass, so no sum crosses tasks.
 
 use std::ops::Range;
 
 use pyrformer_graph::AttentionSpec;
 
-use crate::gemm::{Gemm, PackBuffers, Scratch, gemm_serial};
+use crate::gemm::{Blocks, PackBuffers, Reach, WIDEST};
 use crate::kernels::dropout::Keep;
 use crate::kernels::elementwise::add_row;
 use crate::memory::PerWorker;
 use crate::real::Real;
-use crate::simd::{dot, max, reduce};
+use crate::simd::dot;
 use crate::simd_fn;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
@@ -22,10 +23,54 @@ use crate::view::{Mat, MatMut};
 const BQ: usize = 64;
 /// Keys in a block.
 const BK: usize = 128;
+/// Elements that rows of scores are worked on at a time; divides [`BK`].
+const CHUNK: usize = 16;
 
-/// Bytes of work memory a worker needs for heads of width `d`.
-pub(crate) fn worker_bytes<T>(d: usize) -> usize {
-    (2 * BQ * BK + BQ * d + 2 * BQ) * size_of::<T>()
+/// Bytes of work memory a worker needs for `t` keys and heads of width `d`.
+pub(crate) fn worker_bytes<T>(t: usize, d: usize) -> usize {
+    let sizes = Sizes::of(t, d);
+    sizes.forward().iter().sum::<usize>().max(sizes.backward().iter().sum()) * size_of::<T>()
+}
+
+/// What the work memory of a task is cut from, in elements.
+struct Sizes {
+    /// Keys, to whole blocks.
+    t: usize,
+    /// Width of a head, and the same to whole tiles.
+    d: usize,
+    wide: usize,
+}
+
+impl Sizes {
+    fn of(t: usize, d: usize) -> Self {
+        Self { t: t.next_multiple_of(BK), d, wide: d.next_multiple_of(WIDEST) }
+    }
+
+    /// Scores, sums of values, largest scores, denominators, packed Kᵀ, packed V.
+    fn forward(&self) -> [usize; 6] {
+        [BQ * BK, BQ * self.wide, BQ, BQ, self.t * self.d, self.t * self.wide]
+    }
+
+    /// Scores, their gradients, doutᵢ·outᵢ, packed Kᵀ, Vᵀ, K of a block of keys, packed dout and Q of a block of queries.
+    fn backward(&self) -> [usize; 8] {
+        let (keys, wide) = (BK * self.d, self.wide);
+        [BQ * BK, BQ * BK, self.t, keys, keys, BK * wide, BQ * wide, BQ * wide]
+    }
+}
+
+/// The work memory of a worker in parts of these sizes.
+///
+/// # Safety
+/// As [`PerWorker::get`].
+#[expect(clippy::mut_from_ref, reason = "as there")]
+unsafe fn parts<T: Real, const N: usize>(
+    memory: &PerWorker,
+    worker: usize,
+    sizes: [usize; N],
+) -> [&mut [T]; N] {
+    // SAFETY: the caller's promise; floats take any bits.
+    let mut all = unsafe { memory.get::<T>(worker, sizes.iter().sum()) };
+    sizes.map(|size| all.split_off_mut(..size).expect("all is as long as the sizes together"))
 }
 
 /// Which keys each query sees, beyond the shapes.
@@ -64,44 +109,125 @@ impl<T: Real> Mask<'_, T> {
         T::from_f64(keep / t as f64)
     }
 
-    /// Scales the scores of query `i` against keys `from ..` and gives the columns that it sees by position; the others
-    /// become 0, those that segments hide among the seen become −∞.
-    fn apply(
-        &self,
-        scores: &mut [T],
-        (b, head, i): (usize, usize, usize),
-        from: usize,
-        t: usize,
-    ) -> Range<usize> {
-        let seen = self.seen(b, i, t);
-        let lo = seen.start.clamp(from, from + scores.len()) - from;
-        let hi = seen.end.clamp(from, from + scores.len()) - from;
-        scores[..lo].fill(T::ZERO);
-        scores[hi..].fill(T::ZERO);
-        scale_row(&mut scores[lo..hi], T::from_f64(self.spec.scale));
+    /// Whether scores are products times the scale, whatever the keys.
+    fn is_plain(&self) -> bool {
+        self.key_bias.is_none() && self.segments.is_none()
+    }
+
+    /// Makes scores of query `i` against keys `from ..`, which it sees by position, of products: scaled, with the bias of
+    /// keys, −∞ where segments hide.
+    fn apply(&self, scores: &mut [T], (b, head, i): (usize, usize, usize), from: usize, t: usize) {
+        scale_row(scores, T::from_f64(self.spec.scale));
         if let Some(bias) = &self.key_bias {
-            add_row(&bias.row(b * self.spec.heads + head)[from + lo..from + hi], &mut scores[lo..hi]);
+            add_row(&bias.row(b * self.spec.heads + head)[from..from + scores.len()], scores);
         }
         if let Some(segments) = self.segments {
             let own = segments[b * t + i];
-            for (s, &segment) in scores[lo..hi].iter_mut().zip(&segments[b * t + from + lo..]) {
+            for (s, &segment) in scores.iter_mut().zip(&segments[b * t + from..]) {
                 if segment == 0 || (segment != own && own != 0) {
                     *s = T::NEG_INFINITY;
                 }
             }
         }
-        lo..hi
+    }
+
+    /// The number of the pair (query `i`, key `j`), by which dropout decides.
+    fn pair(&self, (b, head, i): (usize, usize, usize), j: usize, t: usize) -> u64 {
+        (((b * self.spec.heads + head) * t + i) * t + j) as u64
+    }
+}
+
+/// The columns of a block of scores that each of its queries sees by position. Both ends rise with the query.
+struct Seen {
+    start: [usize; BQ],
+    end: [usize; BQ],
+    queries: usize,
+}
+
+impl Seen {
+    /// Queries against the `keys` keys from `from` on.
+    fn of<T: Real>(
+        mask: &Mask<'_, T>,
+        b: usize,
+        queries: &Range<usize>,
+        from: usize,
+        keys: usize,
+        t: usize,
+    ) -> Self {
+        let mut seen = Self { start: [0; BQ], end: [0; BQ], queries: queries.len() };
+        for (r, i) in queries.clone().enumerate() {
+            let all = mask.seen(b, i, t);
+            seen.start[r] = all.start.clamp(from, from + keys) - from;
+            seen.end[r] = all.end.clamp(from, from + keys) - from;
+        }
+        seen
+    }
+
+    fn row(&self, r: usize) -> Range<usize> {
+        self.start[r]..self.end[r]
+    }
+
+    /// Keys that some of these queries see.
+    fn keys(&self, queries: &Range<usize>) -> Range<usize> {
+        self.start[queries.start]..self.end[queries.end - 1]
+    }
+
+    /// Queries between the first and the last that see some of these keys.
+    fn queries(&self, keys: &Range<usize>) -> Range<usize> {
+        let from = self.end[..self.queries].partition_point(|&end| end <= keys.start);
+        let to = self.start[..self.queries].partition_point(|&start| start < keys.end);
+        from..to.max(from)
     }
 }
 
 simd_fn! {
-    /// `row = exp(row − shift)`; gives the sum.
-    fn exp_row<T: Real>(row: &mut [T], shift: T) -> T {
-        for x in row.iter_mut() {
-            *x = (*x - shift).exp();
+    /// Scores of products: scales `row`, puts −∞ where it is not seen in the first and the last chunk, and gives the
+    /// largest.
+    fn scores_row<T: Real>(row: &mut [T], seen: Range<usize>, scale: T) -> T {
+        let (from, to) = (seen.start / CHUNK * CHUNK, seen.end.next_multiple_of(CHUNK));
+        for x in row[from..to].iter_mut() {
+            *x *= scale;
         }
-        reduce(row, T::ZERO, |x| x, |a, b| a + b)
+        row[from..seen.start].fill(T::NEG_INFINITY);
+        row[seen.end..to].fill(T::NEG_INFINITY);
+        let mut lanes = [T::NEG_INFINITY; CHUNK];
+        for chunk in row[from..to].as_chunks::<CHUNK>().0 {
+            for l in 0..CHUNK {
+                lanes[l] = lanes[l].max(chunk[l]);
+            }
+        }
+        fold_chunk(lanes, T::max)
     }
+}
+
+simd_fn! {
+    /// `row = exp(row − shift)` in the chunks that are seen, 0 in the others; gives the sum.
+    fn exp_row<T: Real>(row: &mut [T], seen: Range<usize>, shift: T) -> T {
+        let (from, to) = (seen.start / CHUNK * CHUNK, seen.end.next_multiple_of(CHUNK));
+        let mut lanes = [T::ZERO; CHUNK];
+        for chunk in row[from..to].as_chunks_mut::<CHUNK>().0 {
+            for l in 0..CHUNK {
+                chunk[l] = (chunk[l] - shift).exp_normal::<FUSED>();
+                lanes[l] += chunk[l];
+            }
+        }
+        row[..from].fill(T::ZERO);
+        row[to..].fill(T::ZERO);
+        fold_chunk(lanes, |a, b| a + b)
+    }
+}
+
+/// Combines lanes in a fixed order.
+#[inline(always)]
+fn fold_chunk<T: Real>(mut lanes: [T; CHUNK], combine: impl Fn(T, T) -> T) -> T {
+    let mut half = CHUNK / 2;
+    while half > 0 {
+        for l in 0..half {
+            lanes[l] = combine(lanes[l], lanes[l + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 simd_fn! {
@@ -113,11 +239,26 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// `dp = p · (dp − delta) · scale`, the gradient of the scores.
-    fn softmax_grad_row<T: Real>(p: &[T], dp: &mut [T], delta: T, scale: T) {
-        for (dp, &p) in dp.iter_mut().zip(p) {
+    /// Probabilities of scores, which are `s` times the scale: `s = exp(s · scale − lse)`; zeros where it is not seen.
+    fn probabilities_row<T: Real>(s: &mut [T], seen: Range<usize>, scale: T, lse: T) {
+        let (from, to) = (seen.start / CHUNK * CHUNK, seen.end.next_multiple_of(CHUNK));
+        for s in s[from..to].iter_mut() {
+            *s = (*s * scale - lse).exp_normal::<FUSED>();
+        }
+        s[..seen.start].fill(T::ZERO);
+        s[seen.end..].fill(T::ZERO);
+    }
+}
+
+simd_fn! {
+    /// `dp = p · (dp − delta) · scale`, the gradient of the scores; zeros where it is not seen.
+    fn softmax_grad_row<T: Real>(p: &[T], dp: &mut [T], seen: Range<usize>, delta: T, scale: T) {
+        let (from, to) = (seen.start / CHUNK * CHUNK, seen.end.next_multiple_of(CHUNK));
+        for (dp, &p) in dp[from..to].iter_mut().zip(&p[from..to]) {
             *dp = p * (*dp - delta) * scale;
         }
+        dp[..seen.start].fill(T::ZERO);
+        dp[seen.end..].fill(T::ZERO);
     }
 }
 
@@ -138,26 +279,10 @@ impl Dims {
     }
 }
 
-/// The work memory of one task, cut into its parts.
-struct Work<'a, T> {
-    scores: &'a mut [T],
-    other: &'a mut [T],
-    sum: &'a mut [T],
-    rows: &'a mut [T],
-}
-
-impl<'a, T: Real> Work<'a, T> {
-    /// # Safety
-    /// As [`PerWorker::get`].
-    unsafe fn of(memory: &'a PerWorker, worker: usize, d: usize) -> Self {
-        let elements = worker_bytes::<T>(d) / size_of::<T>();
-        // SAFETY: the caller's promise; floats take any bits.
-        let all = unsafe { memory.get::<T>(worker, elements) };
-        let (scores, all) = all.split_at_mut(BQ * BK);
-        let (other, all) = all.split_at_mut(BQ * BK);
-        let (sum, rows) = all.split_at_mut(BQ * d);
-        Self { scores, other, sum, rows }
-    }
+/// Into how many tasks the `blocks` blocks of queries of a head are cut: one packs its keys once, several keep the
+/// threads busy where there are few heads. No bit depends on it.
+fn tasks_of_head(heads: usize, blocks: usize, threads: usize) -> usize {
+    if threads == 1 { 1 } else { (4 * threads).div_ceil(heads.max(1)).clamp(1, blocks.max(1)) }
 }
 
 /// Shapes: q, out [B·T, H·D], k, v [B·T, K·D], lse [B·H, T].
@@ -173,83 +298,115 @@ pub(crate) fn attention<T: Real>(
 ) {
     let dims = Dims::of(&mask.spec, &q, batch);
     let Dims { t, d, .. } = dims;
-    let blocks = t.div_ceil(BQ);
     let heads = mask.spec.heads;
-    pool.run(dims.b * heads * blocks, &|task, worker| {
-        // The last query blocks see the most keys: begin with them.
-        let (block, head, b) = (blocks - 1 - task % blocks, task / blocks % heads, task / blocks / heads);
+    let all = t.div_ceil(BQ);
+    let per = all.div_ceil(tasks_of_head(dims.b * heads, all, pool.threads())).max(1);
+    let tasks = all.div_ceil(per);
+    pool.run(dims.b * heads * tasks, &|task, worker| {
+        // The last queries see the most keys: begin with them.
+        let (part, head, b) = (tasks - 1 - task % tasks, task / tasks % heads, task / tasks / heads);
         // SAFETY: this task alone runs as `worker`.
-        let work = unsafe { Work::<T>::of(memory, worker, d) };
-        let pack = &mut *packs.worker(worker);
-        let queries = block * BQ..((block + 1) * BQ).min(t);
-        let n = queries.len();
-        let qs = q.block(b * t + queries.start, n, head * d, d);
+        let work = unsafe { parts(memory, worker, Sizes::of(t, d).forward()) };
+        let queries = part * per * BQ..((part + 1) * per * BQ).min(t);
         let kv = head / dims.group * d;
-        let (largest, rest) = work.rows.split_at_mut(BQ);
-        let denominators = &mut *rest;
+        let [k, v] = [k, v].map(|x| x.block(b * t, t, kv, d));
+        forward_head(packs.blocks(), work, mask, (b, head), queries, q, [k, v], out, lse);
+    });
+}
+
+/// The queries of one task. Shapes: k, v [T, D] of its head.
+fn forward_head<T: Real>(
+    blocks: Blocks<T>,
+    [scores, sums, largest, denominators, keys, values]: [&mut [T]; 6],
+    mask: &Mask<'_, T>,
+    (b, head): (usize, usize),
+    queries: Range<usize>,
+    q: Mat<'_, T>,
+    [k, v]: [Mat<'_, T>; 2],
+    out: MatMut<'_, T>,
+    lse: MatMut<'_, T>,
+) {
+    let (t, d, heads) = (k.rows, k.cols, mask.spec.heads);
+    let plain = mask.is_plain();
+    let scale = if plain { T::from_f64(mask.spec.scale) } else { T::ONE };
+    let all = mask.seen_by_block(b, &queries, t);
+    let first = all.start / BK * BK;
+    let [k, v_seen] = [k, v].map(|x| x.block(first, all.end - first, 0, d));
+    let (keys, values) = (blocks.pack(k, true, keys), blocks.pack(v_seen, false, values));
+    for start in queries.clone().step_by(BQ) {
+        let block = start..(start + BQ).min(queries.end);
+        let n = block.len();
+        let qs = q.block(b * t + start, n, head * d, d);
+        let sum = MatMut::new(&mut sums[..n * d], n, d);
+        // SAFETY: the sums are this task's own.
+        let sum_row = |r: usize| unsafe { sum.row_mut(r) };
+        (0..n).for_each(|r| sum_row(r).fill(T::ZERO));
         largest.fill(T::NEG_INFINITY);
         denominators.fill(T::ZERO);
-        work.sum[..n * d].fill(T::ZERO);
-        let seen = mask.seen_by_block(b, &queries, t);
-        for from in (seen.start / BK * BK..seen.end).step_by(BK) {
-            let m = BK.min(seen.end - from);
-            let (ks, vs) = (k.block(b * t + from, m, kv, d), v.block(b * t + from, m, kv, d));
-            let scores = MatMut::new(work.scores, n, m);
-            // SAFETY: the result is this task's own and no operand overlaps it.
+        let seen_by_block = mask.seen_by_block(b, &block, t);
+        for from in (seen_by_block.start / BK * BK..seen_by_block.end).step_by(BK) {
+            let m = BK.min(seen_by_block.end - from);
+            let seen = Seen::of(mask, b, &block, from, m, t);
+            // SAFETY: the scores are this task's own, with rows of BK; what is packed above stays as it is.
             unsafe {
-                gemm_serial(pack, &Gemm { a: qs, ta: false, b: ks, tb: true, c: scores, accumulate: false })
-            };
+                let to = MatMut::from_raw(scores.as_mut_ptr(), n, m, BK);
+                let reach = |rows: Range<usize>| Reach { columns: seen.keys(&rows), steps: 0..d };
+                blocks.multiply((qs, false), keys.columns(from - first, m), to, (false, true), reach);
+            }
             for r in 0..n {
-                // SAFETY: the scores are this task's own.
-                let row = unsafe { scores.row_mut(r) };
-                let i = queries.start + r;
-                let seen = mask.apply(row, (b, head, i), from, t);
+                let row = &mut scores[r * BK..][..m.next_multiple_of(CHUNK)];
+                let (place, seen) = ((b, head, start + r), seen.row(r));
+                if !plain {
+                    mask.apply(&mut row[seen.clone()], place, from + seen.start, t);
+                }
                 let before = largest[r];
-                let now = before.max(max(&row[seen.clone()]));
+                let now = before.max(scores_row(row, seen.clone(), scale));
                 if now == T::NEG_INFINITY {
                     row.fill(T::ZERO);
                     continue;
                 }
-                let correction = (before - now).exp();
-                let sum = exp_row(&mut row[seen], now);
-                denominators[r] = denominators[r] * correction + sum;
-                largest[r] = now;
-                if correction != T::ONE {
-                    scale_row(&mut work.sum[r * d..(r + 1) * d], correction);
+                let denominator = exp_row(row, seen.clone(), now);
+                if before == now {
+                    denominators[r] += denominator;
+                } else {
+                    let correction = (before - now).exp_normal::<false>();
+                    denominators[r] = denominators[r] * correction + denominator;
+                    scale_row(sum_row(r), correction);
                 }
+                largest[r] = now;
                 if let Some(keep) = &mask.keep {
-                    keep.apply(row, (((b * heads + head) * t + i) * t + from) as u64);
+                    keep.apply(&mut row[seen.clone()], mask.pair(place, from + seen.start, t));
                 }
             }
-            // SAFETY: the scores are finished and only read here.
-            let p = unsafe { scores.as_mat() };
-            let sum = MatMut::new(work.sum, n, d);
-            // SAFETY: the result is this task's own and no operand overlaps it.
+            let values = blocks.steps(values, from - first, m);
+            // SAFETY: the scores are finished and only read here; the sums are this task's own.
             unsafe {
-                gemm_serial(pack, &Gemm { a: p, ta: false, b: vs, tb: false, c: sum, accumulate: true })
-            };
+                let p = Mat::from_raw(scores.as_ptr(), n, m, BK);
+                let reach = |rows: Range<usize>| Reach { columns: 0..d, steps: seen.keys(&rows) };
+                blocks.multiply((p, false), values, sum, (true, false), reach);
+            }
         }
         for r in 0..n {
-            let i = queries.start + r;
+            let i = start + r;
             let empty = largest[r] == T::NEG_INFINITY;
+            let sum = sum_row(r);
             if empty {
-                let sum = &mut work.sum[r * d..(r + 1) * d];
                 for j in 0..t {
                     let p: T = mask.blind(b, head, i, j, t);
-                    sum.iter_mut().zip(v.block(b * t + j, 1, kv, d).row(0)).for_each(|(s, &v)| *s += p * v);
+                    sum.iter_mut().zip(v.row(j)).for_each(|(s, &v)| *s += p * v);
                 }
             }
             let factor = if empty { T::ONE } else { T::ONE / denominators[r] };
-            // SAFETY: rows and columns of this query block and head belong to this task.
+            // SAFETY: rows and columns of these queries and head belong to this task.
             unsafe {
                 let row = out.block(b * t + i, 1, head * d, d).row_mut(0);
-                row.copy_from_slice(&work.sum[r * d..(r + 1) * d]);
+                row.copy_from_slice(sum);
                 scale_row(row, factor);
                 let value = if empty { T::NEG_INFINITY } else { largest[r] + denominators[r].ln() };
                 lse.set(b * heads + head, i, value);
             }
         }
-    });
+    }
 }
 
 /// What the backward pass reads. Shapes: dout, q, out [B·T, H·D], k, v [B·T, K·D], lse [B·H, T].
@@ -273,102 +430,113 @@ pub(crate) fn attention_grad<T: Real>(
     saved: Saved<'_, T>,
     [dq, dk, dv]: [MatMut<'_, T>; 3],
 ) {
-    let dims = Dims::of(&mask.spec, &saved.q, batch);
-    pool.run(dims.b * mask.spec.kv_heads, &|task, worker| {
+    let Dims { b, t, d, group } = Dims::of(&mask.spec, &saved.q, batch);
+    pool.run(b * mask.spec.kv_heads, &|task, worker| {
         let (kv, b) = (task % mask.spec.kv_heads, task / mask.spec.kv_heads);
-        // SAFETY: this task alone runs as `worker`.
-        let mut work = unsafe { Work::<T>::of(memory, worker, dims.d) };
-        let pack = &mut *packs.worker(worker);
-        let own = |x: &MatMut<'_, T>| {
-            for r in b * dims.t..(b + 1) * dims.t {
-                // SAFETY: the columns of this key-value head belong to this task.
-                unsafe { x.block(r, 1, kv * dims.d, dims.d).row_mut(0) }.fill(T::ZERO);
-            }
-        };
-        own(&dk);
-        own(&dv);
-        for head in kv * dims.group..(kv + 1) * dims.group {
-            for start in (0..dims.t).step_by(BQ) {
-                let queries = start..(start + BQ).min(dims.t);
-                query_block(&mut work, pack, mask, dims, &saved, (b, head, kv), queries, [&dq, &dk, &dv]);
-            }
+        let heads = kv * group..(kv + 1) * group;
+        // The columns of this sequence and these heads belong to this task.
+        let [dk, dv] = [dk, dv].map(|x| x.block(b * t, t, kv * d, d));
+        let dq = dq.block(b * t, t, heads.start * d, group * d);
+        for x in [dk, dv, dq] {
+            // SAFETY: as said above.
+            (0..t).for_each(|r| unsafe { x.row_mut(r) }.fill(T::ZERO));
+        }
+        for head in heads.clone() {
+            let [dout, q, out] = [saved.dout, saved.q, saved.out].map(|x| x.block(b * t, t, head * d, d));
+            let [k, v] = [saved.k, saved.v].map(|x| x.block(b * t, t, kv * d, d));
+            let lse = saved.lse.block(b * mask.spec.heads + head, 1, 0, t);
+            let saved = Saved { dout, q, k, v, out, lse };
+            let dq = dq.block(0, t, (head - heads.start) * d, d);
+            // SAFETY: this task alone runs as `worker`.
+            let work = unsafe { parts(memory, worker, Sizes::of(t, d).backward()) };
+            backward_head(packs.blocks(), work, mask, (b, head), &saved, [dq, dk, dv]);
         }
     });
 }
 
-/// What one block of queries of one head adds to dk and dv, and its dq.
-fn query_block<T: Real>(
-    work: &mut Work<'_, T>,
-    pack: &mut Scratch<T>,
+/// What one head adds to the gradients. Shapes: dq, dk, dv and all of `s` [T, D] of the head, lse [1, T].
+fn backward_head<T: Real>(
+    blocks: Blocks<T>,
+    [scores, other, deltas, keys, values, keys_as_steps, douts, queries]: [&mut [T]; 8],
     mask: &Mask<'_, T>,
-    Dims { t, d, .. }: Dims,
+    (b, head): (usize, usize),
     s: &Saved<'_, T>,
-    (b, head, kv): (usize, usize, usize),
-    queries: Range<usize>,
-    [dq, dk, dv]: [&MatMut<'_, T>; 3],
+    [dq, dk, dv]: [MatMut<'_, T>; 3],
 ) {
-    let n = queries.len();
-    let heads = mask.spec.heads;
-    let [qs, douts, outs] = [s.q, s.dout, s.out].map(|x| x.block(b * t + queries.start, n, head * d, d));
-    let dqs = dq.block(b * t + queries.start, n, head * d, d);
-    for r in 0..n {
+    let (t, d) = (s.q.rows, s.q.cols);
+    let lse = s.lse.row(0);
+    let plain = mask.is_plain();
+    let scale = T::from_f64(mask.spec.scale);
+    for i in 0..t {
         // Σⱼ pᵢⱼ·dpᵢⱼ = doutᵢ·outᵢ (Dao et al. 2022, appendix B.2).
-        work.rows[r] = dot(douts.row(r), outs.row(r));
-        // SAFETY: this head's columns belong to this task.
-        unsafe { dqs.row_mut(r) }.fill(T::ZERO);
-        let i = queries.start + r;
-        if s.lse.row(b * heads + head)[i] == T::NEG_INFINITY {
+        deltas[i] = dot(s.dout.row(i), s.out.row(i));
+        if lse[i] == T::NEG_INFINITY {
             for j in 0..t {
                 let p: T = mask.blind(b, head, i, j, t);
-                // SAFETY: the columns of this key-value head belong to this task.
-                let dv = unsafe { dv.block(b * t + j, 1, kv * d, d).row_mut(0) };
-                dv.iter_mut().zip(douts.row(r)).for_each(|(dv, &dout)| *dv += p * dout);
+                // SAFETY: the gradients are the caller's alone.
+                let dv = unsafe { dv.row_mut(j) };
+                dv.iter_mut().zip(s.dout.row(i)).for_each(|(dv, &dout)| *dv += p * dout);
             }
         }
     }
-    let seen = mask.seen_by_block(b, &queries, t);
-    for from in (seen.start / BK * BK..seen.end).step_by(BK) {
-        let m = BK.min(seen.end - from);
-        let [ks, vs] = [s.k, s.v].map(|x| x.block(b * t + from, m, kv * d, d));
-        let (dks, dvs) = (dk.block(b * t + from, m, kv * d, d), dv.block(b * t + from, m, kv * d, d));
-        let p = MatMut::new(work.scores, n, m);
-        let dp = MatMut::new(work.other, n, m);
-        // SAFETY: the result is this task's own and no operand overlaps it.
-        unsafe { gemm_serial(pack, &Gemm { a: qs, ta: false, b: ks, tb: true, c: p, accumulate: false }) };
-        // SAFETY: the result is this task's own and no operand overlaps it.
-        unsafe {
-            gemm_serial(pack, &Gemm { a: douts, ta: false, b: vs, tb: true, c: dp, accumulate: false })
-        };
-        for r in 0..n {
-            let i = queries.start + r;
-            let lse = s.lse.row(b * heads + head)[i];
-            // SAFETY: p and dp are this task's own.
-            let (row, drow) = unsafe { (p.row_mut(r), dp.row_mut(r)) };
-            if lse == T::NEG_INFINITY {
-                row.fill(T::ZERO);
-                drow.fill(T::ZERO);
+    for from in (0..t).step_by(BK) {
+        let [k, v] = [s.k, s.v].map(|x| x.block(from, BK.min(t - from), 0, d));
+        let keys = blocks.pack(k, true, keys);
+        let values = blocks.pack(v, true, values);
+        let keys_as_steps = blocks.pack(k, false, keys_as_steps);
+        for start in (0..t).step_by(BQ) {
+            let queries_here = start..(start + BQ).min(t);
+            let all = mask.seen_by_block(b, &queries_here, t);
+            if all.end <= from || all.start >= from + BK {
                 continue;
             }
-            let seen = mask.apply(row, (b, head, i), from, t);
-            exp_row(&mut row[seen.clone()], lse);
-            drow[..seen.start].fill(T::ZERO);
-            drow[seen.end..].fill(T::ZERO);
-            if let Some(keep) = &mask.keep {
-                keep.apply(drow, (((b * heads + head) * t + i) * t + from) as u64);
+            let (n, m) = (queries_here.len(), BK.min(all.end - from));
+            let seen = Seen::of(mask, b, &queries_here, from, m, t);
+            let [qs, dout] = [s.q, s.dout].map(|x| x.block(start, n, 0, d));
+            let (queries, douts) = (blocks.pack(qs, false, queries), blocks.pack(dout, false, douts));
+            let rows_of_scores = |rows: Range<usize>| Reach { columns: seen.keys(&rows), steps: 0..d };
+            let rows_of_queries = |rows: Range<usize>| Reach { columns: 0..d, steps: seen.keys(&rows) };
+            let rows_of_keys = |keys: Range<usize>| Reach { columns: 0..d, steps: seen.queries(&keys) };
+            // SAFETY: both are this task's own, with rows of BK; what is packed stays as it is while it is read.
+            unsafe {
+                let (p, dp) = (scores.as_mut_ptr(), other.as_mut_ptr());
+                let (p, dp) = (MatMut::from_raw(p, n, m, BK), MatMut::from_raw(dp, n, m, BK));
+                blocks.multiply((qs, false), keys.columns(0, m), p, (false, true), rows_of_scores);
+                blocks.multiply((dout, false), values.columns(0, m), dp, (false, true), rows_of_scores);
             }
-            let scale = T::from_f64(mask.spec.scale);
-            softmax_grad_row(&row[seen.clone()], &mut drow[seen], work.rows[r], scale);
-            if let Some(keep) = &mask.keep {
-                keep.apply(row, (((b * heads + head) * t + i) * t + from) as u64);
+            for r in 0..n {
+                let i = start + r;
+                let width = m.next_multiple_of(CHUNK);
+                let (p, dp) = (&mut scores[r * BK..][..width], &mut other[r * BK..][..width]);
+                if lse[i] == T::NEG_INFINITY {
+                    p.fill(T::ZERO);
+                    dp.fill(T::ZERO);
+                    continue;
+                }
+                let seen = seen.row(r);
+                let (place, first) = ((b, head, i), from + seen.start);
+                if !plain {
+                    mask.apply(&mut p[seen.clone()], place, first, t);
+                }
+                probabilities_row(p, seen.clone(), if plain { scale } else { T::ONE }, lse[i]);
+                if let Some(keep) = &mask.keep {
+                    keep.apply(&mut dp[seen.clone()], mask.pair(place, first, t));
+                }
+                softmax_grad_row(p, dp, seen.clone(), deltas[i], scale);
+                if let Some(keep) = &mask.keep {
+                    keep.apply(&mut p[seen], mask.pair(place, first, t));
+                }
+            }
+            // SAFETY: scores are finished and only read from here on; the gradients are the caller's alone.
+            unsafe {
+                let (p, ds) = (scores.as_ptr(), other.as_ptr());
+                let (p, ds) = (Mat::from_raw(p, n, m, BK), Mat::from_raw(ds, n, m, BK));
+                let (dk, dv) = (dk.block(from, m, 0, d), dv.block(from, m, 0, d));
+                let keys = blocks.steps(keys_as_steps, 0, m);
+                blocks.multiply((p, true), douts, dv, (true, false), rows_of_keys);
+                blocks.multiply((ds, true), queries, dk, (true, false), rows_of_keys);
+                blocks.multiply((ds, false), keys, dq.block(start, n, 0, d), (true, false), rows_of_queries);
             }
         }
-        // SAFETY: both are finished and only read from here on.
-        let (p, ds) = unsafe { (p.as_mat(), dp.as_mat()) };
-        // SAFETY: the result is this task's own and no operand overlaps it.
-        unsafe { gemm_serial(pack, &Gemm { a: p, ta: true, b: douts, tb: false, c: dvs, accumulate: true }) };
-        // SAFETY: the result is this task's own and no operand overlaps it.
-        unsafe { gemm_serial(pack, &Gemm { a: ds, ta: true, b: qs, tb: false, c: dks, accumulate: true }) };
-        // SAFETY: the result is this task's own and no operand overlaps it.
-        unsafe { gemm_serial(pack, &Gemm { a: ds, ta: false, b: ks, tb: false, c: dqs, accumulate: true }) };
     }
 }

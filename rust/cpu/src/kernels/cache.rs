@@ -316,7 +316,7 @@ simd_fn! {
         }
         let largest = max(row);
         for s in row.iter_mut() {
-            *s = (*s - largest).exp();
+            *s = (*s - largest).exp_normal::<FUSED>();
         }
         let factor = T::ONE / reduce(row, T::ZERO, |x| x, |a, b| a + b);
         for s in row.iter_mut() {

@@ -16,44 +16,45 @@ const GELU_CUBIC: f64 = 0.044_715;
 const INV_SQRT_2PI: f64 = 0.398_942_280_401_432_7;
 
 #[inline(always)]
-fn map<T: Real>(x: &[T], y: &mut [T], f: impl Fn(T) -> T) {
-    for (y, &x) in y.iter_mut().zip(x) {
-        *y = f(x);
+fn map<T: Real>(y: &mut [T], f: impl Fn(T) -> T) {
+    for y in y.iter_mut() {
+        *y = f(*y);
     }
 }
 
 #[inline(always)]
-fn sigmoid<T: Real>(x: T) -> T {
-    T::ONE / (T::ONE + (-x).exp())
+fn sigmoid<T: Real, const FUSED: bool>(x: T) -> T {
+    T::ONE / (T::ONE + (-x).exp_normal::<FUSED>())
 }
 
 /// (1 + tanh u)/2 of GELU's tanh form, u = √(2/π)·(x + 0.044715·x³), as sigmoid(2u): one exponential instead of a
 /// hyperbolic tangent.
 #[inline(always)]
-fn gelu_gate<T: Real>(x: T) -> T {
-    sigmoid(T::from_f64(2.0 * SQRT_2_OVER_PI) * (x + T::from_f64(GELU_CUBIC) * x * x * x))
+fn gelu_gate<T: Real, const FUSED: bool>(x: T) -> T {
+    let (c, cubic) = (T::from_f64(2.0 * SQRT_2_OVER_PI), T::from_f64(2.0 * SQRT_2_OVER_PI * GELU_CUBIC));
+    sigmoid::<T, FUSED>(x * (c + cubic * (x * x)))
 }
 
 /// tanh(ln(1 + eˣ)) = n / (n + 2) with n = eˣ(eˣ + 2); beyond 20 it is 1 to the last digit, and eˣ would overflow.
 #[inline(always)]
-fn mish_gate<T: Real>(x: T) -> T {
-    let e = x.min(T::from_f64(20.0)).exp();
+fn mish_gate<T: Real, const FUSED: bool>(x: T) -> T {
+    let e = x.min(T::from_f64(20.0)).exp_normal::<FUSED>();
     let n = e * (e + T::from_f64(2.0));
     n / (n + T::from_f64(2.0))
 }
 
 /// The derivative of GELU's tanh form.
 #[inline(always)]
-fn gelu_tanh_slope<T: Real>(x: T) -> T {
+fn gelu_tanh_slope<T: Real, const FUSED: bool>(x: T) -> T {
     let (c, cubic) = (T::from_f64(2.0 * SQRT_2_OVER_PI), T::from_f64(3.0 * GELU_CUBIC));
-    let s = gelu_gate(x);
+    let s = gelu_gate::<T, FUSED>(x);
     s + x * s * (T::ONE - s) * c * (T::ONE + cubic * x * x)
 }
 
 /// The derivative of x·sigmoid(c·x).
 #[inline(always)]
-fn swish_slope<T: Real>(x: T, c: T) -> T {
-    let s = sigmoid(c * x);
+fn swish_slope<T: Real, const FUSED: bool>(x: T, c: T) -> T {
+    let s = sigmoid::<T, FUSED>(c * x);
     s * (T::ONE + c * x * (T::ONE - s))
 }
 
@@ -73,35 +74,35 @@ fn sign<T: Real>(x: T) -> T {
 const QUICK: f64 = 1.702;
 
 simd_fn! {
-    /// `y = f(x)` for one row.
-    pub(crate) fn unary_row<T: Real>(f: Unary, x: &[T], y: &mut [T]) {
+    /// `x = f(x)` for one row.
+    pub(crate) fn unary_row<T: Real>(f: Unary, x: &mut [T]) {
         let half = T::from_f64(0.5);
         match f {
             Unary::Scale(s) => {
                 let s = T::from_f64(s);
-                map(x, y, |x| s * x);
+                map(x, |x| s * x);
             }
-            Unary::Exp => map(x, y, |x| x.exp()),
-            Unary::Tanh => map(x, y, |x| x.tanh()),
-            Unary::Sigmoid => map(x, y, |x| sigmoid(x)),
-            Unary::Relu => map(x, y, |x| x.max(T::ZERO)),
+            Unary::Exp => map(x, |x| x.exp::<FUSED>()),
+            Unary::Tanh => map(x, |x| x.tanh::<FUSED>()),
+            Unary::Sigmoid => map(x, |x| sigmoid::<T, FUSED>(x)),
+            Unary::Relu => map(x, |x| x.max(T::ZERO)),
             Unary::Gelu => {
                 let s = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
-                map(x, y, |x| half * x * (T::ONE + (x * s).erf()));
+                map(x, |x| half * x * (T::ONE + (x * s).erf::<FUSED>()));
             }
-            Unary::GeluTanh => map(x, y, |x| x * gelu_gate(x)),
-            Unary::Silu => map(x, y, |x| x * sigmoid(x)),
+            Unary::GeluTanh => map(x, |x| x * gelu_gate::<T, FUSED>(x)),
+            Unary::Silu => map(x, |x| x * sigmoid::<T, FUSED>(x)),
             Unary::QuickGelu => {
                 let c = T::from_f64(QUICK);
-                map(x, y, |x| x * sigmoid(c * x));
+                map(x, |x| x * sigmoid::<T, FUSED>(c * x));
             }
-            Unary::Relu2 => map(x, y, |x| {
+            Unary::Relu2 => map(x, |x| {
                 let r = x.max(T::ZERO);
                 r * r
             }),
-            Unary::Mish => map(x, y, |x| x * mish_gate(x)),
-            Unary::Sqrt => map(x, y, |x| x.sqrt()),
-            Unary::Sign => map(x, y, |x| sign(x)),
+            Unary::Mish => map(x, |x| x * mish_gate::<T, FUSED>(x)),
+            Unary::Sqrt => map(x, |x| x.sqrt()),
+            Unary::Sign => map(x, |x| sign(x)),
         }
     }
 }
@@ -121,13 +122,13 @@ simd_fn! {
                 let s = T::from_f64(s);
                 times(x, dy, |_| s);
             }
-            Unary::Exp => times(x, dy, |x| x.exp()),
+            Unary::Exp => times(x, dy, |x| x.exp::<FUSED>()),
             Unary::Tanh => times(x, dy, |x| {
-                let t = x.tanh();
+                let t = x.tanh::<FUSED>();
                 T::ONE - t * t
             }),
             Unary::Sigmoid => times(x, dy, |x| {
-                let s = sigmoid(x);
+                let s = sigmoid::<T, FUSED>(x);
                 s * (T::ONE - s)
             }),
             Unary::Relu => times(x, dy, |x| if x > T::ZERO { T::ONE } else { T::ZERO }),
@@ -136,17 +137,19 @@ simd_fn! {
                 let (s, c) = (T::from_f64(std::f64::consts::FRAC_1_SQRT_2), T::from_f64(INV_SQRT_2PI));
                 let mut slope = [T::ZERO; 256];
                 for (x, dy) in x.chunks(slope.len()).zip(dy.chunks_mut(slope.len())) {
-                    map(x, &mut slope, |x| half * (T::ONE + (x * s).erf()));
-                    for ((dy, &x), &gate) in dy.iter_mut().zip(x).zip(&slope) {
-                        *dy *= gate + x * c * (-half * x * x).exp();
+                    let slope = &mut slope[..x.len()];
+                    slope.copy_from_slice(x);
+                    map(slope, |x| half * (T::ONE + (x * s).erf::<FUSED>()));
+                    for ((dy, &x), &gate) in dy.iter_mut().zip(x).zip(slope.iter()) {
+                        *dy *= gate + x * c * (-half * x * x).exp_normal::<FUSED>();
                     }
                 }
             }
-            Unary::GeluTanh => times(x, dy, |x| gelu_tanh_slope(x)),
-            Unary::Silu => times(x, dy, |x| swish_slope(x, T::ONE)),
+            Unary::GeluTanh => times(x, dy, |x| gelu_tanh_slope::<T, FUSED>(x)),
+            Unary::Silu => times(x, dy, |x| swish_slope::<T, FUSED>(x, T::ONE)),
             Unary::QuickGelu => {
                 let c = T::from_f64(QUICK);
-                times(x, dy, |x| swish_slope(x, c));
+                times(x, dy, |x| swish_slope::<T, FUSED>(x, c));
             }
             Unary::Relu2 => {
                 let two = T::from_f64(2.0);
@@ -156,9 +159,11 @@ simd_fn! {
                 // As for GELU.
                 let mut gates = [T::ZERO; 256];
                 for (x, dy) in x.chunks(gates.len()).zip(dy.chunks_mut(gates.len())) {
-                    map(x, &mut gates, |x| mish_gate(x));
-                    for ((dy, &x), &g) in dy.iter_mut().zip(x).zip(&gates) {
-                        *dy *= g + x * (T::ONE - g * g) * sigmoid(x);
+                    let gates = &mut gates[..x.len()];
+                    gates.copy_from_slice(x);
+                    map(gates, |x| mish_gate::<T, FUSED>(x));
+                    for ((dy, &x), &g) in dy.iter_mut().zip(x).zip(gates.iter()) {
+                        *dy *= g + x * (T::ONE - g * g) * sigmoid::<T, FUSED>(x);
                     }
                 }
             }
@@ -195,13 +200,23 @@ simd_fn! {
     }
 }
 
+simd_fn! {
+    /// `y += x`, and a copy of it into `kept`, for one row.
+    pub(crate) fn add_row_keeping<T: Real>(x: &[T], y: &mut [T], kept: &mut [T]) {
+        for ((y, &x), kept) in y.iter_mut().zip(x).zip(kept) {
+            *y += x;
+            *kept = *y;
+        }
+    }
+}
+
 /// `y = f(x)`. Shapes: x, y [N, C]; y may be x.
 pub(crate) fn unary<T: Real>(pool: &Pool, f: Unary, x: Mat<'_, T>, y: MatMut<'_, T>) {
     for_rows(pool, x.rows, rows_per_task(x.cols), |r| {
         // SAFETY: one task a row; where y is x, the copy below makes the operand the row itself.
         let row = unsafe { y.row_mut(r) };
         in_place(&x, r, row);
-        unary_in_place(f, row);
+        unary_row(f, row);
     });
 }
 
@@ -211,16 +226,6 @@ pub(crate) fn in_place<T: Real>(x: &Mat<'_, T>, r: usize, row: &mut [T]) {
     if !std::ptr::eq(from, row.as_ptr()) {
         // SAFETY: `cols` elements each; rows of a plan that are not the same do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(from, row.as_mut_ptr(), row.len()) }
-    }
-}
-
-/// `row = f(row)`, in pieces that stay in the first cache.
-pub(crate) fn unary_in_place<T: Real>(f: Unary, row: &mut [T]) {
-    let mut piece = [T::ZERO; 256];
-    for part in row.chunks_mut(piece.len()) {
-        let x = &mut piece[..part.len()];
-        x.copy_from_slice(part);
-        unary_row(f, x, part);
     }
 }
 

@@ -61,7 +61,7 @@ simd_fn! {
             target += even * reduce(row, T::ZERO, |x| x, |a, b| a + b);
         }
         for x in row.iter_mut() {
-            *x = (*x - largest).exp();
+            *x = (*x - largest).exp_normal::<FUSED>();
         }
         let sum = reduce(row, T::ZERO, |x| x, |a, b| a + b);
         let lse = sum.ln() + largest;

@@ -2,8 +2,8 @@
 
 use pyrformer_graph::Epilogue;
 
-use crate::gemm::{Factor, PackBuffers, gemm_by};
-use crate::kernels::elementwise::{add_row, copy, unary_grad_row, unary_in_place};
+use crate::gemm::{Factor, PackBuffers, gemm_by, prefetch};
+use crate::kernels::elementwise::{add_row, add_row_keeping, copy, unary_grad_row, unary_row};
 use crate::real::Real;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
@@ -16,6 +16,15 @@ pub(crate) struct Fused<'a, T> {
     pub(crate) x: Option<Mat<'a, T>>,
     pub(crate) residual: Option<Mat<'a, T>>,
     pub(crate) pre: Option<MatMut<'a, T>>,
+}
+
+/// How many rows before its turn a row of another operand is asked for: the time that memory takes.
+const AHEAD: usize = 4;
+
+/// Asks for `cols` elements of row `row + AHEAD`, from column `col`, of a matrix at `data`, which need not exist.
+fn ask<T>(data: *const T, stride: usize, row: usize, col: usize, cols: usize) {
+    let from = data.wrapping_add((row + AHEAD) * stride + col);
+    (0..cols).step_by(64 / size_of::<T>()).for_each(|at| prefetch(from.wrapping_add(at)));
 }
 
 /// `y = epilogue(op(a)·b)`. Shapes: a [M, K] or, with `ta`, [K, M]; b [K, N], y [M, N].
@@ -36,17 +45,23 @@ pub(crate) fn matmul<T: Real>(
     let residual = f.residual.filter(|_| onto.is_none());
     let finish = |row, col, piece: &mut [T]| {
         let cols = piece.len();
-        if let Some(bias) = &f.bias {
-            add_row(bias.block(0, 1, col, cols).row(0), piece);
-        }
+        let bias = f.bias.as_ref().map(|bias| bias.block(0, 1, col, cols).row(0));
+        // SAFETY: each element of the result is finished once, by one task.
+        let pre = f.pre.as_ref().map(|pre| unsafe { pre.block(row, 1, col, cols).row_mut(0) });
         if let Some(pre) = &f.pre {
-            // SAFETY: each element of the result is finished once, by one task.
-            unsafe { pre.block(row, 1, col, cols).row_mut(0) }.copy_from_slice(piece);
+            ask(pre.as_ptr(), pre.stride, row, col, cols);
+        }
+        match (bias, pre) {
+            (Some(bias), Some(pre)) => add_row_keeping(bias, piece, pre),
+            (Some(bias), None) => add_row(bias, piece),
+            (None, Some(pre)) => pre.copy_from_slice(piece),
+            (None, None) => {}
         }
         if let Some(act) = f.epilogue.act {
-            unary_in_place(act, piece);
+            unary_row(act, piece);
         }
         if let (Some(act), Some(x)) = (f.epilogue.act_grad, &f.x) {
+            ask(x.as_ptr(), x.stride, row, col, cols);
             unary_grad_row(act, x.block(row, 1, col, cols).row(0), piece);
         }
         if let Some(residual) = &residual {
