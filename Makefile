@@ -58,12 +58,14 @@ test-python: $(READY) ## Python tests only, against what is installed
 	$(ELSEWHERE); $(PYTEST) $(CURDIR)/tests
 
 .PHONY: fuzz
-fuzz: $(READY) ## Tokenizers against the `tokenizers` library on 120,000 generated strings, against what is installed
+fuzz: $(READY) ## A million damaged files; tokenizers against the `tokenizers` library on 120,000 generated strings
+	$(ELSEWHERE); PYRFORMER_FUZZ_FILES=50000 $(PYTEST) -s $(CURDIR)/tests/fuzz/test_formats.py
 	$(ELSEWHERE); PYRFORMER_FUZZ=15000 $(PYTEST) $(CURDIR)/tests/text/test_fuzz.py
 
 .PHONY: torture
 torture: build ## Kill training, break its files, read damaged ones; see docs/reliability.md
-	$(ELSEWHERE); PYRFORMER_TORTURE=25 $(PYTEST) $(CURDIR)/tests/train/test_torture.py $(CURDIR)/tests/fuzz
+	$(ELSEWHERE); PYRFORMER_TORTURE=25 $(PYTEST) -s $(CURDIR)/tests/train/test_torture.py \
+		$(CURDIR)/tests/train/test_every_step.py $(CURDIR)/tests/fuzz
 
 # The sanitizers' runtimes come with the stable toolchain; a target must be named, or build scripts are sanitized, too.
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')

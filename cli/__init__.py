@@ -63,6 +63,11 @@ class Commands(click.Group):
         except Error as e:
             click.echo(f"pyrformer: error: {e}", err=True)
             sys.exit(1 if isinstance(e, (InternalError, NonFiniteError)) else 2)
+        except MemoryError as e:
+            click.echo(
+                f"pyrformer: error: [memory] there is not enough ({e}); ask for less at once", err=True
+            )
+            sys.exit(2)
         except KeyboardInterrupt as e:
             click.echo(f"pyrformer: {e}" if isinstance(e, Stopped) else "pyrformer: interrupted", err=True)
             sys.exit(128 + e.signal if isinstance(e, Stopped) else 130)

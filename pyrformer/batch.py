@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer.errors import InputError
-from pyrformer.models.base import Family
+from pyrformer.models.base import MOST, Family
 from pyrformer.programs import SCALES, Sizes
 
 #: The label that is ignored.
 IGNORE = -100
+#: Pairs of tokens that a permutation model reads at once.
+MOST_PAIRS = 1 << 27
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int32]
 
@@ -136,7 +138,7 @@ def make_batch(
 
 
 def _prefix(family: Family, value: npt.ArrayLike, shape: tuple[int, ...]) -> Ints:
-    counts = np.asarray(value)
+    counts = _array("prefix", value)
     if family.objective != "ar":
         raise InputError("[model] prefix is for autoregressive models only")
     if counts.shape != shape[:1] or not np.issubdtype(counts.dtype, np.integer):
@@ -165,6 +167,10 @@ def _permutation(
                 f"[model] bi_data reads half of the rows from right to left: give an even number of rows, not {b}"
             )
         sizes["mirrored"] = True
+    if b * t * t > MOST_PAIRS:
+        raise InputError(
+            f"[model] {b} rows of {t} tokens have {b * t * t} pairs; give at most {MOST_PAIRS} at once"
+        )
     hidden = np.zeros((b, t, t), bool)
     if mask is not None:
         hidden |= mask[:, None, :] == 0
@@ -197,8 +203,15 @@ def _permutation(
         arrays["key_types"] = np.pad(arrays["token_type_ids"], ((0, 0), (remembered, 0)))
 
 
+def _array(name: str, value: npt.ArrayLike) -> Array:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, OverflowError) as e:
+        raise InputError(f"[model] {name} is no array: {e}") from None
+
+
 def _floats(name: str, value: npt.ArrayLike, shape: tuple[int | None, ...]) -> Array:
-    array = np.asarray(value)
+    array = _array(name, value)
     fits = array.ndim == len(shape) and all(
         w is None or w == n for w, n in zip(shape, array.shape, strict=True)
     )
@@ -209,10 +222,12 @@ def _floats(name: str, value: npt.ArrayLike, shape: tuple[int | None, ...]) -> A
 
 
 def _ints(name: str, value: npt.ArrayLike, shape: tuple[int, ...] | None, below: int | None) -> Ints:
-    array = np.asarray(value)
+    array = _array(name, value)
     if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         kind = f"{array.dtype}{list(array.shape)}"
         raise InputError(f"[model] {name} must be a non-empty integer array [B, T], got {kind}")
+    if array.size > MOST:
+        raise InputError(f"[model] {name} has {array.size} places; give at most {MOST} at once")
     if shape is not None and array.shape != shape:
         raise InputError(f"[model] {name} must be {list(shape)}, got {list(array.shape)}")
     if below is not None and (array.min() < 0 or array.max() >= below):
@@ -222,7 +237,7 @@ def _ints(name: str, value: npt.ArrayLike, shape: tuple[int, ...] | None, below:
 
 
 def _sentence_labels(family: Family, value: npt.ArrayLike, batch: int) -> Ints:
-    labels = np.asarray(value)
+    labels = _array("labels", value)
     classes = family.config.num_labels if family.objective == "sentence" else 2
     if labels.shape != (batch,) or not np.issubdtype(labels.dtype, np.integer):
         kind = f"{labels.dtype}{list(labels.shape)}"

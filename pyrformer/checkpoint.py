@@ -14,7 +14,7 @@ import numpy as np
 
 from pyrformer import _core
 from pyrformer.errors import FileError, InputError
-from pyrformer.fields import parse_json
+from pyrformer.fields import checked, parse_json
 from pyrformer.finetune import merged
 from pyrformer.gguf.file import Gguf
 from pyrformer.gguf.layouts import POOLER
@@ -66,6 +66,7 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+@checked("load", threads=1)
 def load(
     folder: str | Path,
     *,
@@ -100,8 +101,6 @@ def load(
     folder = Path(folder)
     if dtype not in (None, "float32", "float64", "bfloat16"):
         raise InputError(f"[load] dtype must be 'float32', 'float64' or 'bfloat16', got {dtype!r}")
-    if threads is not None and threads < 1:
-        raise InputError(f"[load] threads must be 1 or more, got {threads}")
     if load_in_8bit and (device != "cpu" or dtype not in (None, "float32")):
         raise InputError("[load] load_in_8bit computes in float32 on the CPU; leave out dtype and device")
     # The marks are taken before anything is read: what is written meanwhile is seen as a change.

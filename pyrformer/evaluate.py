@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyrformer.errors import InputError
+from pyrformer.fields import checked
 from pyrformer.score import Row, batches_of, logprobs, pieces, text_ids
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Evaluation:
         return asdict(self)
 
 
+@checked("eval")
 def evaluate(
     model: Model,
     texts: Sequence[str],
@@ -63,6 +65,8 @@ def evaluate(
     Raises:
         InputError: the model predicts no tokens, or there is nothing to score.
     """
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError("[eval] texts must be strings")
     options = {"stride": stride, "within_word": within_word}
     runs = {order: model.score(texts, **options, order=order) for order in (orders or (None,))}
     scores = next(iter(runs.values()))
@@ -78,8 +82,11 @@ def evaluate(
     return Evaluation(objective, total, tokens, size, perplexity, -total * bits, accuracy, each or None)
 
 
+@checked("eval")
 def masked_accuracy(model: Model, texts: Sequence[str], *, rate: float = 0.15, seed: int = 0) -> float:
     """How often the most probable token is the right one where ``rate`` of the tokens are hidden at once."""
+    if not 0 <= rate <= 1:
+        raise InputError(f"[eval] rate must be from 0 to 1, got {rate}")
     tokenizer = model.require_tokenizer()
     mask, draws = tokenizer.mask_token_id, np.random.default_rng(seed)
     right = count = 0
@@ -119,6 +126,7 @@ class Gap:
         return self.chain - self.independent
 
 
+@checked("eval")
 def independence_gap(
     model: Model, texts: Sequence[str], *, length: int = 3, spans: int = 100, seed: int = 0
 ) -> Gap:

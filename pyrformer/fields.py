@@ -1,12 +1,20 @@
-"""Checks of what files and callers give: JSON that parses, fields that hold what their annotations say."""
+"""Checks of what files and callers give: JSON that parses, fields and arguments that are as annotated."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from pyrformer.errors import ConfigError
+from pyrformer.errors import ConfigError, InputError, ResourceError
+
+F = TypeVar("F", bound=Callable[..., Any])
+#: The greatest whole number of an option, and of a token id.
+MOST, MOST_ID = (1 << 63) - 1, (1 << 31) - 1
 
 #: Annotation → (accepted types, how to say it). A bool is no number here.
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -30,6 +38,8 @@ def check_types(config: Any, where: str) -> None:
         if not any(_is(value, kind) for kind in kinds):
             wanted = " or ".join(_KINDS[kind][1] for kind in kinds if kind != "None")
             raise ConfigError(f"[{where}] {f.name} must be {wanted}, got {value!r}")
+        if isinstance(value, int) and not -MOST <= value <= MOST:
+            raise ConfigError(f"[{where}] {f.name} must be below 2^63, got {value}")
 
 
 def _is(value: Any, kind: str) -> bool:
@@ -40,6 +50,83 @@ def _is(value: Any, kind: str) -> bool:
         item = kind.removeprefix("list[").removesuffix("]")
         return all(_is(x, item) for x in value)
     return isinstance(value, types)
+
+
+def checked(where: str, **least: int) -> Callable[[F], F]:
+    """Makes a function of the interface check those of its arguments that are annotated as numbers: "int" is a whole
+    number from ``least[name]`` (0 unless given) to 2^63 - 1, of Python or numpy, "float" a number; a bool is neither.
+
+    Raises (the function):
+        InputError: an argument is none.
+        ResourceError: there is no memory for what was asked for.
+    """
+
+    def decorate(function: F) -> F:
+        parameters = list(inspect.signature(function).parameters.values())
+        kinds = {p.name: {k.strip() for k in str(p.annotation).split("|")} for p in parameters}
+        kinds = {
+            name: kind for name, kind in kinds.items() if kind & {"int", "float"} and not kind - set(_KINDS)
+        }
+        names = [p.name for p in parameters]
+
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **given}
+            for name in kinds.keys() & given.keys():
+                given[name] = _number(where, name, given[name], kinds[name], least.get(name, 0))
+            try:
+                return function(*(given.pop(n) for n in names[: len(args)]), *args[len(names) :], **given)
+            except MemoryError as e:
+                if isinstance(e, ResourceError):
+                    raise
+                reason = str(e) or "more was asked for than there is"
+                raise ResourceError(f"[{where}] out of memory: {reason}; ask for less at once") from None
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def whole(where: str, name: str, value: Any, least: int) -> int:
+    """A whole number from ``least`` to 2^63 - 1, of Python or numpy.
+
+    Raises:
+        InputError: it is none.
+    """
+    found: int = _number(where, name, value, {"int"}, least)
+    return found
+
+
+def _number(where: str, name: str, value: Any, kind: set[str], least: int) -> Any:
+    if value is None and "None" in kind:
+        return None
+    if not isinstance(value, bool):
+        try:
+            if "float" in kind:
+                return float(value) if not isinstance(value, str) else float("")
+            if least <= (found := operator.index(value)) <= MOST:
+                return found
+        except (TypeError, ValueError, OverflowError):
+            pass
+    wanted = "a number" if "float" in kind else f"a whole number from {least} to 2^63 - 1"
+    raise InputError(f"[{where}] {name} must be {wanted}, got {value!r}")
+
+
+def token_ids(where: str, values: Iterable[Any]) -> list[int]:
+    """Token ids as ints.
+
+    Raises:
+        InputError: one is no whole number from 0 to 2^31 - 1.
+    """
+    ids = []
+    for value in values:
+        try:
+            ids.append(operator.index(value))
+        except TypeError:
+            raise InputError(f"[{where}] token ids must be whole numbers, got {value!r}") from None
+        if not 0 <= ids[-1] <= MOST_ID:
+            raise InputError(f"[{where}] token ids must be from 0 to 2^31 - 1, got {ids[-1]}")
+    return ids
 
 
 def parse_json(text: str | bytes) -> Any:

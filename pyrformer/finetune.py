@@ -25,6 +25,8 @@ HEADS = ("classifier.", "pre_classifier.", "score.")
 #: Output layers: "all-linear" leaves them out, as PEFT does.
 OUTPUTS = ("lm_head", "decoder")
 ALL_LINEAR = "all-linear"
+#: The greatest rank.
+MOST_RANK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class LoraConfig:
     target_modules: Sequence[str] = (ALL_LINEAR,)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise InputError(f"[lora] r must be a whole number of 1 or more, got {self.r!r}")
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or not 0 < self.r <= MOST_RANK:
+            raise InputError(f"[lora] r must be a whole number from 1 to {MOST_RANK}, got {self.r!r}")
         if not (isinstance(self.lora_alpha, (int, float)) and 0 < self.lora_alpha < math.inf):
             raise InputError(f"[lora] lora_alpha must be a positive number, got {self.lora_alpha!r}")
         if not (isinstance(self.lora_dropout, (int, float)) and 0 <= self.lora_dropout < 1):

@@ -5,6 +5,7 @@ Letters: B batch, T tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
@@ -22,8 +23,9 @@ import numpy.typing as npt
 from pyrformer import _core, programs
 from pyrformer.batch import Batch, make_batch
 from pyrformer.compile import Array, Compiled, Traced
-from pyrformer.errors import InputError, StateError
+from pyrformer.errors import InputError, ResourceError, StateError
 from pyrformer.executors import AnyStore, open_store
+from pyrformer.fields import checked, whole
 from pyrformer.models import build
 from pyrformer.models.base import Family
 from pyrformer.origin import Origin, reopen
@@ -116,6 +118,8 @@ class Model:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
+        if self.threads is not None:
+            self.threads = whole("model", "threads", self.threads, 1)
         if (self.device != "cpu" or self.bf16) and isinstance(self.store, _core.Store):
             self.store = open_store(self.device, bf16=self.bf16)
         self._settings = self._current_settings()
@@ -149,6 +153,7 @@ class Model:
         return id(self.tokenizer), deepcopy(self.generation_config), deepcopy(self.pooling)
 
     @classmethod
+    @checked("model")
     def from_config(cls, config: dict[str, Any], *, seed: int = 0, **options: Any) -> Model:
         """A freshly initialised model; each tensor's values depend on (seed, its number) only.
 
@@ -160,8 +165,19 @@ class Model:
         return model
 
     def initialise(self, seed: int) -> None:
-        """Sets the parameters that the store does not hold as a fresh model has them."""
+        """Sets the parameters that the store does not hold as a fresh model has them.
+
+        Raises:
+            ResourceError: they are larger than this machine's memory.
+        """
         held = {name for name, _, _ in self.store.types()}
+        size = np.dtype(self.dtype).itemsize * sum(
+            math.prod(p.shape) for name, p in self.family.named_parameters() if name not in held
+        )
+        if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise ResourceError(
+                f"[model] the weights take {size / 1e9:,.0f} GB, more than this machine's memory; lower the sizes"
+            )
         for index, (name, parameter) in enumerate(self.family.named_parameters()):
             if name not in held:
                 values = parameter.init.values(parameter.shape, seed, index)
@@ -296,6 +312,7 @@ class Model:
 
         freeze(self, patterns)
 
+    @checked("lora")
     def add_lora(self, config: LoraConfig | None = None, *, seed: int = 0, **options: Any) -> None:
         """Trains low-rank changes in place of the weights; ``options`` are the fields of
         :class:`pyrformer.finetune.LoraConfig`. Saving merges them."""
@@ -333,6 +350,7 @@ class Model:
         """Arrays ``[B, T]`` made ready for the programs; see :func:`pyrformer.batch.make_batch`."""
         return make_batch(self.family, input_ids, *arrays, **more)
 
+    @checked("model")
     def __call__(
         self,
         input_ids: npt.ArrayLike,
@@ -368,6 +386,7 @@ class Model:
             return Output(out["sentence_logits"], out["hidden"], loss, None, states or None)
         return Output(out.get("logits"), out["hidden"], loss, out.get("sentence_logits"), states or None)
 
+    @checked("model")
     def loss_and_grads(
         self,
         input_ids: npt.ArrayLike,

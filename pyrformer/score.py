@@ -21,6 +21,7 @@ import numpy.typing as npt
 from pyrformer import programs
 from pyrformer.arrow import Columns
 from pyrformer.errors import InputError
+from pyrformer.fields import checked, token_ids
 from pyrformer.programs import Sizes
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Row:
     ranks: npt.NDArray[np.int32] | None = None
 
 
+@checked("score")
 def score(
     model: Model,
     texts: Iterable[str | Sequence[int]],
@@ -135,6 +137,9 @@ def score(
         if mask_token_id is not None or model.tokenizer is None
         else model.tokenizer.mask_token_id
     )
+    if masked and mask is not None and mask >= model.family.config.vocab_size:
+        most = model.family.config.vocab_size
+        raise InputError(f"[score] mask_token_id must be below the vocabulary's size, {most}, got {mask}")
     if masked and mask is None:
         raise InputError("[score] a masked model needs a tokenizer with a mask token, or mask_token_id")
     if masked and within_word and model.tokenizer is None:
@@ -191,6 +196,7 @@ def score(
     )
 
 
+@checked("embed")
 def embed(
     model: Model,
     texts: Iterable[str | Sequence[int]],
@@ -254,7 +260,7 @@ def stretches(texts: Iterable[str | Sequence[int]]) -> Iterator[list[str | Seque
 def text_ids(model: Model, text: str | Sequence[int], *, framed: bool = False) -> list[int]:
     """The ids of a text: with special tokens for masked models, and where ``framed``."""
     if not isinstance(text, str):
-        return [int(i) for i in text]
+        return token_ids("score", text)
     special = framed or model.family.objective == "mlm"
     encoding = model.require_tokenizer().encode(text, add_special_tokens=special)
     return [i for i, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.errors import DataError, TokenizerError
+from pyrformer.fields import MOST, checked
 
 #: Characters whose words are counted at a time.
 COUNTED = 1 << 23
@@ -112,6 +113,7 @@ class Tokenizer:
         return cls(_core.Tokenizer.load(Path(path), split))
 
     @classmethod
+    @checked("tokenizer", vocab_size=1, threads=1)
     def train(
         cls,
         texts: Sequence[str | PathLike[str]] | Iterable[str],
@@ -199,6 +201,7 @@ class Tokenizer:
         with _whole_characters():
             return Encoding(**self.core.encode(text, pair, add_special_tokens))
 
+    @checked("tokenizer", threads=1)
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True, threads: int | None = None
     ) -> Ragged:
@@ -214,7 +217,7 @@ class Tokenizer:
         Raises:
             TokenizerError: an id is outside the vocabulary.
         """
-        return self.core.decode([int(i) for i in ids], skip_special_tokens)
+        return self.core.decode(list(ids), skip_special_tokens)
 
     def decode_after(
         self, before: Iterable[int], ids: Iterable[int], skip_special_tokens: bool = True
@@ -227,8 +230,8 @@ class Tokenizer:
         """
         pieces = self.stream_decoder(skip_special_tokens)
         for i in before:
-            pieces.push(int(i))
-        text = "".join(pieces.push(int(i)) or "" for i in ids)
+            pieces.push(i)
+        text = "".join(pieces.push(i) or "" for i in ids)
         return text + (pieces.finish() or "")
 
     def without_truncation(self) -> Tokenizer:
@@ -262,10 +265,12 @@ class Tokenizer:
         """The id of a token."""
         return self.core.token_to_id(token)
 
+    @checked("tokenizer", token_id=-MOST)
     def id_to_token(self, token_id: int) -> str | None:
         """The token of an id."""
         return self.core.id_to_token(token_id)
 
+    @checked("tokenizer", token_id=-MOST)
     def is_special(self, token_id: int) -> bool:
         """Whether an id is a special token."""
         return self.core.is_special(token_id)

@@ -17,6 +17,7 @@ from pyrformer import programs
 from pyrformer.compile import Compiled
 from pyrformer.errors import InputError
 from pyrformer.model import Model
+from pyrformer.models.base import MOST
 from pyrformer.optimizers import AdamW
 
 FAMILIES = ("gpt2", "llama", "bert")
@@ -35,6 +36,12 @@ class Shape:
     vocab: int = 65
     batch: int = 12
     seq: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch * self.seq > MOST:
+            raise InputError(
+                f"[bench] {self.batch} × {self.seq} tokens a step are more than {MOST}; lower one"
+            )
 
     def config(self) -> dict[str, Any]:
         """The model's ``config.json``, without dropout, with the family's usual MLP width: 4 C, or 8/3 C to the next

@@ -18,6 +18,7 @@ from pyrformer import _core
 from pyrformer.batch import Batch
 from pyrformer.data.pairs import Sentences
 from pyrformer.errors import InputError
+from pyrformer.fields import MOST, check_types, checked
 from pyrformer.programs import Sizes
 from pyrformer.tokenizers import Ragged, Tokenizer
 
@@ -82,6 +83,7 @@ class Batches:
     would: step s of rank r is batch ``s * world_size + r``.
     """
 
+    @checked("data")
     def __init__(
         self,
         corpus: Ragged | _core.Corpus | Sentences,
@@ -155,8 +157,12 @@ class Batches:
         return max(0, -(-(self._core.settled_steps - self.rank) // self.world_size))
 
     def _place(self, step: int) -> int:
-        return step * self.world_size + self.rank
+        place = step * self.world_size + self.rank
+        if place > MOST:
+            raise InputError(f"[data] there is no batch {place}; give a step below 2^63")
+        return place
 
+    @checked("data")
     def batch(self, step: int) -> Arrays:
         """The arrays of a step, counted from 0."""
         arrays: Arrays = dict(self._core.batch(self._place(step))[0])
@@ -166,10 +172,12 @@ class Batches:
             arrays["target_mapping"] = (targets[:, :, None] == np.arange(t)).astype(np.float32)
         return arrays
 
+    @checked("data")
     def documents(self, step: int) -> list[list[int]]:
         """The numbers of the documents in each row of a step."""
         return self._core.documents(self._place(step))
 
+    @checked("data")
     def ready(self, step: int) -> Batch:
         """The batch of a step under the names that the programs take."""
         found, labels = self._core.batch(self._place(step))
@@ -210,6 +218,9 @@ def _masked(
 ) -> dict[str, Any]:
     """The options of masked rows as the core takes them."""
     m = masking
+    check_types(m, "data")
+    if m.span_max_length < 0:
+        raise InputError(f"[data] span_max_length must not be negative, got {m.span_max_length}")
     return {
         "max_length": seq_len,
         "batch_size": batch_size,

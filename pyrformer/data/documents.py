@@ -192,7 +192,7 @@ class Documents:
                     yield from self._batches(table.iter_batches(1024, columns=columns), str(file), rows)
         except FileNotFoundError as e:
             raise DataError(f"[data] {file} does not exist; check the path") from e
-        except (OSError, arrow.ArrowException) as e:
+        except (OSError, UnicodeDecodeError, arrow.ArrowException) as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             self._reject(DataError(f"[data] {file} is not a whole parquet file ({reason}); write it again"))
 

@@ -25,6 +25,7 @@ from pyrformer import _core
 from pyrformer.checkpoint import TOKENIZER, digest, read_json, write_json
 from pyrformer.data.documents import OBJECTIVES, Documents, Source, expand, tokenize
 from pyrformer.errors import DataError, Error, FileError, InputError
+from pyrformer.fields import checked
 from pyrformer.tokenizers import Ragged, Tokenizer
 
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
@@ -94,6 +95,7 @@ def is_prepared(path: str | PathLike[str]) -> bool:
         return False
 
 
+@checked("prepare", shard_tokens=1, threads=1)
 def prepare(
     source: Source,
     out: str | PathLike[str],

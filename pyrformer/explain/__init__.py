@@ -16,6 +16,7 @@ from pyrformer.errors import InputError
 from pyrformer.explain import inner, outcome, reading
 from pyrformer.explain.journey import Journey, travel
 from pyrformer.explain.stage import Stage, esc
+from pyrformer.fields import checked
 from pyrformer.page import assemble
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ TOKENS, MOST_TOKENS = 64, 256
 MOST_DATA = 32_000_000
 
 
+@checked("explain")
 def explain(model: Model, text: str, *, max_tokens: int = TOKENS) -> str:
     """A self-contained HTML page that follows ``text`` through ``model``.
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.errors import InputError
+from pyrformer.fields import token_ids, whole
 from pyrformer.generation.config import STORED, GenerationConfig
 from pyrformer.generation.decoder import slots_for
 from pyrformer.generation.grammar import KINDS, Grammar
@@ -53,7 +54,8 @@ class Call:
 
     def __init__(self, model: Model, prompts: Any, config: Any, given: dict[str, Any]):
         given = dict(given)
-        mask, first = given.pop("attention_mask", None), given.pop("first_sequence", None)
+        mask, first = given.pop("attention_mask", None), _counted(given, "first_sequence", MOST_TOKENS)
+        given.pop("first_sequence", None)
         self.allowed = given.pop("prefix_allowed_tokens_fn", None)
         self.processor = given.pop("logits_processor", None)
         rules = {kind: given.pop(kind) for kind in KINDS if given.get(kind) is not None}
@@ -79,7 +81,7 @@ class Call:
         self.prompts, self.started = len(ids), time.monotonic()
         wanted = [_counted(options, name, MOST_TOKENS) for name in ("max_new_tokens", "max_length")]
         self.slots = slots_for(model, ids, *wanted)
-        self.recorder = None if watched is None else Recorder(_whole("output_steps", watched, 1))
+        self.recorder = None if watched is None else Recorder(whole("generate", "output_steps", watched, 1))
         firsts = [None if first is None else first + i * number for i in range(len(ids))]
         if model.family.objective == "plm":
             self._check_plain()
@@ -160,7 +162,7 @@ class Call:
             raise InputError(f"[generate] penalty_alpha must be in 0..1, got {self.alpha!r}")
         if options.get("do_sample") or options.get("num_beams", 1) != 1:
             raise InputError("[generate] penalty_alpha needs do_sample=False and num_beams=1")
-        self.candidates = _whole("top_k", options.pop("top_k", None), 2)
+        self.candidates = whole("generate", "top_k", options.pop("top_k", None), 2)
         self.candidates = min(self.candidates, self.model.family.config.vocab_size)
 
     def run(self, steps: int | None = None) -> Iterator[Emitted]:
@@ -238,16 +240,10 @@ def _end_of_text(tokenizer: Tokenizer, ids: list[int], prompt: int, longest: int
         width *= 2
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"[generate] {name} must be a whole number of {least} or more, got {value!r}")
-    return value
-
-
 def _taken(options: dict[str, Any], name: str, least: int) -> int | None:
     """Takes a whole number out of the options."""
     value = options.pop(name, None)
-    return None if value is None else _whole(name, value, least)
+    return None if value is None else whole("generate", name, value, least)
 
 
 def _counted(options: dict[str, Any], name: str, most: int) -> int | None:
@@ -255,9 +251,9 @@ def _counted(options: dict[str, Any], name: str, most: int) -> int | None:
     value = options.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value > most:
+    if (found := whole("generate", name, value, 0)) > most:
         raise InputError(f"[generate] {name} must be a whole number of at most {most}, got {value!r}")
-    return int(value)
+    return found
 
 
 def _quantized(model: Model, kind: Any) -> bool:
@@ -274,12 +270,12 @@ def _quantized(model: Model, kind: Any) -> bool:
 def _stops(options: dict[str, Any]) -> tuple[list[str], float | None]:
     """Takes out what the search does not know: stop strings, and the time in seconds."""
     stops, seconds = options.pop("stop_strings", []), options.pop("max_time", None)
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    if not all(isinstance(s, str) and s for s in stops):
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s for s in stops):
         raise InputError(f"[generate] stop_strings must be non-empty strings, got {stops!r}")
     if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
         raise InputError(f"[generate] max_time must be a number of seconds above 0, got {seconds!r}")
-    return stops, seconds
+    return list(stops), seconds
 
 
 def merged_options(model: Model, config: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -313,7 +309,7 @@ def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> tuple
         return ids, (~keep).sum(1).tolist()
     prompts = list(prompts)
     if prompts and all(isinstance(p, (int, np.integer)) for p in prompts):
-        return [[int(p) for p in prompts]], [0]
+        return [token_ids("generate", prompts)], [0]
     ids = []
     # What XLNet's template adds stands at the end.
     framed = model.family.objective == "ar"
@@ -321,7 +317,7 @@ def _prompt_ids(model: Model, prompts: Any, mask: npt.ArrayLike | None) -> tuple
         found = (
             model.require_tokenizer().encode(prompt, add_special_tokens=framed).ids
             if isinstance(prompt, str)
-            else [int(t) for t in prompt]
+            else token_ids("generate", prompt)
         )
         if not found and model.family.config.bos_token_id is not None:
             found = [model.family.config.bos_token_id]

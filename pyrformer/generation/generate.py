@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pyrformer import _core
 from pyrformer.arrow import Columns
 from pyrformer.errors import InputError
+from pyrformer.fields import checked
 from pyrformer.generation.call import Call
 from pyrformer.generation.config import GenerationConfig
 from pyrformer.generation.steps import Step
@@ -49,6 +50,7 @@ class Generation(Columns):
             yield column, getattr(self, column if column in ("ids", "token_logprobs") else f"{column}s")
 
 
+@checked("generate")
 def generate(
     model: Model, prompts: Any, config: GenerationConfig | dict[str, Any] | None = None, **options: Any
 ) -> Generation:
@@ -143,6 +145,7 @@ async def astream(
         yield piece
 
 
+@checked("filter_logits")
 def filter_logits(logits: npt.ArrayLike, **options: Any) -> npt.NDArray[np.float32]:
     """The distribution that sampling draws from: ``logits [.., V]`` filtered and renormalised, float32 ``[.., V]``.
 
@@ -153,7 +156,10 @@ def filter_logits(logits: npt.ArrayLike, **options: Any) -> npt.NDArray[np.float
     Raises:
         InputError: an option is unknown or out of range, or a row has NaN or no finite logit.
     """
-    array = np.ascontiguousarray(logits, dtype=np.float32)
+    try:
+        array = np.ascontiguousarray(logits, dtype=np.float32)
+    except (ValueError, TypeError, OverflowError) as e:
+        raise InputError(f"[filter_logits] logits are no array of numbers: {e}") from None
     if array.ndim == 0 or array.size == 0:
         raise InputError(f"[filter_logits] logits must be a non-empty array [.., V], got {list(array.shape)}")
     return _core.filter_logits(array.reshape(-1, array.shape[-1]), options).reshape(array.shape)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pyrformer import _core, programs
 from pyrformer.arrow import Columns
 from pyrformer.errors import InputError
+from pyrformer.fields import checked
 from pyrformer.generation.decoder import log_softmax
 from pyrformer.generation.generate import filter_logits
 from pyrformer.model import FillMask, Model
@@ -25,9 +26,12 @@ from pyrformer.score import Row, arrays_of, batches_of, stretches, text_ids
 from pyrformer.tokenizers import Tokenizer
 
 Ints = npt.NDArray[np.int32]
+#: The most samples of a text.
+MOST_SEQUENCES = 1 << 20
 Floats = npt.NDArray[np.float64]
 
 
+@checked("fill_mask")
 def fill_mask(model: Model, texts: Iterable[str], top_k: int = 5) -> list[list[list[FillMask]]]:
     """The most probable tokens for each mask of each text, most probable first.
 
@@ -97,6 +101,7 @@ class Filling(Columns):
         yield from (("text", self.texts), ("ids", self.ids), ("token_logprobs", self.token_logprobs))
 
 
+@checked("mask_predict")
 def mask_predict(
     model: Model,
     texts: str | Iterable[str | Sequence[int]],
@@ -139,6 +144,7 @@ def mask_predict(
     return task.run(fill)
 
 
+@checked("gibbs")
 def gibbs(
     model: Model,
     texts: str | Iterable[str | Sequence[int]],
@@ -169,10 +175,8 @@ def gibbs(
     """
     task = _Task(model, "gibbs", texts, iterations, mask_token_id)
     count = num_return_sequences
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise InputError(f"[gibbs] num_return_sequences must be a whole number of 1 or more, got {count!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise InputError(f"[gibbs] seed must be a whole number from 0 below 2^64, got {seed!r}")
+    if not 1 <= count <= MOST_SEQUENCES:
+        raise InputError(f"[gibbs] num_return_sequences must be from 1 to {MOST_SEQUENCES}, got {count}")
     filter_logits(np.zeros(2, np.float32), **filters)  # names and ranges
 
     def fill(index: int, ids: Ints, places: Ints) -> tuple[Ints, Floats]:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pyrformer.errors import InputError
 
 #: The longest character n-grams of chrF, and how much more recall weighs than precision.
@@ -60,7 +62,9 @@ def mbr(
         raise InputError(
             f"[mbr] utility must be one of {', '.join(UTILITIES)} or a function, got {utility!r}"
         )
-    shares = [1.0] * len(texts) if weights is None else [float(w) for w in weights]
+    given = [1.0] * len(texts) if weights is None else list(weights)
+    known = all(isinstance(w, (int, float, np.number)) and abs(w) < 1e300 for w in given)
+    shares = [float(w) for w in given] if known else [0.0]
     total = sum(shares)
     if len(shares) != len(texts) or min(shares) < 0 or not 0 < total < float("inf"):
         raise InputError(f"[mbr] weights must be {len(texts)} numbers from 0, not all of them 0")

@@ -123,6 +123,12 @@ class ModelConfig:
             not isinstance(layers, int) or layers <= MOST_LAYERS,
             f"{layers} layers are more than {MOST_LAYERS}",
         )
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            self.require(
+                not whole or -1 <= value <= MOST, f"{f.name} must be from -1 to {MOST}, got {value!r}"
+            )
         if not self.architecture:
             self.fill(architecture=self.ARCHITECTURES[0])
         alibi = getattr(self, "position_embedding_type", "") == "alibi" or getattr(self, "alibi", False)
@@ -151,8 +157,14 @@ class ModelConfig:
     @property
     def num_labels(self) -> int:
         """How many classes a classification head tells apart: the length of ``id2label``, or ``num_labels``, or 2."""
-        labels = self.extra.get("id2label")
-        return len(labels) if labels else int(self.extra.get("num_labels", 2))
+        labels, number = self.extra.get("id2label"), self.extra.get("num_labels", 2)
+        self.require(
+            not labels or isinstance(labels, (dict, list)), f"id2label must be a table, got {labels!r}"
+        )
+        if labels:
+            return len(labels)
+        self.check_sizes(num_labels=number)
+        return int(number)
 
     @property
     def stretch(self) -> float:

@@ -71,7 +71,11 @@ class FalconConfig(RotaryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_sizes(vocab_size=self.vocab_size, num_hidden_layers=self.num_hidden_layers)
+        self.check_sizes(
+            vocab_size=self.vocab_size,
+            num_hidden_layers=self.num_hidden_layers,
+            ffn_hidden_size=self.ffn_hidden_size or 1,
+        )
         self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         self.check_probabilities(hidden_dropout=self.hidden_dropout, attention_dropout=self.attention_dropout)
         norms = self.num_ln_in_parallel_attn

@@ -69,7 +69,12 @@ class GPT2Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_sizes(vocab_size=self.vocab_size, n_positions=self.n_positions, n_layer=self.n_layer)
+        self.check_sizes(
+            vocab_size=self.vocab_size,
+            n_positions=self.n_positions,
+            n_layer=self.n_layer,
+            n_inner=self.n_inner or 1,
+        )
         self.check_heads("n_embd", self.n_embd, "n_head", self.n_head)
         self.check_probabilities(
             resid_pdrop=self.resid_pdrop, embd_pdrop=self.embd_pdrop, attn_pdrop=self.attn_pdrop

@@ -190,9 +190,9 @@ class Attention(Module):
         self.o_proj = Linear(q, c.hidden_size, init, bias=c.output_bias())
         self.q_norm = RMSNorm(self._d, c.rms_norm_eps) if c.head_norms() else None
         self.k_norm = RMSNorm(self._d, c.rms_norm_eps) if c.head_norms() else None
-        self._spec = F.attention_spec(
-            self._heads, self._kv_heads, self._d, causal=True, window=c.window(layer)
-        )
+        window = c.window(layer)
+        c.require(window is None or window >= 1, f"sliding_window must be at least 1, got {window}")
+        self._spec = F.attention_spec(self._heads, self._kv_heads, self._d, causal=True, window=window)
 
     def __call__(self, h: Tensor, x: Inputs, at: Positions) -> Tensor:
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)

@@ -74,6 +74,7 @@ class OPTConfig(ModelConfig):
             num_hidden_layers=self.num_hidden_layers,
             ffn_dim=self.ffn_dim,
             max_position_embeddings=self.max_position_embeddings,
+            word_embed_proj_dim=self.word_embed_proj_dim or 1,
         )
         self.check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         self.check_probabilities(dropout=self.dropout, attention_dropout=self.attention_dropout)

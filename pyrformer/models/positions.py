@@ -30,8 +30,27 @@ def alibi_slopes(heads: int) -> list[float]:
     return first + [2.0 ** (-4 * (2 * k + 1) / m) for k in range(heads - m)]
 
 
+#: The greatest number among the parameters.
+MOST_NUMBER = 1e18
 #: Columns of a head that may turn; a damaged number would take all memory.
 MOST_COLUMNS = 1 << 20
+#: Parameters that are numbers above 0, and those that may be 0; all far from where floats end.
+POSITIVE = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "factor",
+    "high_freq_factor",
+)
+NUMBERS = (
+    *POSITIVE,
+    "low_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 #: What each scaling must be told besides ``rope_theta``.
 NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -90,42 +109,53 @@ def rope(parameters: dict[str, Any], head_dim: int, max_positions: int, length: 
     missing = [name for name in NEEDS[kind] if parameters.get(name) is None]
     if missing:
         raise ConfigError(f"[config] {where}: rope_type {kind!r} needs {missing[0]}")
-    theta = _number(parameters, "rope_theta", 10000.0, where)
-    turning = int(head_dim * _number(parameters, "partial_rotary_factor", 1.0, where))
+    p = {name: value for name, value in parameters.items() if value is not None}
+    for name in NUMBERS:
+        _check_number(p, name, where)
+    theta = float(p.get("rope_theta", 10000.0))
+    turning = int(head_dim * p.get("partial_rotary_factor", 1.0))
     if turning < 2 or turning % 2 or turning > min(head_dim, MOST_COLUMNS):
         raise ConfigError(
             f"[config] {where}: {turning} of {head_dim} columns of a head would turn; "
             f"the number must be even, from 2 to {MOST_COLUMNS}"
         )
-    before = int(_number(parameters, "original_max_position_embeddings", max_positions, where))
+    before = int(p.get("original_max_position_embeddings", max_positions))
+    if kind == "longrope":
+        factors = p["long_factor" if length > before else "short_factor"]
+        if not isinstance(factors, list) or len(factors) != turning // 2:
+            raise ConfigError(f"[config] {where}: longrope needs {turning // 2} factors for a head")
     exponent = np.arange(0, turning, 2) / turning
     plain = theta**-exponent
     scale = 1.0
-    if kind == "linear":
-        plain = plain / _number(parameters, "factor", 1.0, where)
-    elif kind == "dynamic":
-        factor = _number(parameters, "factor", 1.0, where)
-        stretch = factor * max(length, max_positions) / max_positions - (factor - 1)
-        plain = (theta * stretch ** (turning / (turning - 2))) ** -exponent
-    elif kind == "llama3":
-        plain = _llama3(plain, parameters, before)
-    elif kind == "yarn":
-        plain, scale = _yarn(plain, parameters, turning, theta, max_positions, before)
-    elif kind == "longrope":
-        factors = parameters["long_factor" if length > before else "short_factor"]
-        if not isinstance(factors, list) or len(factors) != turning // 2:
-            raise ConfigError(f"[config] {where}: longrope needs {turning // 2} factors for a head")
-        plain = plain / np.array(factors, np.float64)
-        scale = _longrope_scale(parameters, max_positions / before, before)
+    try:
+        with np.errstate(all="ignore"):
+            if kind == "linear":
+                plain = plain / p["factor"]
+            elif kind == "dynamic":
+                stretch = p["factor"] * max(length, max_positions) / max_positions - (p["factor"] - 1)
+                plain = (theta * stretch ** (turning / (turning - 2))) ** -exponent
+            elif kind == "llama3":
+                plain = _llama3(plain, p, before)
+            elif kind == "yarn":
+                plain, scale = _yarn(plain, p, turning, theta, max_positions, before)
+            elif kind == "longrope":
+                plain = plain / np.array(factors, np.float64)
+                scale = _longrope_scale(p, max_positions / before, before)
+    except (ArithmeticError, ValueError, TypeError):
+        scale = math.nan
+    if not (np.isfinite(plain).all() and math.isfinite(scale)):
+        raise ConfigError(f"[config] {where}: these rope_parameters give no finite angles: {p}")
     return Rope([float(f) for f in plain], scale)
 
 
-def _number(parameters: dict[str, Any], name: str, default: float, where: str) -> float:
-    value = parameters.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigError(f"[config] {where}: {name} must be a positive number, got {value!r}")
-    return float(value)
+def _check_number(parameters: dict[str, Any], name: str, where: str) -> None:
+    value = parameters.get(name, 1.0)
+    least = "above 0" if name in POSITIVE else "0 or more"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0 <= value <= MOST_NUMBER and (value > 0 or name not in POSITIVE)):
+        raise ConfigError(
+            f"[config] {where}: {name} must be a number {least}, to {MOST_NUMBER:g}, got {value!r}"
+        )
 
 
 def _llama3(plain: npt.NDArray[np.float64], p: dict[str, Any], before: int) -> npt.NDArray[np.float64]:

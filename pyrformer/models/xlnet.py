@@ -79,6 +79,7 @@ class XLNetConfig(ModelConfig):
             n_layer=self.n_layer,
             d_inner=self.d_inner,
             n_positions=self.n_positions,
+            d_head=self.d_head or 1,
         )
         self.check_heads("d_model", self.d_model, "n_head", self.n_head)
         self.check_probabilities(dropout=self.dropout)

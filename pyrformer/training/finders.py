@@ -14,6 +14,7 @@ import numpy as np
 
 from pyrformer.checkpoint import parsed_size
 from pyrformer.errors import ConfigError
+from pyrformer.fields import checked
 from pyrformer.training.comm import Alone
 from pyrformer.training.trainer import Event, TrainConfig, Trainer
 
@@ -38,6 +39,7 @@ class RateSearch:
     suggestion: float
 
 
+@checked("find-lr")
 def find_learning_rate(
     config: TrainConfig,
     *,

@@ -35,6 +35,7 @@ from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, wr
 from pyrformer.compile import Compiled
 from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
+from pyrformer.fields import checked
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.optimizers import AVERAGES
@@ -64,6 +65,8 @@ Event = Callable[[str, dict[str, Any]], None]
 
 #: Updates left out in a row, or rollbacks to one and the same checkpoint, after which a run stops.
 MOST_LEFT_OUT = 5
+#: Tokens of an update: its batches are held together, for their labels are counted first.
+MOST_UPDATE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Run:
     seconds: float
 
 
+@checked("train")
 def train(config: TrainConfig, on_event: Event | None = None, callbacks: Sequence[Callback] = ()) -> Run:
     """Trains a model and writes its run folder.
 
@@ -151,6 +155,12 @@ class Trainer:
         if seq_len > self.model.family.max_positions:
             most = self.model.family.max_positions
             raise ConfigError(f"[train] seq_len ({seq_len}) is more than the model's {most} positions")
+        tokens = seq_len * config.batch_size * config.gradient_accumulation_steps
+        if tokens > MOST_UPDATE:
+            raise ConfigError(
+                f"[train] seq_len × batch_size × gradient_accumulation_steps is {tokens} tokens an update, more than "
+                f"{MOST_UPDATE}; lower one of the three"
+            )
         self.seq_len = seq_len
         self.batches, self.evaluation, self.data = self.source.batches(seq_len)
         first = self.start * config.gradient_accumulation_steps

@@ -3,7 +3,11 @@
 Each target makes sound files once; every case changes one of them a little and reads it. That may work or raise one of
 the package's errors. Anything else ends the process: a panic, another exception, a time of more than 10 s, more than 1
 GiB of memory. The files of the case at hand lie in FOLDER/case, and its seed in FOLDER/seed, for looking at it again.
-Prints a JSON line: cases read and refused.
+Prints a JSON line: cases read and refused, and how many different messages there were.
+
+``corpus.zip`` holds changed files, one for each message that readers had, and those that once ended a process. They are
+read before all others, and many cases change one of them further. What gives a message that is not known is left in
+FOLDER/found; ``python fuzz.py --merge FOLDER…`` adds that to the corpus.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import resource
 import shutil
 import signal
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,12 +38,18 @@ from pyrformer.checkpoint import read_json
 from pyrformer.cli.train import read_toml
 from pyrformer.data.documents import Documents
 from pyrformer.data.prepared import Prepared, prepare
+from pyrformer.data.supervised import read_labelled
+from pyrformer.data.tagging import read_tagged
 from pyrformer.models import FAMILIES, build
 from pyrformer.report import report
 from pyrformer.training.checkpoints import Checkpoints, read_state
 from pyrformer.training.failure import replay
 
 SECONDS, MEMORY = 10, 1 << 30
+CORPUS = Path(__file__).with_name("corpus.zip")
+#: The largest changed file that the corpus takes, and how many of a target, the smallest ones; how often a case begins
+#: with one of its files.
+MOST_FILE, MOST_FILES, SHARE = 6 << 10, 36, 0.3
 TEXT = "the cat sat on the mat, and the dog lay by the door. " * 12
 GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 16}
 #: What numbers and values of texts are replaced by.
@@ -223,6 +234,82 @@ def vocabularies(folder: Path) -> Target:
     return Target(folder, read)
 
 
+def merges(folder: Path) -> Target:
+    tok = json.loads(tokenizer().to_json())["model"]
+    (folder / "vocab.json").write_text(json.dumps(tok["vocab"]), encoding="utf-8")
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in tok["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return Target(folder, lambda path: use_tokenizer(path / "vocab.json"))
+
+
+def sentencepiece(folder: Path) -> Target:
+    """SentencePiece's ``.model``: a message of protocol buffers, written by hand. Source: sentencepiece_model.proto."""
+
+    def number(value: int) -> bytes:
+        return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + number(value >> 7)
+
+    def message(field: int, content: bytes) -> bytes:
+        return number(field << 3 | 2) + number(len(content)) + content
+
+    def varint(field: int, value: int) -> bytes:
+        return number(field << 3) + number(value)
+
+    def piece(text: str, score: float, kind: int) -> bytes:
+        return message(1, message(1, text.encode()) + b"\x15" + np.float32(score).tobytes() + varint(3, kind))
+
+    special = [piece("<unk>", 0, 2), piece("<s>", 0, 3), piece("</s>", 0, 3)]
+    words = ["▁", "▁the", "▁cat", "at", "▁a", *"abcdefghijklmnopqrstuvwxyz,."]
+    for name, kind in (("unigram", 1), ("bpe", 2)):
+        pieces = [piece(word, -1.0 - i, 1) for i, word in enumerate(words)]
+        bytes_ = [piece(f"<0x{i:02X}>", 0, 6) for i in range(256)] if kind == 2 else []
+        trainer = message(2, varint(3, kind) + (varint(35, 1) if kind == 2 else b""))
+        normalizer = message(3, message(1, b"identity") + varint(3, 1) + varint(4, 1) + varint(5, 1))
+        (folder / f"{name}.model").write_bytes(b"".join([*special, *bytes_, *pieces, trainer, normalizer]))
+    return Target(folder, lambda path: [use_tokenizer(f) for f in sorted(path.iterdir())])
+
+
+def shards(folder: Path) -> Target:
+    model = pf.Model.from_config({**GPT2, "vocab_size": 280}, tokenizer=tokenizer(), threads=1)
+    model.save(folder, max_shard_size=2000)
+    return Target(
+        folder, lambda path: pf.load(path, threads=1), lambda name: name.endswith(".safetensors.index.json")
+    )
+
+
+def generation(folder: Path) -> Target:
+    model = pf.Model.from_config({**GPT2, "vocab_size": 280}, tokenizer=tokenizer(), threads=1)
+    options = {"max_new_tokens": 3, "do_sample": True, "top_k": 5, "temperature": 0.7, "eos_token_id": [1, 2]}
+    options |= {"bad_words_ids": [[1, 2]], "sequence_bias": [[[3], -1.0]], "repetition_penalty": 1.2}
+    options |= {"stop_strings": ["x"], "num_return_sequences": 2, "min_length": 2, "max_time": 1.0}
+    beams = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "max_length": 8}
+    beams |= {"early_stopping": "never", "length_penalty": 0.7, "exponential_decay_length_penalty": [2, 1.1]}
+    for name, found in (("drawn", options), ("beams", beams)):
+        (folder / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+
+    def read(path: Path) -> None:
+        for file in sorted(path.iterdir()):
+            stored = pf.GenerationConfig.load(file)
+            model.generate("the", stored, max_time=0.5)
+
+    return Target(folder, read)
+
+
+def labelled(folder: Path) -> Target:
+    rows = [{"tokens": ["the", "cat"], "tags": ["O", "B-X"]}, {"tokens": ["a"], "tags": [1]}]
+    (folder / "words.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    (folder / "words.conll").write_text("the DT O\ncat NN B-X\n\nsat VB O\n", encoding="utf-8")
+    texts = [{"text": "the cat", "label": "a"}, {"text": "the dog", "label": 3}]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts), encoding="utf-8")
+    (folder / "texts.csv").write_text('text,label\nthe cat,a\n"the ""dog""",b\n', encoding="utf-8")
+    (folder / "texts.tsv").write_text("label\ttext\na\tthe cat\nb\tthe dog\n", encoding="utf-8")
+
+    def read(path: Path) -> None:
+        for file in sorted(path.iterdir()):
+            (read_tagged if file.stem == "words" else read_labelled)([str(file)])
+
+    return Target(folder, read)
+
+
 def prepared(folder: Path) -> Target:
     text = folder.parent / "text.jsonl"
     text.write_text("".join(json.dumps({"text": TEXT[i:]}) + "\n" for i in range(20)), encoding="utf-8")
@@ -351,6 +438,11 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "wordpiece": tokenizer_json("wordpiece", "bert-uncased"),
     "unigram": tokenizer_json("unigram", "xlnet"),
     "vocabularies": vocabularies,
+    "merges": merges,
+    "sentencepiece": sentencepiece,
+    "shards": shards,
+    "generation": generation,
+    "labelled": labelled,
     "prepared": prepared,
     "documents": documents,
     "parquet": parquet,
@@ -364,44 +456,133 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 
 def write(path: Path, data: bytes) -> None:
     """Writes a new file: some file systems flush one that is cut off and written again."""
-    path.unlink()
+    path.unlink(missing_ok=True)
     path.write_bytes(data)
 
 
+def kind_of(message: str) -> str:
+    """A message without what differs from file to file: names, numbers, places."""
+    plain = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`|[^\s]*/[^\s]*|[-\w.]*\d[-\w.]*", "", message)
+    return "-".join(re.findall(r"[a-z]+", plain.lower())[:9])[:60]
+
+
+def corpus_of(target: str) -> list[tuple[Path, bytes]]:
+    """The changed files of a target: their names among its sound files, and their contents."""
+    if not CORPUS.exists():
+        return []
+    with zipfile.ZipFile(CORPUS) as stored:
+        names = [name for name in sorted(stored.namelist()) if name.startswith(f"{target}/")]
+        return [(Path(*Path(name).parts[1:-1]), stored.read(name)) for name in names]
+
+
+def merge(folders: list[Path]) -> int:
+    """Adds what runs found to the corpus, of each message the smallest file; its size. A file that ended a process is
+    called ``TARGET/NAME/once-failed-…`` and stays."""
+    kept: dict[str, bytes] = {}
+    if CORPUS.exists():
+        with zipfile.ZipFile(CORPUS) as stored:
+            kept = {name: stored.read(name) for name in stored.namelist()}
+    for folder in folders:
+        for path in sorted((folder / "found").rglob("*")):
+            name = str(path.relative_to(folder / "found"))
+            if path.is_file() and len(data := path.read_bytes()) < len(kept.get(name, bytes(MOST_FILE))):
+                kept[name] = data
+    counts: Counter[str] = Counter()
+    with zipfile.ZipFile(CORPUS, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as stored:
+        for name in sorted(kept, key=lambda name: (len(kept[name]), name)):
+            target = name.partition("/")[0]
+            counts[target] += 1
+            if counts[target] <= MOST_FILES or "once-failed" in name:
+                stored.writestr(
+                    zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), kept[name], zipfile.ZIP_DEFLATED
+                )
+    return CORPUS.stat().st_size
+
+
+def _limit(seconds: float) -> None:
+    """Ends the process, telling where it was, after so many seconds of the processor, or ten times as many of the
+    wall clock; 0: lets it be."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+
+
+class Reader:
+    """Reads a target's files with one of them changed, and counts what becomes of it."""
+
+    def __init__(self, place: Path, target: Target, name: str):
+        self.place, self.target, self.name = place, target, name
+        self.outcomes: Counter[str] = Counter()
+        self.messages: dict[str, int] = {}
+
+    def read(self, file: Path, data: bytes, known: bool = False) -> None:
+        case, sound = self.place / "case" / file, (self.place / "sound" / file).read_bytes()
+        write(case, data)
+        _limit(SECONDS)
+        try:
+            self.target.read(self.place / "case")
+            self.outcomes["read"] += 1
+        except pf.Error as e:
+            if "\n" in str(e).strip() or not str(e).startswith("[") or "internal error" in str(e):
+                raise SystemExit(f"no sentence of ours: {e}") from None
+            self.outcomes["refused"] += 1
+            self._note(kind_of(str(e)), file, data, known)
+        finally:
+            _limit(0)
+        write(case, sound)
+
+    def _note(self, kind: str, file: Path, data: bytes, known: bool) -> None:
+        """Leaves the smallest file that gave a message which the corpus does not give."""
+        size = -1 if known else len(data)
+        if size < self.messages.get(kind, MOST_FILE):
+            self.messages[kind] = size
+            if not known:
+                out = self.place / "found" / self.name / file / kind
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_bytes(data)
+
+
 def fuzz(place: Path, name: str, cases: int, seed: int) -> Counter[str]:
-    """Changes and reads; what became of the cases."""
+    """Reads the corpus, then changes and reads; what became of the cases."""
     sound = place / "sound"
     sound.mkdir()
     target = TARGETS[name](sound)
     target.read(sound)
-    outcomes: Counter[str] = Counter()
-    case = place / "case"
-    shutil.copytree(sound, case)
-    faulthandler.register(signal.SIGALRM, chain=True)  # tells where, then ends the process
+    shutil.copytree(sound, place / "case")
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        faulthandler.register(number, chain=True)  # tells where, then ends the process
     used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     at = (place / "seed").open("w", encoding="ascii")
+    reader = Reader(place, target, name)
+    stored = [(file, data) for file, data in corpus_of(name) if file in target.files]
+    for i, (file, data) in enumerate(stored):
+        at.seek(0)
+        at.write(f"corpus {i} {file}\n")
+        at.flush()
+        reader.read(file, data, known=True)
     for i in range(cases):
         draw = random.Random(f"{name} {seed} {i}")
         at.seek(0)
+        at.truncate()
         at.write(f"{seed} {i}")
         at.flush()
         file = draw.choice(target.files)
         data = (sound / file).read_bytes()
-        write(case / file, changed(file.name, data, draw))
-        signal.alarm(SECONDS)
+        others = [d for f, d in stored if f == file]
+        if others and draw.random() < SHARE:
+            data = draw.choice(others)
         try:
-            target.read(case)
-            outcomes["read"] += 1
-        except pf.Error as e:
-            if "\n" in str(e).strip() or not str(e).startswith("["):
-                raise SystemExit(f"no sentence of ours: {e}") from None
-            outcomes["refused"] += 1
-        signal.alarm(0)
-        write(case / file, data)
-    return outcomes
+            made = changed(file.name, data, draw)
+        except Exception:  # what is no JSON, or no gzip, is not changed as such
+            made = change_bytes(data, draw)
+        reader.read(file, made)
+    reader.outcomes["messages"] = len(reader.messages)
+    return reader.outcomes
 
 
 if __name__ == "__main__":
-    where, which, number, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    sys.stdout.write(json.dumps(fuzz(where, which, number, first)) + "\n")
+    if sys.argv[1] == "--merge":
+        sys.stdout.write(f"{merge([Path(p) for p in sys.argv[2:]])} bytes\n")
+    else:
+        where, which, number, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+        sys.stdout.write(json.dumps(fuzz(where, which, number, first)) + "\n")

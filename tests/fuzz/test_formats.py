@@ -1,6 +1,7 @@
 """Files with something wrong are refused in one sentence: no panic, no other exception, no hang, no huge allocation.
 
-``PYRFORMER_TORTURE`` multiplies the number of cases (``make torture``); ``PYRFORMER_TORTURE_SEED`` gives others.
+``PYRFORMER_TORTURE`` multiplies the number of cases (``make torture``), ``PYRFORMER_FUZZ_FILES`` sets it (``make
+fuzz``); ``PYRFORMER_TORTURE_SEED`` gives others.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ RUNNER = Path(__file__).resolve().parent / "fuzz.py"
 TARGETS = re.findall(
     r'^    "(\w+)": \w+(?:\(.*\))?,$', RUNNER.read_text("utf-8").partition("TARGETS:")[2], re.MULTILINE
 )
-CASES = 60 * int(os.environ.get("PYRFORMER_TORTURE", "1"))
+CASES = int(os.environ.get("PYRFORMER_FUZZ_FILES", 120 * int(os.environ.get("PYRFORMER_TORTURE", "1"))))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and signals of Linux")
 
 
 def test_the_targets_are_found() -> None:
-    assert len(TARGETS) == 15
+    assert len(TARGETS) == 20
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -42,5 +43,6 @@ def test_changed_files(tmp_path: Path, target: str) -> None:
     at = (tmp_path / "seed").read_text("ascii") if (tmp_path / "seed").exists() else "none"
     assert done.returncode == 0, f"seed and case {at}: {done.stderr[-3000:]}"
     outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert sum(outcomes.values()) == CASES
+    print(target, outcomes)  # noqa: T201 (the figures of docs/reliability.md, with -s)
+    assert outcomes["read"] + outcomes["refused"] >= CASES
     assert outcomes["refused"] > 0

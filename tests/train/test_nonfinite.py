@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from recipes import BERT, GPT2, OBJECTIVES, TEXT
+from recipes import OBJECTIVES, TEXT, write_text
 
 import pyrformer as pf
 from pyrformer.cli import main
@@ -21,9 +21,8 @@ from pyrformer.training.passes import Passes, Update
 from pyrformer.training.trainer import Trainer
 
 SENTENCES = "".join(f"the cat sat on mat {i}. the dog lay by the door. it was late.\n\n" for i in range(24))
-#: Objectives beyond those of the recipes, with padded rows and several kinds of attention.
+#: Besides the recipes: rotary positions and gated layers.
 MORE: dict[str, dict[str, Any]] = {
-    "prefix": {"objective": "prefix", "model": GPT2, "tokenizer": {"kind": "char"}},
     "llama": {
         "objective": "ar",
         "model": {
@@ -35,23 +34,15 @@ MORE: dict[str, dict[str, Any]] = {
         },
         "tokenizer": {"kind": "char"},
     },
-    "plm": {
-        "objective": "plm",
-        "model": {"model_type": "xlnet", "n_layer": 1, "d_model": 16, "n_head": 2, "d_inner": 32},
-        "tokenizer": {"kind": "char"},
-    },
-    "mlm+nsp": {
-        "objective": "mlm+nsp",
-        "model": BERT,
-        "tokenizer": {"preset": "bert-uncased", "vocab_size": 80},
-    },
 }
 
 
 def config(tmp_path: Path, name: str = "ar", out: str = "run", **more: Any) -> pf.TrainConfig:
-    text = tmp_path / "text.txt"
+    text = tmp_path / ("rows.jsonl" if name in ("sentence", "tokens") else "text.txt")
     if not text.exists():
-        text.write_text(SENTENCES if name == "mlm+nsp" else TEXT, encoding="utf-8")
+        write_text(tmp_path, name)
+        if name == "mlm+nsp":
+            text.write_text(SENTENCES, encoding="utf-8")
     small = {
         "seq_len": 32,
         "batch_size": 4,

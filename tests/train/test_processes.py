@@ -96,7 +96,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("objective", ["ar", "mlm"])
 def test_two_and_four_processes_give_the_same_bits(text: Path, tmp_path: Path, objective: str) -> None:
     folders = {n: tmp_path / f"run-{n}" for n in (1, 2, 4)}
     pf.train(pf.TrainConfig(**options(text, folders[1], objective)))

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from recipes import OBJECTIVES
 
 HERE = Path(__file__).resolve().parent
 MUCH = int(os.environ.get("PYRFORMER_TORTURE", "1"))
-CASES = {"kills": 8, "faults": 24, "damage": 6}
+#: Of each objective.
+CASES = {"kills": 3, "faults": 8, "damage": 2}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD and /proc of Linux")
 
@@ -45,4 +47,7 @@ def test_torture(library: Path, tmp_path: Path, kind: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert sum(outcomes.values()) >= 2 * cases  # for each objective
+    print(kind, outcomes)  # noqa: T201 (the figures of docs/reliability.md, with -s)
+    # A run has so many file operations, each of which fails in four ways.
+    places = outcomes.pop("places that can fail", len(OBJECTIVES) * cases)
+    assert sum(outcomes.values()) >= min(places, len(OBJECTIVES) * cases)

@@ -20,28 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipes import OBJECTIVES, write_text
+
 import pyrformer as pf
 from pyrformer.training import trainer  # imported before the forks
 
 KILL, SHORT = -1, -2
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "short write": SHORT, "kill": KILL}
-MODELS: dict[str, dict[str, Any]] = {
-    "ar": {
-        "tokenizer": {"kind": "char"},
-        "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2},
-    },
-    "mlm": {
-        "tokenizer": {"preset": "bert-uncased", "vocab_size": 60},
-        "model": {
-            "model_type": "bert",
-            "num_hidden_layers": 1,
-            "hidden_size": 8,
-            "num_attention_heads": 2,
-            "intermediate_size": 16,
-            "max_position_embeddings": 16,
-        },
-    },
-}
 STEPS = 12
 
 
@@ -50,15 +35,14 @@ class Torture:
 
     def __init__(self, folder: Path, objective: str, seed: int):
         self.folder, self.objective, self.random = folder, objective, random.Random(seed)
-        self.text = folder / "text.txt"
-        self.text.write_text("the cat sat on the mat, and the dog lay by the door. " * 8, encoding="utf-8")
+        self.text = write_text(folder, objective)
         self.library = ctypes.CDLL(None)
         self.outcomes: Counter[str] = Counter()
 
     def config(self, out: Path, **more: Any) -> pf.TrainConfig:
-        small = {"seq_len": 8, "batch_size": 2, "max_steps": STEPS, "warmup_steps": 2, "log_every": 1}
+        small = {"seq_len": 12, "batch_size": 2, "max_steps": STEPS, "warmup_steps": 2, "log_every": 1}
         every = {"eval_every": 5, "save_every": 2, "learning_rate": 1e-2, "seed": 5, "threads": 1}
-        options = {**small, **every, **MODELS[self.objective], "objective": self.objective, **more}
+        options = {**small, **every, **OBJECTIVES[self.objective], **more}
         return pf.TrainConfig(files=[str(self.text)], out=str(out), **options)
 
     def child(self, work: Callable[[], None], kill_after: float | None = None) -> int:
@@ -132,6 +116,7 @@ class Torture:
         calls = int(count.read_text("utf-8"))
         places = [(n, name) for n in range(calls) for name in ERRORS]
         self.random.shuffle(places)
+        self.outcomes["places that can fail"] = len(places)
         for i, (n, name) in enumerate(places[:cases]):
             out = self.folder / f"run-{i}"
 
@@ -186,7 +171,7 @@ def result(run: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     place, kind, number, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     totals: Counter[str] = Counter()
-    for name in MODELS:
+    for name in OBJECTIVES:
         (place / name).mkdir()
         torture = Torture(place / name, name, seed)
         getattr(torture, kind)(number)

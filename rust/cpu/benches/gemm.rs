@@ -165,7 +165,7 @@ fn main() {
     println!("{:<40} {:>9} {:>7} {:>9} {:>7}", "", "1 thread", "peak", "2 threads", "peak");
     for shape in shapes {
         let rates = [1, 2].map(|threads| {
-            let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads));
+            let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads).expect("there is memory"));
             // SAFETY: C is the benchmark's alone.
             let seconds = shape.time(1, |g| unsafe { gemm(&pool, &buffers, g, &no_epilogue) });
             shape.flops() / seconds / 1e9
@@ -188,7 +188,7 @@ fn main() {
         }
     }
     for shape in serial.into_iter().filter(|shape| shape.label().contains(&filter)) {
-        let mut scratch = Scratch::new();
+        let mut scratch = Scratch::new().expect("there is memory");
         // SAFETY: C is the benchmark's alone.
         let seconds = shape.time(1, |g| unsafe { gemm_serial(&mut scratch, g) });
         let rate = shape.flops() / seconds / 1e9;
@@ -207,7 +207,7 @@ fn main() {
         let bytes = (shape.k * shape.n * 4) as f64;
         let copies = (128e6 / bytes).ceil() as usize;
         let rates = [1, 2].map(|threads| {
-            let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads));
+            let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads).expect("there is memory"));
             // SAFETY: C is the benchmark's alone.
             let seconds = shape.time(copies, |g| unsafe { gemm(&pool, &buffers, g, &no_epilogue) });
             (shape.flops() / seconds / 1e9, bytes / seconds / 1e9)
@@ -233,7 +233,7 @@ fn main() {
                 (0..copies).filter_map(|_| Packed::new(&pool, &weight, false)).collect()
             });
             kept(Shape { what: "int8", m, n, k, ta: false, tb: false }, &filter, 1, || {
-                (0..copies).map(|_| Int8::new(&weight, false)).collect()
+                (0..copies).map(|_| Int8::new(&weight, false).expect("there is memory")).collect()
             });
         }
     }
@@ -263,7 +263,7 @@ fn kept<K: Kept>(shape: Shape, filter: &str, size: usize, make: impl FnOnce() ->
     }
     let weights = make();
     let rates = [1, 2].map(|threads| {
-        let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads));
+        let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads).expect("there is memory"));
         let mut copy = 0;
         let seconds = shape.time(1, |g| {
             copy = (copy + 1) % weights.len();

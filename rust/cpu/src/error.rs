@@ -28,3 +28,23 @@ pub enum Error {
     #[error("[cpu] internal error, please report it: {0}")]
     Internal(String),
 }
+
+/// An empty vector with room for so many elements: what a caller's sizes ask for is asked for here, since the standard
+/// library ends the process where there is no memory.
+///
+/// # Errors
+/// [`Error::Memory`] when it cannot be had.
+pub fn room<T>(elements: usize) -> Result<Vec<T>> {
+    let mut empty = Vec::new();
+    match empty.try_reserve_exact(elements) {
+        Ok(()) => Ok(empty),
+        Err(_) => Err(Error::no_memory(elements.saturating_mul(size_of::<T>()))),
+    }
+}
+
+impl Error {
+    /// There is no memory for so many bytes.
+    pub(crate) fn no_memory(bytes: usize) -> Self {
+        Self::Memory(format!("there is no memory for {bytes} more bytes; ask for less at once"))
+    }
+}

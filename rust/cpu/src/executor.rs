@@ -10,7 +10,7 @@ use pyrformer_graph::{
     AttentionSpec, DType, LossSpec, Op, Operand, Plan, RelativeSpec, Space, Step, Target, TensorType,
 };
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, room};
 use crate::gemm::{Factor, PackBuffers, Packed};
 use crate::kernels::attention::{self, Mask, Saved};
 use crate::kernels::cache::{Cache8, Kept, KeptMut};
@@ -112,8 +112,8 @@ impl Work {
             threads,
             arena: Block::new(arena_bytes)?,
             workers: PerWorker::new(threads, worker_bytes)?,
-            packs_f32: PackBuffers::new(threads),
-            packs_f64: PackBuffers::new(threads),
+            packs_f32: PackBuffers::new(threads)?,
+            packs_f64: PackBuffers::new(threads)?,
         })
     }
 
@@ -218,10 +218,10 @@ impl CpuExecutor {
     /// values, and outputs of later steps are arbitrary.
     ///
     /// # Errors
-    /// When an input is missing, unknown or of another type, or an index is out of range.
+    /// When an input is missing, unknown or of another type, an index is out of range, or there is no memory.
     pub fn run(&self, inputs: &[(&str, TensorType, &[u8])]) -> Result<Vec<Array>> {
         let outputs = |memory: &Memory<'_>| self.plan.outputs.iter().map(|port| memory.read(port)).collect();
-        self.watched(inputs, |_, _| ControlFlow::Continue(()), outputs)
+        self.watched(inputs, |_, _| Ok(ControlFlow::Continue(())), outputs)?
     }
 
     /// Runs the plan once as [`run`](Self::run) does, and appends the first `rows` rows of its first output, which is of
@@ -246,7 +246,7 @@ impl CpuExecutor {
                 (0..rows).for_each(|r| to.extend_from_slice(view.row(r)));
             }
         };
-        self.watched(inputs, |_, _| ControlFlow::Continue(()), append)
+        self.watched(inputs, |_, _| Ok(ControlFlow::Continue(())), append)
     }
 
     /// Runs the plan once as [`run`](Self::run) does, and tells each output as soon as the last step that writes it is
@@ -262,13 +262,13 @@ impl CpuExecutor {
         let done: Vec<usize> = self.plan.outputs.iter().map(|port| self.written_by(&port.operand)).collect();
         let last = self.plan.steps.len().saturating_sub(1);
         let watch = |moment: Moment, memory: &Memory<'_>| {
-            let Moment::After(number) = moment else { return ControlFlow::Continue(()) };
+            let Moment::After(number) = moment else { return Ok(ControlFlow::Continue(())) };
             for (i, port) in self.plan.outputs.iter().enumerate() {
-                if done[i].min(last) == number {
-                    tell(i, memory.read(port))?;
+                if done[i].min(last) == number && tell(i, memory.read(port)?).is_break() {
+                    return Ok(ControlFlow::Break(()));
                 }
             }
-            ControlFlow::Continue(())
+            Ok(ControlFlow::Continue(()))
         };
         self.watched(inputs, watch, |_| ())
     }
@@ -295,7 +295,7 @@ impl CpuExecutor {
                     Moment::Before(_) => began = Instant::now(),
                     Moment::After(step) => seconds[step] = began.elapsed().as_secs_f64(),
                 }
-                ControlFlow::Continue(())
+                Ok(ControlFlow::Continue(()))
             },
             |_| (),
         )?;
@@ -306,7 +306,7 @@ impl CpuExecutor {
     pub(crate) fn watched<R>(
         &self,
         inputs: &[(&str, TensorType, &[u8])],
-        mut watch: impl FnMut(Moment, &Memory<'_>) -> ControlFlow<()>,
+        mut watch: impl FnMut(Moment, &Memory<'_>) -> Result<ControlFlow<()>>,
         read: impl FnOnce(&Memory<'_>) -> R,
     ) -> Result<R> {
         let slot = self.store.work();
@@ -327,7 +327,7 @@ impl CpuExecutor {
         }
         let mut changed = false;
         for (number, step) in self.plan.steps.iter().enumerate() {
-            if watch(Moment::Before(number), &memory).is_break() {
+            if watch(Moment::Before(number), &memory)?.is_break() {
                 break;
             }
             let run = Run { memory, pool: &self.pool, work, step };
@@ -338,7 +338,7 @@ impl CpuExecutor {
             }
             changed |= step.outputs.iter().any(|o| matches!(o.space, Space::State(_)));
             let spoiled = !changed && step.op == Op::GlobalNorm && !run.is_finite();
-            if watch(Moment::After(number), &memory).is_break() || spoiled {
+            if watch(Moment::After(number), &memory)?.is_break() || spoiled {
                 break;
             }
         }
@@ -390,14 +390,16 @@ impl<'a> Memory<'a> {
     }
 
     /// The floats of an operand that is a state in another form than row by row.
-    pub(crate) fn laid_out(&self, o: &Operand) -> Option<Vec<f32>> {
-        let Space::State(i) = o.space else { return None };
+    pub(crate) fn laid_out(&self, o: &Operand) -> Result<Option<Vec<f32>>> {
+        let Space::State(i) = o.space else { return Ok(None) };
         if let Form::Plain(_) = self.form(i) {
-            return None;
+            return Ok(None);
         }
         // SAFETY: as above.
-        let bytes = unsafe { self.states[i].bytes() };
-        Some(bytes.as_chunks().0.iter().map(|x| f32::from_ne_bytes(*x)).collect())
+        let bytes = unsafe { self.states[i].bytes() }?;
+        let mut floats = room(bytes.len() / 4)?;
+        floats.extend(bytes.as_chunks().0.iter().map(|x| f32::from_ne_bytes(*x)));
+        Ok(Some(floats))
     }
 
     pub(crate) fn mat<T>(&self, o: &Operand) -> Mat<'a, T> {
@@ -413,15 +415,15 @@ impl<'a> Memory<'a> {
         unsafe { MatMut::from_raw(self.address(o).cast(), shape.rows(), shape.cols(), o.row_stride) }
     }
 
-    fn read(&self, port: &Port) -> Array {
+    fn read(&self, port: &Port) -> Result<Array> {
         let ty = port.operand.ty.clone();
         let (rows, row_bytes) = (ty.shape.rows(), ty.shape.cols() * ty.dtype.size());
         let view: Mat<'_, u8> =
             // SAFETY: the operand's rows, seen as bytes.
             unsafe { Mat::from_raw(self.address(&port.operand), rows, row_bytes, port.operand.row_stride * ty.dtype.size()) };
-        let mut bytes = Vec::with_capacity(ty.bytes());
+        let mut bytes = room(ty.bytes())?;
         (0..rows).for_each(|r| bytes.extend_from_slice(view.row(r)));
-        Array { ty, bytes }
+        Ok(Array { ty, bytes })
     }
 }
 

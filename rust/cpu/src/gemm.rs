@@ -25,7 +25,6 @@ mod pack;
 mod packed;
 mod vector;
 
-use std::alloc::{Layout, handle_alloc_error};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -38,6 +37,7 @@ pub(crate) use micro::{kernel_f32, kernel_f64, prefetch};
 use pack::Source;
 pub use packed::Packed;
 
+use crate::error::{Error, Result};
 use crate::real::Real;
 use crate::simd;
 use crate::threads::Pool;
@@ -176,14 +176,17 @@ pub struct PackBuffers<T: Real> {
 
 impl<T: Real> PackBuffers<T> {
     /// Buffers for pools of up to `threads` threads, and the kernels of [`simd::level`].
-    #[must_use]
-    pub fn new(threads: usize) -> Self {
+    ///
+    /// # Errors
+    /// When there is no memory for them.
+    pub fn new(threads: usize) -> Result<Self> {
         Self::with_kernel(threads, T::kernel(simd::level()))
     }
 
-    fn with_kernel(threads: usize, kernel: Kernel<T>) -> Self {
-        let workers = (0..threads.max(1)).map(|_| Mutex::new(Scratch::with_kernel(kernel))).collect();
-        Self { kernel, panels: Mutex::new(Buffer::new(SHARED_ELEMENTS)), workers }
+    fn with_kernel(threads: usize, kernel: Kernel<T>) -> Result<Self> {
+        let workers = (0..threads.max(1)).map(|_| Scratch::with_kernel(kernel).map(Mutex::new));
+        let panels = Mutex::new(Buffer::new(SHARED_ELEMENTS)?);
+        Ok(Self { kernel, panels, workers: workers.collect::<Result<_>>()? })
     }
 
     /// The kernels for products of blocks inside a task.
@@ -218,19 +221,15 @@ pub struct Scratch<T: Real> {
 
 impl<T: Real> Scratch<T> {
     /// Scratch memory for the kernels of [`simd::level`].
-    #[must_use]
-    pub fn new() -> Self {
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn new() -> Result<Self> {
         Self::with_kernel(T::kernel(simd::level()))
     }
 
-    fn with_kernel(kernel: Kernel<T>) -> Self {
-        Self { kernel, left: Buffer::new(ROWS * kernel.depth), panels: Buffer::new(SERIAL_ELEMENTS) }
-    }
-}
-
-impl<T: Real> Default for Scratch<T> {
-    fn default() -> Self {
-        Self::new()
+    fn with_kernel(kernel: Kernel<T>) -> Result<Self> {
+        Ok(Self { kernel, left: Buffer::new(ROWS * kernel.depth)?, panels: Buffer::new(SERIAL_ELEMENTS)? })
     }
 }
 
@@ -247,18 +246,13 @@ struct Buffer<T> {
 unsafe impl<T: Send> Send for Buffer<T> {}
 
 impl<T: Real> Buffer<T> {
-    fn new(elements: usize) -> Self {
-        Self::try_new(elements).unwrap_or_else(|| {
-            let layout = Layout::array::<T>(elements);
-            handle_alloc_error(layout.expect("the sizes above are far from usize::MAX"))
-        })
-    }
-
-    /// `None` if there is no memory for it.
-    fn try_new(elements: usize) -> Option<Self> {
+    /// # Errors
+    /// When there is no memory for it.
+    fn new(elements: usize) -> Result<Self> {
+        let bytes = elements.saturating_mul(size_of::<T>());
         // Zero bits are a valid `f32` or `f64`.
-        let memory = Zeroed::new(elements.checked_mul(size_of::<T>())?)?;
-        Some(Self { data: memory.as_ptr().cast(), elements, memory })
+        let memory = Zeroed::new(bytes).ok_or_else(|| Error::no_memory(bytes))?;
+        Ok(Self { data: memory.as_ptr().cast(), elements, memory })
     }
 }
 

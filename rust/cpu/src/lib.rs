@@ -19,7 +19,7 @@ pub mod view;
 mod weights;
 mod zeroed;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, room};
 pub use executor::{Array, Cpu, CpuExecutor};
 pub use kernels::optimizer::norm_parts;
 pub use memory::{Owner, Store};

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use pyrformer_graph::{Plan, TensorType};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, room};
 use crate::executor::Work;
 use crate::gemm::{Int8, Packed};
 use crate::kernels::cache::Cache8;
@@ -44,7 +44,7 @@ impl Block {
     /// When there is no such memory.
     pub(crate) fn new(bytes: usize) -> Result<Self> {
         let own = Zeroed::new(bytes);
-        own.map(Self::Own).ok_or_else(|| Error::Memory(format!("there is no memory for {bytes} more bytes")))
+        own.map(Self::Own).ok_or_else(|| Error::no_memory(bytes))
     }
 
     /// The size of its own memory.
@@ -127,25 +127,33 @@ impl State {
 
     /// Its elements, row-major without gaps.
     ///
+    /// # Errors
+    /// When there is no memory for them.
+    ///
     /// # Safety
     /// As [`form`](Self::form).
-    pub(crate) unsafe fn bytes(&self) -> Vec<u8> {
-        let (rows, cols) = (self.ty.shape.rows(), self.ty.shape.cols());
-        let floats = |row: &dyn Fn(usize, &mut [f32])| {
-            let mut floats = vec![0f32; rows * cols];
-            floats.chunks_exact_mut(cols.max(1)).enumerate().for_each(|(r, to)| row(r, to));
-            floats.iter().flat_map(|x| x.to_ne_bytes()).collect()
+    pub(crate) unsafe fn bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = room(self.ty.bytes())?;
+        let mut one = vec![0f32; self.ty.shape.cols()];
+        let mut floats = |row: &dyn Fn(usize, &mut [f32])| {
+            for r in 0..self.ty.shape.rows() {
+                row(r, &mut one);
+                bytes.extend(one.iter().flat_map(|x| x.to_ne_bytes()));
+            }
         };
         // SAFETY: the caller's promise; the block holds `ty.bytes()` initialised bytes.
         match unsafe { self.form() } {
             Form::Plain(block) => {
                 // SAFETY: as above.
-                unsafe { std::slice::from_raw_parts(block.as_ptr(), self.ty.bytes()) }.to_vec()
+                bytes.extend_from_slice(unsafe {
+                    std::slice::from_raw_parts(block.as_ptr(), self.ty.bytes())
+                });
             }
             Form::Packed(packed) => floats(&|r, to| packed.row(r, to)),
             Form::Int8(int8) => floats(&|r, to| int8.row(r, to)),
-            Form::Cache8(_) => vec![0; self.ty.bytes()],
+            Form::Cache8(_) => bytes.resize(self.ty.bytes(), 0),
         }
+        Ok(bytes)
     }
 
     /// Lays its elements out as plans that do more than multiply by them read them, if they are packed.
@@ -280,7 +288,7 @@ impl Store {
     /// A copy of a state's type and bytes.
     ///
     /// # Errors
-    /// When there is none of this name.
+    /// When there is none of this name, or no memory for a copy.
     pub fn get(&self, name: &str) -> Result<(TensorType, Vec<u8>)> {
         let state = read(&self.states)
             .get(name)
@@ -288,14 +296,14 @@ impl Store {
             .ok_or_else(|| Error::State(format!("there is no state called {name:?}")))?;
         let _shared = read(&self.access);
         // SAFETY: the lock is held.
-        Ok((state.ty.clone(), unsafe { state.bytes() }))
+        Ok((state.ty.clone(), unsafe { state.bytes() }?))
     }
 
     /// Keeps the weights of a plan in 8 bits from here on: the float32 states that it only multiplies by, or takes rows
     /// of. Plans bound before go on with what they hold. Gives the names.
     ///
     /// # Errors
-    /// When a state of the plan has another type.
+    /// When a state of the plan has another type, or there is no memory.
     pub fn quantise(&self, plan: &Plan) -> Result<Vec<String>> {
         let mut names = vec![];
         for (number, state) in self.link(plan)?.into_iter().enumerate() {
@@ -306,7 +314,7 @@ impl Store {
                 unsafe {
                     state.unpack()?;
                     let Form::Plain(block) = state.form() else { continue };
-                    Int8::new(&state.matrix(block), transposed)
+                    Int8::new(&state.matrix(block), transposed)?
                 }
             };
             let name = &plan.states[number].name;

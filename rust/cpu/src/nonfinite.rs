@@ -58,21 +58,21 @@ impl CpuExecutor {
                                 let void = matches!(step.op, Op::AttentionGrad(_)) && i == 5;
                                 summary(memory, o, self.origin(number, o), void)
                             })
-                            .collect();
+                            .collect::<Result<_>>()?;
                         if read.iter().any(|s| s.nonfinite > 0) {
                             let inputs = std::mem::take(&mut read);
                             found = Some(NonFinite { step: number, inputs, outputs: Vec::new() });
                         }
                     }
                     Moment::After(number) => {
-                        let made = results(memory, &self.plan().steps[number]);
+                        let made = results(memory, &self.plan().steps[number])?;
                         if made.iter().any(|s| s.nonfinite > 0) {
                             let inputs = std::mem::take(&mut read);
                             found = Some(NonFinite { step: number, inputs, outputs: made });
                         }
                     }
                 }
-                if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                Ok(if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
             },
             |_| (),
         )?;
@@ -96,26 +96,26 @@ impl CpuExecutor {
     }
 }
 
-fn results(memory: &Memory<'_>, step: &Step) -> Vec<Summary> {
+fn results(memory: &Memory<'_>, step: &Step) -> Result<Vec<Summary>> {
     let void = |i: usize| matches!(step.op, Op::Attention(_)) && i == 1;
     step.outputs.iter().enumerate().map(|(i, o)| summary(memory, o, String::new(), void(i))).collect()
 }
 
 /// The values of an operand; with `void`, −∞ counts as finite.
-fn summary(memory: &Memory<'_>, o: &Operand, name: String, void: bool) -> Summary {
+fn summary(memory: &Memory<'_>, o: &Operand, name: String, void: bool) -> Result<Summary> {
     let (min, max, nonfinite) = match o.ty.dtype {
         DType::I32 => {
             let view: Mat<'_, i32> = memory.mat(o);
             let all = || (0..view.rows).flat_map(|r| view.row(r)).map(|&x| f64::from(x));
             (all().fold(f64::INFINITY, f64::min), all().fold(f64::NEG_INFINITY, f64::max), 0)
         }
-        DType::F32 => match memory.laid_out(o) {
+        DType::F32 => match memory.laid_out(o)? {
             Some(floats) => range(Mat::new(&floats, 1, floats.len()), void),
             None => range::<f32>(memory.mat(o), void),
         },
         DType::F64 => range::<f64>(memory.mat(o), void),
     };
-    Summary { name, ty: o.ty.clone(), min, max, nonfinite }
+    Ok(Summary { name, ty: o.ty.clone(), min, max, nonfinite })
 }
 
 /// Least and greatest finite value, and how many are not finite.

@@ -221,17 +221,20 @@ pub(crate) fn check_offsets(tokens: usize, offsets: &[u64]) -> Result<()> {
     Ok(())
 }
 
-/// Checks that a batch of `rows` × `width` places is neither empty nor too large to index by `i32`.
-pub(crate) fn check_size(rows: usize, width_name: &'static str, width: usize) -> Result<()> {
+/// The most tokens of a batch; its arrays take half a gigabyte, and no model reads as many at once.
+pub(crate) const MOST_TOKENS: usize = 1 << 24;
+
+/// Checks that a batch of `rows` × `width` places is neither empty nor beyond `most` places.
+pub(crate) fn check_size(rows: usize, width_name: &'static str, width: usize, most: usize) -> Result<()> {
     if rows == 0 {
         return Err(Error::option("batch_size", rows, "at least 1"));
     }
     match rows.checked_mul(width) {
-        Some(places) if places <= i32::MAX as usize => Ok(()),
+        Some(places) if places <= most => Ok(()),
         _ => Err(Error::option(
             "batch_size",
             rows,
-            format!("small enough that batch_size × {width_name} ({width}) stays below 2^31"),
+            format!("small enough that batch_size × {width_name} ({width}) stays within {most}"),
         )),
     }
 }

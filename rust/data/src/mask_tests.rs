@@ -321,7 +321,7 @@ fn errors_say_what_to_do() {
     for (text, part) in [
         (of(&|o| o.batch_size = 0), "batch_size is 0"),
         (of(&|o| o.max_length = 2), "max_length is 2"),
-        (of(&|o| o.max_length = usize::MAX), "2^31"),
+        (of(&|o| o.max_length = usize::MAX), "16777216"),
         (of(&|o| o.fixed_length = Some(15)), "fixed_length is 15; it must be at least max_length (16)"),
         (of(&|o| o.pad_to_multiple_of = 0), "pad_to_multiple_of is 0"),
         (of(&|o| o.mlm_probability = 0.0), "mlm_probability is 0"),

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use pyrformer_random::{Stream, philox, unit_f32};
 
 use crate::IGNORED_LABEL;
-use crate::error::{Error, Result, check_size};
+use crate::error::{Error, MOST_TOKENS, Result, check_size};
 use crate::purpose::MASK;
 
 /// Lengths of masked spans, in words (in tokens where words are not kept whole).
@@ -142,7 +142,12 @@ impl MaskedOptions {
             let rule = format!("at least max_length ({})", self.max_length);
             return Err(Error::option("fixed_length", length, rule));
         }
-        check_size(self.batch_size, "the row length", self.fixed_length.unwrap_or(self.max_length))?;
+        check_size(
+            self.batch_size,
+            "the row length",
+            self.fixed_length.unwrap_or(self.max_length),
+            MOST_TOKENS,
+        )?;
         if self.pad_to_multiple_of == 0 {
             return Err(Error::option("pad_to_multiple_of", 0, "at least 1"));
         }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::IGNORED_LABEL;
 use crate::corpus::Corpus;
-use crate::error::{Error, Result, check_size};
+use crate::error::{Error, MOST_TOKENS, Result, check_size};
 use crate::masker::Draws;
 use crate::order::Order;
 use crate::purpose::{CAUSAL_ORDER, CAUSAL_PHASE, PREFIX};
@@ -89,7 +89,7 @@ impl CausalBatches {
         if seq_len == 0 || seq_len > i32::MAX as usize {
             return Err(Error::option("seq_len", seq_len, "at least 1 and below 2^31"));
         }
-        check_size(batch_size, "seq_len", seq_len)?;
+        check_size(batch_size, "seq_len", seq_len, MOST_TOKENS)?;
         corpus.check_ids(i32::MAX as usize)?;
         let tokens = corpus.len();
         if tokens <= seq_len {
@@ -487,7 +487,7 @@ mod tests {
         let of = |options| batches(&[0, 40], options).unwrap_err().to_string();
         assert!(of(CausalOptions { seq_len: 0, ..OPTIONS }).contains("seq_len is 0"));
         assert!(of(CausalOptions { batch_size: 0, ..OPTIONS }).contains("batch_size is 0"));
-        assert!(of(CausalOptions { batch_size: usize::MAX, ..OPTIONS }).contains("2^31"));
+        assert!(of(CausalOptions { batch_size: usize::MAX, ..OPTIONS }).contains("16777216"));
         for offsets in [&[][..], &[1, 9], &[0, 5, 4, 9], &[0, 8]] {
             let error = Corpus::held(vec![1; 9].into(), offsets.into()).unwrap_err();
             assert!(matches!(error, Error::Offsets { .. }), "{error}");

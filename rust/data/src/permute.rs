@@ -14,6 +14,9 @@ use crate::masker::Draws;
 use crate::pack::{Block, CausalBatches, CausalOptions};
 use crate::purpose::PERMUTE;
 
+/// The most pairs of tokens of a batch: `perm_mask` takes half a gigabyte.
+const MOST_PAIRS: usize = 1 << 27;
+
 /// How to cut a corpus into permuted batches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PermutedOptions {
@@ -66,7 +69,7 @@ impl PermutedBatches {
             return Err(Error::option("max_span_length", max_span_length, "from 1 to 65536"));
         }
         let length = rows.seq_len;
-        check_size(rows.batch_size, "seq_len × seq_len", length.saturating_mul(length))?;
+        check_size(rows.batch_size, "seq_len × seq_len", length.saturating_mul(length), MOST_PAIRS)?;
         let rows =
             CausalBatches::new(corpus, CausalOptions { separate_documents: false, prefix: false, ..rows })?;
         // The most tokens that spans of a row can hold, to a multiple of 8.

@@ -2,6 +2,7 @@
 
 use numpy::{PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use pyrformer_cpu::room;
 use pyrformer_graph::{DType, Shape, TensorType};
 
 use crate::enter::Failure;
@@ -67,12 +68,14 @@ pub(crate) fn to_numpy<'py>(py: Python<'py>, ty: &TensorType, bytes: &[u8]) -> P
     }
     let dims = &ty.shape.0[..];
     Ok(match ty.dtype {
-        DType::F32 => make(py, dims, items(bytes, f32::from_ne_bytes))?.into_any(),
-        DType::F64 => make(py, dims, items(bytes, f64::from_ne_bytes))?.into_any(),
-        DType::I32 => make(py, dims, items(bytes, i32::from_ne_bytes))?.into_any(),
+        DType::F32 => make(py, dims, items(bytes, f32::from_ne_bytes)?)?.into_any(),
+        DType::F64 => make(py, dims, items(bytes, f64::from_ne_bytes)?)?.into_any(),
+        DType::I32 => make(py, dims, items(bytes, i32::from_ne_bytes)?)?.into_any(),
     })
 }
 
-fn items<T, const N: usize>(bytes: &[u8], item: impl Fn([u8; N]) -> T) -> Vec<T> {
-    bytes.as_chunks::<N>().0.iter().map(|&chunk| item(chunk)).collect()
+fn items<T, const N: usize>(bytes: &[u8], item: impl Fn([u8; N]) -> T) -> Result<Vec<T>, Failure> {
+    let mut items = room(bytes.len() / N)?;
+    items.extend(bytes.as_chunks::<N>().0.iter().map(|&chunk| item(chunk)));
+    Ok(items)
 }

@@ -6,10 +6,9 @@ use std::time::Instant;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use pyrformer_graph::{DType, TensorType};
+use pyrformer_cpu::room;
 use pyrformer_search::{Draft, EarlyStopping, Filters, GenerationOptions, Hooks, Positions, Prompt};
 
-use crate::array::to_numpy;
 use crate::decode::Program;
 use crate::enter::{Failure, enter};
 use crate::graph::Executor;
@@ -393,7 +392,7 @@ pub(crate) fn filter_logits<'py>(
     py: Python<'py>,
     logits: PyReadonlyArray2<'py, f32>,
     options_: &Bound<'py, PyDict>,
-) -> PyResult<Bound<'py, PyAny>> {
+) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let mut filters = Filters::default();
     for (name, value) in options_.iter() {
         let name: String = name.extract()?;
@@ -404,14 +403,12 @@ pub(crate) fn filter_logits<'py>(
     let (rows, cols) = (logits.shape()[0], logits.shape()[1]);
     let gaps = |_| Failure::new("InputError", "[filter_logits] logits must be a C-contiguous array");
     let slice = logits.as_slice().map_err(gaps)?;
-    let bytes = enter(py, || {
-        let mut bytes = Vec::with_capacity(4 * rows * cols);
+    let all = enter(py, || {
+        let mut all = room(slice.len())?;
         for row in slice.chunks(cols.max(1)) {
-            for p in pyrformer_search::filter_logits(row, &filters)? {
-                bytes.extend_from_slice(&p.to_ne_bytes());
-            }
+            all.extend(pyrformer_search::filter_logits(row, &filters)?);
         }
-        Ok::<_, pyrformer_search::Error>(bytes)
+        Ok::<_, Failure>(all)
     })?;
-    to_numpy(py, &TensorType::new(DType::F32, [rows, cols]), &bytes)
+    PyArray1::from_vec(py, all).reshape([rows, cols])
 }

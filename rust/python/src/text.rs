@@ -28,9 +28,24 @@ pub(crate) struct Tokenizer {
     pub(crate) inner: Arc<pyrformer_text::Tokenizer>,
 }
 
-/// An id that may be one.
-fn token(id: i64) -> Result<u32, Failure> {
-    u32::try_from(id).map_err(|_| Failure::new("TokenizerError", format!("[decode] id {id} is no token's")))
+/// An id that may be one: a whole number, of Python or numpy, whatever its size.
+struct Id(u32);
+
+impl<'py> FromPyObject<'_, 'py> for Id {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        object.extract().map(Self).map_err(|_| {
+            let id = object.repr().map_or_else(|_| "it".to_owned(), |r| r.to_string());
+            Failure::new("TokenizerError", format!("[decode] id {id} is no token's")).into()
+        })
+    }
+}
+
+impl Id {
+    fn all(ids: &[Self]) -> Vec<u32> {
+        ids.iter().map(|id| id.0).collect()
+    }
 }
 
 /// Flat ids uint32 and offsets int64.
@@ -86,7 +101,8 @@ impl Tokenizer {
 
     /// For each id of a sequence, whether a word begins with it.
     #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
-    fn begins_word<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> Bound<'py, PyArray1<bool>> {
+    fn begins_word<'py>(&self, py: Python<'py>, ids: Vec<Id>) -> Bound<'py, PyArray1<bool>> {
+        let ids = Id::all(&ids);
         PyArray1::from_vec(py, py.detach(|| self.inner.begins_word(&ids)))
     }
 
@@ -141,8 +157,9 @@ impl Tokenizer {
         Ok((PyArray1::from_vec(py, ragged.ids), PyArray1::from_vec(py, ragged.offsets)))
     }
 
-    fn decode(&self, py: Python<'_>, ids: Vec<i64>, skip_special_tokens: bool) -> PyResult<String> {
-        let ids = ids.into_iter().map(token).collect::<Result<Vec<u32>, Failure>>()?;
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn decode(&self, py: Python<'_>, ids: Vec<Id>, skip_special_tokens: bool) -> PyResult<String> {
+        let ids = Id::all(&ids);
         enter(py, || self.inner.decode(&ids, skip_special_tokens))
     }
 
@@ -227,8 +244,9 @@ pub(crate) struct StreamDecoder {
 
 #[pymethods]
 impl StreamDecoder {
-    fn push(&self, id: i64) -> PyResult<Option<String>> {
-        let id = token(id)?;
+    #[expect(clippy::needless_pass_by_value, reason = "extracted arguments")]
+    fn push(&self, id: Id) -> PyResult<Option<String>> {
+        let id = id.0;
         Ok(self.inner.lock().unwrap_or_else(PoisonError::into_inner).push(id).map_err(Failure::from)?)
     }
 

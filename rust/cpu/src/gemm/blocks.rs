@@ -142,7 +142,7 @@ mod tests {
     /// Products of small integers are exact, so every element can be compared for equality.
     #[test]
     fn a_row_of_tiles_takes_its_columns_and_steps_alone() {
-        let blocks = PackBuffers::<f64>::new(1).blocks();
+        let blocks = PackBuffers::<f64>::new(1).unwrap().blocks();
         for (m, n, k) in [(1, 1, 1), (7, 40, 5), (64, 33, 70), (13, 128, 64)] {
             for (ta, tb, add) in [(false, false, false), (true, false, true), (false, true, true)] {
                 let (a, b) = (numbers(m * k, 1), numbers(n * k, 2));

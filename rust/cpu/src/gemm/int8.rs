@@ -7,6 +7,7 @@
 //! and is the same for all levels, threads and shapes.
 
 use super::{Epilogue, PackBuffers, Shared, finish};
+use crate::error::{Result, room};
 use crate::real::Real;
 use crate::simd::{Level, largest_abs, level};
 use crate::threads::Pool;
@@ -43,8 +44,10 @@ pub struct Int8 {
 
 impl Int8 {
     /// Rounds a matrix.
-    #[must_use]
-    pub fn new(weight: &Mat<'_, f32>, transposed: bool) -> Self {
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn new(weight: &Mat<'_, f32>, transposed: bool) -> Result<Self> {
         let (n, k) = if transposed { (weight.rows, weight.cols) } else { (weight.cols, weight.rows) };
         let mut largest = vec![0f32; n.next_multiple_of(LANES)];
         for r in 0..weight.rows {
@@ -54,8 +57,10 @@ impl Int8 {
             }
         }
         let scales: Vec<f32> = largest.iter().map(|x| x / 127.0).collect();
-        let mut quantised =
-            Self { transposed, n, k, data: vec![0; scales.len() * k.next_multiple_of(2)], scales };
+        let elements = scales.len() * k.next_multiple_of(2);
+        let mut data = room(elements)?;
+        data.resize(elements, 0);
+        let mut quantised = Self { transposed, n, k, data, scales };
         for r in 0..weight.rows {
             for (c, &x) in weight.row(r).iter().enumerate() {
                 let (feature, step) = if transposed { (r, c) } else { (c, r) };
@@ -64,7 +69,7 @@ impl Int8 {
                 quantised.data[at] = (x / quantised.scales[feature]).round() as i8;
             }
         }
-        quantised
+        Ok(quantised)
     }
 
     fn at(&self, feature: usize, step: usize) -> usize {
@@ -358,11 +363,11 @@ mod tests {
             m in 1usize..70, n in 1usize..70, k in 0usize..300, transposed: bool, accumulate: bool,
             threads in 1usize..4, scale in prop::sample::select(vec![1e-20f32, 1.0, 1e20]),
         ) {
-            let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads));
+            let (pool, buffers) = (Pool::new(threads), PackBuffers::new(threads).unwrap());
             let a: Vec<f32> = floats(m * k, 1).iter().map(|x| x * scale).collect();
             let (rows, cols) = if transposed { (n, k) } else { (k, n) };
             let b = floats(rows * cols, 2);
-            let int8 = Int8::new(&Mat::new(&b, rows, cols), transposed);
+            let int8 = Int8::new(&Mat::new(&b, rows, cols), transposed).unwrap();
             let mut near = b.clone();
             if cols > 0 {
                 near.chunks_exact_mut(cols).enumerate().for_each(|(r, row)| int8.row(r, row));
@@ -419,8 +424,8 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_shows() {
-        let (pool, buffers) = (Pool::new(1), PackBuffers::new(1));
-        let int8 = Int8::new(&Mat::new(&[1.0, 0.5, 0.0, 2.0], 2, 2), false);
+        let (pool, buffers) = (Pool::new(1), PackBuffers::new(1).unwrap());
+        let int8 = Int8::new(&Mat::new(&[1.0, 0.5, 0.0, 2.0], 2, 2), false).unwrap();
         for bad in [f32::NAN, f32::INFINITY] {
             let (a, mut c) = ([1.0, bad, 1.0, 2.0], [0.0f32; 4]);
             let (a, to) = (Mat::new(&a, 2, 2), MatMut::new(&mut c, 2, 2));

@@ -53,7 +53,7 @@ impl<T: Real> Packed<T> {
     ) -> Option<Self> {
         let (n, k) = if transposed { (weight.rows, weight.cols) } else { (weight.cols, weight.rows) };
         let (width, transpose) = (kernel.width, kernel.transpose);
-        let data = Buffer::<T>::try_new(n.next_multiple_of(width).checked_mul(k)?.max(1))?;
+        let data = Buffer::<T>::new(n.next_multiple_of(width).checked_mul(k)?.max(1)).ok()?;
         let source = Source { data: weight.as_ptr(), stride: weight.stride, lanes_adjacent: !transposed };
         let (to, group) = (Shared(data.data), GROUP * width);
         pool.run(n.div_ceil(group), &|task, _| {

@@ -81,7 +81,7 @@ impl Case {
         let g = Gemm { a: a.view(), ta, b: b.view(), tb, c: c.view_mut(), accumulate };
         if let Some(pool) = pool {
             let seen: Vec<AtomicU32> = (0..m * n).map(|_| AtomicU32::new(0)).collect();
-            let buffers = PackBuffers::with_kernel(pool.threads(), kernel);
+            let buffers = PackBuffers::with_kernel(pool.threads(), kernel).unwrap();
             let epilogue = |row: usize, column: usize, finished: &mut [T]| {
                 for (j, x) in finished.iter_mut().enumerate() {
                     seen[row * n + column + j].fetch_add(1, Ordering::Relaxed);
@@ -96,7 +96,7 @@ impl Case {
             }
         } else {
             // SAFETY: `c` is ours.
-            unsafe { gemm_serial(&mut Scratch::with_kernel(kernel), &g) };
+            unsafe { gemm_serial(&mut Scratch::with_kernel(kernel).unwrap(), &g) };
         }
         let epsilon = if size_of::<T>() == 4 { 1.2e-7 } else { 2.3e-16 };
         for i in 0..m {
@@ -127,7 +127,7 @@ impl Case {
         let (a, b, mut c) = self.operands::<T>();
         let packed = Packed::with_kernel(pool, &kernel, &b.view(), tb).expect("there is memory");
         let (buffers, add_one) =
-            (PackBuffers::with_kernel(pool.threads(), kernel), |_, _, finished: &mut [T]| {
+            (PackBuffers::with_kernel(pool.threads(), kernel).unwrap(), |_, _, finished: &mut [T]| {
                 finished.iter_mut().for_each(|x| *x += T::ONE);
             });
         let (by, to) = (Factor::Packed(&packed), (c.view_mut(), accumulate));
@@ -256,8 +256,10 @@ fn bits_do_not_depend_on_other_rows() {
                     // SAFETY: `c` is ours.
                     unsafe {
                         match pool {
-                            Some(pool) => gemm(pool, &PackBuffers::with_kernel(2, kernel), &g, &no_epilogue),
-                            None => gemm_serial(&mut Scratch::with_kernel(kernel), &g),
+                            Some(pool) => {
+                                gemm(pool, &PackBuffers::with_kernel(2, kernel).unwrap(), &g, &no_epilogue)
+                            }
+                            None => gemm_serial(&mut Scratch::with_kernel(kernel).unwrap(), &g),
                         }
                     }
                     bits(&c.data[..n])
@@ -285,7 +287,7 @@ fn shapes_must_fit() {
         accumulate: false,
     };
     // SAFETY: `c` is ours.
-    unsafe { gemm_serial(&mut Scratch::new(), &g) };
+    unsafe { gemm_serial(&mut Scratch::new().unwrap(), &g) };
 }
 
 proptest! {

@@ -70,7 +70,7 @@ pub(super) fn learn(
     let (mut corpus, mut pieces) = seed(words, alphabet);
     let n_chars = alphabet.len();
     // Slightly more than wanted: the last cut is by score.
-    let target = (size * 11 / 10).max(n_chars);
+    let target = (size.saturating_mul(11) / 10).max(n_chars);
     let total = pieces.len();
     let mut tell = |n: usize| {
         // Prunings take away shares, so that progress goes by the logarithm.
