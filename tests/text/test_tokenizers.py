@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyrformer as pf
+from pyrformer.data.documents import tokenize
 
 RECORDED = [
     "bert_uncased",
@@ -254,7 +255,7 @@ def test_without_truncation(tmp_path: Path) -> None:
     assert len(whole) > 2
     assert cut.encode(text).ids == whole[:2]
     assert cut.without_truncation().encode(text).ids == whole
-    ragged = pf.data.tokenize(cut, [text, text], objective="mlm")
+    ragged = tokenize(cut, [text, text], objective="mlm")
     assert [ragged[0].tolist(), ragged[1].tolist()] == [whole, whole]
 
 
