@@ -199,7 +199,7 @@ class Documents:
     def _has_column(self, schema: Any, where: str) -> bool:
         if schema.names.count(self._column) == 1:
             return True
-        names = ", ".join(schema.names) or "(none)"
+        names = ", ".join(n.replace("\n", "\\n").replace("\r", "\\r") for n in schema.names) or "(none)"
         self._reject(
             DataError(f"[data] {where} has no column {self._column!r}; set column to one of {names}")
         )

@@ -294,6 +294,9 @@ fn parse(bytes: &[u8]) -> Result<Parsed, String> {
 /// Where in a file of `size` bytes, whose data starts at `start`, a tensor lies; none if its type is not known.
 fn place(tensor: &GgufTensor, start: u64, size: usize) -> Result<Option<Range<usize>>, String> {
     let Some((_, elements, block_bytes)) = tensor.dtype.info() else { return Ok(None) };
+    if tensor.dims.contains(&0) {
+        return Err(format!("of shape {:?} has no element", tensor.dims));
+    }
     let row = tensor.dims.first().copied().unwrap_or(1) as u64;
     if !row.is_multiple_of(elements) {
         return Err(format!("has rows of {row} elements, which are no whole blocks of {elements}"));

@@ -92,6 +92,16 @@ fn lengths_that_lie_cost_nothing() {
     assert!(open(&bytes).unwrap_err().to_string().contains("version 9"));
 }
 
+#[test]
+fn an_axis_without_elements_is_refused() {
+    let mut bytes = sample();
+    let entry = [&string("x")[..], &2u32.to_le_bytes()].concat();
+    let at = bytes.windows(entry.len()).position(|w| w == entry).unwrap() + entry.len();
+    bytes[at..at + 8].copy_from_slice(&(1u64 << 62).to_le_bytes());
+    bytes[at + 8..at + 16].copy_from_slice(&0u64.to_le_bytes());
+    assert!(open(&bytes).unwrap_err().to_string().contains("no element"));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
