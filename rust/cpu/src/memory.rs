@@ -134,8 +134,8 @@ impl State {
     /// As [`form`](Self::form).
     pub(crate) unsafe fn bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = room(self.ty.bytes())?;
-        let mut one = vec![0f32; self.ty.shape.cols()];
         let mut floats = |row: &dyn Fn(usize, &mut [f32])| {
+            let mut one = vec![0f32; self.ty.shape.cols()];
             for r in 0..self.ty.shape.rows() {
                 row(r, &mut one);
                 bytes.extend(one.iter().flat_map(|x| x.to_ne_bytes()));

@@ -159,10 +159,10 @@ macro_rules! simd_fn {
 /// Accumulators of a reduction: lane `l` takes elements `l, l + LANES, l + 2·LANES, …`.
 pub const LANES: usize = 32;
 
-/// Combines lanes in a fixed order: halves onto each other until one is left.
+/// Combines lanes, a power of two of them, in a fixed order: halves onto each other until one is left.
 #[inline(always)]
-pub fn fold_lanes<T: Real>(mut lanes: [T; LANES], combine: impl Fn(T, T) -> T) -> T {
-    let mut half = LANES / 2;
+pub fn fold_lanes<T: Real, const N: usize>(mut lanes: [T; N], combine: impl Fn(T, T) -> T) -> T {
+    let mut half = N / 2;
     while half > 0 {
         for l in 0..half {
             lanes[l] = combine(lanes[l], lanes[l + half]);

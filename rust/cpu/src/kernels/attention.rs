@@ -14,7 +14,7 @@ use crate::kernels::dropout::Keep;
 use crate::kernels::elementwise::add_row;
 use crate::memory::PerWorker;
 use crate::real::Real;
-use crate::simd::dot;
+use crate::simd::{dot, fold_lanes};
 use crate::simd_fn;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
@@ -196,7 +196,7 @@ simd_fn! {
                 lanes[l] = lanes[l].max(chunk[l]);
             }
         }
-        fold_chunk(lanes, T::max)
+        fold_lanes(lanes, T::max)
     }
 }
 
@@ -213,21 +213,8 @@ simd_fn! {
         }
         row[..from].fill(T::ZERO);
         row[to..].fill(T::ZERO);
-        fold_chunk(lanes, |a, b| a + b)
+        fold_lanes(lanes, |a, b| a + b)
     }
-}
-
-/// Combines lanes in a fixed order.
-#[inline(always)]
-fn fold_chunk<T: Real>(mut lanes: [T; CHUNK], combine: impl Fn(T, T) -> T) -> T {
-    let mut half = CHUNK / 2;
-    while half > 0 {
-        for l in 0..half {
-            lanes[l] = combine(lanes[l], lanes[l + half]);
-        }
-        half /= 2;
-    }
-    lanes[0]
 }
 
 simd_fn! {
