@@ -8,6 +8,7 @@ import click
 
 from pyrformer.bench.estimate import GPUS, Estimate, estimate
 from pyrformer.bench.train_step import FAMILIES, Result, Shape, measure
+from pyrformer.models.base import MOST
 
 
 @click.group()
@@ -17,16 +18,12 @@ def command() -> None:
 
 @command.command("train-step")
 @click.option("--family", type=click.Choice(FAMILIES), default="gpt2", show_default=True)
-@click.option("--layers", type=click.IntRange(1, 1 << 24), default=4, show_default=True)
-@click.option("--width", type=click.IntRange(1, 1 << 24), default=128, show_default=True)
-@click.option("--heads", type=click.IntRange(1, 1 << 24), default=4, show_default=True)
-@click.option("--vocab", type=click.IntRange(2, 1 << 24), default=65, show_default=True)
-@click.option(
-    "--batch", type=click.IntRange(1, 1 << 24), default=12, show_default=True, help="Rows in a step."
-)
-@click.option(
-    "--seq", type=click.IntRange(2, 1 << 24), default=64, show_default=True, help="Tokens in a row."
-)
+@click.option("--layers", type=click.IntRange(1, MOST), default=4, show_default=True)
+@click.option("--width", type=click.IntRange(1, MOST), default=128, show_default=True)
+@click.option("--heads", type=click.IntRange(1, MOST), default=4, show_default=True)
+@click.option("--vocab", type=click.IntRange(2, MOST), default=65, show_default=True)
+@click.option("--batch", type=click.IntRange(1, MOST), default=12, show_default=True, help="Rows in a step.")
+@click.option("--seq", type=click.IntRange(2, MOST), default=64, show_default=True, help="Tokens in a row.")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @click.option(

@@ -8,6 +8,7 @@ import inspect
 import json
 import operator
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pyrformer.errors import ConfigError, InputError, ResourceError
@@ -73,7 +74,7 @@ def checked(where: str, **least: int) -> Callable[[F], F]:
         def call(*args: Any, **given: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **given}
             for name in kinds.keys() & given.keys():
-                given[name] = _number(where, name, given[name], kinds[name], least.get(name, 0))
+                given[name] = _argument(where, name, given[name], kinds[name], least.get(name, 0))
             try:
                 return function(*(given.pop(n) for n in names[: len(args)]), *args[len(names) :], **given)
             except MemoryError as e:
@@ -87,29 +88,30 @@ def checked(where: str, **least: int) -> Callable[[F], F]:
     return decorate
 
 
-def whole(where: str, name: str, value: Any, least: int) -> int:
-    """A whole number from ``least`` to 2^63 - 1, of Python or numpy.
+def whole(where: str, name: str, value: Any, least: int, most: int = MOST) -> int:
+    """A whole number from ``least`` to ``most``, of Python or numpy.
 
     Raises:
         InputError: it is none.
     """
-    found: int = _number(where, name, value, {"int"}, least)
-    return found
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            if least <= (found := operator.index(value)) <= most:
+                return found
+    said = "2^63 - 1" if most == MOST else most
+    raise InputError(f"[{where}] {name} must be a whole number from {least} to {said}, got {value!r}")
 
 
-def _number(where: str, name: str, value: Any, kind: set[str], least: int) -> Any:
+def _argument(where: str, name: str, value: Any, kind: set[str], least: int) -> Any:
+    """An argument of one of the annotated types."""
     if value is None and "None" in kind:
         return None
-    if not isinstance(value, bool):
-        try:
-            if "float" in kind:
-                return float(value) if not isinstance(value, str) else float("")
-            if least <= (found := operator.index(value)) <= MOST:
-                return found
-        except (TypeError, ValueError, OverflowError):
-            pass
-    wanted = "a number" if "float" in kind else f"a whole number from {least} to 2^63 - 1"
-    raise InputError(f"[{where}] {name} must be {wanted}, got {value!r}")
+    if "float" not in kind:
+        return whole(where, name, value, least)
+    if not isinstance(value, (bool, str)):
+        with suppress(TypeError, ValueError, OverflowError):
+            return float(value)
+    raise InputError(f"[{where}] {name} must be a number, got {value!r}")
 
 
 def token_ids(where: str, values: Iterable[Any]) -> list[int]:

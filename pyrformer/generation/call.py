@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.errors import InputError
-from pyrformer.fields import token_ids, whole
+from pyrformer.fields import MOST, token_ids, whole
 from pyrformer.generation.config import STORED, GenerationConfig
 from pyrformer.generation.decoder import slots_for
 from pyrformer.generation.grammar import KINDS, Grammar
@@ -54,8 +54,8 @@ class Call:
 
     def __init__(self, model: Model, prompts: Any, config: Any, given: dict[str, Any]):
         given = dict(given)
-        mask, first = given.pop("attention_mask", None), _counted(given, "first_sequence", MOST_TOKENS)
-        given.pop("first_sequence", None)
+        mask = given.pop("attention_mask", None)
+        first = _optional("first_sequence", given.pop("first_sequence", None), 0, MOST_TOKENS)
         self.allowed = given.pop("prefix_allowed_tokens_fn", None)
         self.processor = given.pop("logits_processor", None)
         rules = {kind: given.pop(kind) for kind in KINDS if given.get(kind) is not None}
@@ -72,14 +72,16 @@ class Call:
             self.allowed = lambda prompt, ids: grammar.allowed(ids[starts[prompt] :])
         asked = stop_strings or criterion or grammar
         self.ends = ending(model, stop_strings, criterion, grammar) if asked else None
-        self.lookup = _taken(options, "prompt_lookup_num_tokens", 1)
-        self.ngram = _taken(options, "max_matching_ngram_size", 1)
-        self.drafted = _taken(options, "num_assistant_tokens", 1)
+        self.lookup = _optional("prompt_lookup_num_tokens", options.pop("prompt_lookup_num_tokens", None), 1)
+        self.ngram = _optional("max_matching_ngram_size", options.pop("max_matching_ngram_size", None), 1)
+        self.drafted = _optional("num_assistant_tokens", options.pop("num_assistant_tokens", None), 1)
         self.alpha = options.pop("penalty_alpha", None)
         self.in_8bit = _quantized(model, options.pop("cache_implementation", None))
-        number = _counted(options, "num_return_sequences", MOST_SEQUENCES) or 1
+        asked_for = options.get("num_return_sequences")
+        number = _optional("num_return_sequences", asked_for, 0, MOST_SEQUENCES) or 1
         self.prompts, self.started = len(ids), time.monotonic()
-        wanted = [_counted(options, name, MOST_TOKENS) for name in ("max_new_tokens", "max_length")]
+        limits = ("max_new_tokens", "max_length")
+        wanted = [_optional(name, options.get(name), 0, MOST_TOKENS) for name in limits]
         self.slots = slots_for(model, ids, *wanted)
         self.recorder = None if watched is None else Recorder(whole("generate", "output_steps", watched, 1))
         firsts = [None if first is None else first + i * number for i in range(len(ids))]
@@ -240,20 +242,9 @@ def _end_of_text(tokenizer: Tokenizer, ids: list[int], prompt: int, longest: int
         width *= 2
 
 
-def _taken(options: dict[str, Any], name: str, least: int) -> int | None:
-    """Takes a whole number out of the options."""
-    value = options.pop(name, None)
-    return None if value is None else whole("generate", name, value, least)
-
-
-def _counted(options: dict[str, Any], name: str, most: int) -> int | None:
-    """A whole number among the options, which the search will look at; None if it is not there."""
-    value = options.get(name)
-    if value is None:
-        return None
-    if (found := whole("generate", name, value, 0)) > most:
-        raise InputError(f"[generate] {name} must be a whole number of at most {most}, got {value!r}")
-    return found
+def _optional(name: str, value: Any, least: int, most: int = MOST) -> int | None:
+    """A whole number, or None for none."""
+    return None if value is None else whole("generate", name, value, least, most)
 
 
 def _quantized(model: Model, kind: Any) -> bool:

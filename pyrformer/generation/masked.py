@@ -17,7 +17,8 @@ import numpy.typing as npt
 from pyrformer import _core, programs
 from pyrformer.arrow import Columns
 from pyrformer.errors import InputError
-from pyrformer.fields import checked
+from pyrformer.fields import checked, whole
+from pyrformer.generation.call import MOST_SEQUENCES
 from pyrformer.generation.decoder import log_softmax
 from pyrformer.generation.generate import filter_logits
 from pyrformer.model import FillMask, Model
@@ -26,8 +27,6 @@ from pyrformer.score import Row, arrays_of, batches_of, stretches, text_ids
 from pyrformer.tokenizers import Tokenizer
 
 Ints = npt.NDArray[np.int32]
-#: The most samples of a text.
-MOST_SEQUENCES = 1 << 20
 Floats = npt.NDArray[np.float64]
 
 
@@ -174,9 +173,7 @@ def gibbs(
         InputError: the model is not a masked one, a text is too long, or an option makes no sense.
     """
     task = _Task(model, "gibbs", texts, iterations, mask_token_id)
-    count = num_return_sequences
-    if not 1 <= count <= MOST_SEQUENCES:
-        raise InputError(f"[gibbs] num_return_sequences must be from 1 to {MOST_SEQUENCES}, got {count}")
+    count = whole("gibbs", "num_return_sequences", num_return_sequences, 1, MOST_SEQUENCES)
     filter_logits(np.zeros(2, np.float32), **filters)  # names and ranges
 
     def fill(index: int, ids: Ints, places: Ints) -> tuple[Ints, Floats]:

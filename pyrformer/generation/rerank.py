@@ -63,10 +63,10 @@ def mbr(
             f"[mbr] utility must be one of {', '.join(UTILITIES)} or a function, got {utility!r}"
         )
     given = [1.0] * len(texts) if weights is None else list(weights)
-    known = all(isinstance(w, (int, float, np.number)) and abs(w) < 1e300 for w in given)
-    shares = [float(w) for w in given] if known else [0.0]
+    numbers = all(isinstance(w, (int, float, np.number)) and 0 <= w < 1e300 for w in given)
+    shares = [float(w) for w in given] if numbers else []
     total = sum(shares)
-    if len(shares) != len(texts) or min(shares) < 0 or not 0 < total < float("inf"):
+    if len(shares) != len(texts) or not 0 < total < float("inf"):
         raise InputError(f"[mbr] weights must be {len(texts)} numbers from 0, not all of them 0")
     # Samples repeat often; each pair of distinct texts is compared once.
     mass: dict[str, float] = {}

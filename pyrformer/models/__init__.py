@@ -36,18 +36,26 @@ _ALL: list[tuple[type[ModelConfig], type[Family]]] = [
 FAMILIES = {config.model_type: (config, family) for config, family in _ALL}
 
 
+def find(model_type: Any, where: str = "config") -> tuple[type[ModelConfig], type[Family]]:
+    """The configuration and the family of a ``model_type``; ``where`` stands in front of the message.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(f"[{where}] unknown model_type {model_type!r}; known families: {known}")
+    return FAMILIES[model_type]
+
+
 def build(config: dict[str, Any]) -> Family:
     """The family of a ``config.json``, without weights.
 
     Raises:
         ConfigError: the family is unknown, or the configuration contradictory.
     """
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ConfigError(f"[config] unknown model_type {kind!r}; known families: {known}")
-    config_class, family = FAMILIES[kind]
+    config_class, family = find(config.get("model_type"))
     return family(config_class.from_dict(config))  # type: ignore[call-arg]
 
 
-__all__ = ["FAMILIES", "Family", "ModelConfig", "build"]
+__all__ = ["FAMILIES", "Family", "ModelConfig", "build", "find"]

@@ -10,7 +10,7 @@ from pyrformer.checkpoint import CONFIG, load, read_json
 from pyrformer.errors import ConfigError
 from pyrformer.finetune import LoraConfig
 from pyrformer.model import Model
-from pyrformer.models import FAMILIES, Family, ModelConfig, build
+from pyrformer.models import Family, build, find
 
 if TYPE_CHECKING:
     from pyrformer.tokenizers import Tokenizer
@@ -113,7 +113,7 @@ def _fields(
     """The configuration of a fresh model for a tokenizer of ``vocab_size`` tokens, ``ids`` those of :data:`SPECIAL`."""
     fields = dict(config.model)
     kind = fields.setdefault("model_type", DEFAULT_FAMILY[config.objective])
-    family = _config_class(kind)
+    family = find(kind, "train")[0]
     known = {f.name for f in dataclasses.fields(family)} - {"extra", "architecture"} | {"model_type"}
     unknown = sorted(fields.keys() - known - {"architectures"})
     if unknown:
@@ -121,16 +121,12 @@ def _fields(
     given = fields.setdefault("vocab_size", vocab_size)
     if isinstance(given, int) and given < vocab_size:
         raise ConfigError(f"[train] vocab_size ({given}) is smaller than the tokenizer's {vocab_size}")
-    fields = {**ids, **fields}
-    fields = {**family.SMALL, **fields}
+    fields = {**family.SMALL, **ids, **fields}
     if config.seq_len:
         # RoBERTa counts positions from the padding's id.
         before = (fields["pad_token_id"] or 0) + 1 if kind == "roberta" else 0
         fields.setdefault(family.SIZES["positions"], config.seq_len + before)
-    fields |= _head(config.objective, family.ARCHITECTURES, labels)
-    if config.objective == "prefix":
-        fields["prefix_lm"] = True
-    return fields
+    return fields | _head(config.objective, family.ARCHITECTURES, labels)
 
 
 def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
@@ -170,21 +166,14 @@ def _changed(base: dict[str, Any], config: TrainConfig, labels: list[str]) -> di
     """The configuration of a model that begins as another, whose one is ``base``."""
     fields = {**base, **config.model}
     fields.pop("prefix_lm", None)
-    if config.objective == "prefix":
-        fields["prefix_lm"] = True
-    return fields | _head(config.objective, _config_class(fields.get("model_type")).ARCHITECTURES, labels)
-
-
-def _config_class(kind: Any) -> type[ModelConfig]:
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConfigError(
-            f"[train] unknown model_type {kind!r}; known families: {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[kind][0]
+    family = find(fields.get("model_type"), "train")[0]
+    return fields | _head(config.objective, family.ARCHITECTURES, labels)
 
 
 def _head(objective: str, architectures: tuple[str, ...], labels: list[str]) -> dict[str, Any]:
-    """The fields that give a model the objective's head."""
+    """The fields that give a model the objective's head, or its prefix."""
+    if objective == "prefix":
+        return {"prefix_lm": True}
     if objective == "mlm+nsp":
         return {"architectures": [a for a in architectures if a.endswith(PRETRAINING)][:1]}
     if not labels:

@@ -137,7 +137,6 @@ class Trainer:
             )
         if comm.cores and not config.threads and "PYRFORMER_NUM_THREADS" not in os.environ:
             config = dataclasses.replace(config, threads=comm.cores)
-        check_model(config)
         self.config = config
         board = [TensorBoard(Path(config.out) / FOLDER)] if config.tensorboard else []
         self.callbacks = Callbacks([*callbacks, *board] if self.leads else ())
@@ -145,6 +144,8 @@ class Trainer:
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(self.folder, config.save_total_limit)
         self.start = share(comm, self._prepare_folder)
+        if not self.start:
+            check_model(config)
         before = self.checkpoints.path(self.start) if self.start else None
         stage: Callable[[str], None] = lambda what: self.on_event("stage", {"what": what})  # noqa: E731
         self.place = Place(self.folder, comm, exists=self.start > 0)
