@@ -3,11 +3,13 @@
 //! [`gemm`] spreads one product over a pool; [`gemm_serial`] is for small products inside a task (attention heads,
 //! chunks). The structure is that of BLIS (Van Zee and van de Geijn 2015, figure 1):
 //!
-//! 1. K is cut into blocks of at most `Kernel::depth` steps, so that a panel of B stays in the first cache; B is packed
-//!    into panels, one block at a time, by all threads, for as many columns as the shared buffer holds.
-//! 2. C is cut into tiles of rows × columns, the tasks. A task packs its rows of A for one block (unless they are read
-//!    too few times to pay for it), and runs the kernel of [`micro`] over all panels.
-//! 3. After the last block, each row segment of the tile goes through the epilogue while it is in the second cache.
+//! 1. C is cut into as many parts as there are threads, or a few times as many, each a task of its own: what a thread
+//!    packs, it alone reads, so nothing is fetched from another core's cache and nobody waits.
+//! 2. A task cuts K into blocks of at most `Kernel::depth` steps, so that a panel of B stays in the first cache (or of
+//!    `Kernel::deep`, and the rows of a tile stay there), and packs B into panels, one block at a time.
+//! 3. It packs some rows of A for the block (unless they are read too few times to pay for it), and runs the kernel of
+//!    [`micro`] over all panels.
+//! 4. After the last block, each row segment goes through the epilogue while it is in the second cache.
 //!
 //! With few rows of A (a decoding step), tasks have columns of C and read B as it lies, once, at the speed of memory:
 //! see [`stream`].
@@ -48,11 +50,10 @@ use crate::zeroed::Zeroed;
 const ROWS: usize = 144;
 /// Columns between two visits of the epilogue.
 const EPILOGUE_COLUMNS: usize = 256;
-/// Elements of the shared buffer for panels of B: 3 MiB of `f32`, which is used over and over and so stays in cache.
-/// Packing several blocks of K at once saves synchronisation, but lost 10 % and more on K ≥ 768 by going to memory.
+/// Elements of the buffer that threads share, for rows of A packed once: 3 MiB of `f32`.
 const SHARED_ELEMENTS: usize = 3 << 18;
-/// Elements of a serial product's buffer for panels of B.
-const SERIAL_ELEMENTS: usize = 3 << 15;
+/// Elements of a task's buffer for panels of B: 3 MiB of `f32`, of which a task of two threads uses half.
+const PANEL_ELEMENTS: usize = 3 << 18;
 /// Up to this many rows of A, B is packed by the task that reads it: waiting for others would take longer than reading.
 const STREAM_ROWS: usize = 48;
 /// Steps of K for which such a task visits its columns: few if they are read once, more if several rows of tiles read
@@ -62,7 +63,7 @@ const STREAM_STEPS: [usize; 2] = [8, 64];
 const STREAM_PACKED: usize = 128;
 /// Elements of C that such a task works on: half of the first cache.
 const STREAM_ELEMENTS: usize = 1 << 12;
-/// Panels whose multiplication takes as long as packing the rows.
+/// Tiles that are computed in the time of packing a row of tiles, or a panel.
 const PACKING: usize = 2;
 /// Below this many multiply-adds, a product runs on one thread: waking another takes longer.
 const SMALL: usize = 1 << 17;
@@ -169,8 +170,8 @@ pub fn no_epilogue<T>(_row: usize, _column: usize, _finished: &mut [T]) {}
 #[derive(Debug)]
 pub struct PackBuffers<T: Real> {
     kernel: Kernel<T>,
-    /// Panels of B, shared by the threads of one [`gemm`].
-    panels: Mutex<Buffer<T>>,
+    /// Rows of A, shared by the threads of one product.
+    shared: Mutex<Buffer<T>>,
     workers: Vec<Mutex<Scratch<T>>>,
 }
 
@@ -185,8 +186,8 @@ impl<T: Real> PackBuffers<T> {
 
     fn with_kernel(threads: usize, kernel: Kernel<T>) -> Result<Self> {
         let workers = (0..threads.max(1)).map(|_| Scratch::with_kernel(kernel).map(Mutex::new));
-        let panels = Mutex::new(Buffer::new(SHARED_ELEMENTS)?);
-        Ok(Self { kernel, panels, workers: workers.collect::<Result<_>>()? })
+        let shared = Mutex::new(Buffer::new(SHARED_ELEMENTS)?);
+        Ok(Self { kernel, shared, workers: workers.collect::<Result<_>>()? })
     }
 
     /// The kernels for products of blocks inside a task.
@@ -196,7 +197,7 @@ impl<T: Real> PackBuffers<T> {
 
     /// The buffer that the threads of one product share.
     fn shared(&self) -> MutexGuard<'_, Buffer<T>> {
-        self.panels.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The scratch memory of one worker, for [`gemm_serial`] in its tasks. It waits while that worker's [`gemm`] or
@@ -229,7 +230,11 @@ impl<T: Real> Scratch<T> {
     }
 
     fn with_kernel(kernel: Kernel<T>) -> Result<Self> {
-        Ok(Self { kernel, left: Buffer::new(ROWS * kernel.depth)?, panels: Buffer::new(SERIAL_ELEMENTS)? })
+        Ok(Self {
+            kernel,
+            left: Buffer::new(ROWS * kernel.deep.unwrap_or(kernel.depth))?,
+            panels: Buffer::new(PANEL_ELEMENTS)?,
+        })
     }
 }
 
@@ -338,34 +343,13 @@ pub unsafe fn gemm<T: Real>(
         });
         return;
     }
-    let panels_guard = buffers.shared();
-    let memory = Shared(panels_guard.data);
-    for_panels(n, k, kernel, SHARED_ELEMENTS, |panels| {
-        // Packing, in groups of panels of about 16k elements.
-        let whole = panels.columns.next_multiple_of(kernel.width);
-        let group = if threads == 1 {
-            whole
-        } else {
-            (16384 / panels.depth).next_multiple_of(kernel.width).min(whole)
-        };
-        pool.run(whole.div_ceil(group), &|task, _| {
-            let column = task * group;
-            // SAFETY: tasks fill different parts of the buffer, which is locked; `for_panels` keeps to its size.
-            unsafe {
-                pack_panels(kernel, g, panels, column, group.min(panels.columns - column), memory.get())
-            };
-        });
-        // Multiplying.
-        let (rows, columns) = grid(m, panels.columns, threads, kernel);
-        let row_tasks = m.div_ceil(rows);
-        pool.run(row_tasks * panels.columns.div_ceil(columns), &|task, worker| {
-            let (row, column) = (task % row_tasks * rows, task / row_tasks * columns);
-            let part =
-                Part { row, rows: rows.min(m - row), column, columns: columns.min(panels.columns - column) };
-            let scratch = buffers.worker(worker);
-            // SAFETY: tasks have different parts of C, the panels are packed, `rows` is within the scratch.
-            unsafe { run_part(kernel, g, panels, memory.get(), scratch.left.data, part, epilogue) };
-        });
+    let (rows, columns) = grid(m, n, threads, kernel);
+    let row_tasks = m.div_ceil(rows);
+    pool.run(row_tasks * n.div_ceil(columns), &|task, worker| {
+        let (row, column) = (task % row_tasks * rows, task / row_tasks * columns);
+        let part = Part { row, rows: rows.min(m - row), column, columns: columns.min(n - column) };
+        // SAFETY: tasks have different parts of C; the rest is the caller's promise.
+        unsafe { multiply(&mut buffers.worker(worker), g, part, epilogue) };
     });
 }
 
@@ -420,13 +404,29 @@ pub unsafe fn gemm_serial<T: Real>(scratch: &mut Scratch<T>, g: &Gemm<'_, T>) {
         unsafe { stream(kernel, g, 0..n, memory) };
         return;
     }
-    for_panels(n, k, kernel, SERIAL_ELEMENTS, |panels| {
+    // SAFETY: the caller's promise.
+    unsafe { multiply(scratch, g, Part { row: 0, rows: m, column: 0, columns: n }, &no_epilogue) };
+}
+
+/// Computes a part of C on the calling thread, with memory of its own.
+///
+/// # Safety
+/// Nobody else touches this part of C, and A and B do not overlap it.
+unsafe fn multiply<T: Real>(
+    scratch: &mut Scratch<T>,
+    g: &Product<'_, T>,
+    part: Part,
+    epilogue: Epilogue<'_, T>,
+) {
+    let (kernel, memory) = (&scratch.kernel, scratch.panels.data);
+    for_panels(&part, g.k, kernel, |panels| {
         // SAFETY: the scratch is ours alone, and `for_panels` keeps to its size.
         unsafe { pack_panels(kernel, g, panels, 0, panels.columns, memory) };
-        for row in (0..m).step_by(ROWS) {
-            let part = Part { row, rows: ROWS.min(m - row), column: 0, columns: panels.columns };
+        for row in (0..part.rows).step_by(ROWS) {
+            let rows = ROWS.min(part.rows - row);
+            let part = Part { row: part.row + row, rows, column: 0, columns: panels.columns };
             // SAFETY: the caller's promise; the panels are packed.
-            unsafe { run_part(kernel, g, panels, memory, scratch.left.data, part, &no_epilogue) };
+            unsafe { run_part(kernel, g, panels, memory, scratch.left.data, part, epilogue) };
         }
     });
 }
@@ -519,17 +519,18 @@ unsafe fn stream<T: Real>(kernel: &Kernel<T>, g: &Product<'_, T>, columns: Range
     }
 }
 
-/// Visits the panels of B, at most `elements` at a time: all blocks of K for some columns, then the next columns. The
-/// blocks are as equal as multiples of 8 can be.
-fn for_panels<T>(n: usize, k: usize, kernel: &Kernel<T>, elements: usize, mut visit: impl FnMut(&Panels)) {
-    let depth = k.div_ceil(k.div_ceil(kernel.depth)).next_multiple_of(8);
-    let columns = elements / depth / kernel.width * kernel.width;
+/// Visits the panels of B that a part of C needs, as many at a time as the scratch holds: all blocks of K for some
+/// columns, then the next columns. The blocks are as equal as multiples of 8 can be.
+fn for_panels<T>(part: &Part, k: usize, kernel: &Kernel<T>, mut visit: impl FnMut(&Panels)) {
+    let most = kernel.deep.unwrap_or(kernel.depth);
+    let depth = k.div_ceil(k.div_ceil(most)).next_multiple_of(8);
+    let columns = PANEL_ELEMENTS / depth / kernel.width * kernel.width;
     debug_assert!(columns > 0, "no room for a panel of {depth} steps");
-    for column in (0..n).step_by(columns) {
+    for column in (0..part.columns).step_by(columns) {
         for step in (0..k).step_by(depth) {
             visit(&Panels {
-                column,
-                columns: columns.min(n - column),
+                column: part.column + column,
+                columns: columns.min(part.columns - column),
                 step,
                 depth: depth.min(k - step),
                 first: step == 0,
@@ -539,23 +540,18 @@ fn for_panels<T>(n: usize, k: usize, kernel: &Kernel<T>, elements: usize, mut vi
     }
 }
 
-/// Rows and columns of a task: few enough rows for the scratch, and of all grids one that should end first, if threads
-/// take tasks of equal size in turns and packing a row of tiles costs as much as multiplying it by a few panels. Of
-/// grids that are about as good, that of the most tasks: a thread may be held up.
+/// Rows and columns of a task: of all grids one that should end first, if threads take tasks of equal size in turns,
+/// and packing a row of tiles, or a panel, costs as much as some tiles do.
 fn grid<T>(m: usize, n: usize, threads: usize, kernel: &Kernel<T>) -> (usize, usize) {
     let (tiles, panels) = (m.div_ceil(kernel.height), n.div_ceil(kernel.width));
-    let fewest = tiles.div_ceil(ROWS / kernel.height);
     let most = if threads == 1 { 1 } else { 4 * threads };
-    let grids = || {
-        let all = (fewest..=fewest.max(most)).flat_map(|rows| (1..=most).map(move |columns| (rows, columns)));
-        all.filter(|&(rows, columns)| rows <= tiles && columns <= panels)
-    };
+    let all = (1..=most.min(tiles))
+        .flat_map(|rows| (1..=(most / rows).min(panels)).map(move |columns| (rows, columns)));
     let cost = |&(rows, columns): &(usize, usize)| {
-        (rows * columns).div_ceil(threads) * tiles.div_ceil(rows) * (panels.div_ceil(columns) + PACKING)
+        let (high, wide) = (tiles.div_ceil(rows), panels.div_ceil(columns));
+        (rows * columns).div_ceil(threads) * (high * wide + PACKING * (high + wide))
     };
-    let least = grids().map(|grid| cost(&grid)).min().unwrap_or(0);
-    let good = grids().filter(|grid| cost(grid) <= least + least / 32);
-    let (rows, columns) = good.max_by_key(|(rows, columns)| rows * columns).unwrap_or((fewest, 1));
+    let (rows, columns) = all.min_by_key(cost).unwrap_or((1, 1));
     (tiles.div_ceil(rows) * kernel.height, panels.div_ceil(columns) * kernel.width)
 }
 
@@ -607,24 +603,28 @@ unsafe fn run_part<T: Real>(
     let end = part.column + part.columns;
     for from in (part.column..end).step_by(EPILOGUE_COLUMNS) {
         let to = end.min(from + EPILOGUE_COLUMNS);
-        for j in (from..to).step_by(width) {
-            for i in (0..part.rows).step_by(height) {
-                let tile = Tile {
-                    depth,
-                    a: a.wrapping_add(i / height * a_tile),
-                    a_row,
-                    a_step,
-                    b: memory.wrapping_add(j * depth),
-                    b_step: width,
-                    ahead: memory,
-                    ahead_step: 0,
-                    c: g.c.as_ptr().wrapping_add((part.row + i) * g.c.stride + panels.column + j),
-                    c_row: g.c.stride,
-                    add: g.accumulate || !panels.first,
-                };
-                // SAFETY: rows inside A (or packed), a packed panel of B, C is ours.
-                unsafe { run_tile(kernel, height.min(part.rows - i), width.min(to - j), tile) };
-            }
+        let run = |i: usize, j: usize| {
+            let tile = Tile {
+                depth,
+                a: a.wrapping_add(i / height * a_tile),
+                a_row,
+                a_step,
+                b: memory.wrapping_add(j * depth),
+                b_step: width,
+                ahead: memory,
+                ahead_step: 0,
+                c: g.c.as_ptr().wrapping_add((part.row + i) * g.c.stride + panels.column + j),
+                c_row: g.c.stride,
+                add: g.accumulate || !panels.first,
+            };
+            // SAFETY: rows inside A (or packed), a packed panel of B, C is ours.
+            unsafe { run_tile(kernel, height.min(part.rows - i), width.min(to - j), tile) };
+        };
+        let (rows, columns) = ((0..part.rows).step_by(height), (from..to).step_by(width));
+        if kernel.deep.is_some() {
+            rows.for_each(|i| columns.clone().for_each(|j| run(i, j)));
+        } else {
+            columns.for_each(|j| rows.clone().for_each(|i| run(i, j)));
         }
         if panels.last {
             let columns = panels.column + from..panels.column + to;

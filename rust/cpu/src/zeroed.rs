@@ -1,17 +1,18 @@
 //! Zeroed memory on a cache line. Pages that are not touched cost nothing: they come from the system as zeros.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use memmap2::MmapMut;
 
-/// What kernels and caches want an address to be a multiple of.
-pub(crate) const ALIGNMENT: usize = 64;
+/// From how many bytes on memory is asked for in huge pages, of 2 MiB on most machines: a product that reads a column
+/// of tiles meets another page at each row, more of them than the processor remembers where small ones are.
+const HUGE: usize = 4 << 20;
 
 /// Memory of its own.
 #[derive(Debug)]
 pub(crate) struct Zeroed {
     data: *mut u8,
     bytes: usize,
-    allocated: *mut u8,
-    layout: Layout,
+    #[expect(dead_code, reason = "held for its drop")]
+    mapping: MmapMut,
 }
 
 // SAFETY: it owns its memory like a `Box<[u8]>`; it gives out a raw pointer, and who uses that when is the user's affair.
@@ -22,15 +23,13 @@ unsafe impl Sync for Zeroed {}
 impl Zeroed {
     /// `bytes` zeros; `None` if there is no such memory.
     pub(crate) fn new(bytes: usize) -> Option<Self> {
-        // Asked for a larger alignment than its own, the allocator would write the zeros itself.
-        let layout = Layout::from_size_align(bytes.checked_add(ALIGNMENT)?, 16).ok()?;
-        // SAFETY: the layout's size is not zero.
-        let allocated = unsafe { alloc_zeroed(layout) };
-        if allocated.is_null() {
-            return None;
+        let mut mapping = MmapMut::map_anon(bytes.max(1)).ok()?;
+        #[cfg(target_os = "linux")]
+        if bytes >= HUGE {
+            // A kernel without huge pages says no, and small ones do as well.
+            let _ = mapping.advise(memmap2::Advice::HugePage);
         }
-        let data = allocated.map_addr(|at| at.next_multiple_of(ALIGNMENT));
-        Some(Self { data, bytes, allocated, layout })
+        Some(Self { data: mapping.as_mut_ptr(), bytes, mapping })
     }
 
     /// Its size.
@@ -41,12 +40,5 @@ impl Zeroed {
     /// The first byte.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.data
-    }
-}
-
-impl Drop for Zeroed {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.allocated, self.layout) }
     }
 }

@@ -42,6 +42,9 @@ pub struct Kernel<T> {
     pub(super) width: usize,
     /// The most steps of K in a block, chosen so that a panel of B takes three quarters of the first cache.
     pub(super) depth: usize,
+    /// If it is better to keep the rows of a tile there, and to read panels of B from the second cache: the most steps
+    /// then. Wide tiles have long panels, and few bytes of B for each multiply-add.
+    pub(super) deep: Option<usize>,
     /// Computes a tile of `rows ≤ height` rows and exactly `width` columns.
     ///
     /// # Safety
@@ -65,7 +68,7 @@ pub(super) const MAX_TILE: usize = 12 * 32;
 
 /// Defines a function that gives a kernel: `heights` rows of two registers, compiled with `features`.
 macro_rules! kernel {
-    ($name:ident: $element:ty, $register:ty, depth: $depth:literal, $($features:literal,)?
+    ($name:ident: $element:ty, $register:ty, depth: $depth:literal, deep: $deep:expr, $($features:literal,)?
      heights: $($height:literal)+, transpose: $transpose:path, across: $across:expr) => {
         fn $name() -> Kernel<$element> {
             $(#[target_feature(enable = $features)])?
@@ -88,6 +91,7 @@ macro_rules! kernel {
                 height: [$($height),+].len(),
                 width: 2 * <$register as Vector>::LANES,
                 depth: $depth,
+                deep: $deep,
                 tile: run_tile,
                 stream: run_stream,
                 across: $across,
@@ -104,14 +108,14 @@ mod x86 {
     use super::super::across;
     use super::*;
 
-    kernel!(f32_sse2: f32, __m128, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
-    kernel!(f64_sse2: f64, __m128d, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
-    kernel!(f32_avx2: f32, __m256, depth: 384, "avx2,fma", heights: 1 2 3 4 5 6, transpose: pack::x86::transpose,
+    kernel!(f32_sse2: f32, __m128, depth: 384, deep: None, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
+    kernel!(f64_sse2: f64, __m128d, depth: 384, deep: None, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
+    kernel!(f32_avx2: f32, __m256, depth: 384, deep: None, "avx2,fma", heights: 1 2 3 4 5 6, transpose: pack::x86::transpose,
         across: Some((across::MAX_ROWS, across::tile)));
-    kernel!(f64_avx2: f64, __m256d, depth: 384, "avx2,fma", heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
-    kernel!(f32_avx512: f32, __m512, depth: 256, "avx2,fma,avx512f", heights: 1 2 3 4 5 6 7 8 9 10 11 12,
+    kernel!(f64_avx2: f64, __m256d, depth: 384, deep: None, "avx2,fma", heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
+    kernel!(f32_avx512: f32, __m512, depth: 256, deep: Some(384), "avx2,fma,avx512f", heights: 1 2 3 4 5 6 7 8 9 10 11 12,
         transpose: pack::x86::transpose, across: None);
-    kernel!(f64_avx512: f64, __m512d, depth: 256, "avx2,fma,avx512f", heights: 1 2 3 4 5 6 7 8 9 10 11 12,
+    kernel!(f64_avx512: f64, __m512d, depth: 256, deep: None, "avx2,fma,avx512f", heights: 1 2 3 4 5 6 7 8 9 10 11 12,
         transpose: pack::transpose, across: None);
 
     pub(crate) fn kernel_f32(level: Level) -> Kernel<f32> {
@@ -139,8 +143,8 @@ pub(super) mod portable {
     use super::super::vector::Lanes;
     use super::*;
 
-    kernel!(f32_lanes: f32, Lanes<f32, 8>, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
-    kernel!(f64_lanes: f64, Lanes<f64, 4>, depth: 384, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
+    kernel!(f32_lanes: f32, Lanes<f32, 8>, depth: 384, deep: None, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
+    kernel!(f64_lanes: f64, Lanes<f64, 4>, depth: 384, deep: None, heights: 1 2 3 4 5 6, transpose: pack::transpose, across: None);
 
     pub(crate) fn kernel_f32(_level: Level) -> Kernel<f32> {
         f32_lanes()
@@ -160,8 +164,8 @@ pub(crate) use portable::{kernel_f32, kernel_f64};
 /// As [`Kernel::tile`] with `rows = H`; inlined into code compiled for `V`.
 #[inline(always)]
 unsafe fn tile<V: Vector, const H: usize, const AHEAD: bool>(tile: &Tile<V::Element>) {
-    let Tile { depth, mut a, a_row, a_step, mut b, b_step, mut ahead, ahead_step, c, c_row, add } = *tile;
-    // SAFETY: the caller's promise: row `p` of B has two registers, A has `H` rows, C has `H` rows of two registers.
+    let Tile { a_row, c, c_row, add, .. } = *tile;
+    // SAFETY: the caller's promise: C has `H` rows of two registers.
     unsafe {
         let mut sums = [[V::splat(<V::Element as crate::real::Real>::ZERO); 2]; H];
         for i in 0..H {
@@ -173,7 +177,34 @@ unsafe fn tile<V: Vector, const H: usize, const AHEAD: bool>(tile: &Tile<V::Elem
                 prefetch(c.wrapping_add(2 * V::LANES - 1));
             }
         }
-        for _ in 0..depth {
+        // Rows at distances that are known in packed A need no arithmetic in the loop.
+        sums = if a_row == 1 {
+            steps::<V, H, AHEAD>(tile, 1, sums)
+        } else {
+            steps::<V, H, AHEAD>(tile, a_row, sums)
+        };
+        for i in 0..H {
+            for (half, &sum) in sums[i].iter().enumerate() {
+                sum.store(c.add(i * c_row + half * V::LANES));
+            }
+        }
+    }
+}
+
+/// Adds the products of all steps to `sums`.
+///
+/// # Safety
+/// As [`tile`]; `a_row` is the tile's.
+#[inline(always)]
+unsafe fn steps<V: Vector, const H: usize, const AHEAD: bool>(
+    tile: &Tile<V::Element>,
+    a_row: usize,
+    mut sums: [[V; 2]; H],
+) -> [[V; 2]; H] {
+    let Tile { depth, mut a, a_step, mut b, b_step, mut ahead, ahead_step, .. } = *tile;
+    for _ in 0..depth {
+        // SAFETY: the caller's promise: row `p` of B has two registers, A has `H` rows.
+        unsafe {
             let (b0, b1) = (V::load(b), V::load(b.add(V::LANES)));
             if AHEAD {
                 prefetch(ahead);
@@ -184,15 +215,11 @@ unsafe fn tile<V: Vector, const H: usize, const AHEAD: bool>(tile: &Tile<V::Elem
                 sums[i][0] = x.mul_add(b0, sums[i][0]);
                 sums[i][1] = x.mul_add(b1, sums[i][1]);
             }
-            a = a.wrapping_add(a_step);
-            b = b.wrapping_add(b_step);
         }
-        for i in 0..H {
-            for (half, &sum) in sums[i].iter().enumerate() {
-                sum.store(c.add(i * c_row + half * V::LANES));
-            }
-        }
+        a = a.wrapping_add(a_step);
+        b = b.wrapping_add(b_step);
     }
+    sums
 }
 
 /// Asks for the cache line of `at`, which need not be readable.

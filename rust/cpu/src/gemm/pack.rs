@@ -4,6 +4,7 @@
 //! at `p·width + l`. Lanes beyond the operand's edge are zero. The source either has its lanes along rows of memory
 //! (`lanes` adjacent, as B or Aᵀ) or its steps (as Bᵀ or A).
 
+use super::micro::prefetch;
 use crate::real::Real;
 
 /// An operand as the packers see it: lanes × steps, one of them contiguous.
@@ -35,6 +36,8 @@ impl<T> Source<T> {
 
 /// Panels filled side by side from rows of memory: longer reads, few enough streams of writes.
 const TOGETHER: usize = 4;
+/// How many rows ahead memory is asked for what is copied: nothing foresees a row that is pages away.
+const ROWS_AHEAD: usize = 8;
 
 /// Transposes one panel: `lanes` rows of memory, `stride` apart, into `depth` steps of `width` lanes, zeros beyond.
 ///
@@ -98,6 +101,10 @@ unsafe fn copy<T: Real, const W: usize>(
         let end = whole.min(group + TOGETHER * W);
         for p in 0..depth {
             for lane in (group..end).step_by(W) {
+                let ahead = from.wrapping_add((p + ROWS_AHEAD) * stride + lane);
+                for line in 0..(W * size_of::<T>()).div_ceil(64) {
+                    prefetch(ahead.wrapping_byte_add(64 * line));
+                }
                 // SAFETY: the caller's promise.
                 unsafe {
                     let row = from.add(p * stride + lane).cast::<[T; W]>().read();
