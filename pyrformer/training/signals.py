@@ -10,10 +10,23 @@ import os
 import signal
 import socket
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+#: What the first and the second one have to say.
+FIRST = "stopping after this update; a second time ends at once"
+SECOND = "pyrformer: ended at once; --resume goes on from the last checkpoint"
+#: Shows a terminal's cursor, which a progress bar may have hidden.
+CURSOR = "\x1b[?25h"
+
+
+def _say(text: str, then: str = "") -> None:
+    """Writes a line to standard error, below a progress bar if there is one, past all locks; ``then`` only to a
+    terminal."""
+    with suppress(OSError):
+        os.write(2, (f"\n{text}\n{then}" if os.isatty(2) else f"{text}\n").encode())
 
 
 class Signals:
@@ -44,8 +57,10 @@ class Signals:
                 if number not in NUMBERS:
                     continue
                 if self.first:
+                    _say(SECOND, CURSOR)
                     os._exit(128 + number)
                 self.first = number
+                _say(FIRST)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

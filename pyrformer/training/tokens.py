@@ -8,7 +8,9 @@ whole text, whenever they are asked for, and memory does not grow with it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -168,6 +170,8 @@ class Place:
         if self._beside:
             # Below the closest folder that is there: a run that does not begin leaves no folders behind.
             above = next(parent for parent in run.absolute().parents if parent.exists())
+            if comm.rank == 0:
+                _remove_left(above, run.name)
             self.folder = above / f".{run.name}.{TOKENS}.{os.getpid()}.partial"
 
     def begin(self, make: Callable[[Path], Preparation]) -> Tokens:
@@ -203,6 +207,29 @@ class Place:
             self._tokens.close()
         if self._beside and self._comm.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _remove_left(above: Path, run: str) -> None:
+    """Removes what processes that were killed on this machine left of a run that had not begun."""
+    for path in above.glob(".*.partial"):
+        found = re.fullmatch(
+            rf"\.{re.escape(run)}\.(?:{TOKENS}\.)?(\d{{1,18}})(?:-[0-9a-f-]+)?\.partial", path.name
+        )
+        if found and path.is_dir() and not _runs(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process may be running."""
+    if sys.platform == "win32":
+        return True  # there, this question would end it
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class SomeBatches(Protocol):

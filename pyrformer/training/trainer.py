@@ -174,8 +174,10 @@ class Trainer:
         self._check_groups()
         check_prompts(self.model, config.sample_prompts, config.objective)
         self.ratio = UpdateRatio(self.model)
-        #: Updates in the newest checkpoint, when it was begun, and the seconds that training waited for checkpoints.
-        self.saved, self.saved_at, self.stall = self.start, 0.0, 0.0
+        #: Updates in the newest checkpoint, and when it was begun.
+        self.saved, self.saved_at = self.start, 0.0
+        #: Whether waiting and measuring are to end.
+        self.interrupted: Callable[[], bool] = lambda: False
         #: Updates left out since one was made, or rollbacks; and the last update that was made.
         self.lost, self.made = 0, -1
         self._set_state({})
@@ -306,9 +308,10 @@ class Trainer:
                     self.checkpoints.join()
         except OSError as e:
             self._discard()
-            raise (
-                e if isinstance(e, FileError) else FileError(f"[train] {self.folder}: {e.strerror or e}")
-            ) from None
+            said = str(e) if isinstance(e, FileError) else f"[train] {self.folder}: {e.strerror or e}"
+            if steps := self.checkpoints.steps():
+                said += f"; once that is mended, --resume goes on from step {steps[-1]}"
+            raise FileError(said) from None
         except Error:
             self._discard()
             raise
@@ -324,9 +327,13 @@ class Trainer:
     def _set_state(self, state: dict[str, Any]) -> None:
         """Sets what changes from step to step beside weights and moments, from a checkpoint's or for a new run."""
         self.step, self.seconds = int(state.get("step", 0)), float(state.get("seconds", 0.0))
+        #: Seconds that training waited for checkpoints.
+        self.stall = float(state.get("save_stall_seconds", 0.0))
         self.recent: deque[float] = deque(state.get("recent", []), maxlen=100)
         self.best = math.inf if state.get("best") is None else float(state["best"])
         self.best_step = int(state.get("best_step", 0))
+        #: The step that was evaluated last, and its loss.
+        self.measured = -1, math.nan
         self.judged, self.patience_used = int(state.get("judged", 0)), int(state.get("patience_used", 0))
         self.left_out = set(state.get("left_out", []))
         watched = state.get("spikes", {})
@@ -335,6 +342,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "seconds": self.seconds,
+            "save_stall_seconds": self.stall,
             "config": self.config.comparable(),
             "data": self.data,
             "recent": list(self.recent),
@@ -422,7 +430,9 @@ class Trainer:
         over = False
         with Signals() as signals:
             if self.comm.size == 1:
-                self.source.wait_until(lambda: bool(signals.first))
+                # Signals differ between processes, which must do the same.
+                self.interrupted = lambda: bool(signals.first)
+                self.source.wait_until(self.interrupted)
             if self.start:
                 # What a signal kept from being done.
                 with suppress(Interrupted):
@@ -450,6 +460,11 @@ class Trainer:
                     self._stop(interrupt)
                 self.checkpoints.raise_failure()
                 self._tell_saved()
+            if over and self.step < c.max_steps:
+                # Saved first: measuring may take long, and is no part of what the run goes on from.
+                self._save()
+                what = f"step {self.step}: {c.max_time} are over; {self.folder} goes on with --resume"
+                self.on_event("note", {"what": what})
             try:
                 valid_loss = self._evaluate()
             except Interrupted:
@@ -701,20 +716,32 @@ class Trainer:
         self.on_event("note", {"what": what})
 
     def _evaluate(self) -> float:
-        """Measures the loss over the whole held-out text, always the same batches."""
+        """Measures the loss over the whole held-out text, always the same batches; once for each step.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        step, loss = self.measured
+        if step == self.step:
+            return loss
         losses, batches = [], []
         self._exchange()
-        for i in range(self.comm.rank, self.evaluation.batches_per_pass, self.comm.size):
-            batch = self.evaluation.ready(i)
-            make = partial(programs.evaluate, self.model.family, batch.sizes)
-            run = self.model.program(("evaluate", batch.sizes), make)
-            out = run(**self.passes.arrays(batch))
-            losses.append({name: float(out[name]) for name in self.passes.losses})
-            batches.append(replace(batch, arrays={}))
-        self._exchange()
+        try:
+            for i in range(self.comm.rank, self.evaluation.batches_per_pass, self.comm.size):
+                if self.interrupted():
+                    raise Interrupted
+                batch = self.evaluation.ready(i)
+                make = partial(programs.evaluate, self.model.family, batch.sizes)
+                run = self.model.program(("evaluate", batch.sizes), make)
+                out = run(**self.passes.arrays(batch))
+                losses.append({name: float(out[name]) for name in self.passes.losses})
+                batches.append(replace(batch, arrays={}))
+        finally:
+            self._exchange()
         counts = self._counts(batches)
         means = self._means(losses, counts)
         loss = sum(means.values())
+        self.measured = self.step, loss
         numbers = {"step": self.step, "valid_loss": loss, "valid_labels": counts[self.passes.losses[0]]}
         if len(means) > 1:
             numbers |= {f"valid_{name}": mean for name, mean in means.items() if name != "loss"}

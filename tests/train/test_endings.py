@@ -93,6 +93,109 @@ def test_max_time_ends_and_resumes(text: Path) -> None:
     assert pf.train(config(text, max_steps=run.steps + 1, resume=True)).steps == run.steps + 1
 
 
+def sleeping(at: int) -> Any:
+    """An ``on_event`` with which a second passes in an update; it keeps the notes and the evaluated steps."""
+
+    def watch(kind: str, numbers: dict[str, Any]) -> None:
+        if kind == "step" and numbers["step"] == at:
+            time.sleep(1.1)
+        watch.seen.append(numbers["what"] if kind == "note" else (kind, numbers.get("step")))
+
+    watch.seen = []
+    return watch
+
+
+def test_what_max_time_measures_is_no_part_of_the_run(text: Path) -> None:
+    """The evaluation at its end counts for no patience: the run goes on to the bits of an undisturbed one."""
+    options = {"eval_every": 4, "early_stopping_patience": 2, "learning_rate": 0.05, "save_total_limit": 0}
+    straight = pf.train(config(text, **options, out=str(text.parent / "straight")))
+    watch = sleeping(at=6)
+    first = pf.train(config(text, **options, max_time="1s"), watch)
+    assert first.steps == 6
+    assert f"step 6: 1s are over; {first.folder} goes on with --resume" in watch.seen
+    again = pf.train(config(text, **options, resume=True))
+    assert again.steps == straight.steps == 12
+    states = [
+        json.loads((run.folder / "checkpoint-12" / "trainer_state.json").read_text("utf-8"))
+        for run in (straight, again)
+    ]
+    for name in ("best", "best_step", "judged", "patience_used", "recent"):
+        assert states[0][name] == states[1][name]
+    weights = [(run.folder / "model.safetensors").read_bytes() for run in (straight, again)]
+    assert weights[0] == weights[1]
+
+
+def test_max_time_saves_before_it_measures(text: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    class Fails:
+        def log(self, data: dict[str, Any], step: int) -> None:
+            if "valid_loss" in data:
+                raise Killed
+
+    with pytest.raises(Killed):
+        pf.train(config(text, max_time="1s", save_every=0), sleeping(at=5), callbacks=[Fails()])
+    assert (text.parent / "run" / "checkpoint-5" / "manifest.json").is_file()
+
+
+def test_a_step_is_measured_once(text: Path) -> None:
+    watch = sleeping(at=4)
+    pf.train(config(text, eval_every=4, max_time="1s"), watch)
+    assert [one for one in watch.seen if one[0] == "eval"] == [("eval", 4)]
+
+
+def test_a_signal_ends_a_measurement(text: Path) -> None:
+    """A signal that comes before an evaluation: the run is saved at once, and measures when it goes on."""
+    seen: list[str] = []
+
+    def stop(kind: str, numbers: dict[str, Any]) -> None:
+        seen.append(kind)
+        if kind == "step" and numbers["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    options = {"eval_every": 4, "ema_decay": 0.5}
+    straight = pf.train(config(text, **options, out=str(text.parent / "straight")))
+    with pytest.raises(KeyboardInterrupt, match="after step 4"):
+        pf.train(config(text, **options), stop)
+    assert "eval" not in seen
+    run = pf.train(config(text, **options, resume=True))
+    measured = [[row for row in rows(one) if "valid_loss" in row] for one in (straight, run)]
+    assert measured[0] == measured[1]
+    files = [(one.folder / "model.safetensors").read_bytes() for one in (straight, run)]
+    assert files[0] == files[1]
+
+
+def test_a_failing_disk_is_told_with_what_to_do(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyrformer.training.rows import Metrics
+
+    write = Metrics.write
+
+    def full(self: Any, row: dict[str, Any]) -> None:
+        if row["step"] == 8:
+            raise OSError(28, "No space left on device")
+        write(self, row)
+
+    monkeypatch.setattr(Metrics, "write", full)
+    with pytest.raises(
+        pf.Error, match="No space left on device; once that is mended, --resume goes on from step 6"
+    ):
+        pf.train(config(text))
+
+
+def test_what_a_killed_process_left_is_removed(text: Path) -> None:
+    """Tokens that no run's folder holds; not those of a process that lives, nor of another run."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".run.tokens.{dead.pid}.partial", f".run.{dead.pid}-5-18eaf2b6.partial"]
+    kept = [f".run.tokens.{os.getppid()}.partial", f".run2.tokens.{dead.pid}.partial"]
+    for name in names + kept:
+        (text.parent / name).mkdir()
+    pf.train(config(text))
+    assert sorted(p.name for p in text.parent.glob(".run*")) == sorted(kept)
+
+
 @pytest.mark.parametrize("value", ["soon", "10 minutes", "-3", "0m", "1e3s", ""])
 def test_bad_times(text: Path, value: str) -> None:
     with pytest.raises(pf.Error):
@@ -164,7 +267,7 @@ def test_second_signal_ends_at_once(text: Path) -> None:
         f"pf.train(pf.TrainConfig(files=[{str(text)!r}], out='run', seq_len=8, model={GPT2!r}, "
         "tokenizer={'kind': 'char'}), wait)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=text.parent)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=text.parent, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 60
         while not (text.parent / "ready").exists():
@@ -175,6 +278,13 @@ def test_second_signal_ends_at_once(text: Path) -> None:
         time.sleep(0.2)
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(timeout=10) == 143
+        assert process.stderr is not None
+        said = process.stderr.read().decode().splitlines()
+        process.stderr.close()
+        assert said == [
+            "stopping after this update; a second time ends at once",
+            "pyrformer: ended at once; --resume goes on from the last checkpoint",
+        ]
     finally:
         process.kill()
         process.wait()
