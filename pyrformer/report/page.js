@@ -54,10 +54,16 @@
       out.length = 0;
     }
     const rough = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(rough));
-    const stride = power * [1, 2, 5, 10].find((f) => f * power >= rough);
-    for (let i = Math.ceil(low / stride - 1e-9); i * stride <= high + 1e-9 * stride; i++)
-      out.push(Number((i * stride).toPrecision(12)));
-    return out;
+    const strides = [10, 5, 2, 1, 0.5, 0.2, 0.1].map((f) => f * power);
+    const at = (stride) => {
+      const found = [];
+      for (let i = Math.ceil(low / stride - 1e-9); i * stride <= high + 1e-9 * stride; i++)
+        found.push(Number((i * stride).toPrecision(12)));
+      return found;
+    };
+    // One place alone tells no scale.
+    const coarse = strides.filter((s) => s >= rough).pop();
+    return at(strides.find((s) => s <= coarse && at(s).length > 1));
   };
 
   /** Index of the entry of an ascending list whose place is nearest to x. */

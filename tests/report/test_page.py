@@ -182,6 +182,8 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
       seen.drawn = $("path.curve")[0].getAttribute("d").split("L").length;
       const slider = $("#smoothing")[0]; slider.value = 0.5; slider.dispatchEvent(new Event("input"));
       seen.raw = $("path.raw").length;
+      const places = (anchor) => [...$("svg")].map((s) => s.querySelectorAll(`text[text-anchor=${anchor}]`).length);
+      seen.ticks = Math.min(...places("middle"), ...places("end")) > 1;
       $("#log-y")[0].click(); $("#log-x")[0].click();
       seen.strange = [...$("path")].filter((p) => /NaN|Infinity/.test(p.getAttribute("d"))).length;
       for (let i = 0; i < 2; i++) $("svg")[0].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
@@ -212,6 +214,7 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
         "held": 2,
         "drawn": 40,
         "raw": 4,
+        "ticks": True,
         "strange": 0,
         "tip": [
             "step 2",
