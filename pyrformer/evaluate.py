@@ -126,7 +126,7 @@ class Gap:
         return self.chain - self.independent
 
 
-@checked("eval")
+@checked("eval", length=1, spans=1)
 def independence_gap(
     model: Model, texts: Sequence[str], *, length: int = 3, spans: int = 100, seed: int = 0
 ) -> Gap:

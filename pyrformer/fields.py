@@ -7,8 +7,8 @@ import functools
 import inspect
 import json
 import operator
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from pyrformer.errors import ConfigError, InputError, ResourceError
@@ -75,17 +75,36 @@ def checked(where: str, **least: int) -> Callable[[F], F]:
             given = {**dict(zip(names, args, strict=False)), **given}
             for name in kinds.keys() & given.keys():
                 given[name] = _argument(where, name, given[name], kinds[name], least.get(name, 0))
-            try:
-                return function(*(given.pop(n) for n in names[: len(args)]), *args[len(names) :], **given)
-            except MemoryError as e:
-                if isinstance(e, ResourceError):
-                    raise
-                reason = str(e) or "more was asked for than there is"
-                raise ResourceError(f"[{where}] out of memory: {reason}; ask for less at once") from None
+            args = (*(given.pop(n) for n in names[: len(args)]), *args[len(names) :])
+            if inspect.isgeneratorfunction(function):
+                return _pieces(where, function(*args, **given))
+            with memory_told(where):
+                return function(*args, **given)
 
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+@contextmanager
+def memory_told(where: str) -> Iterator[None]:
+    """Makes a MemoryError of the block one of the package's.
+
+    Raises:
+        ResourceError: there is no memory for what was asked for.
+    """
+    try:
+        yield
+    except MemoryError as e:
+        if isinstance(e, ResourceError):
+            raise
+        reason = str(e) or "more was asked for than there is"
+        raise ResourceError(f"[{where}] out of memory: {reason}; ask for less at once") from None
+
+
+def _pieces(where: str, pieces: Iterator[Any]) -> Iterator[Any]:
+    with memory_told(where):
+        yield from pieces
 
 
 def whole(where: str, name: str, value: Any, least: int, most: int = MOST) -> int:
@@ -120,8 +139,12 @@ def token_ids(where: str, values: Iterable[Any]) -> list[int]:
     Raises:
         InputError: one is no whole number from 0 to 2^31 - 1.
     """
-    ids = []
-    for value in values:
+    ids: list[int] = []
+    try:
+        given = iter(values)
+    except TypeError:
+        raise InputError(f"[{where}] token ids must be whole numbers in a list, got {values!r}") from None
+    for value in given:
         try:
             ids.append(operator.index(value))
         except TypeError:

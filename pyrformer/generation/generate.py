@@ -103,6 +103,7 @@ def generate(
     )
 
 
+@checked("stream")
 def stream(
     model: Model, prompt: Any, config: GenerationConfig | dict[str, Any] | None = None, **options: Any
 ) -> Iterator[str]:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.errors import Error, InternalError
+from pyrformer.errors import Error, InternalError, ResourceError
 from pyrformer.generation.call import ending
 from pyrformer.generation.decoder import Decoder, Floats, Ints, Positions, log_softmax
 from pyrformer.generation.strategies import Sequences
@@ -264,9 +264,9 @@ class Engine:
             rows = np.array([self._free.pop() for _ in range(request.rows)], np.int32)
             try:
                 self._running.append(Running(request, self.model, self.slots, rows))
-            except Error as e:
+            except Exception as e:
                 self._free += rows.tolist()
-                request.tell(e)
+                request.tell(_as_error(e))
         taken: list[Embedding] = []
         while self._embeddings and sum(len(e.texts) for e in taken) < EMBEDDED:
             taken.append(self._embeddings.popleft())
@@ -365,4 +365,8 @@ def _given_up(request: Completion | Embedding, now: float) -> bool:
 
 
 def _as_error(e: Exception) -> Error:
+    if isinstance(e, MemoryError) and not isinstance(e, Error):
+        return ResourceError(
+            f"[serve] out of memory: {e or 'more was asked for than there is'}; ask for less"
+        )
     return e if isinstance(e, Error) else InternalError(f"[serve] {type(e).__name__}: {e}")

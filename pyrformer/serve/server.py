@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyrformer.errors import FileError, InputError
+from pyrformer.fields import MOST, check_types, checked, whole
+from pyrformer.generation.call import MOST_SEQUENCES
 
 if TYPE_CHECKING:
     from pyrformer.model import Model
@@ -35,6 +37,18 @@ class Settings:
     timeout: float = 120.0
     chat_template: str | None = None
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InputError: a limit is of another type, or allows nothing.
+        """
+        check_types(self, "serve")
+        for name, least in {"max_length": 2, "max_rows": 1, "max_waiting": 1, "max_body": 1}.items():
+            most = MOST_SEQUENCES if name == "max_rows" else MOST
+            whole("serve", name, getattr(self, name), least, most)
+        if not self.timeout > 0:
+            raise InputError(f"[serve] timeout must be more than 0 seconds, got {self.timeout}")
+
 
 def is_local(host: str) -> bool:
     """Whether only this machine can reach the address."""
@@ -44,6 +58,7 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
+@checked("serve")
 def serve(
     models: dict[str, Model],
     settings: Settings,
@@ -64,9 +79,10 @@ def serve(
 
     Raises:
         InputError: uvicorn or starlette is not installed, a chat template is not valid, or others than this machine
-            could ask without a key.
+            could ask without a key; or the port is none.
         FileError: the address cannot be listened on.
     """
+    whole("serve", "port", port, 0, 65535)
     try:
         import uvicorn
 

@@ -9,6 +9,7 @@ names of calls, NUMBERS a JSON list in place of ``VALUES``.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import io
@@ -34,6 +35,7 @@ from pyrformer.data.documents import Documents
 from pyrformer.evaluate import evaluate, independence_gap, masked_accuracy
 from pyrformer.generation.config import NAMES
 from pyrformer.models import FAMILIES
+from pyrformer.serve.server import Settings, serve
 from pyrformer.training import finders
 
 SECONDS, MEMORY = 10, 6 << 30
@@ -45,11 +47,12 @@ Call = Callable[[Any], object]
 CALLS: dict[str, Call] = {}
 #: Calls for which a large number means much work, honestly: they are given two seconds, and may take more.
 LONG = re.compile(
-    r"(gibbs|mask_predict) (iterations|num_return_sequences)|explain|(evaluate|compare).* spans|find_lr updates"
+    r"(gibbs|mask_predict) (iterations|num_return_sequences)|num_return_sequences drawn|num_labels"
+    r"|explain|(evaluate|compare).* spans|find_lr updates"
     r"|(bench.*|sample|train) --(steps|iterations|batch|batch-size|gradient-accumulation-steps|vocab|seq)"
-    r"|sample --(max|min)-"
+    r"|sample (--(max|min)-|-n|--num-beams)"
     r"|train (\w+ )?(batch_size|gradient_accumulation_steps)"
-    r"|config \w+ \w*(size|dim|embeddings|positions|inner|d_model|n_embd|heads)"
+    r"|config \w+ \w*(size|dim|embeddings|positions|inner|d_model|d_head|n_embd|heads)"
 )
 
 
@@ -268,6 +271,11 @@ def prepare_table(folder: Path) -> None:
         CALLS[f"generate list {name}"] = lambda v, n=name, e=extra: model.generate(
             "the cat", **{**e, n: [[v], v]}
         )
+        CALLS[f"stream {name}"] = lambda v, n=name, e=extra: list(model.stream("the cat", **{**e, n: v}))
+    CALLS["stream ids"] = lambda v: list(model.stream([v], max_new_tokens=2))
+    CALLS["astream max_new_tokens"] = lambda v: asyncio.run(
+        read(model.astream("the", max_new_tokens=v, max_time=2.0))
+    )
     CALLS["generate num_return_sequences drawn"] = lambda v: model.generate(
         "the", max_new_tokens=2, do_sample=True, num_return_sequences=v
     )
@@ -312,7 +320,89 @@ def prepare_table(folder: Path) -> None:
     for name in ("rate", "seed"):
         CALLS[f"evaluate accuracy {name}"] = lambda v, n=name: masked_accuracy(bert, [TEXT], **{n: v})
     CALLS["mbr weights"] = lambda v: pf.mbr(["a", "b"], weights=[v, 1.0])
+    CALLS["attention ids"] = lambda v: model.attention([v, 1])
+    CALLS["attention perm_mask"] = lambda v: xlnet.attention([1, 2], perm_mask=[[[v, 0], [0, 1]]])
+    CALLS["Tokenizer decode_after"] = lambda v: tokenizer.decode_after([v], [v])
     command_line(folder, text, lines)
+    serving(folder, model, bert)
+
+
+def serving(folder: Path, model: pf.Model, bert: pf.Model) -> None:
+    """The server's options, and the fields of its requests."""
+    template = folder / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
+    chats, said = {"chat_template": str(template)}, [{"role": "user", "content": "the cat"}]
+    asked = {"prompt": "the cat", "max_tokens": 2}
+    numbers = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "logprobs", "best_of"]
+    numbers += ["presence_penalty", "frequency_penalty", "repetition_penalty", "echo", "stream", "stop"]
+    for name in numbers:
+        for kind, more in {
+            "": {},
+            "stream ": {"stream": True},
+            "echo ": {"echo": True, "logprobs": 1},
+        }.items():
+            CALLS[f"serve {kind}{name}"] = lambda v, n=name, m=more: ask(
+                model, "/v1/completions", {**asked, **m, n: v}
+            )
+    for name in (*numbers[:7], "max_completion_tokens", "top_logprobs"):
+        CALLS[f"serve chat {name}"] = lambda v, n=name: ask(
+            model, "/v1/chat/completions", {"messages": said, "logprobs": True, n: v}, **chats
+        )
+    for name, body in {"logit_bias": lambda v: {"1": v}, "logit_bias id": lambda v: {str(v): 1}}.items():
+        CALLS[f"serve {name}"] = lambda v, b=body: ask(
+            model, "/v1/completions", {**asked, "logit_bias": b(v)}
+        )
+    CALLS["serve prompt"] = lambda v: ask(model, "/v1/completions", {**asked, "prompt": [v]})
+    CALLS["serve input"] = lambda v: ask(bert, "/v1/embeddings", {"input": [v]})
+    for name in ("max_length", "max_rows", "max_waiting", "max_body", "timeout"):
+        CALLS[f"serve settings {name}"] = lambda v, n=name: ask(model, "/v1/completions", asked, **{n: v})
+    for name in ("port", "stop_seconds"):
+        CALLS[f"serve {name}"] = lambda v, n=name: briefly(
+            lambda: serve({"m": model}, Settings(), **{"port": 0, n: v})
+        )
+
+
+async def read(pieces: Any) -> list[Any]:
+    return [piece async for piece in pieces]
+
+
+def ask(model: pf.Model, path: str, body: dict[str, Any], **settings: Any) -> None:
+    """Sends a request to a server that begins and ends here, without a socket."""
+    from pyrformer.serve.app import Server
+
+    server = Server({"m": model}, Settings(**settings))
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "http_version": "1.1"}
+    scope |= {"headers": [(b"host", b"localhost"), (b"content-type", b"application/json")]}
+    unread, sent = [{"type": "http.request", "body": json.dumps(body).encode()}], []
+
+    async def receive() -> dict[str, Any]:
+        while not unread:
+            await asyncio.sleep(60)
+        return unread.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(server.app(scope, receive, send))
+    status, text = sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]).decode()
+    for one in server.served.values():
+        one.engine.stop()
+    if status != 200 or '{"error"' in text:
+        said = json.loads(text.removeprefix("data: ").split("\n\n")[0])["error"]["message"]
+        if "internal error" in said or "Error: " in said or "\n" in said:
+            raise AssertionError(f"status {status}: {said}")
+        raise pf.Error("[serve] refused")
+
+
+def briefly(work: Callable[[], object]) -> None:
+    """Runs what serves; it ends as soon as it takes connections."""
+    import uvicorn
+
+    async def nothing(_: Any) -> None:
+        return
+
+    uvicorn.Server.main_loop = nothing  # type: ignore[method-assign]
+    work()
 
 
 def whole(value: Any) -> bool:
@@ -357,6 +447,7 @@ def command_line(folder: Path, text: Path, lines: Path) -> None:
         "tokenize": [tokenizer, str(text)],
         "tokenizer train": [str(text), "--out", str(folder / "new.json")],
         "train": [str(text), "--out", str(folder / "run"), *small],
+        "serve": [gpt2, "--port", "0"],
     }
     for name, base in commands.items():
         command: click.Command = cli.main
@@ -383,9 +474,13 @@ def command_line(folder: Path, text: Path, lines: Path) -> None:
                 or "json" in repr(option.type)
             ):
                 flag = option.opts[0]
-                CALLS[f"cli {name} {flag}"] = lambda v, c=name, b=base, f=flag: called(
-                    [*c.split(), *b, f, str(v)]
-                )
+                CALLS[f"cli {name} {flag}"] = lambda v, c=name, b=base, f=flag: (
+                    briefly if c == "serve" else apply
+                )(lambda: called([*c.split(), *b, f, str(v)]))
+
+
+def apply(work: Callable[[], object]) -> None:
+    work()
 
 
 def called(arguments: list[str]) -> None:

@@ -133,3 +133,17 @@ def test_a_config_reads_and_writes_its_file(model: pf.Model, tmp_path: Path) -> 
         pf.GenerationConfig(temprature=1)
     with pytest.raises(pf.errors.FileError, match=r"missing\.json"):
         pf.GenerationConfig.load(tmp_path / "missing.json")
+
+
+def test_memory_that_is_not_there_is_told(model: pf.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where pieces are read, after the call."""
+    from pyrformer.generation.call import Call
+
+    def fails(self: Call, **_: Any) -> Any:
+        raise MemoryError
+        yield
+
+    monkeypatch.setattr(Call, "run", fails)
+    for ask in (lambda: model.generate(PROMPT), lambda: list(model.stream(PROMPT))):
+        with pytest.raises(MemoryError, match=r"\[\w+\] out of memory: .*; ask for less at once"):
+            ask()
