@@ -8,7 +8,7 @@ import click
 
 from pyrformer.bench.estimate import GPUS, Estimate, estimate
 from pyrformer.bench.train_step import FAMILIES, Result, Shape, measure
-from pyrformer.models.base import MOST
+from pyrformer.models.base import MOST_SIZE
 
 
 @click.group()
@@ -18,12 +18,16 @@ def command() -> None:
 
 @command.command("train-step")
 @click.option("--family", type=click.Choice(FAMILIES), default="gpt2", show_default=True)
-@click.option("--layers", type=click.IntRange(1, MOST), default=4, show_default=True)
-@click.option("--width", type=click.IntRange(1, MOST), default=128, show_default=True)
-@click.option("--heads", type=click.IntRange(1, MOST), default=4, show_default=True)
-@click.option("--vocab", type=click.IntRange(2, MOST), default=65, show_default=True)
-@click.option("--batch", type=click.IntRange(1, MOST), default=12, show_default=True, help="Rows in a step.")
-@click.option("--seq", type=click.IntRange(2, MOST), default=64, show_default=True, help="Tokens in a row.")
+@click.option("--layers", type=click.IntRange(1, MOST_SIZE), default=4, show_default=True)
+@click.option("--width", type=click.IntRange(1, MOST_SIZE), default=128, show_default=True)
+@click.option("--heads", type=click.IntRange(1, MOST_SIZE), default=4, show_default=True)
+@click.option("--vocab", type=click.IntRange(2, MOST_SIZE), default=65, show_default=True)
+@click.option(
+    "--batch", type=click.IntRange(1, MOST_SIZE), default=12, show_default=True, help="Rows in a step."
+)
+@click.option(
+    "--seq", type=click.IntRange(2, MOST_SIZE), default=64, show_default=True, help="Tokens in a row."
+)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads to use.")
 @click.option(

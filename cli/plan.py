@@ -7,7 +7,7 @@ import sys
 import click
 
 import pyrformer as pf
-from pyrformer.models.base import MOST
+from pyrformer.models.base import MOST_SIZE
 from pyrformer.optimizers import AdamW
 from pyrformer.programs import Sizes, decode_step, evaluate, forward, train_step
 
@@ -17,9 +17,11 @@ PROGRAMS = ["train_step", "forward", "evaluate", "decode_step"]
 @click.command()
 @click.argument("run", type=click.Path())
 @click.option("--program", type=click.Choice(PROGRAMS), default="train_step", show_default=True)
-@click.option("--batch", type=click.IntRange(1, MOST), default=8, show_default=True, help="Rows in a batch.")
 @click.option(
-    "--seq", type=click.IntRange(1, MOST), help="Tokens in a row.  [default: all positions, at most 256]"
+    "--batch", type=click.IntRange(1, MOST_SIZE), default=8, show_default=True, help="Rows in a batch."
+)
+@click.option(
+    "--seq", type=click.IntRange(1, MOST_SIZE), help="Tokens in a row.  [default: all positions, at most 256]"
 )
 @click.option("--graph", is_flag=True, help="Print the graph after the passes instead of the plan.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")

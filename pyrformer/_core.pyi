@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "MOST_PAIRS",
+    "MOST_SEQUENCES",
     "AtomicDir",
     "CausalBatches",
     "Cleaner",
@@ -78,6 +80,9 @@ class _Encoding(TypedDict):
     attention_mask: list[int]
 
 __version__: str
+#: The most pairs of tokens that a permutation model reads at once, and sequences of a prompt.
+MOST_PAIRS: int
+MOST_SEQUENCES: int
 
 # ---- rust/python/src/graph.rs ---------------------------------------------------------------------------------------
 

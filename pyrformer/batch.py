@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pyrformer._core import MOST_PAIRS
 from pyrformer.errors import InputError
-from pyrformer.models.base import MOST, Family
+from pyrformer.models.base import MOST_SIZE, Family
 from pyrformer.programs import SCALES, Sizes
 
 #: The label that is ignored.
 IGNORE = -100
-#: Pairs of tokens that a permutation model reads at once.
-MOST_PAIRS = 1 << 27
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int32]
 
@@ -226,8 +225,8 @@ def _ints(name: str, value: npt.ArrayLike, shape: tuple[int, ...] | None, below:
     if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         kind = f"{array.dtype}{list(array.shape)}"
         raise InputError(f"[model] {name} must be a non-empty integer array [B, T], got {kind}")
-    if array.size > MOST:
-        raise InputError(f"[model] {name} has {array.size} places; give at most {MOST} at once")
+    if array.size > MOST_SIZE:
+        raise InputError(f"[model] {name} has {array.size} places; give at most {MOST_SIZE} at once")
     if shape is not None and array.shape != shape:
         raise InputError(f"[model] {name} must be {list(shape)}, got {list(array.shape)}")
     if below is not None and (array.min() < 0 or array.max() >= below):

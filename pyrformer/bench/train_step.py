@@ -17,7 +17,7 @@ from pyrformer import programs
 from pyrformer.compile import Compiled
 from pyrformer.errors import InputError
 from pyrformer.model import Model
-from pyrformer.models.base import MOST
+from pyrformer.models.base import MOST_SIZE
 from pyrformer.optimizers import AdamW
 
 FAMILIES = ("gpt2", "llama", "bert")
@@ -38,9 +38,9 @@ class Shape:
     seq: int = 64
 
     def __post_init__(self) -> None:
-        if self.batch * self.seq > MOST:
+        if self.batch * self.seq > MOST_SIZE:
             raise InputError(
-                f"[bench] {self.batch} × {self.seq} tokens a step are more than {MOST}; lower one"
+                f"[bench] {self.batch} × {self.seq} tokens a step are more than {MOST_SIZE}; lower one"
             )
 
     def config(self) -> dict[str, Any]:

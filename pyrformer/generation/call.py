@@ -43,8 +43,8 @@ BEAMS = {
     "force_words_ids",
     "ordered_constraints",
 }
-#: The most sequences of a prompt, and tokens of one.
-MOST_SEQUENCES, MOST_TOKENS = 1 << 20, 1 << 31
+#: The most tokens of a sequence.
+MOST_TOKENS = 1 << 31
 #: Tokens that an assistant drafts at once, unless ``num_assistant_tokens`` says otherwise.
 DRAFTED = 5
 
@@ -78,7 +78,7 @@ class Call:
         self.alpha = options.pop("penalty_alpha", None)
         self.in_8bit = _quantized(model, options.pop("cache_implementation", None))
         asked_for = options.get("num_return_sequences")
-        number = _optional("num_return_sequences", asked_for, 0, MOST_SEQUENCES) or 1
+        number = _optional("num_return_sequences", asked_for, 0, _core.MOST_SEQUENCES) or 1
         self.prompts, self.started = len(ids), time.monotonic()
         limits = ("max_new_tokens", "max_length")
         wanted = [_optional(name, options.get(name), 0, MOST_TOKENS) for name in limits]

@@ -18,7 +18,6 @@ from pyrformer import _core, programs
 from pyrformer.arrow import Columns
 from pyrformer.errors import InputError
 from pyrformer.fields import checked, whole
-from pyrformer.generation.call import MOST_SEQUENCES
 from pyrformer.generation.decoder import log_softmax
 from pyrformer.generation.generate import filter_logits
 from pyrformer.model import FillMask, Model
@@ -173,7 +172,7 @@ def gibbs(
         InputError: the model is not a masked one, a text is too long, or an option makes no sense.
     """
     task = _Task(model, "gibbs", texts, iterations, mask_token_id)
-    count = whole("gibbs", "num_return_sequences", num_return_sequences, 1, MOST_SEQUENCES)
+    count = whole("gibbs", "num_return_sequences", num_return_sequences, 1, _core.MOST_SEQUENCES)
     filter_logits(np.zeros(2, np.float32), **filters)  # names and ranges
 
     def fill(index: int, ids: Ints, places: Ints) -> tuple[Ints, Floats]:

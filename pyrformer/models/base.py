@@ -31,7 +31,7 @@ class Attended(NamedTuple):
 
 
 #: The greatest size of any axis; a damaged number would take all memory.
-MOST = 1 << 24
+MOST_SIZE = 1 << 24
 #: Kinds of classification of whole texts, the one that can be learnt last.
 PROBLEMS = ("regression", "multi_label_classification", "single_label_classification")
 #: Layers that a model may have; a damaged number would keep a machine busy with building them.
@@ -127,8 +127,14 @@ class ModelConfig:
             value = getattr(self, f.name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             self.require(
-                not whole or -1 <= value <= MOST, f"{f.name} must be from -1 to {MOST}, got {value!r}"
+                not whole or -1 <= value <= MOST_SIZE,
+                f"{f.name} must be from -1 to {MOST_SIZE}, got {value!r}",
             )
+        labels = self.extra.get("id2label")
+        self.require(
+            not labels or isinstance(labels, (dict, list)), f"id2label must be a table, got {labels!r}"
+        )
+        self.check_sizes(num_labels=self.num_labels)
         if not self.architecture:
             self.fill(architecture=self.ARCHITECTURES[0])
         alibi = getattr(self, "position_embedding_type", "") == "alibi" or getattr(self, "alibi", False)
@@ -157,14 +163,9 @@ class ModelConfig:
     @property
     def num_labels(self) -> int:
         """How many classes a classification head tells apart: the length of ``id2label``, or ``num_labels``, or 2."""
-        labels, number = self.extra.get("id2label"), self.extra.get("num_labels", 2)
-        self.require(
-            not labels or isinstance(labels, (dict, list)), f"id2label must be a table, got {labels!r}"
-        )
-        if labels:
-            return len(labels)
-        self.check_sizes(num_labels=number)
-        return int(number)
+        labels = self.extra.get("id2label")
+        number: int | None = self.extra.get("num_labels")
+        return len(labels) if labels else 2 if number is None else number
 
     @property
     def stretch(self) -> float:
@@ -195,8 +196,8 @@ class ModelConfig:
         """Raises ConfigError unless all sizes are positive whole numbers, and not beyond all reason."""
         for name, value in sizes.items():
             self.require(
-                isinstance(value, int) and 0 < value <= MOST,
-                f"{name} must be a positive whole number up to {MOST}, got {value!r}",
+                isinstance(value, int) and 0 < value <= MOST_SIZE,
+                f"{name} must be a positive whole number up to {MOST_SIZE}, got {value!r}",
             )
 
     def check_probabilities(self, **values: float) -> None:

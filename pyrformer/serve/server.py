@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pyrformer import _core
 from pyrformer.errors import FileError, InputError
 from pyrformer.fields import MOST, check_types, checked, whole
-from pyrformer.generation.call import MOST_SEQUENCES
 
 if TYPE_CHECKING:
     from pyrformer.model import Model
@@ -44,7 +44,7 @@ class Settings:
         """
         check_types(self, "serve")
         for name, least in {"max_length": 2, "max_rows": 1, "max_waiting": 1, "max_body": 1}.items():
-            most = MOST_SEQUENCES if name == "max_rows" else MOST
+            most = _core.MOST_SEQUENCES if name == "max_rows" else MOST
             whole("serve", name, getattr(self, name), least, most)
         if not self.timeout > 0:
             raise InputError(f"[serve] timeout must be more than 0 seconds, got {self.timeout}")

@@ -26,7 +26,7 @@ pub use masker::{MaskedOptions, Spans, Words};
 pub use open::zstd_frame;
 pub use pack::{CausalBatch, CausalBatches, CausalOptions};
 pub use pairs::{PairBatch, PairBatches};
-pub use permute::{PermutedBatch, PermutedBatches, PermutedOptions};
+pub use permute::{MOST_PAIRS, PermutedBatch, PermutedBatches, PermutedOptions};
 pub use read::{DecodeErrors, Documents, Form, ReadOptions, Rejected};
 
 /// The label that the loss leaves out (Hugging Face's convention).

@@ -15,7 +15,7 @@ use crate::pack::{Block, CausalBatches, CausalOptions};
 use crate::purpose::PERMUTE;
 
 /// The most pairs of tokens of a batch: `perm_mask` takes half a gigabyte.
-const MOST_PAIRS: usize = 1 << 27;
+pub const MOST_PAIRS: usize = 1 << 27;
 
 /// How to cut a corpus into permuted batches.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -40,6 +40,8 @@ mod _core {
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, PyModule>) -> PyResult<()> {
         super::enter::quiet_panics();
+        module.add("MOST_PAIRS", pyrformer_data::MOST_PAIRS)?;
+        module.add("MOST_SEQUENCES", pyrformer_search::MOST_SEQUENCES)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

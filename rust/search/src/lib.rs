@@ -44,7 +44,7 @@ mod turns;
 
 pub use error::{Error, Result};
 pub use filters::{Filters, filter_logits};
-pub use options::{EarlyStopping, GenerationOptions};
+pub use options::{EarlyStopping, GenerationOptions, MOST_SEQUENCES};
 pub use path::{FinishReason, Hypothesis};
 pub use processors::{AllowedTokens, Ends, Hooks, Processor};
 pub use search::{Emitted, Prompt, Search, Step};

@@ -143,7 +143,7 @@ impl Default for GenerationOptions {
 /// Tokens added when no limit is given. Source: transformers 5.23 `generation/utils.py`.
 const DEFAULT_NEW_TOKENS: usize = 20;
 /// The most sequences of a prompt: beyond, even their bookkeeping takes gigabytes.
-const MOST_SEQUENCES: usize = 1 << 20;
+pub const MOST_SEQUENCES: usize = 1 << 20;
 
 impl GenerationOptions {
     /// Checks ranges, contradictions, and that every token id is below `vocab_size`.
