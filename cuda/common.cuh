@@ -8,6 +8,7 @@
 // - Results depend on shapes alone: no atomics, no order that depends on timing.
 // - Step-dependent scalars (learning rate, step, clip factor, random state) are read from device memory, so that a
 //   captured graph stays valid from step to step.
+// - A kernel that may write a state behind a global norm takes `halt` last, and writes nothing where it is set.
 // - Memory that a result may share with an operand is not __restrict__; each element is read before it is written, by
 //   the same thread.
 // - CuPy compiles with -ftz=true: float32 arithmetic flushes subnormal numbers to zero.
@@ -86,6 +87,13 @@ __device__ __forceinline__ float block_max(float x) {
     for (int w = 1; w < WARPS; ++w) x = fmaxf(x, largest[w]);
     __syncthreads();  // `largest` may be used again
     return x;
+}
+
+// ---- The end of a run ----------------------------------------------------------------------------------------------
+
+// Whether a global norm was not finite: what follows it then leaves all states as they are. halt [], optional.
+__device__ __forceinline__ bool halted(const int* halt) {
+    return halt && *halt;
 }
 
 // ---- Random numbers ------------------------------------------------------------------------------------------------

@@ -194,13 +194,13 @@ __device__ __forceinline__ float4 load_repeated(const float* b, Group g, int b_r
 }
 
 // <f>_forward_f32: y = a o b. a, y [N, C]; b [M, C] with M a divisor of N (b_rows = M, b_cols = C), or one element
-// (b_rows = b_cols = 1). y may be a.
+// (b_rows = b_cols = 1). y may be a. halt: see common.cuh.
 #define BINARY(name, o)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
     name##_forward_f32(const float* a, const float* b, float* y, int rows, int cols, int b_rows, int b_cols, int a_ld, \
-                       int b_ld, int y_ld) {                                                                           \
+                       int b_ld, int y_ld, const int* halt) {                                                          \
         Group g = my_group(rows, cols);                                                                                \
-        if (g.n == 0) return;                                                                                          \
+        if (g.n == 0 || halted(halt)) return;                                                                          \
         float4 left = load4(at(a, g.row, a_ld, g.col), g.n);                                                           \
         float4 right = load_repeated(b, g, b_rows, b_cols, cols, b_ld);                                                \
         store4(at(y, g.row, y_ld, g.col), left o right, g.n);                                                          \
@@ -213,9 +213,10 @@ BINARY(div, /)
 
 // y = x repeated: shapes as for b above. With x [N, C] it is a copy, of any 32-bit type.
 extern "C" __global__ void __launch_bounds__(THREADS)
-broadcast_forward_f32(const float* x, float* y, int rows, int cols, int x_rows, int x_cols, int x_ld, int y_ld) {
+broadcast_forward_f32(const float* x, float* y, int rows, int cols, int x_rows, int x_cols, int x_ld, int y_ld,
+                      const int* halt) {
     Group g = my_group(rows, cols);
-    if (g.n == 0) return;
+    if (g.n == 0 || halted(halt)) return;
     store4(at(y, g.row, y_ld, g.col), load_repeated(x, g, x_rows, x_cols, cols, x_ld), g.n);
 }
 

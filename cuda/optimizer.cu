@@ -20,15 +20,15 @@ struct Update {
 
 // p, m, v and their successors new_p, new_m, new_v [N, C] contiguous (each may be its predecessor), g [N, C]; clip, lr []
 // and step [], which counts from 1. log_beta1, log_beta2: natural logarithms of the betas; one_minus_beta1,
-// one_minus_beta2: 1 - beta, rounded from a wider type.
+// one_minus_beta2: 1 - beta, rounded from a wider type. halt: see common.cuh.
 extern "C" __global__ void __launch_bounds__(THREADS)
 adamw_forward_f32(const float* p, const float* g, const float* m, const float* v, const float* clip, const float* lr,
                   const int* step, float* new_p, float* new_m, float* new_v, int rows, int cols, int g_ld, float beta1,
                   float beta2, float one_minus_beta1, float one_minus_beta2, float log_beta1, float log_beta2, float eps,
-                  float weight_decay) {
+                  float weight_decay, const int* halt) {
     unsigned per_row = ((unsigned)cols + 3) / 4;
     unsigned i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= per_row * rows) return;
+    if (i >= per_row * rows || halted(halt)) return;
     int row = (int)(i / per_row), c = 4 * (int)(i % per_row), n = cols - c;
     long long at = (long long)row * cols + c;
 

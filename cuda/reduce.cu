@@ -61,11 +61,15 @@ global_norm_parts_forward_f32(const float* __restrict__ x, float* __restrict__ p
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-// y = sqrt of the sum of parts. parts [count], y [].
+// y = sqrt of the sum of parts. parts [count], y []. Where that is not finite, halt [] (optional) is set, and as long as
+// it is, every norm is NaN: so are those of runs that were begun before the host has seen the first.
 extern "C" __global__ void __launch_bounds__(THREADS)
-global_norm_forward_f32(const float* __restrict__ parts, float* __restrict__ y, int count) {
+global_norm_forward_f32(const float* __restrict__ parts, float* __restrict__ y, int count, int* __restrict__ halt) {
     float sum = chunk_sum<false>(parts, count, count, count, count);
-    if (threadIdx.x == 0) *y = sqrtf(sum);
+    if (threadIdx.x != 0) return;
+    float norm = halted(halt) ? NAN : sqrtf(sum);
+    *y = norm;
+    if (halt && !(norm < INFINITY)) *halt = 1;
 }
 
 // y = min(1, max_norm / (norm + 1e-6)), and NaN for a norm of NaN. norm, y []. Source: torch.nn.utils.clip_grad_norm_.

@@ -98,10 +98,17 @@ def _repeated(rows: int, cols: int, b_rows: int, b_cols: int) -> Work:
     return Work(WORD * b_rows * b_cols, sectors, 0)
 
 
+def _heeding(halt: Any, rows: int, cols: int) -> Work:
+    """Each warp, which has 128 elements or less of a row, looks whether the program has ended."""
+    return Work(WORD, _ceil(rows * _ceil(cols, 4), 32), 0) if halt else Work(0, 0, 0)
+
+
 def _binary(
-    grid: Any, a: Any, b: Any, y: Any, rows: int, cols: int, b_rows: int, b_cols: int, *_: Any
-) -> Work:
-    return _alike(rows, cols, 1, a, y) + _repeated(rows, cols, b_rows, b_cols)
+    grid: Any, a: Any, b: Any, y: Any, rows: int, cols: int, b_rows: int, b_cols: int, a_ld: int, b_ld: int,
+    y_ld: int, halt: Any,
+) -> Work:  # fmt: skip
+    repeated = _repeated(rows, cols, b_rows, b_cols)
+    return _alike(rows, cols, 1, a, y) + repeated + _heeding(halt, rows, cols)
 
 
 for _name, _flops in zip(FUNCTIONS[1:], FUNCTION_FLOPS[1:], strict=True):
@@ -119,9 +126,9 @@ def fill_forward(grid: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
 
 @_rule
 def broadcast_forward(
-    grid: Any, x: Any, y: Any, rows: int, cols: int, x_rows: int, x_cols: int, *_: Any
+    grid: Any, x: Any, y: Any, rows: int, cols: int, x_rows: int, x_cols: int, x_ld: int, y_ld: int, halt: Any
 ) -> Work:
-    return _alike(rows, cols, 0, y) + _repeated(rows, cols, x_rows, x_cols)
+    return _alike(rows, cols, 0, y) + _repeated(rows, cols, x_rows, x_cols) + _heeding(halt, rows, cols)
 
 
 @_rule
@@ -234,8 +241,8 @@ RULES["sum_forward_f32"] = RULES["global_norm_parts_forward_f32"] = _chunks
 
 
 @_rule
-def global_norm_forward(grid: Any, parts: Any, y: Any, count: int) -> Work:
-    return _streams([(1, count)], [(1, 1)], count + 12 * THREADS)
+def global_norm_forward(grid: Any, parts: Any, y: Any, count: int, halt: Any) -> Work:
+    return _streams([(1, count), (1, bool(halt))], [(1, 1)], count + 12 * THREADS)
 
 
 @_rule
@@ -246,12 +253,13 @@ def clip_factor_forward(grid: Any, norm: Any, y: Any, max_norm: float) -> Work:
 @_rule
 def adamw_forward(
     grid: Any, p: Any, g: Any, m: Any, v: Any, clip: Any, lr: Any, step: Any, new_p: Any, new_m: Any, new_v: Any,
-    rows: int, cols: int, *_: Any,
+    rows: int, cols: int, *more: Any,
 ) -> Work:  # fmt: skip
     operands = len({str(z) for z in (p, g, m, v, new_p, new_m, new_v)})
     scalars = 3 * _ceil(rows * _ceil(cols, 4), 32)
     flops = 28 * rows * cols
-    return Work(WORD * (operands * rows * cols + 3), 7 * _sectors(rows, cols) + scalars, flops)
+    update = Work(WORD * (operands * rows * cols + 3), 7 * _sectors(rows, cols) + scalars, flops)
+    return update + _heeding(more[-1], rows, cols)
 
 
 @_rule

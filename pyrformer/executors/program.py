@@ -28,6 +28,7 @@ Array = npt.NDArray[Any]
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32)}
 #: Offsets of inputs and outputs in pinned memory are multiples of this.
 ALIGNMENT = 256
+WORD = 4
 SLOTS = 2
 
 
@@ -41,6 +42,10 @@ class Store:
         self.compute, self.copies = device.stream(), device.stream()
         self.idle = device.event()
         self.arena = device.memory(0)
+        #: Set by a global norm that is not finite. As long as it is, no program writes a state behind its global norm:
+        #: what was begun after a run that failed does nothing either.
+        self.halt, self.running = device.memory(WORD, zero=True), device.pinned(WORD)
+        self.running[:] = 0
         #: Counts arenas: a graph made for another one must not run.
         self.generation = 0
         self.lock = threading.RLock()
@@ -98,6 +103,10 @@ class Store:
     def remove(self, name: str) -> None:
         """Drops a state; programs that use it must be dropped too."""
         self._states.pop(name, None)
+
+    def go_on(self) -> None:
+        """Lets runs that begin from here on write states again."""
+        self.device.upload(self.compute, self.halt.address, self.running)
 
     def wait(self) -> None:
         """Waits until all work on the computing stream is done."""
@@ -179,6 +188,8 @@ class Slot:
     inputs: Bytes
     staging: Memory
     outputs: Bytes
+    #: The store's word as the run left it; empty for programs without a global norm.
+    halted: Bytes
     uploaded: Any
     done: Any
     run: Pending | None = None
@@ -193,10 +204,13 @@ class Pending:
     _results: dict[str, Array] | None = field(default=None, repr=False)
 
     def result(self) -> dict[str, Array]:
-        """The outputs as new arrays, once the run has ended."""
+        """The outputs as new arrays, once the run has ended. After one whose global norm is not finite, runs that had
+        begun by now have changed nothing; later ones do again."""
         with self.executor.store.lock:
             if self._results is None:
                 self.executor.store.device.synchronize(self.slot.done)
+                if self.slot.halted.any():
+                    self.executor.store.go_on()
                 self._results = {p.name: p.array(self.slot.outputs) for p in self.executor.outputs}
                 self.slot.run = None
         return self._results
@@ -219,12 +233,14 @@ class Executor:
             constants = np.array(program["constants"], np.uint32)
             self.constants = d.memory(constants.nbytes)
             store.write(self.constants, constants)
+            halted = WORD if program["halts"] else 0
             self.slots = [
                 Slot(
-                    d.pinned(input_bytes), d.memory(input_bytes), d.pinned(output_bytes), d.event(), d.event()
+                    d.pinned(input_bytes), d.memory(input_bytes), d.pinned(output_bytes), d.pinned(halted),
+                    d.event(), d.event(),
                 )
                 for _ in range(SLOTS)
-            ]
+            ]  # fmt: skip
         self.turn = 0
         #: The arena that the calls' addresses lie in, by the store's count.
         self.generation = -1
@@ -279,6 +295,8 @@ class Executor:
             for port in self.outputs:
                 host = slot.outputs[port.at : port.at + port.span]
                 d.download(store.compute, host, self._address(port.place))
+            if slot.halted.size:
+                d.download(store.compute, slot.halted, store.halt.address)
             d.record(slot.done, store.compute)
             slot.run = Pending(self, slot)
             return slot.run
@@ -317,7 +335,7 @@ class Executor:
 
     def _address(self, place: dict[str, Any]) -> int:
         space = place["space"]
-        named = {"arena": self.store.arena, "constants": self.constants}
+        named = {"arena": self.store.arena, "constants": self.constants, "halt": self.store.halt}
         memory = named[space] if isinstance(space, str) else self.states[space["state"]]
         return memory.address + int(place["offset"])
 

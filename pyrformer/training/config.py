@@ -69,7 +69,7 @@ class TrainConfig:
             its weights in the run folder at the end.
         max_time: stop after this time ("8h"), saved and resumable; "": none.
         on_nonfinite: at a loss or gradient that is no finite number, "stop"; or leave out that update, which has
-            changed nothing yet ("skip", on the CPU); or go back to the last checkpoint and leave it out ("rollback").
+            changed nothing yet ("skip"); or go back to the last checkpoint and leave it out ("rollback").
         recompute: compute what the layers made again in the backward pass instead of keeping it; the bits are the same.
         memory: as ``recompute``, for the fewest layers with which weights, optimizer and an update's work memory stay
             within a size such as "2GB"; "": no bound.
@@ -204,11 +204,6 @@ class TrainConfig:
         require(
             self.on_nonfinite in ON_NONFINITE,
             f"on_nonfinite must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}",
-        )
-        require(
-            self.on_nonfinite != "skip" or self.device == "cpu",
-            "on_nonfinite 'skip' needs device 'cpu': on CUDA an update changes the weights before it is known to fail; "
-            "use 'rollback'",
         )
         for pattern, decay in self.weight_decay_groups.items():
             number = isinstance(decay, (int, float)) and not isinstance(decay, bool)

@@ -3,8 +3,7 @@
 The core ends such an update before it changes weights or moments, so both are what they were. ``RUN/failed-step-7``
 holds all that the update is made of: ``model.safetensors`` (the parameters), ``config.json`` and the tokenizer,
 ``batch.safetensors`` (the arrays of batch i as ``i.input_ids`` …) and ``failure.json`` (options, learning rate, sizes,
-rows and their documents, and what was found). On CUDA the update runs to its end: there the parameters are lost and not
-kept.
+rows and their documents, and what was found). An update of a device is looked at again on the CPU.
 """
 
 from __future__ import annotations
@@ -110,10 +109,9 @@ class Failure:
 
 
 def examine(passes: Passes, failure: Failure) -> Finding | None:
-    """Makes an update again, up to the first value that is not finite; None: all are finite, or were made on a device
-    that does not tell. Weights and moments stay as they are where one is found."""
-    if not isinstance(passes.model.store, _core.Store):
-        return None
+    """Makes an update again, up to the first value that is not finite; None: all are finite. Weights and moments stay
+    as they are where one is found; those of a device always do, for it is a copy that is looked at."""
+    passes = _on_cpu(passes)
     passes.clear()
     try:
         for i, (draw, batch) in enumerate(failure.batches):
@@ -125,6 +123,20 @@ def examine(passes: Passes, failure: Failure) -> Finding | None:
         return None
     finally:
         passes.clear()
+
+
+def _on_cpu(passes: Passes) -> Passes:
+    """Passes that do the same on the CPU, where the values between operations are seen: themselves, or, of a device's,
+    on copies of all states."""
+    model = passes.model
+    if isinstance(model.store, _core.Store):
+        return passes
+    copy = Model(model.family, model.tokenizer, threads=model.threads)
+    for name, _, _ in model.store.types():
+        copy.store.set(name, model.store.get(name))
+    there = Passes(copy, passes.config, owned=passes.owned)
+    there.saving = passes.saving
+    return there
 
 
 def _find(program: Compiled, inputs: dict[str, Any], *, batch: int | None) -> Finding | None:
@@ -171,8 +183,7 @@ def keep(
     directory = _core.AtomicDir(path)
     inside = Path(directory.path or "")
     try:
-        if isinstance(model.store, _core.Store):
-            _core.write_safetensors(inside / WEIGHTS, model.state_dict())
+        _core.write_safetensors(inside / WEIGHTS, model.state_dict())
         write_json(inside / CONFIG, model.config)
         if model.tokenizer is not None:
             model.tokenizer.save(inside)
@@ -224,11 +235,6 @@ def replay(folder: str | Path, threads: int = 0) -> tuple[Finding | None, dict[s
         path = failed(path, kept[-1])
     if not (path / FACTS).is_file():
         raise FileError(f"[replay] {path} has no {FACTS}; give a run or its failed-step folder")
-    if not (path / WEIGHTS).is_file():
-        raise FileError(
-            f"[replay] {path} has no {WEIGHTS}: on CUDA an update changes the weights before it is known to fail; "
-            "go on from the last checkpoint with --device cpu to see where"
-        )
     facts = read_json(path / FACTS)
     try:
         return _made_again(path, facts, threads), facts
@@ -240,7 +246,8 @@ def replay(folder: str | Path, threads: int = 0) -> tuple[Finding | None, dict[s
 
 def _made_again(path: Path, facts: dict[str, Any], threads: int) -> Finding | None:
     """Makes the update that ``facts`` describe once more."""
-    config = TrainConfig(**{**facts["config"], "resume": False, "overwrite": False, "device": "cpu"})
+    on_cpu = {"resume": False, "overwrite": False, "device": "cpu", "bf16": False}
+    config = TrainConfig(**{**facts["config"], **on_cpu})
     model = Model(build(read_json(path / CONFIG)), threads=threads or config.threads or None)
     apply_changes(model, config)
     load_parameters(path, model)

@@ -81,6 +81,14 @@ def test_scale_fill_broadcast_copy(device, rng, shape, layout):
     np.testing.assert_array_equal(run.broadcast(device, x[:1, :1], shape, layout), np.full(shape, x[0, 0]))
 
 
+def test_a_halted_program_keeps_its_states(device):
+    x, y = np.arange(35, dtype=np.float32).reshape(5, 7), np.full((5, 7), 3, np.float32)
+    for halt, sums, copies in ((0, x + y, x), (1, x, 0 * x)):
+        word = device.array([halt], np.int32)
+        np.testing.assert_array_equal(run.binary(device, "add", x, y, in_place=True, halt=word), sums)
+        np.testing.assert_array_equal(run.broadcast(device, x, x.shape, halt=word), copies)
+
+
 def test_a_copy_keeps_the_bits_of_integers(device):
     x = np.array([[1, -1, 2**31 - 1, -(2**31), 8388607]], np.int32)
     np.testing.assert_array_equal(run.broadcast(device, x, x.shape, dtype=np.int32), x)

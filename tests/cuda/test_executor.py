@@ -135,6 +135,31 @@ def test_twenty_steps_follow_the_cpu_and_allocate_nothing(
     assert card.replays == 19
 
 
+@pytest.mark.parametrize("how", ["twins", "interpreter"])
+def test_a_norm_that_is_not_finite_ends_the_update_and_those_begun_behind_it(
+    how: str, programs: dict[str, sim.Program], rng: np.random.Generator
+) -> None:
+    cpu = model("llama")  # without biases of keys, whose gradients are 0 but for rounding
+    card = Card(programs, how=how)
+    device = on_card(cpu, card)
+    one, two = (
+        train_step(m.family, sizes(m), OPTIMIZER).lower(m.device).compile(m.store) for m in (cpu, device)
+    )
+    assert isinstance(two.executor, Executor)
+    same = inputs(cpu, one.plan, rng)
+    for bad in range(3):  # walked, captured, replayed
+        spoiled = {**same, "loss_scale": np.array(np.inf, np.float32)}
+        before = states(device)
+        runs = [two.executor.start(given) for given in (spoiled, same)]
+        assert not any(np.isfinite(run.result()["grad_norm"]) for run in runs), bad
+        for name, value in states(device).items():
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
+        assert np.isnan(one(**spoiled)["grad_norm"])
+        for _ in range(2):
+            assert_close(two(**same), one(**same))
+    assert_close(states(device), states(cpu))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_s_update_is_that_of_the_cpu(optimizer: str, rng: np.random.Generator) -> None:
     cpu = model("llama")  # without biases of keys, whose gradients are 0 but for rounding

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from kernels import nvrtc
-from kernels.programs import PROGRAMS, cases, model
+from kernels.programs import PROGRAMS, cases, model, sizes
 
 from pyrformer import _core
 from pyrformer.compile import Traced
 from pyrformer.errors import DeviceError, InputError
 from pyrformer.nn import Trace
 from pyrformer.nn import functional as F
+from pyrformer.optimizers import OPTIMIZERS
+from pyrformer.programs import apply_step, train_step
 
 
 def program(traced: Traced) -> dict[str, Any]:
@@ -67,6 +69,53 @@ def test_indices_are_limited_by_what_they_index() -> None:
     limits = program(PROGRAMS["train_step"](model("gpt2")))["limits"]
     found = {limit["input"]: (limit["least"], limit["below"]) for limit in limits}
     assert found == {"input_ids": (0, 37), "position_ids": (0, 24), "labels": (None, 37)}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_writes_a_state_behind_the_norm_heeds_the_halt(optimizer: str) -> None:
+    m = model("llama")
+    rule = OPTIMIZERS[optimizer](weight_decay=0.1, ema_decay=0.9)
+    for traced in (train_step(m.family, sizes(m), rule), apply_step(m.family, rule)):
+        made = program(traced)
+        assert made["halts"]
+        written = set()
+        for _, record in made["records"]:
+            launch = record.get("launch", {"kernel": "", "args": []})
+            pointers = [arg["pointer"] for arg in launch["args"] if "pointer" in arg]
+            if {"space": "halt", "offset": 0} not in pointers or launch[
+                "kernel"
+            ] == "global_norm_forward_f32":
+                continue
+            # Where the kernel's results are among its pointers.
+            results = {"adamw_forward_f32": (7, 8, 9), "broadcast_forward_f32": (1,)}.get(
+                launch["kernel"], (2,)
+            )
+            written |= {pointers[i]["space"]["state"] for i in results}
+        assert written == set(range(len(traced.lower("cuda").plan.states)))
+
+
+def test_a_state_that_is_written_before_or_without_a_norm_needs_no_halt() -> None:
+    m = model("gpt2")
+    for which in ("accumulate_step", "decode_step", "forward"):
+        assert not program(PROGRAMS[which](m))["halts"]
+    trace = Trace("float32")
+    state = trace.state("s", (3,))
+    x = trace.input("x", "float32", (3,))
+    trace.update(state, state + x)
+    trace.output("norm", F.global_norm([x]))
+    assert not program(Traced("test", trace))["halts"]
+
+
+def test_a_kernel_that_would_spoil_a_state_behind_the_norm_is_refused() -> None:
+    trace = Trace("float32")
+    x, state = trace.input("x", "float32", (2, 3)), trace.state("s", (2, 3))
+    norm = F.global_norm([x])
+    trace.output("norm", norm)
+    trace.update(state, F.activation("relu", state))
+    with pytest.raises(
+        DeviceError, match=r"step \d+: relu cannot run .*writes a state behind the global norm"
+    ):
+        program(Traced("test", trace))
 
 
 def test_a_missing_kernel_is_named_with_its_step() -> None:

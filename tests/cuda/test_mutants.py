@@ -104,6 +104,18 @@ def global_norm(device, rng, close):
     close(device.read(run.clip_factor(device, norm, 1.0)), [1 / (want + 1e-6)])
 
 
+def halt(device, rng, close):
+    word, x = device.array([0], np.int32), normal(rng, 2, 5)
+    for value in (np.inf, 1.0):
+        norm = device.read(run.global_norm(device, [np.full((1, 3), value, np.float32)], 9, halt=word))
+        assert not np.isfinite(norm)[0]
+        assert device.read(word)[0] == 1
+    assert (run.binary(device, "add", x, x, in_place=True, halt=word) == x).all()
+    assert not run.broadcast(device, x, x.shape, halt=word).any()
+    got = run.adamw(device, x, x, x, x * x, 1.0, 0.1, 1, (0.9, 0.95), 1e-8, 0.1, halt=word)
+    assert all((new == old).all() for new, old in zip(got, (x, x, x * x), strict=True))
+
+
 def adamw(device, rng, close):
     p, g, m, v = (np.abs(normal(rng, 3, 7)) for _ in range(4))
     settings = {"clip": 0.5, "lr": 0.01, "step": 3, "betas": (0.9, 0.999), "eps": 1e-3, "decay": 0.1}
@@ -268,7 +280,7 @@ def smoothed(device, rng, close):
 
 CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
-    global_norm, adamw, attention, attention_grad, blind, tensor_cores,
+    global_norm, halt, adamw, attention, attention_grad, blind, tensor_cores,
     blind_tensor_cores, attention_of_wide_heads, cache_write, cached,
     cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
     relative_queries, roots_and_signs, smoothed,
@@ -349,6 +361,11 @@ MUTANTS = [
     ("sum_to", "reduce", "sum_to_forward_f32", "int from = blockIdx.y * per, to = min(from + per, copies)", "int from = blockIdx.y * per, to = from + per"),
     ("global_norm", "reduce", "global_norm_", "to = from + min(per, elements - from)", "to = from + per"),
     ("global_norm", "reduce", "global_norm_", "x[(long long)(i / cols) * x_ld + i % cols]", "x[i]"),
+    ("halt", "reduce", "global_norm_", "halt && !(norm < INFINITY)", "halt && norm > INFINITY"),
+    ("halt", "reduce", "global_norm_", "halted(halt) ? NAN : ", ""),
+    ("halt", "elementwise", "BINARY(add", "g.n == 0 || halted(halt)", "g.n == 0"),
+    ("halt", "elementwise", "broadcast_forward_f32", "g.n == 0 || halted(halt)", "g.n == 0"),
+    ("halt", "optimizer", "adamw_forward_f32", " || halted(halt)", ""),
     ("adamw", "optimizer", "adamw_forward_f32", "-expm1f(t * log_beta2)", "-expm1f(t * log_beta1)"),
     ("adamw", "optimizer", "adamw_forward_f32", "(long long)row * g_ld + c", "at"),
     # Attention: masks and numbers.

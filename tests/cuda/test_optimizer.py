@@ -30,6 +30,15 @@ def test_the_first_step_moves_by_the_learning_rate(device, rng):
     np.testing.assert_allclose(p, -0.25 * np.sign(g), rtol=3e-6)
 
 
+def test_a_halted_update_changes_nothing(device, rng):
+    p, g, m = (rng.normal(size=(3, 7)).astype(np.float32) for _ in range(3))
+    for halt in (0, 1):
+        word = device.array([halt], np.int32)
+        got = run.adamw(device, p, g, m, m * m, 1.0, 0.1, 1, (0.9, 0.95), 1e-8, 0.1, halt=word)
+        for new, old in zip(got, (p, m, m * m), strict=True):
+            assert (new == old).all() == halt
+
+
 def test_ten_steps_follow_the_reference(device, rng, close):
     p = rng.normal(size=(3, 5)).astype(np.float32)
     state, exact = (p, 0 * p, 0 * p), (p.astype(float), 0.0 * p, 0.0 * p)

@@ -41,3 +41,13 @@ def test_a_norm_that_is_not_finite_is_not_hidden(device):
     for value, want in ((np.inf, 0.0), (np.nan, np.nan)):
         norm = run.global_norm(device, [np.array([[1, value]], np.float32)], 64)
         np.testing.assert_array_equal(device.read(run.clip_factor(device, norm, 1.0)), [want])
+
+
+@pytest.mark.parametrize("value", [1.0, np.inf, np.nan, 1e30])
+def test_a_norm_that_is_not_finite_halts_and_those_behind_it_are_nan(device, value):
+    halt = device.array([0], np.int32)
+    spoiled = run.global_norm(device, [np.array([[1, value]], np.float32)], 64, halt=halt)
+    assert device.read(halt)[0] == (value != 1.0)
+    assert np.isfinite(device.read(spoiled)[0]) == (value == 1.0)
+    sound = run.global_norm(device, [np.ones((1, 4), np.float32)], 64, halt=halt)
+    np.testing.assert_array_equal(device.read(sound), [2.0 if value == 1.0 else np.nan])

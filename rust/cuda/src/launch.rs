@@ -4,7 +4,7 @@
 //! memory and an offset), so that records are made once, before any memory exists, and can be printed and tested anywhere.
 
 use pyrformer_graph::plan::Port;
-use pyrformer_graph::{DType, Operand, Plan, Space};
+use pyrformer_graph::{DType, Op, Operand, Plan, Space};
 use serde::{Serialize, Serializer};
 
 use crate::error::{Error, Result};
@@ -21,6 +21,9 @@ pub enum Memory {
     State(usize),
     /// [`Program::constants`].
     Constants,
+    /// A word that all programs of a device share: a global norm that is not finite sets it, and as long as it is set,
+    /// no program writes a state behind its global norm.
+    Halt,
 }
 
 impl From<Space> for Memory {
@@ -209,14 +212,20 @@ pub struct Program {
     pub outputs: Vec<Port>,
     /// What the values of the inputs must satisfy, checked before they are uploaded: kernels cannot raise errors.
     pub limits: Vec<Limit>,
+    /// Whether a global norm that is not finite ends the program: it then sets [`Memory::Halt`].
+    pub halts: bool,
 }
 
 /// The records of a plan; with `bf16`, products and attention on tensor cores.
 ///
+/// A global norm that is no finite number ends the writing of states there if none was written before, as on the CPU.
+///
 /// # Errors
-/// When a step has no kernel, or a tensor is too large to be counted.
+/// When a step has no kernel, a tensor is too large to be counted, or a kernel behind the global norm would write a state
+/// whatever that is.
 pub fn program(plan: &Plan, bf16: bool) -> Result<Program> {
     let (mut records, mut constants) = (Vec::new(), Vec::new());
+    let (mut halts, mut changed) = (false, false);
     for (i, step) in plan.steps.iter().enumerate() {
         let op = || step.op.name().to_owned();
         for o in step.inputs.iter().chain(&step.outputs).chain(&step.scratch) {
@@ -229,10 +238,13 @@ pub fn program(plan: &Plan, bf16: bool) -> Result<Program> {
                 return Err(Error::Unsupported { step: i, op: op(), why });
             }
         }
-        match record(step, bf16, &mut constants) {
+        halts |= step.op == Op::GlobalNorm && !changed;
+        let heeds = if step.op == Op::GlobalNorm { !changed } else { halts };
+        match record(step, bf16, heeds, &mut constants) {
             Ok(made) => records.extend(made.into_iter().map(|r| (i, r))),
             Err(why) => return Err(Error::Unsupported { step: i, op: op(), why }),
         }
+        changed |= step.outputs.iter().any(|o| matches!(o.space, Space::State(_)));
     }
     Ok(Program {
         records,
@@ -240,6 +252,7 @@ pub fn program(plan: &Plan, bf16: bool) -> Result<Program> {
         inputs: plan.inputs.clone(),
         outputs: plan.outputs.clone(),
         limits: limits(plan),
+        halts,
     })
 }
 

@@ -4,7 +4,7 @@
 //! shapes alone. A contiguous tensor is given to elementwise kernels as one row.
 
 use pyrformer_graph::op::DropoutSpec;
-use pyrformer_graph::{Binary, DType, Epilogue, LossSpec, Op, Step, Target, TensorType, Unary};
+use pyrformer_graph::{Binary, DType, Epilogue, LossSpec, Op, Space, Step, Target, TensorType, Unary};
 
 use crate::launch::{Arg, Launch, Matrix, Memory, Place, Product, Record};
 
@@ -73,9 +73,18 @@ impl Target for Cuda {
     }
 }
 
-/// The records of a step, or what is missing for it.
-pub(crate) fn record(step: &Step, bf16: bool, constants: &mut Vec<u32>) -> Result<Vec<Record>, String> {
-    let mut r = Recorder { step, bf16, constants, records: Vec::new() };
+/// The records of a step, or what is missing for it; with `halts`, it sets the word that ends a program, or heeds it.
+pub(crate) fn record(
+    step: &Step,
+    bf16: bool,
+    halts: bool,
+    constants: &mut Vec<u32>,
+) -> Result<Vec<Record>, String> {
+    let heeds = matches!(step.op, Op::Copy | Op::Broadcast | Op::Binary(_) | Op::AdamW { .. });
+    if halts && !heeds && step.outputs.iter().any(|o| matches!(o.space, Space::State(_))) {
+        return Err("it writes a state behind the global norm, whether that is finite or not".to_owned());
+    }
+    let mut r = Recorder { step, bf16, halts, constants, records: Vec::new() };
     r.step()?;
     Ok(r.records)
 }
@@ -84,6 +93,8 @@ struct Recorder<'a> {
     step: &'a Step,
     /// Products and attention are to run on tensor cores.
     bf16: bool,
+    /// The step sets, or heeds, the word that ends a program.
+    halts: bool,
     constants: &'a mut Vec<u32>,
     records: Vec<Record>,
 }
@@ -159,6 +170,13 @@ impl Recorder<'_> {
         Ok(whole.part(skip, rows, cols))
     }
 
+    /// The word that ends a program, where the step sets it or heeds it: only what writes a state has to.
+    fn halt(&self) -> Arg {
+        let state = self.step.outputs.iter().any(|o| matches!(o.space, Space::State(_)));
+        let concerned = self.halts && (state || self.step.op == Op::GlobalNorm);
+        Arg::Pointer(concerned.then_some(Place { space: Memory::Halt, offset: 0 }))
+    }
+
     fn launch(&mut self, kernel: impl Into<String>, grid: [usize; 3], block: [usize; 3], args: Vec<Arg>) {
         self.records.push(Record::Launch(Launch { kernel: kernel.into(), grid, block, args }));
     }
@@ -170,7 +188,7 @@ impl Recorder<'_> {
 
     /// y = x repeated over leading axes.
     fn repeat(&mut self, x: Matrix, y: Matrix) {
-        let args = args![x, y, y.rows, y.cols, x.rows, x.cols, x.ld, y.ld];
+        let args = args![x, y, y.rows, y.cols, x.rows, x.cols, x.ld, y.ld, self.halt()];
         self.launch("broadcast_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
     }
 
@@ -312,7 +330,7 @@ impl Recorder<'_> {
                 let mut args =
                     args![p, g, m, v, self.x(4), self.x(5), self.x(6), self.y(0), self.y(1), self.y(2)];
                 args.extend(args![p.rows, p.cols, g.ld, *beta1, *beta2, 1.0 - beta1, 1.0 - beta2]);
-                args.extend(args![beta1.ln(), beta2.ln(), *eps, *weight_decay]);
+                args.extend(args![beta1.ln(), beta2.ln(), *eps, *weight_decay, self.halt()]);
                 self.launch("adamw_forward_f32", groups(p.rows, p.cols), [256, 1, 1], args);
             }
             _ => return Err("it has no kernel".to_owned()),
@@ -345,7 +363,7 @@ impl Recorder<'_> {
 
     fn binary(&mut self, f: Binary, a: Matrix, b: Matrix, y: Matrix) {
         let [a, b, y] = if b.elements() == a.elements() { flat([a, b, y]) } else { [a, b, y] };
-        let args = args![a, b, y, y.rows, y.cols, b.rows, b.cols, a.ld, b.ld, y.ld];
+        let args = args![a, b, y, y.rows, y.cols, b.rows, b.cols, a.ld, b.ld, y.ld, self.halt()];
         self.launch(format!("{}_forward_f32", f.name()), groups(y.rows, y.cols), [256, 1, 1], args);
     }
 
@@ -522,7 +540,7 @@ impl Recorder<'_> {
             self.launch("global_norm_parts_forward_f32", [count(&g), 1, 1], [256, 1, 1], args);
             at += count(&g);
         }
-        let args = args![parts, self.y(0), total];
+        let args = args![parts, self.y(0), total, self.halt()];
         self.launch("global_norm_forward_f32", [1; 3], [256, 1, 1], args);
         Ok(())
     }

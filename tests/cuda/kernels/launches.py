@@ -144,23 +144,26 @@ def fill(device: Device, shape: tuple[int, int], value: float, layout: Layout = 
 
 
 def binary(
-    device: Device, name: str, a: Array, b: Array, layout: Layout = PLAIN, in_place: bool = False
-) -> Array:
+    device: Device, name: str, a: Array, b: Array, layout: Layout = PLAIN, in_place: bool = False,
+    halt: Buffer | None = None,
+) -> Array:  # fmt: skip
     """a ∘ b with b [M, C] or [1, 1]."""
     left, right = upload(device, a, layout), upload(device, b, layout)
     y = left if in_place else blank(device, a.shape, layout)
     sizes = (*map(i32, (*a.shape, *b.shape)), ld(left), ld(right), ld(y))
-    device.launch(f"{name}_forward_f32", groups(*a.shape), 256, left.at, right.at, y.at, *sizes)
+    device.launch(f"{name}_forward_f32", groups(*a.shape), 256, left.at, right.at, y.at, *sizes, halt)
     return download(device, y)
 
 
 def broadcast(
-    device: Device, x: Array, shape: tuple[int, int], layout: Layout = PLAIN, dtype: Any = f32
-) -> Array:
+    device: Device, x: Array, shape: tuple[int, int], layout: Layout = PLAIN, dtype: Any = f32,
+    halt: Buffer | None = None,
+) -> Array:  # fmt: skip
     """x [M, C] or [1, 1] repeated to `shape`."""
-    xs, y = upload(device, x, layout, dtype), blank(device, shape, layout, dtype)
+    xs = upload(device, x, layout, dtype)
+    y = upload(device, np.zeros(shape), layout, dtype) if halt else blank(device, shape, layout, dtype)
     sizes = (*map(i32, (*shape, *x.shape)), ld(xs), ld(y))
-    device.launch("broadcast_forward_f32", groups(*shape), 256, xs.at, y.at, *sizes)
+    device.launch("broadcast_forward_f32", groups(*shape), 256, xs.at, y.at, *sizes, halt)
     return download(device, y)
 
 
@@ -346,7 +349,9 @@ def sum_all(device: Device, x: Array, chunk: int, layout: Layout = PLAIN) -> flo
     return float(device.read(y)[0])
 
 
-def global_norm(device: Device, gradients: list[Array], chunk: int, layout: Layout = PLAIN) -> Buffer:
+def global_norm(
+    device: Device, gradients: list[Array], chunk: int, layout: Layout = PLAIN, halt: Buffer | None = None
+) -> Buffer:
     """√(Σ ‖g‖²), left on the device."""
     counts = [ceil_div(g.size, chunk) for g in gradients]
     parts, y = device.empty((sum(counts),)), device.empty((1,))
@@ -354,7 +359,7 @@ def global_norm(device: Device, gradients: list[Array], chunk: int, layout: Layo
         gs = upload(device, g, layout)
         sizes = (i32(g.size), i32(g.shape[1]), ld(gs), i32(chunk))
         device.launch("global_norm_parts_forward_f32", count, 256, gs.at, part, *sizes)
-    device.launch("global_norm_forward_f32", 1, 256, parts, y, i32(sum(counts)))
+    device.launch("global_norm_forward_f32", 1, 256, parts, y, i32(sum(counts)), halt)
     return y
 
 
@@ -368,6 +373,7 @@ def clip_factor(device: Device, norm: Buffer, max_norm: float) -> Buffer:
 def adamw(
     device: Device, p: Array, g: Array, m: Array, v: Array, clip: float, lr: float, step: int,
     betas: tuple[float, float], eps: float, decay: float, layout: Layout = PLAIN, in_place: bool = True,
+    halt: Buffer | None = None,
 ) -> tuple[Array, ...]:  # fmt: skip
     """p, m, v after one update."""
     old = [device.array(z) for z in (p, m, v)]
@@ -379,7 +385,7 @@ def adamw(
     )
     sizes = (i32(p.shape[0]), i32(p.shape[1]), ld(gs))
     inputs = (old[0], gs.at, old[1], old[2], *scalars)
-    device.launch("adamw_forward_f32", groups(*p.shape), 256, *inputs, *new, *sizes, *hyper)
+    device.launch("adamw_forward_f32", groups(*p.shape), 256, *inputs, *new, *sizes, *hyper, halt)
     return tuple(device.read(z) for z in new)
 
 

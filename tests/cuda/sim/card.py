@@ -204,7 +204,12 @@ class Card:
 
     def product(self, stream: Stream, product: Any) -> None:
         """A matrix product in float64, rounded once."""
-        self._captured(stream, lambda: twins.product(self.device.memory, product))
+
+        def work() -> None:
+            with np.errstate(all="ignore"):
+                twins.product(self.device.memory, product)
+
+        self._captured(stream, work)
 
     def launch(self, stream: Stream, kernel: str, grid: Any, block: Any, args: tuple[Any, ...]) -> None:
         """A kernel."""

@@ -134,11 +134,18 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
 BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 
 
+def halted(m: Memory, halt: int) -> bool:
+    """Whether a global norm before was not finite."""
+    return bool(halt) and bool(matrix(m, halt, 1, 1, 0, i32)[0, 0])
+
+
 def elementwise(m: Memory, name: str, *args: Any) -> None:
     """<f>_forward, <f>_backward for functions of one or two arguments."""
     function, way = name.rsplit("_", 1)
     if function in BINARY:
-        a, b, y, rows, cols, b_rows, b_cols, a_ld, b_ld, y_ld = args
+        a, b, y, rows, cols, b_rows, b_cols, a_ld, b_ld, y_ld, halt = args
+        if halted(m, halt):
+            return
         left = matrix(m, a, rows, cols, a_ld).astype(float)
         right = np.tile(matrix(m, b, b_rows, b_cols, b_ld), (rows // b_rows, cols // b_cols))
         matrix(m, y, rows, cols, y_ld, write=True)[:] = BINARY[function](left, right)
@@ -165,7 +172,9 @@ def fill_forward(m, grid, y, rows, cols, y_ld, value):
 
 
 @twin
-def broadcast_forward(m, grid, x, y, rows, cols, x_rows, x_cols, x_ld, y_ld):
+def broadcast_forward(m, grid, x, y, rows, cols, x_rows, x_cols, x_ld, y_ld, halt):
+    if halted(m, halt):
+        return
     value = np.tile(matrix(m, x, x_rows, x_cols, x_ld, np.uint32), (rows // x_rows, cols // x_cols))
     matrix(m, y, rows, cols, y_ld, np.uint32, write=True)[:] = value
 
@@ -334,8 +343,11 @@ def global_norm_parts_forward(m, grid, x, parts, elements, cols, x_ld, per):
 
 
 @twin
-def global_norm_forward(m, grid, parts, y, count):
-    matrix(m, y, 1, 1, 0, write=True)[:] = np.sqrt(matrix(m, parts, 1, count, 0).astype(float).sum())
+def global_norm_forward(m, grid, parts, y, count, halt):
+    norm = np.sqrt(matrix(m, parts, 1, count, 0).astype(float).sum())
+    matrix(m, y, 1, 1, 0, write=True)[:] = norm = np.nan if halted(m, halt) else f32(norm)
+    if halt and not np.isfinite(norm):
+        matrix(m, halt, 1, 1, 0, i32, write=True)[:] = 1
 
 
 @twin
@@ -346,8 +358,10 @@ def clip_factor_forward(m, grid, norm, y, max_norm):
 @twin
 def adamw_forward(
     m, grid, p, g, first, second, clip, lr, step, new_p, new_first, new_second, rows, cols, g_ld, beta1, beta2,
-    one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay,
+    one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay, halt,
 ):  # fmt: skip
+    if halted(m, halt):
+        return
     old = [matrix(m, z, rows, cols, cols).astype(float) for z in (p, first, second)]
     factor, rate = (float(matrix(m, z, 1, 1, 0)[0, 0]) for z in (clip, lr))
     t = int(matrix(m, step, 1, 1, 0, i32)[0, 0])
