@@ -31,6 +31,8 @@ PAIRS = [
 ]
 #: What a clock says, or depends on the machine.
 CLOCK = {"seconds", "tokens_per_s", "loader_wait_seconds", "save_stall_seconds", "rss_bytes", "utilisation"}
+#: What differs between runs on purpose.
+GIVEN = {"config"}
 
 
 def config(text: Path, out: Path, objective: str, optim: str, **more: Any) -> pf.TrainConfig:
@@ -67,6 +69,8 @@ def everything(run: Path) -> dict[str, Any]:
     last = run / f"checkpoint-{STEPS}"
     files = [p for folder in (run, last) for p in sorted(folder.glob("*.safetensors"))]
     files += [run / "config.json", run / "tokenizer.json"]
+    state = json.loads((last / "trainer_state.json").read_text("utf-8"))
+    rows["state"] = {k: v for k, v in state.items() if k not in CLOCK | GIVEN}
     return {**rows, **{str(p.relative_to(run)): p.read_bytes() for p in files}}
 
 
