@@ -11,57 +11,61 @@ use rustc_hash::FxHashMap;
 const SHORT: usize = 15;
 /// Most ids of a word in the table.
 const FEW: usize = 3;
-/// Entries of the table: 2^16 × 32 bytes = 2 MiB.
-const SLOT_BITS: u32 = 16;
+/// Entries of the table: 2^18 × 32 bytes = 8 MiB, of which only pages that are used exist.
+const SLOT_BITS: u32 = 18;
 /// Longest word and most words of the map.
 const LONG: usize = 96;
 const MANY: usize = 1 << 14;
-
-#[derive(Clone, Copy)]
-#[repr(align(32))]
-struct Entry {
-    word: u128,
-    ids: [u32; FEW],
-    n_ids: u32,
-}
+/// Numbers of an entry: the word, and its ids with their number behind them.
+const ENTRY: usize = 2;
 
 /// Maps words to ids.
 pub(crate) struct Cache {
-    table: Box<[Entry]>,
+    /// Entries from the first whole cache line on. Numbers, since zeroed memory for those comes from the system.
+    table: Vec<u128>,
+    first: usize,
     rest: FxHashMap<Box<[u8]>, Box<[u32]>>,
 }
 
 impl Default for Cache {
     fn default() -> Self {
-        Self {
-            table: vec![Entry { word: 0, ids: [0; FEW], n_ids: 0 }; 1 << SLOT_BITS].into_boxed_slice(),
-            rest: FxHashMap::default(),
-        }
+        let line = 2 * ENTRY;
+        let table = vec![0u128; (ENTRY << SLOT_BITS) + line];
+        Self { first: table.as_ptr().align_offset(64).min(line), table, rest: FxHashMap::default() }
     }
 }
 
-/// The bytes of a short word and its length in one number; never 0.
-///
-/// Two loads that overlap where the word is shorter: copying it to a buffer first would wait for the store.
+/// What a word is looked up by: the bytes of a short one and its length in one number; 0 for a longer one.
+pub(crate) type Key = u128;
+
+/// The key of bytes `start .. end` of a text.
 #[inline(always)]
-fn pack(word: &[u8]) -> u128 {
-    let n = word.len();
-    let load8 = |at: usize| word[at..at + 8].iter().rev().fold(0u64, |x, &b| x << 8 | u64::from(b));
-    let load4 = |at: usize| word[at..at + 4].iter().rev().fold(0u64, |x, &b| x << 8 | u64::from(b));
-    let (low, high) = match n {
-        8.. => (load8(0), load8(n - 8) >> (8 * (SHORT - n)) >> 8),
-        4.. => (load4(0) | load4(n - 4) >> (8 * (8 - n)) << 32, 0),
-        0 => (0, 0),
-        _ => {
-            let byte = |i: usize| u64::from(word[i]) << (8 * i);
-            (byte(0) | byte(n / 2) | byte(n - 1), 0)
+pub(crate) fn key_in(text: &[u8], start: usize, end: usize) -> Key {
+    let n = end - start;
+    match text[start..].first_chunk() {
+        // One load, and what is behind the word taken off.
+        Some(sixteen) if n <= SHORT => {
+            let kept = (1u128 << (8 * n)) - 1;
+            (u128::from_le_bytes(*sixteen) & kept) | ((n as u128) << 120)
         }
-    };
-    u128::from(low) | u128::from(high) << 64 | (n as u128) << 120
+        _ => key(&text[start..end]),
+    }
+}
+
+/// The key of a word.
+#[inline]
+pub(crate) fn key(word: &[u8]) -> Key {
+    if word.len() > SHORT {
+        return 0;
+    }
+    let mut bytes = [0; 16];
+    bytes[..word.len()].copy_from_slice(word);
+    bytes[SHORT] = word.len() as u8;
+    u128::from_le_bytes(bytes)
 }
 
 #[inline(always)]
-fn slot(word: u128) -> usize {
+fn slot(word: Key) -> usize {
     let mixed = (word as u64 ^ ((word >> 64) as u64).rotate_left(29)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     (mixed >> (64 - SLOT_BITS)) as usize
 }
@@ -69,13 +73,17 @@ fn slot(word: u128) -> usize {
 impl Cache {
     /// Appends the ids of `word` to `out` if they are known.
     #[inline(always)]
-    pub(crate) fn get(&self, word: &[u8], out: &mut Vec<u32>) -> bool {
-        if word.len() <= SHORT {
-            let packed = pack(word);
-            let at = slot(packed);
-            for entry in [&self.table[at], &self.table[at ^ 1]] {
-                if entry.word == packed {
-                    out.extend_from_slice(&entry.ids[..entry.n_ids as usize]);
+    pub(crate) fn get(&self, word: &[u8], key: Key, out: &mut Vec<u32>) -> bool {
+        if key != 0 {
+            let at = slot(key);
+            for at in [at, at ^ 1] {
+                let at = self.first + ENTRY * at;
+                if self.table[at] == key {
+                    let ids = self.table[at + 1];
+                    let end = out.len() + (ids >> 96) as usize;
+                    // All that there may be, and less again: a copy of a known length.
+                    out.extend_from_slice(&[ids as u32, (ids >> 32) as u32, (ids >> 64) as u32]);
+                    out.truncate(end);
                     return true;
                 }
             }
@@ -96,13 +104,14 @@ impl Cache {
 
     /// Remembers the ids of `word`.
     pub(crate) fn insert(&mut self, word: &[u8], ids: &[u32]) {
-        if word.len() <= SHORT && ids.len() <= FEW {
-            let packed = pack(word);
-            let mut entry = Entry { word: packed, ids: [0; FEW], n_ids: ids.len() as u32 };
-            entry.ids[..ids.len()].copy_from_slice(ids);
-            let at = slot(packed);
-            self.table[at ^ 1] = self.table[at];
-            self.table[at] = entry;
+        let key = key(word);
+        if key != 0 && ids.len() <= FEW {
+            let packed = ids.iter().rev().fold(0, |x, &id| (x << 32) | u128::from(id));
+            let at = slot(key);
+            let (newer, older) = (self.first + ENTRY * at, self.first + ENTRY * (at ^ 1));
+            self.table.copy_within(newer..newer + ENTRY, older);
+            self.table[newer] = key;
+            self.table[newer + 1] = packed | ((ids.len() as u128) << 96);
         } else if word.len() <= LONG {
             if self.rest.len() == MANY {
                 self.rest.clear();
@@ -117,13 +126,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packing_is_a_copy_with_the_length() {
-        let word = b"abcdefghijklmno";
-        for n in 0..=SHORT {
-            let mut bytes = [0; 16];
-            bytes[..n].copy_from_slice(&word[..n]);
-            bytes[SHORT] = n as u8;
-            assert_eq!(pack(&word[..n]), u128::from_le_bytes(bytes), "{n}");
+    fn a_key_is_the_same_inside_a_text() {
+        let text = b"abcdefghijklmnopqrstuvwxyz";
+        for start in 0..text.len() {
+            for end in start + 1..=text.len() {
+                let word = &text[start..end];
+                assert_eq!(key_in(text, start, end), key(word), "{start} {end}");
+                assert_eq!(key(word) == 0, word.len() > SHORT);
+            }
         }
     }
 
@@ -138,7 +148,8 @@ mod tests {
         let mut found = 0;
         for i in 0..300_000 {
             let mut out = vec![];
-            if cache.get(word(i).as_bytes(), &mut out) {
+            let word = word(i);
+            if cache.get(word.as_bytes(), key(word.as_bytes()), &mut out) {
                 assert_eq!(out, ids(i));
                 found += 1;
             }

@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::Result;
 use crate::added::AddedToken;
+use crate::cache::key_in;
 use crate::model::{Model, Scratch};
 use crate::native::{Native, Piece};
 use crate::normalize::Normalizer;
@@ -115,9 +116,11 @@ impl Tokenizer {
             .collect();
         let bounds = crate::parallel::bounds(parts.iter().map(|(_, part)| part.len()), PART_BYTES);
         let work = |run: usize, encode: &mut EncodePart<'_>| {
-            let mut ids = vec![];
-            let mut lengths = vec![];
-            for (i, part) in &parts[bounds[run]..bounds[run + 1]] {
+            let parts = &parts[bounds[run]..bounds[run + 1]];
+            // Prose has a token for some four bytes.
+            let mut ids = Vec::with_capacity(parts.iter().map(|(_, part)| part.len()).sum::<usize>() / 3);
+            let mut lengths = Vec::with_capacity(parts.len());
+            for (i, part) in parts {
                 let start = ids.len();
                 encode(texts[*i].as_ref(), part.clone(), &mut ids)?;
                 lengths.push((*i, (ids.len() - start) as i64));
@@ -140,9 +143,10 @@ impl Tokenizer {
                 |run, ()| work(run, &mut |text, _, ids| library.ids(text, add_special_tokens, ids)),
             ),
         };
-        let mut ragged = Ragged { ids: vec![], offsets: vec![0; texts.len() + 1] };
-        for run in runs {
-            let (ids, lengths) = run?;
+        let runs = runs.into_iter().collect::<Result<Vec<_>>>()?;
+        let total = runs.iter().map(|(ids, _)| ids.len()).sum();
+        let mut ragged = Ragged { ids: Vec::with_capacity(total), offsets: vec![0; texts.len() + 1] };
+        for (ids, lengths) in runs {
             ragged.ids.extend_from_slice(&ids);
             for (i, length) in lengths {
                 ragged.offsets[i + 1] += length;
@@ -210,6 +214,10 @@ impl Native {
     ///
     /// A cut is made before a space after something else, where every splitter that is accepted here starts a word.
     pub(crate) fn cut(&self, text: &str, target: usize) -> Vec<Range<usize>> {
+        // A text of one part asks for nothing more.
+        if text.len() <= 2 * target {
+            return std::iter::once(0..text.len()).collect();
+        }
         let spaced = |t: &AddedToken| t.lstrip || t.rstrip || t.content.contains(' ');
         let cuttable = (self.is_bert() || (self.is_plain() && self.words.starts_word_at_space()))
             && self.parts.truncation.is_none()
@@ -258,50 +266,128 @@ impl Native {
         {
             return bpe.characters(text, out);
         }
-        let mut result = Ok(());
-        self.words.split(text, &mut |start, end| {
-            if result.is_ok() {
-                result = self.parts.model.ids(&text[start..end], scratch, out);
-            }
+        let mut ahead = Ahead::new(text, scratch, out, |word, scratch, out| {
+            out.extend(self.parts.model.tokenize(word, scratch)?.iter().map(|&(id, _)| id));
+            Ok(())
         });
-        result
+        self.words.split(text, &mut |start, end| ahead.push(start, end));
+        ahead.finish()
     }
 
     /// BERT's way: normalizer and splitter never look across ASCII white space, so that what stands between is
     /// remembered as it was read, before it is normalized.
     fn chunk_ids(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
-        let blank = |b: &u8| matches!(b, b' ' | b'\t' | b'\n' | b'\r');
         let bytes = text.as_bytes();
+        let mut ahead = Ahead::new(text, scratch, out, |chunk, scratch, out| {
+            let mut normalized = Text::<()>::new(chunk, 0);
+            if let Some(normalizer) = &self.parts.normalizer {
+                normalizer.apply(&mut normalized);
+            }
+            let prepared = normalized.to_text();
+            let mut result = Ok(());
+            self.words.split(&prepared, &mut |a, b| {
+                if result.is_ok() {
+                    result = self
+                        .parts
+                        .model
+                        .tokenize(&prepared[a..b], scratch)
+                        .map(|pieces| out.extend(pieces.iter().map(|&(id, _)| id)));
+                }
+            });
+            result
+        });
         let mut at = 0;
         while at < bytes.len() {
-            if blank(&bytes[at]) {
-                at += 1;
-                continue;
+            let end = next_blank(bytes, at);
+            if at < end {
+                ahead.push(at, end);
             }
-            let end = bytes[at..].iter().position(blank).map_or(bytes.len(), |n| at + n);
-            let chunk = &bytes[at..end];
-            if !scratch.cache.get(chunk, out) {
-                let start = out.len();
-                let mut normalized = Text::<()>::new(&text[at..end], 0);
-                if let Some(normalizer) = &self.parts.normalizer {
-                    normalizer.apply(&mut normalized);
-                }
-                let prepared = normalized.to_text();
-                let mut result = Ok(());
-                self.words.split(&prepared, &mut |a, b| {
-                    if result.is_ok() {
-                        result = self
-                            .parts
-                            .model
-                            .tokenize(&prepared[a..b], scratch)
-                            .map(|pieces| out.extend(pieces.iter().map(|&(id, _)| id)));
-                    }
-                });
-                result?;
-                scratch.cache.insert(chunk, &out[start..]);
-            }
-            at = end;
+            at = end + 1;
         }
-        Ok(())
+        ahead.finish()
+    }
+}
+
+/// Where the next ASCII white space that separates words is, from `at` on; else the end.
+#[inline(always)]
+fn next_blank(bytes: &[u8], mut at: usize) -> usize {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    let blank = |b: u8| matches!(b, b' ' | b'\t' | b'\n' | b'\r');
+    while let Some(eight) = bytes[at..].first_chunk() {
+        let eight = u64::from_le_bytes(*eight);
+        // The lowest byte that is flagged is the first that is no larger than a space; the test is Mycroft's.
+        let low = eight.wrapping_sub(0x21 * EACH) & !eight & (0x80 * EACH);
+        let n = low.trailing_zeros() as usize / 8;
+        at += n;
+        if n < 8 {
+            if blank(bytes[at]) {
+                return at;
+            }
+            at += 1;
+        }
+    }
+    bytes[at..].iter().position(|&b| blank(b)).map_or(bytes.len(), |n| at + n)
+}
+
+/// Words that are looked up together.
+const AHEAD: usize = 32;
+
+/// Words of a text that are found and not yet looked up. Their entries of the cache are read one after the other without
+/// looking for words in between, so that the processor waits for several at a time.
+struct Ahead<'a, M> {
+    text: &'a str,
+    words: [(usize, usize); AHEAD],
+    n: usize,
+    scratch: &'a mut Scratch,
+    out: &'a mut Vec<u32>,
+    /// Appends the ids of a word that is not in the cache.
+    miss: M,
+    result: Result<()>,
+}
+
+impl<'a, M: FnMut(&str, &mut Scratch, &mut Vec<u32>) -> Result<()>> Ahead<'a, M> {
+    fn new(text: &'a str, scratch: &'a mut Scratch, out: &'a mut Vec<u32>, miss: M) -> Self {
+        Self { text, words: [(0, 0); AHEAD], n: 0, scratch, out, miss, result: Ok(()) }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, start: usize, end: usize) {
+        self.words[self.n] = (start, end);
+        self.n += 1;
+        if self.n == AHEAD {
+            self.look_up();
+        }
+    }
+
+    #[inline(never)]
+    fn look_up(&mut self) {
+        let words = &self.words[..std::mem::take(&mut self.n)];
+        let bytes = self.text.as_bytes();
+        let mut keys = [0; AHEAD];
+        for (key, &(start, end)) in keys.iter_mut().zip(words) {
+            *key = key_in(bytes, start, end);
+        }
+        for (&key, &(start, end)) in keys.iter().zip(words) {
+            if self.result.is_err() {
+                return;
+            }
+            let word = &self.text[start..end];
+            if !self.scratch.cache.get(word.as_bytes(), key, self.out) {
+                let first = self.out.len();
+                self.result = (self.miss)(word, self.scratch, self.out);
+                if self.result.is_ok() {
+                    self.scratch.cache.insert(word.as_bytes(), &self.out[first..]);
+                }
+            }
+        }
+    }
+
+    /// Looks up the last words.
+    ///
+    /// # Errors
+    /// That of the first word that has one.
+    fn finish(mut self) -> Result<()> {
+        self.look_up();
+        self.result
     }
 }

@@ -71,16 +71,4 @@ impl Model {
         }
         Ok(&scratch.pieces)
     }
-
-    /// Appends the ids of `word`.
-    #[inline]
-    pub(crate) fn ids(&self, word: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
-        if scratch.cache.get(word.as_bytes(), out) {
-            return Ok(());
-        }
-        let start = out.len();
-        out.extend(self.tokenize(word, scratch)?.iter().map(|&(id, _)| id));
-        scratch.cache.insert(word.as_bytes(), &out[start..]);
-        Ok(())
-    }
 }

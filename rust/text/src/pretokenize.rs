@@ -136,7 +136,7 @@ impl Words {
                     self.change(Change::PrefixSpace)?;
                 }
                 if *use_regex {
-                    self.splitters.push(Splitter::Gpt2);
+                    self.add_splitter(Splitter::Gpt2 { digits_alone: false });
                 }
                 self.byte_level = true;
             }
@@ -162,19 +162,26 @@ impl Words {
                 let whole =
                     matches!((behavior, invert), (Behavior::Isolated, false) | (Behavior::Removed, true));
                 let splitter = match pattern.source().filter(|_| whole) {
-                    Some(GPT2_PATTERN) => Splitter::Gpt2,
+                    Some(GPT2_PATTERN) => Splitter::Gpt2 { digits_alone: false },
                     Some(LLAMA3_PATTERN) => Splitter::Llama3 { digits: 3 },
                     Some(QWEN2_PATTERN) => Splitter::Llama3 { digits: 1 },
                     Some(O200K_PATTERN) => Splitter::O200k,
                     _ => Splitter::found(Find::pattern(pattern.clone())?, *invert, *behavior),
                 };
-                self.splitters.push(splitter);
+                self.add_splitter(splitter);
             }
             PreTokenizer::Sequence { pretokenizers } => {
                 pretokenizers.iter().try_for_each(|p| self.add(p))?;
             }
         }
         Ok(())
+    }
+
+    fn add_splitter(&mut self, splitter: Splitter) {
+        match self.splitters.last().and_then(|last| last.then(&splitter)) {
+            Some(both) => *self.splitters.last_mut().expect("there is a last one") = both,
+            None => self.splitters.push(splitter),
+        }
     }
 
     fn change(&mut self, change: Change) -> Result<()> {
@@ -196,7 +203,7 @@ impl Words {
             self.splitters.first(),
             Some(
                 Splitter::Bert
-                    | Splitter::Gpt2
+                    | Splitter::Gpt2 { .. }
                     | Splitter::Llama3 { .. }
                     | Splitter::O200k
                     | Splitter::Whitespace
@@ -239,7 +246,8 @@ impl Words {
     }
 
     /// Emits the byte range of each word of a prepared text.
-    pub(crate) fn split(&self, text: &str, emit: &mut dyn FnMut(usize, usize)) {
+    #[inline]
+    pub(crate) fn split(&self, text: &str, emit: &mut impl FnMut(usize, usize)) {
         match self.splitters.as_slice() {
             [] if text.is_empty() => {}
             [] => emit(0, text.len()),

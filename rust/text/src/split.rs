@@ -24,8 +24,8 @@ pub(crate) const O200K_PATTERN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p
 pub(crate) enum Splitter {
     /// Words between white space; punctuation alone.
     Bert,
-    /// [`GPT2_PATTERN`].
-    Gpt2,
+    /// [`GPT2_PATTERN`]; if `digits_alone`, what is between digits, each a word of its own, as if it were a text.
+    Gpt2 { digits_alone: bool },
     /// [`LLAMA3_PATTERN`] with at most so many digits together.
     Llama3 { digits: usize },
     /// [`O200K_PATTERN`].
@@ -150,12 +150,22 @@ impl Splitter {
         Self::Found(Box::new(Found { find, invert, behavior }))
     }
 
+    /// This splitter, then `next` on each of its words, where one scanner does both.
+    pub(crate) fn then(&self, next: &Self) -> Option<Self> {
+        match (self, next) {
+            (Self::Digits { individual: true }, Self::Gpt2 { .. }) => Some(Self::Gpt2 { digits_alone: true }),
+            _ => None,
+        }
+    }
+
     /// Emits the words of `text`.
-    pub(crate) fn split(&self, text: &str, emit: &mut dyn FnMut(usize, usize)) {
+    #[inline]
+    pub(crate) fn split(&self, text: &str, emit: &mut impl FnMut(usize, usize)) {
         match *self {
             Self::Found(ref found) => found.split(text, emit),
             Self::Bert => bert(text, emit),
-            Self::Gpt2 => gpt2(text, emit),
+            Self::Gpt2 { digits_alone: false } => gpt2::<false>(text, emit),
+            Self::Gpt2 { digits_alone: true } => gpt2::<true>(text, emit),
             Self::Llama3 { digits } => llama3(text, digits, emit),
             Self::O200k => o200k(text, emit),
             Self::Before(mark) => {
@@ -245,6 +255,20 @@ impl<'a> Cursor<'a> {
         i
     }
 
+    /// The end of the run of letters from `i` on: eight ASCII letters at a time, where there are so many bytes.
+    #[inline(always)]
+    fn skip_letters(self, mut i: usize) -> usize {
+        while let Some(eight) = self.text.as_bytes()[i..].first_chunk() {
+            let n = leading_letters(u64::from_le_bytes(*eight));
+            i += n;
+            if n < 8 {
+                // Most words end here; others go on with a letter that is not ASCII.
+                return if eight[n] < 128 { i } else { self.skip(i, LETTER) };
+            }
+        }
+        self.skip(i, LETTER)
+    }
+
     /// The end of the run of at most `limit` characters from `i` on that have none of `flags`.
     #[inline(always)]
     fn skip_without(self, mut i: usize, flags: u8, limit: usize) -> usize {
@@ -324,7 +348,20 @@ impl<'a> Cursor<'a> {
     }
 }
 
-fn bert(text: &str, emit: &mut dyn FnMut(usize, usize)) {
+/// How many of the bytes, from the lowest on, are ASCII letters.
+#[inline(always)]
+fn leading_letters(bytes: u64) -> usize {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = 0x80 * EACH;
+    // Small letters, without the highest bits: no byte carries into the next one.
+    let small = (bytes | (0x20 * EACH)) & !HIGH;
+    let from_a = small + (0x80 - b'a' as u64) * EACH;
+    let beyond_z = small + (0x80 - b'z' as u64 - 1) * EACH;
+    let letters = from_a & !beyond_z & !bytes & HIGH;
+    (!letters & HIGH).trailing_zeros() as usize / 8
+}
+
+fn bert(text: &str, emit: &mut impl FnMut(usize, usize)) {
     let cursor = Cursor::new(text);
     let mut i = 0;
     while let Some(c) = cursor.char(i) {
@@ -344,7 +381,7 @@ fn bert(text: &str, emit: &mut dyn FnMut(usize, usize)) {
 
 const WORD: u8 = LETTER | NUMBER;
 
-fn gpt2(text: &str, emit: &mut dyn FnMut(usize, usize)) {
+fn gpt2<const DIGITS_ALONE: bool>(text: &str, emit: &mut impl FnMut(usize, usize)) {
     let cursor = Cursor::new(text);
     let bytes = text.as_bytes();
     let mut i = 0;
@@ -356,20 +393,28 @@ fn gpt2(text: &str, emit: &mut dyn FnMut(usize, usize)) {
         let end = if contraction > 0 {
             i + 1 + contraction
         } else if flags & LETTER != 0 {
-            cursor.skip(start, LETTER)
+            cursor.skip_letters(start)
         } else if flags & NUMBER != 0 {
-            cursor.skip(start, NUMBER)
+            match DIGITS_ALONE {
+                true if c == ' ' => start,
+                true => i + cursor.width(i),
+                false => cursor.skip(start, NUMBER),
+            }
         } else if flags & SPACE == 0 && start < bytes.len() {
             cursor.skip_without(start, WORD | SPACE, usize::MAX)
         } else {
-            cursor.space_word(i, cursor.skip(i, SPACE))
+            match cursor.skip(i, SPACE) {
+                // Before a digit the text ends, as it were.
+                end if DIGITS_ALONE && cursor.flags(end) & NUMBER != 0 => end,
+                end => cursor.space_word(i, end),
+            }
         };
         emit(i, end);
         i = end;
     }
 }
 
-fn llama3(text: &str, digits: usize, emit: &mut dyn FnMut(usize, usize)) {
+fn llama3(text: &str, digits: usize, emit: &mut impl FnMut(usize, usize)) {
     let cursor = Cursor::new(text);
     let bytes = text.as_bytes();
     let mut i = 0;
@@ -383,7 +428,7 @@ fn llama3(text: &str, digits: usize, emit: &mut dyn FnMut(usize, usize)) {
         } else if flags & LETTER != 0
             || (!line_end && flags & NUMBER == 0 && cursor.flags(after) & LETTER != 0)
         {
-            cursor.skip(after, LETTER)
+            cursor.skip_letters(after)
         } else {
             cursor.no_word(i, digits, b"\r\n")
         };
@@ -392,7 +437,7 @@ fn llama3(text: &str, digits: usize, emit: &mut dyn FnMut(usize, usize)) {
     }
 }
 
-fn o200k(text: &str, emit: &mut dyn FnMut(usize, usize)) {
+fn o200k(text: &str, emit: &mut impl FnMut(usize, usize)) {
     let cursor = Cursor::new(text);
     let bytes = text.as_bytes();
     let mut i = 0;
@@ -464,11 +509,42 @@ mod tests {
 
     #[test]
     fn gpt2_words() {
-        let w = |t| words(Splitter::Gpt2, t);
+        let w = |t| words(Splitter::Gpt2 { digits_alone: false }, t);
         assert_eq!(w("I'm  you'LL 12ab  "), ["I", "'m", " ", " you", "'", "LL", " 12", "ab", "  "]);
         assert_eq!(w("a\n\n b\u{3000}c ...!'s"), ["a", "\n\n", " b", "\u{3000}", "c", " ...!'", "s"]);
         assert_eq!(w(" "), [" "]);
         assert_eq!(w("x \t"), ["x", " \t"]);
+    }
+
+    #[test]
+    fn digits_alone_are_two_splitters_in_one() {
+        let parts = ["a", "Z", "'s", "'", " ", "  ", "\n", "1", "٣", "é", "中", "!", "abcdefgh", "ijklmnopq"];
+        let alone = Splitter::Digits { individual: true };
+        let gpt2 = Splitter::Gpt2 { digits_alone: false };
+        let both = alone.then(&gpt2).unwrap();
+        let mut state = 1u32;
+        for _ in 0..20_000 {
+            let mut text = String::new();
+            for _ in 0..12 {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                text.push_str(parts[(state >> 8) as usize % parts.len()]);
+            }
+            let nested: Vec<&str> =
+                words(alone.clone(), &text).into_iter().flat_map(|part| words(gpt2.clone(), part)).collect();
+            assert_eq!(words(both.clone(), &text), nested, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn letters_are_counted_by_eights() {
+        for at in 0..8 {
+            for byte in 0..=255u8 {
+                let mut bytes = *b"aZbYcXzA";
+                bytes[at] = byte;
+                let n = bytes.iter().take_while(|b| b.is_ascii_alphabetic()).count();
+                assert_eq!(leading_letters(u64::from_le_bytes(bytes)), n, "{bytes:?}");
+            }
+        }
     }
 
     #[test]
