@@ -266,12 +266,19 @@ def expand(paths: Sequence[str | PathLike[str]]) -> list[Path]:
     """The files that paths, folders and patterns stand for; those of one folder or pattern in the order of their names.
 
     Raises:
-        DataError: a folder or pattern stands for no file.
+        DataError: a folder or pattern stands for no file, or a text stands where a path should.
     """
     endings = (*(e + z for e in EXTENSIONS for z in ("", ".gz", ".zst")), ".parquet")
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        try:
+            is_folder = path.is_dir()
+        except OSError as e:
+            raise DataError(
+                f"[data] {str(path)[:40]!r}… is no path ({e.strerror}): a list holds paths; give texts as an iterator, "
+                "such as iter(texts)"
+            ) from None
+        if is_folder:
             found = sorted(f for f in path.rglob("*") if f.name.lower().endswith(endings) and f.is_file())
             if not found:
                 raise DataError(
