@@ -182,4 +182,4 @@ def test_nothing_found_is_said(tmp_path: Path) -> None:
 
 def test_texts_in_place_of_paths_are_told_apart() -> None:
     with pytest.raises(DataError, match=r"It was a bright.*is no path .*iter\(texts\)"):
-        Documents(["It was a bright cold day in April. " * 20])
+        list(Documents(["It was a bright cold day in April. " * 20]))
