@@ -167,8 +167,16 @@ def show(
         loaded, corpus = found.tokenizer, found.corpus
         made = str(found.manifest["options"].get("objective", "ar"))
         objective = objective or made
-        if len(paths) > 1 or objective == "mlm+nsp" or objective.startswith("mlm") != (made == "mlm"):
-            raise InputError(f"[data] {paths[0]} is looked at alone, and was prepared for objective {made}")
+        if len(paths) > 1:
+            raise InputError("[data] a prepared folder is looked at alone; name one")
+        if objective == "mlm+nsp":
+            raise InputError(f"[data] {paths[0]} holds no sentences for mlm+nsp; name text files and --tokenizer")
+        if (objective == "mlm") != (made == "mlm"):
+            wanted = "mlm" if objective == "mlm" else "ar"
+            raise InputError(
+                f"[data] {paths[0]} was prepared for {made}, not {objective}; prepare the text with "
+                f"--objective {wanted}, or name the text files"
+            )
     elif tokenizer is None:
         raise click.UsageError("text files need --tokenizer")
     else:
