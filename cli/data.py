@@ -170,7 +170,9 @@ def show(
         if len(paths) > 1:
             raise InputError("[data] a prepared folder is looked at alone; name one")
         if objective == "mlm+nsp":
-            raise InputError(f"[data] {paths[0]} holds no sentences for mlm+nsp; name text files and --tokenizer")
+            raise InputError(
+                f"[data] {paths[0]} holds no sentences for mlm+nsp; name text files and --tokenizer"
+            )
         if (objective == "mlm") != (made == "mlm"):
             wanted = "mlm" if objective == "mlm" else "ar"
             raise InputError(

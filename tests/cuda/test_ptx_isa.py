@@ -172,6 +172,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.eq.b32": ("pred", ("b32", "b32"), [((5, 5), 1), ((5, 6), 0)]),
     "setp.eq.s64": ("pred", ("s64", "s64"), [((2**40, 2**40), 1), ((2**40, 0), 0)]),
     "setp.eq.b64": ("pred", ("b64", "b64"), [((2**40, 2**40), 1), ((2**40, 0), 0)]),
+    "setp.ne.s16": ("pred", ("s16", "s16"), [((5, 5), 0), ((5, 6), 1)]),
     "setp.ne.s32": ("pred", ("s32", "s32"), [((-5, -5), 0), ((5, -5), 1)]),
     "setp.ne.u32": ("pred", ("u32", "u32"), [((5, 5), 0), ((MAX, 5), 1)]),
     "setp.ne.b32": ("pred", ("b32", "b32"), [((5, 5), 0), ((5, 6), 1)]),
@@ -563,4 +564,5 @@ def test_every_opcode_of_the_kernels_has_a_test(programs):
     for p in programs.values():
         for block in p.kernel.blocks:
             used |= {i.opcode for i in [*block.body, *([block.end] if block.end else [])]}
-    assert not used - set(CASES) - SPECIAL
+    missing = used - set(CASES) - SPECIAL
+    assert not missing

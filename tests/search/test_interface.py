@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,13 @@ def test_a_config_reads_and_writes_its_file(model: pf.Model, tmp_path: Path) -> 
         pf.GenerationConfig.load(tmp_path / "missing.json")
 
 
-def test_memory_that_is_not_there_is_told(model: pf.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_there_is_told(
+    fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where pieces are read, after the call."""
+    shutil.copytree(fixtures / "models" / "gpt2", tmp_path / "model")
+    pf.Tokenizer.train(iter(["abc"]), preset="char").save(tmp_path / "model")
+    model = pf.load(tmp_path / "model")
     from pyrformer.generation.call import Call
 
     def fails(self: Call, **_: Any) -> Any:
@@ -144,6 +150,6 @@ def test_memory_that_is_not_there_is_told(model: pf.Model, monkeypatch: pytest.M
         yield
 
     monkeypatch.setattr(Call, "run", fails)
-    for ask in (lambda: model.generate(PROMPT), lambda: list(model.stream(PROMPT))):
+    for ask in (lambda: model.generate(PROMPT), lambda: list(model.stream("abc"))):
         with pytest.raises(MemoryError, match=r"\[\w+\] out of memory: .*; ask for less at once"):
             ask()
