@@ -98,8 +98,13 @@ def memory_told(where: str) -> Iterator[None]:
     except MemoryError as e:
         if isinstance(e, ResourceError):
             raise
-        reason = str(e) or "more was asked for than there is"
-        raise ResourceError(f"[{where}] out of memory: {reason}; ask for less at once") from None
+        raise out_of_memory(where, e) from None
+
+
+def out_of_memory(where: str, e: MemoryError) -> ResourceError:
+    """The package's error for one of Python's or numpy's."""
+    reason = str(e) or "more was asked for than there is"
+    return ResourceError(f"[{where}] out of memory: {reason}; ask for less at once")
 
 
 def _pieces(where: str, pieces: Iterator[Any]) -> Iterator[Any]:

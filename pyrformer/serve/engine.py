@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pyrformer import _core
-from pyrformer.errors import Error, InternalError, ResourceError
+from pyrformer.errors import Error, InternalError
+from pyrformer.fields import out_of_memory
 from pyrformer.generation.call import ending
 from pyrformer.generation.decoder import Decoder, Floats, Ints, Positions, log_softmax
 from pyrformer.generation.strategies import Sequences
@@ -366,7 +367,5 @@ def _given_up(request: Completion | Embedding, now: float) -> bool:
 
 def _as_error(e: Exception) -> Error:
     if isinstance(e, MemoryError) and not isinstance(e, Error):
-        return ResourceError(
-            f"[serve] out of memory: {e or 'more was asked for than there is'}; ask for less"
-        )
+        return out_of_memory("serve", e)
     return e if isinstance(e, Error) else InternalError(f"[serve] {type(e).__name__}: {e}")

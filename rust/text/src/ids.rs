@@ -266,10 +266,8 @@ impl Native {
         {
             return bpe.characters(text, out);
         }
-        let mut ahead = Ahead::new(text, scratch, out, |word, scratch, out| {
-            out.extend(self.parts.model.tokenize(word, scratch)?.iter().map(|&(id, _)| id));
-            Ok(())
-        });
+        let mut ahead =
+            Ahead::new(text, scratch, out, |word, scratch, out| self.parts.model.ids(word, scratch, out));
         self.words.split(text, &mut |start, end| ahead.push(start, end));
         ahead.finish()
     }
@@ -287,11 +285,7 @@ impl Native {
             let mut result = Ok(());
             self.words.split(&prepared, &mut |a, b| {
                 if result.is_ok() {
-                    result = self
-                        .parts
-                        .model
-                        .tokenize(&prepared[a..b], scratch)
-                        .map(|pieces| out.extend(pieces.iter().map(|&(id, _)| id)));
+                    result = self.parts.model.ids(&prepared[a..b], scratch, out);
                 }
             });
             result

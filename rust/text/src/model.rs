@@ -71,4 +71,10 @@ impl Model {
         }
         Ok(&scratch.pieces)
     }
+
+    /// Appends the ids of `word`.
+    pub(crate) fn ids(&self, word: &str, scratch: &mut Scratch, out: &mut Vec<u32>) -> Result<()> {
+        out.extend(self.tokenize(word, scratch)?.iter().map(|&(id, _)| id));
+        Ok(())
+    }
 }
