@@ -21,6 +21,11 @@ pub enum Error {
     /// A state that is missing or of another type.
     #[error("[state] {0}")]
     State(String),
+    /// A step that computes in bfloat16.
+    #[error(
+        "[cpu] {0} computes in bfloat16, which the CPU only keeps and casts; use float32, or device \"cuda\""
+    )]
+    Unsupported(&'static str),
     /// Memory that cannot be had.
     #[error("[memory] {0}")]
     Memory(String),

@@ -19,7 +19,7 @@ use crate::kernels::loss::{self, Gradients, Head, linear_cross_entropy};
 use crate::kernels::matmul::{Fused, matmul};
 use crate::kernels::optimizer::{self, AdamW};
 use crate::kernels::relative::{self, Relative};
-use crate::kernels::{cache, elementwise, norm, positions, rows};
+use crate::kernels::{cache, cast, elementwise, norm, positions, rows};
 use crate::memory::{Block, Form, PerWorker, State, Store};
 use crate::real::Real;
 use crate::threads::Pool;
@@ -185,8 +185,16 @@ impl CpuExecutor {
     /// Binds a plan to a store; states that the store lacks are made, zero.
     ///
     /// # Errors
-    /// When a state has another type, or the memory cannot be had.
+    /// When a state has another type, the memory cannot be had, or the plan computes in bfloat16, which the CPU keeps
+    /// and casts only.
     pub fn new(plan: Arc<Plan>, store: Arc<Store>, pool: Arc<Pool>) -> Result<Self> {
+        let computes = |s: &&Step| {
+            let narrow = s.inputs.iter().chain(&s.outputs).any(|o| o.ty.dtype == DType::Bf16);
+            narrow && !matches!(s.op, Op::Cast(_) | Op::Copy)
+        };
+        if let Some(step) = plan.steps.iter().find(computes) {
+            return Err(Error::Unsupported(step.op.name()));
+        }
         let states = store.link(&plan)?;
         Work::fit(&mut store.work(), plan.arena_bytes, pool.threads(), worker_bytes(&plan))?;
         Ok(Self { plan, store, states, pool })
@@ -332,9 +340,12 @@ impl CpuExecutor {
             }
             let run = Run { memory, pool: &self.pool, work, step };
             match step.outputs[0].ty.dtype {
+                _ if matches!(step.op, Op::Cast(_)) => run.cast(),
                 DType::I32 => run.integers()?,
                 DType::F32 => run.floats::<f32>()?,
                 DType::F64 => run.floats::<f64>()?,
+                // Of what else the plan may hold in bfloat16, only copies are steps.
+                DType::Bf16 => elementwise::copy::<u16>(run.pool, run.x(0), run.y(0)),
             }
             changed |= step.outputs.iter().any(|o| matches!(o.space, Space::State(_)));
             let spoiled = !changed && step.op == Op::GlobalNorm && !run.is_finite();
@@ -513,7 +524,7 @@ impl<'a> Run<'a> {
         match o.ty.dtype {
             DType::F32 => self.memory.mat::<f32>(o).row(0)[0].is_finite(),
             DType::F64 => self.memory.mat::<f64>(o).row(0)[0].is_finite(),
-            DType::I32 => true,
+            DType::I32 | DType::Bf16 => true,
         }
     }
 
@@ -555,6 +566,14 @@ impl<'a> Run<'a> {
 
     fn batch(&self, operand: usize) -> usize {
         self.step.inputs[operand].ty.shape.0[0]
+    }
+
+    /// float32 from bfloat16, or bfloat16 from float32.
+    fn cast(&self) {
+        match self.step.outputs[0].ty.dtype {
+            DType::Bf16 => cast::narrow(self.pool, self.x(0), self.y(0)),
+            _ => cast::widen(self.pool, self.x(0), self.y(0)),
+        }
     }
 
     /// Steps whose first result is integer: only layout and rows.
@@ -770,6 +789,7 @@ impl<'a> Run<'a> {
             op @ (Op::Iota { .. }
             | Op::Input { .. }
             | Op::State { .. }
+            | Op::Cast(_)
             | Op::Reshape
             | Op::Split { .. }
             | Op::Concat) => {

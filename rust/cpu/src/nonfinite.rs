@@ -6,6 +6,7 @@ use pyrformer_graph::{DType, Op, Operand, Space, Step, TensorType};
 
 use crate::error::Result;
 use crate::executor::{CpuExecutor, Memory, Moment};
+use crate::kernels::cast::widened;
 use crate::real::Real;
 use crate::view::Mat;
 
@@ -114,6 +115,11 @@ fn summary(memory: &Memory<'_>, o: &Operand, name: String, void: bool) -> Result
             None => range::<f32>(memory.mat(o), void),
         },
         DType::F64 => range::<f64>(memory.mat(o), void),
+        DType::Bf16 => {
+            let view: Mat<'_, u16> = memory.mat(o);
+            let floats: Vec<f32> = (0..view.rows).flat_map(|r| view.row(r)).map(|&x| widened(x)).collect();
+            range(Mat::new(&floats, 1, floats.len()), void)
+        }
     };
     Ok(Summary { name, ty: o.ty.clone(), min, max, nonfinite })
 }

@@ -6,10 +6,10 @@
 use std::collections::HashMap;
 
 use pyrformer_graph::op::{AttentionSpec, DropoutSpec, Epilogue, LossSpec, RelativeSpec};
-use pyrformer_graph::{Binary, Graph, Op, Shape, Unary};
+use pyrformer_graph::{Binary, DType, Graph, Op, Shape, Unary};
 
+use crate::kernels::cast::round_bf16;
 use crate::kernels::dropout::Keep;
-use crate::kernels::positions::round_bf16;
 
 /// A tensor in plain memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,7 +67,7 @@ pub fn evaluate(graph: &Graph, leaves: &HashMap<String, Tensor>) -> HashMap<Stri
             op => apply(op, &ins, &outs),
         };
         for (&v, result) in node.outputs.iter().zip(results) {
-            values[v.0 as usize] = Some(result);
+            values[v.0 as usize] = Some(kept(graph.ty(v).dtype, result));
         }
     }
     let get = |v: pyrformer_graph::ValueId| values[v.0 as usize].clone().expect("every value is computed");
@@ -79,6 +79,14 @@ pub fn evaluate(graph: &Graph, leaves: &HashMap<String, Tensor>) -> HashMap<Stri
         }
     }
     found
+}
+
+/// A value as memory keeps it: float64 but for bfloat16, which every value of that type is rounded to.
+fn kept(dtype: DType, value: Tensor) -> Tensor {
+    match value {
+        Tensor::Float(x) if dtype == DType::Bf16 => Tensor::Float(x.into_iter().map(round_bf16).collect()),
+        value => value,
+    }
 }
 
 /// f(x). The error function is libm's.
@@ -155,7 +163,8 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
             vec![Tensor::Int((0..outs[0].elements() as i32).map(|i| start + step * i).collect())]
         }
         Op::Fill { value } => one(vec![*value; outs[0].elements()]),
-        Op::Reshape | Op::Copy => vec![ins[0].1.clone()],
+        // What a cast rounds, `evaluate` rounds, as every value of that type.
+        Op::Reshape | Op::Copy | Op::Cast(_) => vec![ins[0].1.clone()],
         Op::Split { sizes } => {
             let cols = ins[0].0.cols();
             let mut at = 0;

@@ -4,11 +4,15 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{Case, assert_close};
 use pyrformer_cpu::reference::Tensor;
+use pyrformer_cpu::threads::Pool;
+use pyrformer_cpu::{Cpu, CpuExecutor, Store};
 use pyrformer_graph::autodiff::gradients;
 use pyrformer_graph::op::{AttentionSpec, DropoutSpec, RelativeSpec};
-use pyrformer_graph::{Binary, DType, Epilogue, LossSpec, Op, TensorType, Unary, ValueId};
+use pyrformer_graph::{Binary, DType, Epilogue, LossSpec, Op, TensorType, Unary, ValueId, lower};
 
 /// Adds one operation to a case and gives its differentiable result.
 type Build = Box<dyn Fn(&mut Case) -> ValueId>;
@@ -512,6 +516,56 @@ fn adamw_matches_the_definition_and_overwrites_its_states() {
             assert_close("adamw", &c.computed(optimise, 2), &want, tolerance);
         }
     }
+}
+
+/// Values kept in bfloat16, through views and a copy, and the gradient back through the casts: the definition's bits.
+#[test]
+fn what_is_kept_in_bfloat16_is_rounded_once() {
+    for shape in [[3, 2], [7, 38], [130, 514]] {
+        let mut c = Case::new(DType::F32, 8);
+        let x = c.float_in("x", &shape, -40.0, 40.0);
+        let half = c.op1(Op::Cast(DType::Bf16), &[x]);
+        let parts = c.op(Op::Split { sizes: vec![shape[1] / 2; 2] }, &[half]);
+        let turned = c.op1(Op::Concat, &[parts[1], parts[0]]);
+        let wide = c.op1(Op::Cast(DType::F32), &[turned]);
+        c.g.output("narrow", turned).unwrap();
+        c.g.output("wide", wide).unwrap();
+        let loss = scalar(&mut c, wide);
+        let dx = gradients(&mut c.g, loss, &[x]).unwrap()[0];
+        c.g.output("dx", dx).unwrap();
+        let want = c.expected();
+        let x = c.leaves["x"].floats();
+        let far = |(x, y): (&f64, &f64)| (x - y).abs() > x.abs() / 256.0;
+        let halves = |t: &Tensor| {
+            let rows = t.floats().chunks(shape[1]).map(|r| [&r[shape[1] / 2..], &r[..shape[1] / 2]].concat());
+            rows.flatten().collect::<Vec<f64>>()
+        };
+        let rounded = halves(&want["wide"]);
+        assert!(!x.iter().zip(&rounded).any(far) && x != &rounded[..]);
+        for threads in [1, 2] {
+            let got = c.computed(true, threads);
+            for name in ["narrow", "wide"] {
+                assert_eq!(got[name], want[name], "{shape:?}: {name}");
+            }
+            assert_close("dx", &got, &want, 1e-2);
+        }
+    }
+}
+
+#[test]
+fn states_may_be_bfloat16_and_products_of_them_are_refused() {
+    let mut c = Case::new(DType::Bf16, 2);
+    let p = c.state("p", &[5, 4]);
+    let wide = c.op1(Op::Cast(DType::F32), &[p]);
+    let twice = c.op1(Op::Unary(Unary::Scale(2.0)), &[wide]);
+    let narrow = c.op1(Op::Cast(DType::Bf16), &[twice]);
+    c.g.update(p, narrow).unwrap();
+    assert_eq!(c.computed(true, 2), c.expected());
+    let scaled = c.op1(Op::Unary(Unary::Scale(2.0)), &[p]);
+    c.g.output("scaled", scaled).unwrap();
+    let plan = Arc::new(lower(&c.g, &Cpu).unwrap());
+    let refused = CpuExecutor::new(plan, Arc::new(Store::new()), Arc::new(Pool::new(1))).err().unwrap();
+    assert!(refused.to_string().contains("scale computes in bfloat16"), "{refused}");
 }
 
 #[test]

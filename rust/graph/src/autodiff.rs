@@ -84,6 +84,10 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         | Op::AlibiBias { .. }
         | Op::CountLabels { .. } => vec![None; x.len()],
         Op::Copy => vec![Some(dy)],
+        Op::Cast(_) => {
+            let from = g.ty(x[0]).dtype;
+            vec![Some(g.add1(Op::Cast(from), &[dy])?)]
+        }
         Op::Reshape => {
             let ty = g.ty(x[0]).clone();
             vec![Some(g.add_as(Op::Reshape, &[dy], ty)?)]

@@ -15,6 +15,8 @@ pub enum DType {
     F32,
     /// 64-bit float: for gradient checks.
     F64,
+    /// bfloat16, the upper half of a 32-bit float: what activations and weights may be kept in. Sums are made in `F32`.
+    Bf16,
     /// 32-bit signed integer: token ids, indices, masks, random keys.
     I32,
 }
@@ -24,6 +26,7 @@ impl DType {
     #[must_use]
     pub fn size(self) -> usize {
         match self {
+            Self::Bf16 => 2,
             Self::F32 | Self::I32 => 4,
             Self::F64 => 8,
         }
@@ -41,6 +44,7 @@ impl fmt::Display for DType {
         f.write_str(match self {
             Self::F32 => "f32",
             Self::F64 => "f64",
+            Self::Bf16 => "bf16",
             Self::I32 => "i32",
         })
     }

@@ -250,6 +250,8 @@ pub enum Op {
     Concat,
     /// The same elements in memory of their own; put in by lowering.
     Copy,
+    /// The same values in another type, f32 and bf16: narrowing rounds to the nearest, ties to even.
+    Cast(DType),
 
     // ---- Rows by index -----------------------------------------------------------------------------------------
     /// `table [R, C], index i32[..] → [.., C]`.
@@ -412,6 +414,7 @@ impl Op {
             Self::Split { .. } => "split",
             Self::Concat => "concat",
             Self::Copy => "copy",
+            Self::Cast(_) => "cast",
             Self::Gather => "gather",
             Self::ScatterAdd { .. } => "scatter_add",
             Self::Unary(f) => f.name(),
@@ -580,6 +583,15 @@ impl Check<'_> {
             Op::Copy => {
                 self.count(1, 1)?;
                 Ok(vec![like(0)])
+            }
+            Op::Cast(to) => {
+                self.count(1, 1)?;
+                let from = self.operands[0].dtype;
+                if !matches!((from, to), (DType::F32, DType::Bf16) | (DType::Bf16, DType::F32)) {
+                    let message = format!("f32 and bf16 become each other, not {from} {to}");
+                    return Err(Error::DType { op: self.op.name().to_owned(), message });
+                }
+                Ok(vec![TensorType::new(*to, self.shape(0).clone())])
             }
             Op::Split { sizes } => {
                 self.count(1, 1)?;

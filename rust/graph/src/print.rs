@@ -108,6 +108,7 @@ fn attributes(op: &Op) -> Vec<String> {
         | Op::LayerNormGrad { .. }
         | Op::CountLabels { .. }
         | Op::CacheWrite
+        | Op::Cast(_)
         | Op::GlobalNorm => {}
     }
     out

@@ -263,6 +263,7 @@ pub(crate) fn write_safetensors(
                 DType::F32 => Stored::F32,
                 DType::F64 => Stored::F64,
                 DType::I32 => Stored::I32,
+                DType::Bf16 => Stored::BF16,
             };
             let bytes = Cow::Borrowed(g.bytes().unwrap_or_default());
             (name.as_str(), TensorView { dtype, shape: Cow::Borrowed(&ty.shape.0[..]), bytes })

@@ -19,10 +19,11 @@ fn dtype(name: &str) -> PyResult<DType> {
     match name {
         "float32" => Ok(DType::F32),
         "float64" => Ok(DType::F64),
+        "bfloat16" => Ok(DType::Bf16),
         "int32" => Ok(DType::I32),
         _ => Err(Failure::new(
             "ShapeError",
-            format!("[graph] unknown dtype {name:?}; use float32, float64 or int32"),
+            format!("[graph] unknown dtype {name:?}; use float32, float64, bfloat16 or int32"),
         )
         .into()),
     }
@@ -32,6 +33,7 @@ fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "float32",
         DType::F64 => "float64",
+        DType::Bf16 => "bfloat16",
         DType::I32 => "int32",
     }
 }

@@ -3,6 +3,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod cache;
+pub mod cast;
 pub mod dropout;
 pub(crate) mod elementwise;
 pub(crate) mod loss;

@@ -1,5 +1,6 @@
 //! Positions that enter attention: rotations of queries and keys, and a bias on keys.
 
+use crate::kernels::cast::round_bf16;
 use crate::kernels::elementwise::in_place;
 use crate::kernels::{for_rows, rows_per_task};
 use crate::real::Real;
@@ -78,11 +79,4 @@ pub(crate) fn alibi_bias<T: Real>(
             *b = T::from_f64(scale * keep(slope * keep(f64::from(p))));
         }
     }
-}
-
-/// To the nearest bfloat16, ties to even.
-pub(crate) fn round_bf16(x: f64) -> f64 {
-    let bits = (x as f32).to_bits();
-    let even = (bits >> 16) & 1;
-    f64::from(f32::from_bits((bits + 0x7fff + even) & 0xffff_0000))
 }

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use pyrformer_cpu::kernels::cast::{narrowed, widened};
 use pyrformer_cpu::reference::{Tensor, evaluate};
 use pyrformer_cpu::threads::Pool;
 use pyrformer_cpu::{Cpu, CpuExecutor, Store};
@@ -108,6 +109,7 @@ fn bytes(dtype: DType, x: &Tensor) -> Vec<u8> {
     match (dtype, x) {
         (DType::F32, Tensor::Float(x)) => x.iter().flat_map(|&v| (v as f32).to_ne_bytes()).collect(),
         (DType::F64, Tensor::Float(x)) => x.iter().flat_map(|v| v.to_ne_bytes()).collect(),
+        (DType::Bf16, Tensor::Float(x)) => x.iter().flat_map(|&v| narrowed(v as f32).to_ne_bytes()).collect(),
         (DType::I32, Tensor::Int(x)) => x.iter().flat_map(|v| v.to_ne_bytes()).collect(),
         _ => panic!("a leaf of the wrong kind"),
     }
@@ -119,6 +121,10 @@ fn tensor(ty: &TensorType, raw: &[u8]) -> Tensor {
             Tensor::Float(raw.as_chunks().0.iter().map(|&c| f64::from(f32::from_ne_bytes(c))).collect())
         }
         DType::F64 => Tensor::Float(raw.as_chunks().0.iter().map(|&c| f64::from_ne_bytes(c)).collect()),
+        DType::Bf16 => {
+            let value = |&c| f64::from(widened(u16::from_ne_bytes(c)));
+            Tensor::Float(raw.as_chunks().0.iter().map(value).collect())
+        }
         DType::I32 => Tensor::Int(raw.as_chunks().0.iter().map(|&c| i32::from_ne_bytes(c)).collect()),
     }
 }
