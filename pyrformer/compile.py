@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pyrformer import _core, forks
 from pyrformer.errors import DeviceError, InputError
-from pyrformer.executors import AnyExecutor, AnyStore
+from pyrformer.executors import AnyExecutor, AnyRun, AnyStore, Ended
 from pyrformer.nn import Trace
 
 Array = npt.NDArray[Any]
@@ -129,9 +129,20 @@ class Compiled:
         Raises:
             InputError: an input is missing, unknown, of another shape, or holds an index out of range.
         """
+        return self.start(**inputs).result()
+
+    def start(self, **inputs: Any) -> AnyRun:
+        """Begins a run, which a device goes on with by itself; on the CPU it is over when this returns. A program of a
+        device has at most two runs under way: a third one waits for the first.
+
+        Raises:
+            InputError: as for a call.
+        """
         typed = self._typed(inputs)
         with forks.core:
-            return self.executor.run(typed)
+            if isinstance(self.executor, _core.Executor):
+                return Ended(self.executor.run(typed))
+            return self.executor.start(typed)
 
     def tell(self, tell: Callable[[str, Array], object], **inputs: Any) -> None:
         """Runs once and calls ``tell(name, array)`` with each output; on the CPU as soon as it is computed, while the

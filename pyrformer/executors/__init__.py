@@ -10,18 +10,52 @@ Tests put a simulated device behind the same interface, so that everything but t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias, Union
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.errors import InputError
 
 if TYPE_CHECKING:
-    from pyrformer.executors.program import Executor, Store
+    from pyrformer.executors.program import Executor, Pending, Store
 
+Array = npt.NDArray[Any]
 DEVICES = ("cpu", "cuda")
 #: Where a model's states are: in the core's memory, or on a device.
 AnyStore: TypeAlias = Union[_core.Store, "Store"]
 AnyExecutor: TypeAlias = Union[_core.Executor, "Executor"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run of the CPU's executor, which is over when it returns."""
+
+    outputs: dict[str, Array]
+    under_way = False
+
+    def result(self) -> dict[str, Array]:
+        """The outputs by name."""
+        return self.outputs
+
+
+#: A run that was begun: whether it is ``under_way``, and its ``result()``, for which it waits.
+AnyRun: TypeAlias = Union[Ended, "Pending"]
+
+
+def begin_get(store: AnyStore, names: Sequence[str]) -> Callable[[], dict[str, Array]]:
+    """Begins to copy states as they are behind all runs that were begun so far; calling what it gives waits for the
+    copies.
+
+    Raises:
+        StateError: there is no such state.
+    """
+    if isinstance(store, _core.Store):
+        copies = {name: store.get(name) for name in names}
+        return lambda: copies
+    return store.begin_get(names)
 
 
 def open_store(device: str, *, bf16: bool = False) -> AnyStore:

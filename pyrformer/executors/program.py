@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,14 +92,33 @@ class Store:
 
     def get(self, name: str) -> Array:
         """A copy of a state, once all runs so far have ended."""
+        return self.begin_get([name])()[name]
+
+    def begin_get(self, names: Sequence[str]) -> Callable[[], dict[str, Array]]:
+        """Begins to copy states behind all runs so far; calling what it gives waits for the copies, and for no run that
+        was begun later.
+
+        Raises:
+            StateError: there is no such state.
+        """
+        copies: dict[str, Array] = {}
         with self.lock:
-            if name not in self._states:
-                raise StateError(f"[state] there is no state {name!r}")
-            dtype, shape, memory = self._states[name]
-            host = self.device.pinned(memory.size)
-            self.device.download(self.compute, host, memory.address)
-            self.wait()
-        return np.array(host.view(dtype).reshape(shape))
+            for name in names:
+                if name not in self._states:
+                    raise StateError(f"[state] there is no state {name!r}")
+                dtype, shape, memory = self._states[name]
+                host = self.device.pinned(memory.size)
+                self.device.download(self.compute, host, memory.address)
+                copies[name] = host.view(dtype).reshape(shape)
+            copied = self.device.event()
+            self.device.record(copied, self.compute)
+
+        def wait() -> dict[str, Array]:
+            with self.lock:
+                self.device.synchronize(copied)
+            return {name: np.array(copy) for name, copy in copies.items()}
+
+        return wait
 
     def remove(self, name: str) -> None:
         """Drops a state; programs that use it must be dropped too."""
@@ -202,6 +222,11 @@ class Pending:
     executor: Executor
     slot: Slot
     _results: dict[str, Array] | None = field(default=None, repr=False)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether nobody has waited for it yet."""
+        return self._results is None
 
     def result(self) -> dict[str, Array]:
         """The outputs as new arrays, once the run has ended. After one whose global norm is not finite, runs that had

@@ -29,12 +29,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from pyrformer import _core, programs
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, write_json
 from pyrformer.compile import Compiled
 from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
+from pyrformer.executors import AnyRun, Ended
 from pyrformer.fields import checked
 from pyrformer.model import Model
 from pyrformer.models import build
@@ -88,6 +91,23 @@ class Run:
     train_loss: float
     valid_loss: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An update that was begun.
+
+    Attributes:
+        step: its number from 0.
+        under_way: whether a device goes on with it by itself.
+        numbers: waits for it and gives its numbers; raises what kept it from being begun.
+        ratio: for updates that are logged, waits for it and gives ‖change‖ / ‖weights‖.
+    """
+
+    step: int
+    under_way: bool
+    numbers: Callable[[], dict[str, Any]]
+    ratio: Callable[[], float] | None = None
 
 
 @checked("train")
@@ -176,8 +196,11 @@ class Trainer:
         self.ratio = UpdateRatio(self.model)
         #: Updates in the newest checkpoint, and when it was begun.
         self.saved, self.saved_at = self.start, 0.0
-        #: Whether waiting and measuring are to end.
+        #: Whether waiting and measuring are to end; what is to be raised once all is saved.
         self.interrupted: Callable[[], bool] = lambda: False
+        self.interrupt: KeyboardInterrupt | None = None
+        #: The update behind the one that is waited for, where it was begun.
+        self.ahead: Begun | None = None
         #: Updates left out since one was made, or rollbacks; and the last update that was made.
         self.lost, self.made = 0, -1
         self._set_state({})
@@ -424,9 +447,8 @@ class Trainer:
         self.told = bool(self._counted())
         began = self.saved_at = time.monotonic()
         self.clock = Clock()
-        every, pause = steps_or_seconds(c.save_every)
-        end = began + seconds(c.max_time) if c.max_time else math.inf
-        interrupt: KeyboardInterrupt | None = None
+        self.every, self.pause = steps_or_seconds(c.save_every)
+        self.end = began + seconds(c.max_time) if c.max_time else math.inf
         over = False
         with Signals() as signals:
             if self.comm.size == 1:
@@ -445,19 +467,18 @@ class Trainer:
                     try:
                         self.on_event("step", numbers)
                     except KeyboardInterrupt as e:
-                        interrupt = e
+                        self.interrupt = e
                     self._look()
-                # Signals and clocks differ between processes; all go by the first that has something.
-                late = bool(pause) and time.monotonic() - self.saved_at >= pause
-                mine = (signals.first or (signal.SIGINT if interrupt else 0), time.monotonic() >= end, late)
-                told, ended, due = zip(*self.comm.gather(mine), strict=True)
-                over = any(ended)
-                if (self.step % every == 0 if every else any(due)) and self.step < c.max_steps:
-                    self._save()
-                if any(told) and interrupt is None:
-                    interrupt = Stopped(next(filter(None, told)), self.step, self.folder)
-                if interrupt is not None:
-                    self._stop(interrupt)
+                if self.ahead is None:
+                    # Signals and clocks differ between processes; all go by the first that has something.
+                    told, ended, due = zip(*self.comm.gather(self._asked(signals.first)), strict=True)
+                    over = any(ended)
+                    if (self.step % self.every == 0 if self.every else any(due)) and self.step < c.max_steps:
+                        self._save()
+                    if any(told) and self.interrupt is None:
+                        self.interrupt = Stopped(next(filter(None, told)), self.step, self.folder)
+                    if self.interrupt is not None:
+                        self._stop(self.interrupt)
                 self.checkpoints.raise_failure()
                 self._tell_saved()
             if over and self.step < c.max_steps:
@@ -501,6 +522,13 @@ class Trainer:
         self.checkpoints.wait()
         raise interrupt
 
+    def _asked(self, told: int) -> tuple[int, bool, bool]:
+        """A signal that came, ``told`` or one by ``on_event``, or 0; whether the time is over; whether a checkpoint is
+        due by the clock."""
+        now = time.monotonic()
+        late = bool(self.pause) and now - self.saved_at >= self.pause
+        return told or (signal.SIGINT if self.interrupt else 0), now >= self.end, late
+
     def _look(self) -> None:
         """Evaluates and samples where that is due after an update, unless it was done."""
         c, step = self.config, self.step
@@ -517,14 +545,14 @@ class Trainer:
         if self.step in self.left_out:
             self.step += 1
             return None
-        logged = self.leads and bool(c.log_every) and (self.step + 1) % c.log_every == 0
-        before = self.ratio.weights() if logged else {}
-        numbers = self.compute(self.step, self._rate(self.step))
+        begun = self.ahead or self._begin_step(self.step)
+        self.ahead = self._go_ahead(begun) if begun.under_way else None
+        numbers = begun.numbers()
         loss, norm = numbers["loss"], numbers["grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._nonfinite(loss, norm)
             return None
-        if self.config.on_nonfinite == "skip":
+        if c.on_nonfinite == "skip":
             self.lost = 0
         self.made = self.step
         self.step += 1
@@ -532,9 +560,9 @@ class Trainer:
         for name, spikes in self.spikes.items():
             if spikes.add(numbers[name]):
                 self.on_event("note", {"what": f"step {self.step}: {name} {numbers[name]:.4g} is a spike"})
-        if logged:
+        if begun.ratio:
             numbers |= {
-                "update_ratio": self.ratio.since(before),
+                "update_ratio": begun.ratio(),
                 "loss_spikes": self.spikes["loss"].count,
                 "grad_norm_spikes": self.spikes["grad_norm"].count,
                 "rss_bytes": resident_bytes(),
@@ -542,13 +570,48 @@ class Trainer:
                 "save_stall_seconds": self.stall,
             }
         numbers = {"step": self.step, **numbers}
-        if logged:
+        if begun.ratio:
             self._log(numbers)
         return numbers
+
+    def _begin_step(self, step: int) -> Begun:
+        """Begins the update of a step, and the copies that its row needs."""
+        if not (self.leads and self.config.log_every and (step + 1) % self.config.log_every == 0):
+            return self.begin(step, self._rate(step))
+        before = self.ratio.weights()
+        begun = self.begin(step, self._rate(step))
+        after = self.ratio.weights()
+        return replace(begun, ratio=lambda: self.ratio.between(before(), after()))
+
+    def _go_ahead(self, begun: Begun) -> Begun | None:
+        """Begins the update behind one that is under way, unless something is to be done between the two. It waits for
+        nothing and changes nothing that the one before is looked at by; where that is not finite, it does nothing."""
+        c, step = self.config, begun.step + 1
+        counts = (c.eval_every, c.sample_every, self.every)
+        busy = any(count and step % count == 0 for count in counts) or any(self._asked(self.interrupted()))
+        while step in self.left_out:
+            step += 1
+        if busy or step >= c.max_steps:
+            return None
+        try:
+            return self._begin_step(step)
+        except Interrupted:
+            return None
+        except Exception as e:
+            return Begun(step, False, partial(_raise, e))
+
+    def _drop_ahead(self) -> None:
+        """Waits for the update that was begun behind one that failed, and forgets it."""
+        if self.ahead is not None:
+            with suppress(Error):
+                self.ahead.numbers()
+        self.ahead = None
 
     def _nonfinite(self, loss: float, norm: float) -> None:
         """Keeps the update and says where it fails; then stops, leaves it out, or goes back and leaves it out."""
         c, bad = self.config, self.step
+        if not math.isfinite(norm):
+            self._drop_ahead()
         self.passes.clear()
         what = f"step {bad + 1}: the loss is {loss} and the gradient norm {norm}"
 
@@ -578,6 +641,7 @@ class Trainer:
         self.lost += 1
         left_out = self.left_out | {bad}
         if not skips and newest is not None:
+            self._drop_ahead()
             self._restore(newest)
             self.saved = -1
             if self.leads:
@@ -612,8 +676,8 @@ class Trainer:
             settings=c.lr_scheduler_kwargs,
         )
 
-    def compute(self, step: int, lr: float) -> dict[str, Any]:
-        """Runs the update of a step; its numbers."""
+    def begin(self, step: int, lr: float) -> Begun:
+        """Begins the update of a step: on the CPU, and beside other processes, it is over when this returns."""
         c, began = self.config, time.perf_counter()
         parts = c.gradient_accumulation_steps
         # Batch i is that of process i modulo their number.
@@ -621,31 +685,40 @@ class Trainer:
         batches = [self.batches.ready(i) for i in mine]
         loaded = time.perf_counter()
         update = Update(step, lr, self._counts(batches))
-        losses = []
+        runs: list[AnyRun] = []
         for i, batch in zip(mine, batches, strict=True):
             program, inputs = self.passes.ready(batch, i, update)
-            out = self._shared_pass(program, inputs) if self.sharing else program(**inputs)
-            losses.append({name: float(out[name]) for name in self.passes.losses})
+            runs.append(self._shared_pass(program, inputs) if self.sharing else program.start(**inputs))
         if self.sharing:
-            norm = self._shared_end(update)
+            last: AnyRun = Ended({"grad_norm": np.float32(self._shared_end(update))})
+        elif self.passes.several:
+            program, inputs = self.passes.end(update)
+            last = program.start(**inputs)
         else:
-            if self.passes.several:
-                program, inputs = self.passes.end(update)
-                out = program(**inputs)
-            norm = float(out["grad_norm"])
-        ended = time.perf_counter()
-        self.seconds += ended - began
-        tokens = sum(self.comm.gather(sum(b.sizes.batch * b.sizes.tokens for b in batches)))
-        return {
-            "loss": sum(self._means(losses, update.counts).values()),
-            "learning_rate": lr,
-            "grad_norm": norm,
-            "tokens_per_s": tokens / (ended - began),
-            "seconds": self.seconds,
-            "loader_wait_seconds": loaded - began,
-        }
+            last = runs[-1]
+        took = time.perf_counter() - began
+        rows = sum(b.sizes.batch * b.sizes.tokens for b in batches)
 
-    def _shared_pass(self, program: Compiled, inputs: dict[str, Any]) -> dict[str, Any]:
+        def numbers() -> dict[str, Any]:
+            waited = time.perf_counter()
+            outputs = [run.result() for run in runs]
+            norm = float(last.result()["grad_norm"])
+            spent = took + time.perf_counter() - waited
+            self.seconds += spent
+            losses = [{name: float(out[name]) for name in self.passes.losses} for out in outputs]
+            tokens = sum(self.comm.gather(rows))
+            return {
+                "loss": sum(self._means(losses, update.counts).values()),
+                "learning_rate": lr,
+                "grad_norm": norm,
+                "tokens_per_s": tokens / spent,
+                "seconds": self.seconds,
+                "loader_wait_seconds": loaded - began,
+            }
+
+        return Begun(step, last.under_way, numbers)
+
+    def _shared_pass(self, program: Compiled, inputs: dict[str, Any]) -> Ended:
         """A pass whose gradients are sent to their owners while it goes on; its other outputs."""
         assert self.sharing is not None
         sharing = self.sharing
@@ -659,7 +732,7 @@ class Trainer:
 
         program.tell(tell, **inputs)
         sharing.end_round()
-        return out
+        return Ended(out)
 
     def _shared_end(self, update: Update) -> float:
         """The owners' updates, and everyone's new weights; the norm of the gradient. One that is not finite changes
@@ -724,7 +797,8 @@ class Trainer:
         step, loss = self.measured
         if step == self.step:
             return loss
-        losses, batches = [], []
+        runs: list[AnyRun] = []
+        batches = []
         self._exchange()
         try:
             for i in range(self.comm.rank, self.evaluation.batches_per_pass, self.comm.size):
@@ -733,11 +807,11 @@ class Trainer:
                 batch = self.evaluation.ready(i)
                 make = partial(programs.evaluate, self.model.family, batch.sizes)
                 run = self.model.program(("evaluate", batch.sizes), make)
-                out = run(**self.passes.arrays(batch))
-                losses.append({name: float(out[name]) for name in self.passes.losses})
+                runs.append(run.start(**self.passes.arrays(batch)))
                 batches.append(replace(batch, arrays={}))
         finally:
             self._exchange()
+        losses = [{name: float(run.result()[name]) for name in self.passes.losses} for run in runs]
         counts = self._counts(batches)
         means = self._means(losses, counts)
         loss = sum(means.values())
@@ -824,3 +898,7 @@ class Trainer:
 
     def _stalled(self) -> bool:
         return 0 < self.config.early_stopping_patience <= self.patience_used
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

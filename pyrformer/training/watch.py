@@ -7,13 +7,14 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from pyrformer import programs
 from pyrformer.compile import Array
+from pyrformer.executors import begin_get
 from pyrformer.model import Model
 
 WINDOW, SIGMAS, LEAST = 128, 6.0, 32
@@ -57,15 +58,15 @@ class UpdateRatio:
             if left >= 0:
                 self.names.append(parameter.name)
 
-    def weights(self) -> dict[str, Array]:
-        """The chosen matrices as they are."""
-        return {name: self.model.store.get(name) for name in self.names}
+    def weights(self) -> Callable[[], dict[str, Array]]:
+        """Begins to copy the chosen matrices as they are behind the updates begun so far; call it for the copies."""
+        return begin_get(self.model.store, self.names)
 
-    def since(self, before: dict[str, Array]) -> float:
-        """The ratio for the update made since ``before``; 0 without matrices."""
+    def between(self, before: dict[str, Array], after: dict[str, Array]) -> float:
+        """The ratio for the update that made ``after`` of ``before``; 0 without matrices."""
         ratios = []
-        for name, old in before.items():
-            new, old = self.model.store.get(name).astype(np.float64), old.astype(np.float64)
+        for name, value in before.items():
+            new, old = after[name].astype(np.float64), value.astype(np.float64)
             ratios.append(float(np.linalg.norm(new - old)) / (float(np.linalg.norm(old)) or 1.0))
         return statistics.median(ratios) if ratios else 0.0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pyrformer.errors import DeviceError, NonFiniteError
 from pyrformer.executors import cuda
 from pyrformer.training.failure import replay
 from pyrformer.training.passes import Passes, Update
+from pyrformer.training.trainer import Trainer
 
 LOST = "[cuda] the device failed: cudaErrorIllegalAddress; the last checkpoint is intact, start again from it"
 
@@ -44,14 +47,14 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
 
-    def run(name: str, card: Card | None = None, **options: Any) -> pf.Run:
+    def run(name: str, card: Card | None = None, on_event: Any = None, **options: Any) -> pf.Run:
         monkeypatch.setattr(cuda, "CudaDevice", lambda **_: card)
         config: dict[str, Any] = {
             "files": [str(text)], "out": str(tmp_path / name), "tokenizer": {"kind": "char"}, "max_steps": 8,
             "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}, "batch_size": 2, "seq_len": 8,
             "save_every": 3, "device": "cuda" if card else "cpu",
         }  # fmt: skip
-        return pf.train(pf.TrainConfig(**{**config, **options}))
+        return pf.train(pf.TrainConfig(**{**config, **options}), on_event)
 
     return run
 
@@ -136,3 +139,148 @@ def test_a_lost_device_leaves_the_last_checkpoint(train: Any, tmp_path: Path) ->
     whole, resumed = (pf.load(tmp_path / name).state_dict() for name in ("whole", "lost"))
     for name, value in whole.items():
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+
+
+# ---- One update ahead -----------------------------------------------------------------------------------------------
+
+#: What clocks say, and what was asked for.
+CLOCKS = {
+    "seconds", "tokens_per_s", "loader_wait_seconds", "save_stall_seconds", "rss_bytes", "utilisation", "config",
+}  # fmt: skip
+
+
+def everything(run: Path) -> dict[str, Any]:
+    """All numbers and weights that a run leaves."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in run.rglob("*") if p.is_file() and "tokens" not in p.parts):
+        name = str(path.relative_to(run))
+        if path.suffix == ".safetensors":
+            found[name] = path.read_bytes()
+        elif path.suffix == ".jsonl":
+            rows = map(json.loads, path.read_text().splitlines())
+            found[name] = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+        elif path.name == "trainer_state.json":
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in CLOCKS}
+    return found
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Training that waits for each update before it begins the next one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_go_ahead", lambda _self, _begun: None)
+        yield
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """When updates were begun and waited for."""
+    begin, seen = Trainer.begin, []
+
+    def noted(self: Trainer, step: int, lr: float) -> Any:
+        seen.append(("begin", step + 1))
+        made = begin(self, step, lr)
+
+        def numbers() -> dict[str, Any]:
+            seen.append(("wait", step + 1))
+            return made.numbers()
+
+        return dataclasses.replace(made, numbers=numbers)
+
+    monkeypatch.setattr(Trainer, "begin", noted)
+    return seen
+
+
+def test_the_next_update_is_begun_before_a_loss_is_waited_for(train: Any, begun: list[Any]) -> None:
+    train("gpu", Card(None, 1 << 19), eval_every=4, save_every=6)
+    order = [f"{what} {step}" for what, step in begun]
+    assert order == [
+        "begin 1", "begin 2", "wait 1", "begin 3", "wait 2", "begin 4", "wait 3", "wait 4",
+        "begin 5", "begin 6", "wait 5", "wait 6", "begin 7", "begin 8", "wait 7", "wait 8",
+    ]  # fmt: skip
+    begun.clear()
+    train("cpu")
+    assert begun == [(what, step) for step in range(1, 9) for what in ("begin", "wait")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 3, "ema_decay": 0.9},
+        {"eval_every": 2, "sample_every": 5, "sample_prompts": ["the"], "load_best_model_at_end": True},
+        {"objective": "mlm", "tokenizer": {"preset": "bert-uncased", "vocab_size": 60},
+         "model": {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
+                   "intermediate_size": 16}},
+    ],
+    ids=["plain", "parts", "evaluated", "masked"],
+)  # fmt: skip
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_a_run_one_update_ahead_leaves_what_one_that_waits_leaves(
+    train: Any, tmp_path: Path, options: dict[str, Any], early: bool
+) -> None:
+    options = {"log_every": 1, "save_total_limit": 0, **options}
+    train("ahead", Card(None, 1 << 20, early=early), **options)
+    with waiting():
+        train("waits", Card(None, 1 << 20, early=early), **options)
+    got, want = everything(tmp_path / "ahead"), everything(tmp_path / "waits")
+    assert len([name for name in want if name.endswith("model.safetensors")]) >= 4
+    assert got == want
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("what", ["skip", "rollback", "loss"])
+def test_a_failure_one_update_ahead_leaves_what_one_that_waits_leaves(
+    train: Any, poison: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, parts: int
+) -> None:
+    """Also where only the sum of losses is not finite, so that the update and the one behind it were made."""
+    if what == "loss":
+        means = Trainer._means
+        monkeypatch.setattr(
+            Trainer, "_means", lambda self, *given: {"loss": np.inf if self.step == 4 else means(self, *given)["loss"]}
+        )  # fmt: skip
+    else:
+        poison(4)
+    options = {
+        "gradient_accumulation_steps": parts, "log_every": 1, "save_every": 3, "max_steps": 9,
+        "on_nonfinite": "rollback" if what == "rollback" else "skip",
+    }  # fmt: skip
+    train("ahead", Card(None, 1 << 20), **options)
+    with waiting():
+        train("waits", Card(None, 1 << 20), **options)
+    got, want = everything(tmp_path / "ahead"), everything(tmp_path / "waits")
+    assert [row["step"] for row in got["metrics.jsonl"]] == [1, 2, 3, 4, 6, 7, 8, 9, 9]
+    if what == "loss":  # its weights are those behind the update that had been begun
+        got.pop("failed-step-5/model.safetensors")
+        want.pop("failed-step-5/model.safetensors")
+    assert got == want
+
+
+def test_an_interrupt_ends_a_run_behind_the_update_under_way(train: Any, tmp_path: Path) -> None:
+    def stop(kind: str, numbers: dict[str, Any]) -> None:
+        if kind == "step" and numbers["step"] == 4:
+            raise KeyboardInterrupt
+
+    straight = train("straight", Card(None, 1 << 19), log_every=1, save_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        train("run", Card(None, 1 << 19), stop, log_every=1, save_every=0)
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
+    train("run", Card(None, 1 << 19), log_every=1, save_every=0, resume=True, save_total_limit=1)
+    assert straight.steps == 8
+    assert everything(tmp_path / "run") == everything(tmp_path / "straight")
+
+
+def test_an_update_that_cannot_be_begun_is_told_behind_the_row_of_the_one_before(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = Passes.ready
+
+    def fails(self: Passes, batch: Any, draw: int, update: Update) -> Any:
+        if update.step == 4:
+            raise DeviceError("[cuda] too small")
+        return ready(self, batch, draw, update)
+
+    monkeypatch.setattr(Passes, "ready", fails)
+    with pytest.raises(DeviceError, match="too small"):
+        train("run", Card(None, 1 << 19), log_every=1)
+    assert [row["step"] for row in everything(tmp_path / "run")["metrics.jsonl"]] == [1, 2, 3, 4]

@@ -41,7 +41,7 @@ from pyrformer.errors import Error
 from pyrformer.training import comm
 rank, comm.PATIENCE = comm.launched_rank(), 1.0
 options, fault = json.loads(sys.argv[1]), sys.argv[2]
-compute = trainer.Trainer.compute
+begin = trainer.Trainer.begin
 def faulty(self, step, lr):
     place = pathlib.Path(options["out"], f"pid-{rank}")
     if not place.exists():
@@ -49,8 +49,8 @@ def faulty(self, step, lr):
         place.with_suffix(".part").rename(place)
     if rank == 1 and step == 3 and fault:
         eval(fault)
-    return compute(self, step, lr)
-trainer.Trainer.compute = faulty
+    return begin(self, step, lr)
+trainer.Trainer.begin = faulty
 try:
     pf.train(pf.TrainConfig(**options))
 except Error as e:
