@@ -119,6 +119,48 @@ def test_faults_are_found(part, old, new, blocks, message):
         launch(part, old, new, blocks)
 
 
+HALVES = """extern "C" __global__ void k(const unsigned short* x, unsigned short* y) {
+    __shared__ unsigned short s[64];
+    int t = threadIdx.x, i = blockIdx.x * 63 + t;
+    if (t >= 63) return;
+    s[t] = x[i];  // A
+    y[i] = s[t];  // B
+}"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("", "", ""),
+        ("s[t];  // B", "s[(t + 62) % 63];", "race: read unsynchronised"),
+        ("y[i] = s[t];  // B", "y[i + 1] = s[t];", "write out of bounds|race"),
+        ("y[i] = s[t];  // B", "if (t != 7) y[i] = s[t];", "unwritten"),
+        ("x[i];  // A", "x[i + 1];", "read out of bounds of global memory"),
+        ("y[i] = s[t];  // B", "*(unsigned*)(y + i) = s[t];", "misaligned write"),
+        ("y[i] = s[t];  // B", "*(unsigned*)(y + i / 2 * 2) = s[t];", "race: .* writes the same"),
+        ("y[i] = s[t];  // B", "y[i & ~1] = s[t];", "race"),
+    ],
+)
+def test_neighbours_in_a_word_are_apart(old, new, message):
+    """63 halves a block: words that two blocks share, or two threads, are nobody's race; their halves are."""
+    assert HALVES.count(old) == 1 or not old
+    device = sim.Device(sim.load(nvrtc.ptx(HALVES.replace(old, new), "k", 80)), 1 << 14)
+    x, y = device.array(np.arange(126), np.uint16), device.empty((126,), np.uint16)
+
+    def run():
+        device.launch("k", 2, 64, x, y)
+        device.launch("k", 2, 64, y, x)  # reads what was written
+
+    if message == "unwritten":
+        message = "read of uninitialised global memory"
+    if message:
+        with pytest.raises(sim.Fault, match=message):
+            run()
+        return
+    run()
+    assert device.read(x).tolist() == list(range(126))
+
+
 def test_a_fault_names_the_source_line():
     with pytest.raises(sim.Fault, match=r"at k\.cu:3 \[ld\.global"):
         launch("once", "y[i] = x[i];  // E", "\n y[i] = x[i + 64];")

@@ -238,6 +238,8 @@ SPECIAL = {
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "st.global.v2.f32", "st.shared.v2.u32",
     "ld.global.nc.v2.b32", "st.global.v2.b32", "st.shared.v2.b32",
+    *(f"{load}.{v}{kind}" for load in ("ld.global", "ld.global.nc", "st.global", "ld.shared", "st.shared")
+      for v in ("", "v2.", "v4.") for kind in ("b16", "u16")),
 }  # fmt: skip
 
 
@@ -309,6 +311,41 @@ def test_pairs():
     st.global.u32 [%rd1+4], %r1;
     """
     assert run(body, 1, [np.arange(4, dtype=np.uint32)], ((2,), np.uint32)).tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("kind", ["b16", "u16"])
+@pytest.mark.parametrize("load", ["ld.global", "ld.global.nc"])
+def test_halves_of_words(load, kind):
+    """Of global and shared memory, one at a time and four; a word is read as its halves were written."""
+    body = f"""
+    {load}.{kind} %rs1, [%rd0+2];
+    {load}.v4.{kind} {{%rs2, %rs3, %rs4, %rs5}}, [%rd0+8];
+    st.shared.{kind} [buffer+2], %rs1;
+    st.shared.{kind} [buffer], %rs5;
+    ld.shared.{kind} %rs6, [buffer+2];
+    ld.shared.b32 %r1, [buffer];
+    st.global.b32 [%rd1], %r1;
+    st.global.v2.{kind} [%rd1+4], {{%rs6, %rs2}};
+    st.global.{kind} [%rd1+10], %rs3;
+    st.global.{kind} [%rd1+8], %rs4;
+    """
+    given = np.array([10, 65535, 12, 13, 14, 15, 16, 17], np.uint16)
+    got = run(body, 1, [given], ((6,), np.uint16), ".shared .align 8 .b8 buffer[8];")
+    assert got.tolist() == [17, 65535, 65535, 14, 16, 15]
+
+
+def test_halves_in_wider_registers():
+    body = """
+    ld.global.u16 %r1, [%rd0];
+    ld.global.s16 %r2, [%rd0];
+    ld.global.s16 %r3, [%rd0+2];
+    st.global.v2.b32 [%rd1], {%r1, %r2};
+    st.global.b32 [%rd1+8], %r3;
+    st.global.u16 [%rd1+12], %r2;
+    st.global.u16 [%rd1+14], %r3;
+    """
+    got = run(body, 1, [np.array([65535, 3], np.uint16)], ((4,), np.uint32))
+    assert got.tolist() == [65535, 2**32 - 1, 3, 65535 | 3 << 16]
 
 
 @pytest.mark.parametrize("kind", ["u32", "b32"])

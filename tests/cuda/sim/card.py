@@ -19,7 +19,7 @@ import numpy as np
 
 from . import machine, twins
 from .machine import GLOBAL_BASE
-from .memory import POISON, WORD, Fault
+from .memory import HALF, POISON, WORD, Fault
 
 Work = Callable[[], None]
 
@@ -98,7 +98,7 @@ class Card:
     def _free(self, address: int, words: int) -> None:
         at = (address - GLOBAL_BASE) // WORD
         m = self.device.memory
-        m.allocated[at : at + words] = m.written[at : at + words] = False
+        m.allocated[2 * at : 2 * (at + words)] = m.written[2 * at : 2 * (at + words)] = False
         m.data[at : at + words] = POISON
 
     def free_bytes(self) -> int:
@@ -136,9 +136,8 @@ class Card:
 
     def view(self, address: int, size: int, *, write: bool = False) -> np.ndarray:
         """Bytes of device memory, all of them allocated and, to be read, written."""
-        return twins.matrix(self.device.memory, address, 1, size // WORD, 0, np.uint32, write=write)[0].view(
-            np.uint8
-        )
+        halves = twins.matrix(self.device.memory, address, 1, size // HALF, 0, np.uint16, write=write)
+        return halves[0].view(np.uint8)
 
     def upload(self, stream: Stream, to: int, host: np.ndarray) -> None:
         """Host to device."""
@@ -236,7 +235,9 @@ class Card:
         m = self.device.memory
         if (m.written != written).any():
             at = int(np.flatnonzero(m.written != written)[0])
-            raise Fault(f"{kernel} and its twin write other words, the first at {GLOBAL_BASE + at * WORD:#x}")
+            raise Fault(
+                f"{kernel} and its twin write other memory, the first at {GLOBAL_BASE + at * HALF:#x}"
+            )
         apart = np.flatnonzero(m.data != data)
         got, want = m.data[apart].view(np.float32), data[apart].view(np.float32)
         with np.errstate(invalid="ignore"):

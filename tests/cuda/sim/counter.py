@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from .memory import WORD, Memory
+from .memory import HALF, WORD, Memory
 from .ptx import Instruction
 
 SECTOR, BANKS = 32, 32
@@ -19,25 +19,25 @@ class Counter:
     memory, both summed over the requests of warps; ``flops``: float32 operations, a multiply-add as two."""
 
     def __init__(self, memory: Memory) -> None:
-        self.touched = np.zeros(len(memory.data), bool)
+        self.touched = np.zeros(2 * len(memory.data), bool)
         self.sectors = self.passes = self.flops = 0
 
     @property
     def unique(self) -> int:
         """Distinct bytes of global memory."""
-        return int(self.touched.sum()) * WORD
+        return int(self.touched.sum()) * HALF
 
-    def access(self, memory: Memory, address: np.ndarray, words: int, warps: np.ndarray) -> None:
-        """One instruction of some threads, `words` words each."""
-        at = ((address - memory.base) // WORD)[:, None] + np.arange(words)
+    def access(self, memory: Memory, address: np.ndarray, size: int, warps: np.ndarray) -> None:
+        """One instruction of some threads, `size` bytes each."""
+        at = ((address - memory.base) // HALF)[:, None] + np.arange(size // HALF)
         warps = np.broadcast_to(warps[:, None], at.shape)
         if memory.name == "global":
             self.touched[at] = True
-            per = SECTOR // WORD
+            per = SECTOR // HALF
             self.sectors += len(np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1) // per))
             return
         # Threads that want the same word are served together; a bank gives one word a pass.
-        pairs = np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1))
+        pairs = np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1) // (WORD // HALF))
         slots, counts = np.unique(pairs >> 40, return_inverse=True)
         table = np.zeros((len(slots), BANKS), np.int64)
         np.add.at(table, (counts.reshape(-1), pairs % BANKS), 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import ops, tensor
 from .counter import Counter
-from .memory import BARRIER_SHIFT, BLOCK_SHIFT, THREAD_SHIFT, WORD, Fault, Memory
+from .memory import BARRIER_SHIFT, BLOCK_SHIFT, HALF, THREAD_SHIFT, WORD, Fault, Memory
 from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, constant, parse, registers_of
 
 WARP = 32
@@ -42,6 +42,8 @@ class Program:
         self.constants = writer.constants
         self.places = writer.places
         self.name = writer.name
+        #: Bytes of the cells of memory that its accesses are made of.
+        self.cell = HALF if writer.halves else WORD
 
 
 class Machine:
@@ -92,10 +94,10 @@ class Machine:
             spans.append((at, size))
             end = at + size + REDZONE
         self.window = -(-end // REDZONE) * REDZONE
-        memory = Memory("shared", blocks * self.window // WORD, 0)
+        memory = Memory("shared", blocks * self.window // WORD, 0, self.program.cell)
         per_block = memory.allocated.reshape(blocks, -1)
         for at, size in spans:
-            per_block[:, at // WORD : (at + size) // WORD] = True
+            per_block[:, at // HALF : (at + size) // HALF] = True
         return memory
 
     def _registers(self) -> dict[str, Any]:
@@ -119,31 +121,31 @@ class Machine:
             return np.where((address >= 0) & (address < self.window), address, 0) + lanes * self.window
         return address
 
-    def load(self, space: str, address: np.ndarray, i: Any, words: int, place: int) -> np.ndarray:
-        """`words` words for each thread of `i`."""
+    def load(self, space: str, address: np.ndarray, i: Any, size: int, place: int, kind: Any) -> np.ndarray:
+        """`size` bytes for each thread of `i`, as numbers of a kind: uint16 or uint32."""
         stamps = self.stamps[i]
         if not stamps.size:
-            return np.zeros((0, words), np.uint32)
+            return np.zeros((0, size // np.dtype(kind).itemsize), kind)
         at = self._address(space, address, i)
         if self.counter:
-            self.counter.access(self.memories[space], at, words, self.warp_of[i])
+            self.counter.access(self.memories[space], at, size, self.warp_of[i])
         try:
-            return self.memories[space].load(at, stamps, words, words * WORD)
+            return self.memories[space].load(at, stamps, size, size).view(kind)
         except Fault as fault:
             raise self._located(fault, i, place) from None
 
-    def store(self, space: str, address: np.ndarray, i: Any, values: list, words: int, place: int) -> None:
-        """Values of `words` words each from each thread of `i`."""
+    def store(self, space: str, address: np.ndarray, i: Any, values: list, place: int) -> None:
+        """Values from each thread of `i`."""
         stamps = self.stamps[i]
         if not stamps.size:
             return
         columns = [np.broadcast_to(v, stamps.shape) for v in values]
-        data = np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint32)
-        at = self._address(space, address, i)
+        data = np.ascontiguousarray(np.stack(columns, axis=1))
+        size, at = data.shape[1] * data.itemsize, self._address(space, address, i)
         if self.counter:
-            self.counter.access(self.memories[space], at, data.shape[1], self.warp_of[i])
+            self.counter.access(self.memories[space], at, size, self.warp_of[i])
         try:
-            self.memories[space].store(at, stamps, data, data.shape[1] * WORD)
+            self.memories[space].store(at, stamps, data, size)
         except Fault as fault:
             raise self._located(fault, i, place) from None
 
@@ -270,9 +272,9 @@ class Machine:
         base, _, offset = end.args[1][1:-1].partition("+")
         at = self._address("shared", self._value(base, i, "u32").astype(np.int64) + int(offset or 0), i)
         if self.counter:
-            self.counter.access(self.memories["shared"], at, 4, self.warp_of[i])
+            self.counter.access(self.memories["shared"], at, 16, self.warp_of[i])
         try:
-            rows = self.memories["shared"].load(at, self.stamps[i], 4, 16)
+            rows = self.memories["shared"].load(at, self.stamps[i], 16, 16).view(np.uint32)
         except Fault as fault:
             lane = i[fault.args[1] if len(fault.args) > 1 else 0]
             raise Fault(f"{fault.args[0]}; by {self._who(lane)} at {end.where} [{end.opcode}]") from None
@@ -359,13 +361,14 @@ class Device:
         return [self._own(at + r * stride * np.dtype(dtype).itemsize, (cols,), dtype) for r in range(rows)]
 
     def _span(self, buffer: Buffer) -> slice:
-        first = (buffer.address - GLOBAL_BASE) // WORD
-        return slice(first, first + int(np.prod(buffer.shape)) * buffer.dtype.itemsize // WORD)
+        """Its halves of words."""
+        first = (buffer.address - GLOBAL_BASE) // HALF
+        return slice(first, first + int(np.prod(buffer.shape)) * buffer.dtype.itemsize // HALF)
 
     def write(self, buffer: Buffer, values: Any) -> None:
         """Copies `values` to the device."""
         values = np.ascontiguousarray(values, buffer.dtype)
-        self.memory.data[self._span(buffer)] = values.reshape(-1).view(np.uint32)
+        self.memory.data.view(np.uint16)[self._span(buffer)] = values.reshape(-1).view(np.uint16)
         self.memory.written[self._span(buffer)] = True
 
     def array(self, values: Any, dtype: Any = np.float32, skew: int = 0) -> Buffer:
@@ -376,7 +379,8 @@ class Device:
 
     def read(self, buffer: Buffer) -> np.ndarray:
         """A copy of a buffer; unwritten parts are NaN."""
-        return self.memory.data[self._span(buffer)].view(buffer.dtype).reshape(buffer.shape).copy()
+        halves = self.memory.data.view(np.uint16)[self._span(buffer)].copy()
+        return halves.view(buffer.dtype).reshape(buffer.shape)
 
     def launch(self, kernel: str, grid: Any, block: Any, *args: Any) -> None:
         """Runs a kernel. Arguments: buffers, None for a null pointer, NumPy scalars of the parameter's width."""
@@ -387,7 +391,7 @@ class Device:
             raise TypeError(f"{kernel} takes {len(program.kernel.params)} arguments, got {len(args)}")
         for n, ((name, kind), value) in enumerate(zip(program.kernel.params, args, strict=True)):
             params[name] = _param(f"{kernel}, argument {n}", kind, value)
-        self.memory.forget()
+        self.memory.forget(program.cell)
         count = grid[0] * grid[1] * grid[2]
         per = max(1, THREADS_AT_ONCE // (block[0] * block[1] * block[2]))
         with np.errstate(all="ignore"):

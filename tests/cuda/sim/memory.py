@@ -1,6 +1,7 @@
-"""Memory that knows who touched each word: bounds, initialisation, races.
+"""Memory that knows who touched each cell: bounds, initialisation, races.
 
-A word is four bytes. Each keeps the stamp of its last writer and of two readers. A stamp is one integer:
+A cell is a word of four bytes, or half of one in launches of kernels that access halves. Each keeps the stamp of its last
+writer and of two readers. A stamp is one integer:
 
     bits 46 ..: block   36 .. 45: thread in block   16 .. 35: block barriers passed   0 .. 15: warp barriers passed
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-WORD = 4
+WORD, HALF = 4, 2
 BARRIER_SHIFT = 16
 THREAD_SHIFT = 36
 WARP_SHIFT = THREAD_SHIFT + 5
@@ -44,27 +45,39 @@ def who(stamp: int) -> str:
     return f"block {stamp >> BLOCK_SHIFT} thread {stamp >> THREAD_SHIFT & 1023}"
 
 
+def flags(of_halves: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """Flags of halves, seen as one number for each `size` bytes, and that number where all are set."""
+    return (of_halves.view(np.uint16), 0x0101) if size == WORD else (of_halves.view(np.uint8), 1)
+
+
 class Memory:
     """One address space of `words` words, none of them allocated yet. Addresses start at `base`."""
 
-    def __init__(self, name: str, words: int, base: int) -> None:
+    def __init__(self, name: str, words: int, base: int, cell: int = WORD) -> None:
         self.name = name
         self.base = base
         self.data = np.full(words, POISON, np.uint32)
-        self.allocated = np.zeros(words, bool)
-        self.written = np.zeros(words, bool)
-        self.writer = np.empty(words, np.int64)
-        self.reader = np.empty(words, np.int64)
-        self.other_reader = np.empty(words, np.int64)
-        self.forget()
+        #: Of each half of a word.
+        self.allocated = np.zeros(2 * words, bool)
+        self.written = np.zeros(2 * words, bool)
+        self.writer = self.reader = self.other_reader = np.empty(0, np.int64)
+        self.forget(cell)
 
-    def forget(self) -> None:
-        """Orders all that happened before all that follows, as a launch does."""
+    def forget(self, cell: int = WORD) -> None:
+        """Orders all that happened before all that follows, as a launch does; its cells have so many bytes."""
+        self.cell = cell
+        self.cells = self.data if cell == WORD else self.data.view(np.uint16)
+        self._allocated, self.all_set = flags(self.allocated, cell)
+        self._written, _ = flags(self.written, cell)
+        if len(self.writer) != len(self.cells):
+            self.writer, self.reader, self.other_reader = (
+                np.empty(len(self.cells), np.int64) for _ in range(3)
+            )
         for record in (self.writer, self.reader, self.other_reader):
             record.fill(-1)
 
-    def _words(self, address: np.ndarray, count: int, align: int, what: str) -> np.ndarray:
-        """Word numbers [lanes, count] of an access, checked."""
+    def _words(self, address: np.ndarray, size: int, align: int, what: str) -> np.ndarray:
+        """Cell numbers [lanes, size / cell] of an access of `size` bytes, checked."""
         offset = address.astype(np.int64) - self.base
         crooked = np.flatnonzero((offset + self.base) % align)
         if crooked.size:
@@ -72,9 +85,9 @@ class Memory:
             raise Fault(
                 f"misaligned {what} of {self.name} memory at {at:#x}, no multiple of {align}", crooked[0]
             )
-        words = (offset // WORD)[:, None] + np.arange(count)
-        outside = (words < 0) | (words >= len(self.data))
-        outside[~outside] = ~self.allocated[words[~outside]]
+        words = (offset // self.cell)[:, None] + np.arange(size // self.cell)
+        outside = (words < 0) | (words >= len(self.cells))
+        outside[~outside] = self._allocated[words[~outside]] != self.all_set
         if outside.any():
             lane = int(np.flatnonzero(outside.any(axis=1))[0])
             raise Fault(f"{what} out of bounds of {self.name} memory at {int(address[lane]):#x}", lane)
@@ -86,19 +99,19 @@ class Memory:
         if found.any():
             lane, part = (int(x[0]) for x in np.nonzero(found))
             by = who(int(earlier[lane, part]))
-            place = int(words[lane, part]) * WORD
+            place = int(words[lane, part]) * self.cell
             raise Fault(f"race: {what} unsynchronised with {by} at byte {place} of {self.name} memory", lane)
 
-    def load(self, address: np.ndarray, stamps: np.ndarray, count: int, align: int) -> np.ndarray:
-        """`count` words from each lane's address: uint32 [lanes, count]."""
-        words, stamps = self._words(address, count, align, "read"), stamps[:, None]
-        fresh = ~self.written[words]
+    def load(self, address: np.ndarray, stamps: np.ndarray, size: int, align: int) -> np.ndarray:
+        """`size` bytes from each lane's address, as cells [lanes, size / cell]."""
+        words, stamps = self._words(address, size, align, "read"), stamps[:, None]
+        fresh = self._written[words] != self.all_set
         if fresh.any():
             lane = int(np.flatnonzero(fresh.any(axis=1))[0])
             raise Fault(f"read of uninitialised {self.name} memory at {int(address[lane]):#x}", lane)
         self._clash(self.writer, words, stamps, "read")
         self._note_readers(words, stamps)
-        return self.data[words]
+        return self.cells[words]
 
     def _note_readers(self, words: np.ndarray, stamps: np.ndarray) -> None:
         """Keeps two readers a word, of different warps where there are such."""
@@ -116,8 +129,9 @@ class Memory:
             self.other_reader[words[other]] = stamps[other]
 
     def store(self, address: np.ndarray, stamps: np.ndarray, values: np.ndarray, align: int) -> None:
-        """Writes uint32 [lanes, count] to each lane's address."""
-        words, stamps = self._words(address, values.shape[1], align, "write"), stamps[:, None]
+        """Writes the bytes of values [lanes, ..] to each lane's address."""
+        values = values.view(self.cells.dtype)
+        words, stamps = self._words(address, values.shape[1] * self.cell, align, "write"), stamps[:, None]
         self._clash(self.writer, words, stamps, "write after a write")
         self._clash(self.reader, words, stamps, "write after a read")
         self._clash(self.other_reader, words, stamps, "write after a read")
@@ -131,5 +145,5 @@ class Memory:
             )
         self.reader[words] = -1
         self.other_reader[words] = -1
-        self.data[words] = values
-        self.written[words] = True
+        self.cells[words] = values
+        self._written[words] = self.all_set

@@ -333,28 +333,39 @@ def _address(w: Writer, text: str) -> str:
     return f"machine.shared_at[{base!r}].astype(int64) + {int(offset or 0)}"
 
 
-_MEMORY = r"\.(global|shared)(?:\.nc)?(\.v[24])?\.([bufs])(32|64)"
+_MEMORY = r"\.(global|shared)(?:\.nc)?(\.v[24])?\.([bufs])(16|32|64)"
 
 
 @rule("ld" + _MEMORY)
 def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
-    registers, words = registers_of(d), int(m[4]) // 32
+    registers, bits = registers_of(d), int(m[4])
+    w.halves |= bits == 16
+    kind, size = "uint16" if bits == 16 else "uint32", bits // 8 * len(registers)
     w.lines.append(
-        f"  t = machine.load({m[1]!r}, {_address(w, a)}, {w.i}, {words * len(registers)}, {len(w.places) - 1})"
+        f"  t = machine.load({m[1]!r}, {_address(w, a)}, {w.i}, {size}, {len(w.places) - 1}, {kind})"
     )
     for n, register in enumerate(registers):
-        if words == 1:
-            w.set(register, "u32", f"t[:, {n}]")
+        if bits == 16 and w.storage(register).endswith(
+            "32"
+        ):  # a wider register: filled by the sign, or by zeros
+            w.set(register, "u32", f"t[:, {n}]{'.view(int16)' * (m[3] == 's')}.astype(int32).view(uint32)")
+        elif bits < 64:
+            w.set(register, f"u{bits}", f"t[:, {n}]")
         else:
             w.set(register, "u64", f"t[:, {2 * n}] | t[:, {2 * n + 1}].astype(uint64) << uint64(32)")
 
 
 @rule("st" + _MEMORY)
 def _(w: Writer, m: re.Match[str], a: str, s: str) -> None:
-    registers, words = registers_of(s), int(m[4]) // 32
-    values = [w.get(r, "f32" if r.startswith("0f") else f"u{m[4]}") for r in registers]
+    registers = registers_of(s)
+    w.halves |= m[4] == "16"
+    narrow = [m[4] == "16" and r.startswith("%") and w.storage(r).endswith("32") for r in registers]
+    values = [
+        f"{w.get(r, 'u32')}.astype(uint16)" if low else w.get(r, "f32" if r.startswith("0f") else f"u{m[4]}")
+        for r, low in zip(registers, narrow, strict=True)
+    ]
     w.lines.append(
-        f"  machine.store({m[1]!r}, {_address(w, a)}, {w.i}, [{', '.join(values)}], {words}, {len(w.places) - 1})"
+        f"  machine.store({m[1]!r}, {_address(w, a)}, {w.i}, [{', '.join(values)}], {len(w.places) - 1})"
     )
 
 

@@ -148,6 +148,7 @@ class Writer:
         self.places: list[str] = []
         self.i = "i"
         self.flushed = _flushed(kernel)
+        self.halves = False  # whether an access of memory is of 16 bits
         self.kept: set[str] = set()  # registers whose flushed value is at hand in this block
 
     def storage(self, register: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .machine import GLOBAL_BASE
-from .memory import WORD, Fault, Memory
+from .memory import Fault, Memory, flags
 
 f32, i32 = np.float32, np.int32
 #: Between a kernel and its twin: |got - want| ≤ TOLERANCE · (1 + |want|). Sums of some hundred float32 terms in another
@@ -28,21 +28,23 @@ def matrix(
     m: Memory, address: int, rows: int, cols: int, ld: int, dtype: Any = f32, *, write: bool = False
 ) -> np.ndarray:
     """Rows of device memory as an array; all allocated and, to be read, written before."""
-    at = (int(address) - GLOBAL_BASE) // WORD
-    if address % WORD or at < 0 or at + (rows - 1) * ld + cols > len(m.data):
+    item = np.dtype(dtype).itemsize
+    at, data = (int(address) - GLOBAL_BASE) // item, m.data.view(dtype)
+    if address % item or at < 0 or at + (rows - 1) * ld + cols > len(data):
         raise Fault(f"no memory at {int(address):#x}")
 
     def cut(x: np.ndarray) -> np.ndarray:
         size = x.itemsize
         return np.lib.stride_tricks.as_strided(x[at:], (rows, cols), (ld * size, size))
 
-    if not cut(m.allocated).all():
+    (allocated, all_set), (written, _) = flags(m.allocated, item), flags(m.written, item)
+    if not (cut(allocated) == all_set).all():
         raise Fault(f"access out of bounds of global memory in {rows} x {cols} at {int(address):#x}")
     if write:
-        cut(m.written)[:] = True
-    elif not cut(m.written).all():
+        cut(written)[:] = all_set
+    elif not (cut(written) == all_set).all():
         raise Fault(f"read of uninitialised global memory in {rows} x {cols} at {int(address):#x}")
-    return cut(m.data.view(dtype))
+    return cut(data)
 
 
 def round_bf16(x: np.ndarray) -> np.ndarray:
