@@ -132,7 +132,7 @@ HALVES = """extern "C" __global__ void k(const unsigned short* x, unsigned short
     ("old", "new", "message"),
     [
         ("", "", ""),
-        ("s[t];  // B", "s[(t + 62) % 63];", "race: read unsynchronised"),
+        ("s[t];  // B", "s[62 - t];", "race: read unsynchronised"),
         ("y[i] = s[t];  // B", "y[i + 1] = s[t];", "write out of bounds|race"),
         ("y[i] = s[t];  // B", "if (t != 7) y[i] = s[t];", "unwritten"),
         ("x[i];  // A", "x[i + 1];", "read out of bounds of global memory"),

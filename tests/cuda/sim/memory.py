@@ -1,7 +1,7 @@
 """Memory that knows who touched each cell: bounds, initialisation, races.
 
-A cell is a word of four bytes, or half of one in launches of kernels that access halves. Each keeps the stamp of its last
-writer and of two readers. A stamp is one integer:
+A cell is a word of four bytes, or half of one in launches of kernels that access halves. Each keeps the stamp of its
+last writer and of two readers. A stamp is one integer:
 
     bits 46 ..: block   36 .. 45: thread in block   16 .. 35: block barriers passed   0 .. 15: warp barriers passed
 
