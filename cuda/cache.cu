@@ -4,8 +4,10 @@
 // width (at most 256), C = K * D.
 // Launch:
 //   cache_write_forward_f32         block = 256, grid = ceil(B * T * ceil(C / 4) / 256): a thread has four columns.
-//   cached_attention_forward_f32    block = 128, grid = (T, H, B): a block has one query of one head.
-// Shared memory: static, 4.1 KB in cached_attention_forward_f32.
+//   cached_attention_forward_f32    block = 128, grid = (N * T, H, B): a block has a span of the positions of one query of
+//                                   one head; with N = 1, all of them.
+//   cached_attention_join_forward_f32   block = 128, grid = (T, H, B), where N > 1: a block has one query of one head.
+// Shared memory: static, 4.1 KB in cached_attention_forward_f32, 0.3 KB in cached_attention_join_forward_f32.
 //
 // Rows and positions are checked by whoever uploads them. Those that are out of range all the same are left out.
 
@@ -13,6 +15,7 @@
 #define WARPS 4
 #define MAX_WIDTH 256
 #define PARTS (MAX_WIDTH / (4 * WARP))
+#define MAX_SPANS 64
 
 // cache[row[b], start[b] + t] = source[b, t] for t < count[b]. source [B, T, C] with source_ld elements from token to
 // token, row, start, count [B], cache [R, S, C] contiguous.
@@ -50,19 +53,31 @@ __device__ __forceinline__ Rescale join(float largest, float score) {
 // scores.
 //
 // Each warp takes every fourth position and keeps a running softmax; the four are joined in order.
+//
+// Where the positions are cut into N spans of `span`, out is null. A block then writes what it summed with its own maximum,
+// sums [B, T, H, N, D], and that maximum with its denominator, bounds [B, T, H, N, 2], for the launch that joins them. A span
+// without positions writes bounds only, whose denominator is 0. Spans begin at multiples of `span`, so that the order of
+// additions depends on the cache's size alone.
 extern "C" __global__ void __launch_bounds__(WARPS * WARP)
 cached_attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
                              const int* __restrict__ rows, const int* __restrict__ start, const int* __restrict__ count,
-                             const float* __restrict__ key_bias, float* __restrict__ out, int tokens, int heads, int kv_heads, int width, int q_ld, int out_ld,
-                             int cache_rows, int slots, int window, float scale) {
-    __shared__ __align__(16) float sums[WARPS][MAX_WIDTH];
+                             const float* __restrict__ key_bias, float* __restrict__ out, float* __restrict__ sums,
+                             float* __restrict__ bounds, int tokens, int heads, int kv_heads, int width, int q_ld,
+                             int out_ld, int cache_rows, int slots, int window, float scale, int spans, int span) {
+    __shared__ __align__(16) float warp_sums[WARPS][MAX_WIDTH];
     __shared__ float largests[WARPS], denominators[WARPS];
-    int t = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
+    int t = blockIdx.x % tokens, part_of = blockIdx.x / tokens, head = blockIdx.y, b = blockIdx.z;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int cols = kv_heads * width, col = head / (heads / kv_heads) * width;
     long long token = (long long)b * tokens + t;
+    long long place = (token * heads + head) * spans + part_of;
+    int end = t < count[b] ? min(start[b] + t + 1, slots) : 0;
+    int first = max(max(0, end - window), part_of * span), last = min(end, (part_of + 1) * span);
+    if (!out && first >= last) {
+        if (threadIdx.x < 2) bounds[2 * place + threadIdx.x] = threadIdx.x == 0 ? -INFINITY : 0.f;
+        return;
+    }
     q += token * q_ld + (long long)head * width;
-    out += token * out_ld + (long long)head * width;
 
     float4 query[PARTS], sum[PARTS];
     float largest = -INFINITY, denominator = 0.f;
@@ -72,8 +87,7 @@ cached_attention_forward_f32(const float* __restrict__ q, const float* __restric
         query[part] = load4(q + c, width - c);
         sum[part] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
-    int end = t < count[b] ? min(start[b] + t + 1, slots) : 0;
-    for (int p = max(0, end - window) + warp; p < end; p += WARPS) {
+    for (int p = first + warp; p < last; p += WARPS) {
         int row = rows[(long long)b * slots + p];
         if (row < 0 || row >= cache_rows) continue;
         long long at = ((long long)row * slots + p) * cols + col;
@@ -98,7 +112,7 @@ cached_attention_forward_f32(const float* __restrict__ q, const float* __restric
     }
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
-        *reinterpret_cast<float4*>(&sums[warp][4 * (part * WARP + lane)]) = sum[part];
+        *reinterpret_cast<float4*>(&warp_sums[warp][4 * (part * WARP + lane)]) = sum[part];
     }
     if (lane == 0) {
         largests[warp] = largest;
@@ -116,11 +130,45 @@ cached_attention_forward_f32(const float* __restrict__ q, const float* __restric
         factors[w] = expf(largests[w] - shift);
         total += denominators[w] * factors[w];
     }
-    float inverse = total == 0.f ? 0.f : 1.f / total;
+    float* to = out ? out + token * out_ld + (long long)head * width : sums + place * width;
+    float factor = !out ? 1.f : total == 0.f ? 0.f : 1.f / total;
     for (int c = threadIdx.x; c < width; c += WARPS * WARP) {
         float value = 0.f;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) value += sums[w][c] * factors[w];
+        for (int w = 0; w < WARPS; ++w) value += warp_sums[w][c] * factors[w];
+        to[c] = value * factor;
+    }
+    if (!out && threadIdx.x == 0) {
+        bounds[2 * place] = above;
+        bounds[2 * place + 1] = total;
+    }
+}
+
+// out [B, T, H * D] of what N spans wrote: sums [B, T, H, N, D] and bounds [B, T, H, N, 2], added in their order; N is at most
+// 64. Spans whose denominator is 0 have nothing in sums.
+extern "C" __global__ void __launch_bounds__(WARPS * WARP)
+cached_attention_join_forward_f32(const float* __restrict__ sums, const float* __restrict__ bounds, float* __restrict__ out,
+                                  int tokens, int heads, int width, int out_ld, int spans) {
+    __shared__ float factors[MAX_SPANS];
+    int t = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
+    long long token = (long long)b * tokens + t, place = (token * heads + head) * spans;
+    sums += place * width;
+    bounds += 2 * place;
+    float above = -INFINITY;
+    for (int s = 0; s < spans; ++s) above = fmaxf(above, bounds[2 * s]);
+    float shift = above == -INFINITY ? 0.f : above;
+    if (threadIdx.x < spans) factors[threadIdx.x] = expf(bounds[2 * threadIdx.x] - shift);
+    __syncthreads();
+
+    float total = 0.f;
+    for (int s = 0; s < spans; ++s) total += bounds[2 * s + 1] * factors[s];
+    float inverse = total == 0.f ? 0.f : 1.f / total;
+    out += token * out_ld + (long long)head * width;
+    for (int c = threadIdx.x; c < width; c += WARPS * WARP) {
+        float value = 0.f;
+        for (int s = 0; s < spans; ++s) {
+            if (bounds[2 * s + 1] != 0.f) value += sums[s * width + c] * factors[s];
+        }
         out[c] = value * inverse;
     }
 }

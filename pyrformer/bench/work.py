@@ -466,14 +466,27 @@ def cache_write_forward(
 
 @_rule
 def cached_attention_forward(
-    grid: Any, q: Any, k: Any, v: Any, rows: Any, start: Any, count: Any, key_bias: Any, out: Any, t: int, h: int,
-    kv: int, d: int, q_ld: int, out_ld: int, cache_rows: int, slots: int, window: int, *_: Any,
+    grid: Any, q: Any, k: Any, v: Any, rows: Any, start: Any, count: Any, key_bias: Any, out: Any, sums: Any,
+    bounds: Any, t: int, h: int, kv: int, d: int, q_ld: int, out_ld: int, cache_rows: int, slots: int, window: int,
+    scale: Any, spans: int, span: int,
 ) -> Work:  # fmt: skip
     # At most: every slot of the cache is filled.
-    b, seen = grid[2], min(slots, window)
-    unique = WORD * (2 * b * t * h * d + 2 * b * seen * kv * d + b * seen)
-    sectors = 2 * _sectors(b * t * h * seen, d) + 2 * _sectors(b * t * h, d)
-    return Work(unique, sectors, 4 * b * t * h * seen * d)
+    b, seen, queries = grid[2], min(slots, window), grid[2] * t * h
+    unique = WORD * (queries * (d + spans * (d + 2 * (spans > 1))) + b * seen * (2 * kv * d + 1) + 2 * b)
+    sectors = 2 * _sectors(queries * seen, d) + (1 + spans) * _sectors(queries, d)
+    # A warp has a position, and room for the widest head whatever the width.
+    return Work(unique, sectors, 32 * 76 * queries * seen)
+
+
+@_rule
+def cached_attention_join_forward(
+    grid: Any, sums: Any, bounds: Any, out: Any, t: int, h: int, d: int, out_ld: int, spans: int
+) -> Work:
+    rows = grid[2] * t * h
+    unique = WORD * rows * (spans * (d + 2) + d)
+    # Each of four warps reads all bounds twice, and again for each row of columns.
+    edges = rows * (spans * (8 + _ceil(d, 32)) + 1)
+    return Work(unique, (1 + spans) * _sectors(rows, d) + edges, rows * spans * (3 * 128 + 2 * d))
 
 
 # ---- Relative attention ---------------------------------------------------------------------------------------------

@@ -32,24 +32,39 @@ def test_cache_write_leaves_out_what_lies_outside(device, rng):
 
 
 @LAYOUTS
+@pytest.mark.parametrize("span", [None, 3, 5], ids=["whole", "3", "5"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "window"),
     [(1, 1, 1, None), (2, 1, 20, None), (4, 2, 64, 3), (3, 3, 37, None), (1, 1, 256, 5)],
 )
-def test_cached_attention(device, rng, close, heads, kv_heads, width, window, layout):
+def test_cached_attention(device, rng, close, heads, kv_heads, width, window, span, layout):
     q = rng.normal(size=(3, 2, heads, width)).astype(np.float32)
     k, v = (rng.normal(size=(4, 13, kv_heads, width)).astype(np.float32) for _ in range(2))
     rows = rng.integers(4, size=(3, 13))
     start, count = np.array([0, 11, 5]), np.array([2, 2, 1])
     scale = width**-0.5
-    got = run.cached_attention(device, q, k, v, rows, start, count, scale, window, layout)
+    got = run.cached_attention(device, q, k, v, rows, start, count, scale, window, layout, span=span)
     close(got, reference.cached_attention(q, k, v, rows, start, count, scale, window))
 
 
-def test_cached_attention_with_a_bias_on_keys(device, rng, close):
+@pytest.mark.parametrize("span", [None, 2], ids=["whole", "2"])
+def test_cached_attention_with_a_bias_on_keys(device, rng, close, span):
     q = rng.normal(size=(2, 3, 4, 8)).astype(np.float32)
     k, v = (rng.normal(size=(3, 9, 2, 8)).astype(np.float32) for _ in range(2))
     bias = rng.normal(size=(4, 9)).astype(np.float32)
     place = rng.integers(3, size=(2, 9)), np.array([0, 5]), np.array([3, 2])
-    got = run.cached_attention(device, q, k, v, *place, 0.3, 4, key_bias=bias)
+    got = run.cached_attention(device, q, k, v, *place, 0.3, 4, key_bias=bias, span=span)
     close(got, reference.cached_attention(q, k, v, *place, 0.3, 4, bias))
+
+
+def test_the_most_spans_and_scores_far_apart(device, rng, close):
+    """64 spans of one position, the greatest score in the last: what came before is scaled down to nothing."""
+    q, k, v = (rng.normal(size=(1, n, 1, 4)).astype(np.float32) for n in (1, 64, 64))
+    bias = np.linspace(-300, 0, 64, dtype=np.float32)[None]
+    place = np.zeros((1, 64), int), np.array([63]), np.array([1])
+    for key_bias in (bias, bias[:, ::-1].copy(), np.full_like(bias, -np.inf)):
+        got = run.cached_attention(device, q, k, v, *place, 1.0, key_bias=key_bias, span=1)
+        want = np.zeros(q.shape)
+        if np.isfinite(key_bias).all():
+            want = reference.cached_attention(q, k, v, *place, 1.0, None, key_bias)
+        close(got, want)

@@ -20,7 +20,7 @@ from pyrformer.cli.bench import command
 from pyrformer.executors.program import Executor, Store
 from pyrformer.model import Model
 from pyrformer.optimizers import AdamW
-from pyrformer.programs import Sizes, train_step
+from pyrformer.programs import Sizes, decode_step, train_step
 
 B, T = 1, 80
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -32,16 +32,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("which", ["train_step", "decode_step"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rules_say_what_the_kernels_do(
-    name: str, programs_80: dict[str, sim.Program], rng: np.random.Generator
+    name: str, which: str, programs_80: dict[str, sim.Program], rng: np.random.Generator
 ) -> None:
     model = Model.from_config(CONFIGS[name])
     card = Card(programs_80, 1 << 21, how="interpreter")
     store = Store(card)
     for state, _, _ in model.store.types():
         store.set(state, model.store.get(state))
-    plan = train_step(model.family, Sizes(B, T), AdamW()).lower("cuda").plan
+    traced = (
+        train_step(model.family, Sizes(B, T), AdamW())
+        if which == "train_step"
+        else decode_step(model.family, 2, 1, (2, 256), "cache")
+    )
+    plan = traced.lower("cuda").plan
     executor = Executor(plan, store)
     counted: list[tuple[str, sim.Counter]] = []
     run = card.device.launch
@@ -53,6 +59,12 @@ def test_rules_say_what_the_kernels_do(
 
     card.device.launch = launch  # type: ignore[method-assign]
     given = inputs(model, plan, rng)
+    if which == "decode_step":  # every slot is filled, as the rule for attention assumes
+        given |= {
+            "start": np.array([255, 255], np.int32),
+            "rows": np.array([[0], [1]], np.int32).repeat(256, 1),
+        }
+        given["row"] = np.array([0, 1], np.int32)
     executor.run(given)
     launches = [record for _, record in executor.records if "launch" in record]
     assert len(launches) == len(counted)

@@ -73,6 +73,20 @@ def test_a_training_step_of_the_compiled_kernels(
     assert len(card.kernels) >= 16
 
 
+def test_decoding_far_into_a_text_by_the_compiled_kernels(
+    programs: dict[str, sim.Program], rng: np.random.Generator
+) -> None:
+    """Attention over the cache is cut into spans, which a second launch joins."""
+    cpu = model("llama")
+    card = Card(programs, how="both")
+    one, two = (PROGRAMS["decode_far"](m).lower(m.device).compile(m.store) for m in (cpu, on_card(cpu, card)))
+    for step in range(3):
+        given = inputs(cpu, one.plan, rng, step)
+        given["start"] = np.array([step, 297 + step], np.int32)
+        assert_close(two(**given), one(**given))
+    assert "cached_attention_join_forward_f32" in card.kernels
+
+
 def test_bfloat16_on_tensor_cores(programs: dict[str, sim.Program], rng: np.random.Generator) -> None:
     """One step of the compiled kernels, then twenty of their twins: near float32's, and not float32's."""
     cpu = model("llama")

@@ -184,6 +184,12 @@ def cached(device, rng, close):
     close(run.cached_attention(device, *operands), reference.cached_attention(*operands))
 
 
+def cached_spans(device, rng, close):
+    q, k, v = normal(rng, 2, 2, 2, 36), normal(rng, 3, 9, 1, 36), normal(rng, 3, 9, 1, 36)
+    operands = q, k, v, rng.integers(3, size=(2, 9)), np.array([0, 7]), np.array([1, 2]), 0.3, 7
+    close(run.cached_attention(device, *operands, span=3), reference.cached_attention(*operands))
+
+
 def cached_bias(device, rng, close):
     q, k, v = normal(rng, 1, 2, 2, 8), normal(rng, 2, 9, 1, 8), normal(rng, 2, 9, 1, 8)
     operands = q, k, v, rng.integers(2, size=(1, 9)), np.array([5]), np.array([2]), 0.3, None
@@ -282,7 +288,7 @@ CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
     global_norm, halt, adamw, attention, attention_grad, blind, tensor_cores,
     blind_tensor_cores, attention_of_wide_heads, cache_write, cached,
-    cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
+    cached_spans, cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
     relative_queries, roots_and_signs, smoothed,
 )}  # fmt: skip
 
@@ -425,6 +431,12 @@ MUTANTS = [
     ("cached", "cache", "cached_attention_forward_f32", "    __syncthreads();\n\n    float above", "    float above"),
     ("cached", "cache", "cached_attention_forward_f32", "denominators[w] * factors[w]", "denominators[w]"),
     ("cached", "cache", "cached_attention_forward_f32", "s.z * next.keep", "s.z"),
+    ("cached_spans", "cache", "cached_attention_forward_f32", "min(end, (part_of + 1) * span)", "end"),
+    ("cached_spans", "cache", "cached_attention_forward_f32", "!out ? 1.f : ", ""),
+    ("cached_spans", "cache", "cached_attention_forward_f32", "if (threadIdx.x < 2) bounds", "if (threadIdx.x < 1) bounds"),
+    ("cached_spans", "cache", "cached_attention_join", "    __syncthreads();\n\n    float total", "    float total"),
+    ("cached_spans", "cache", "cached_attention_join", "sums[s * width + c] * factors[s]", "sums[s * width + c]"),
+    ("cached_spans", "cache", "cached_attention_join", "if (bounds[2 * s + 1] != 0.f) ", ""),
     ("cached_bias", "cache", "cached_attention_forward_f32", "(long long)head * slots + p", "(long long)head * slots"),
 ]  # fmt: skip
 

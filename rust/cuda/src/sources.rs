@@ -51,7 +51,12 @@ pub const SOURCES: &[Source] = &[
         "attention64_dq_backward_bf16",
         "attention64_forward_bf16",
     ),
-    source!("cache", "cache_write_forward_f32", "cached_attention_forward_f32"),
+    source!(
+        "cache",
+        "cache_write_forward_f32",
+        "cached_attention_forward_f32",
+        "cached_attention_join_forward_f32"
+    ),
     source!(
         "elementwise",
         "add_forward_f32",

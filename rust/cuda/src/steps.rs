@@ -61,6 +61,7 @@ impl Target for Cuda {
                 2 * x.rows().div_ceil(per_part(x.rows(), ROWS_PER_PART)) * x.cols()
             }
             Op::AttentionGrad(_) => inputs[5].shape.elements(),
+            Op::CachedAttention(spec) => attention::span_elements(spec, inputs),
             Op::RelativeAttentionGrad(spec) => 5 * inputs[8].shape.elements() * spec.heads,
             Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) | Op::LinearTokenLosses { .. } => {
                 let (rows, classes) = (inputs[0].shape.rows(), inputs[1].shape.0[0]);

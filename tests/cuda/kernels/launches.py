@@ -537,9 +537,9 @@ def cache_write(
 
 def cached_attention(
     device: Device, q: Array, k: Array, v: Array, rows: Array, start: Array, count: Array, scale: float,
-    window: int | None = None, layout: Layout = PLAIN, key_bias: Array | None = None,
+    window: int | None = None, layout: Layout = PLAIN, key_bias: Array | None = None, span: int | None = None,
 ) -> Array:  # fmt: skip
-    """out [B, T, H, D]; q likewise, caches [R, S, K, D], rows [B, S], key_bias [H, S]."""
+    """out [B, T, H, D]; q likewise, caches [R, S, K, D], rows [B, S], key_bias [H, S]; positions in spans."""
     batch, tokens, heads, width = q.shape
     qs, out = (
         f(device, x, layout)
@@ -547,20 +547,30 @@ def cached_attention(
     )
     caches, numbers = [device.array(x) for x in (k, v)], [device.array(x, i32) for x in (rows, start, count)]
     sizes = (*map(i32, (tokens, heads, k.shape[2], width)), ld(qs), ld(out), i32(k.shape[0]), i32(k.shape[1]))
-    grid = (tokens, heads, batch)
+    grid, slots = (tokens, heads, batch), k.shape[1]
+    spans = ceil_div(slots, span or slots)
+    sums = device.empty((batch, tokens, heads, spans, width)) if span else None
+    bounds = device.empty((batch, tokens, heads, spans, 2)) if span else None
     device.launch(
         "cached_attention_forward_f32",
-        grid,
+        (spans * tokens, heads, batch),
         128,
         qs.at,
         *caches,
         *numbers,
         None if key_bias is None else device.array(key_bias),
-        out.at,
+        None if span else out.at,
+        sums,
+        bounds,
         *sizes,
         i32(window or NO_WINDOW),
         f32(scale),
+        i32(spans),
+        i32(span or slots),
     )
+    if span:
+        sizes = (*map(i32, (tokens, heads, width)), ld(out), i32(spans))
+        device.launch("cached_attention_join_forward_f32", grid, 128, sums, bounds, out.at, *sizes)
     return download(device, out).reshape(q.shape)
 
 

@@ -85,6 +85,7 @@ PROGRAMS: dict[str, Callable[[Model], Traced]] = {
     "accumulate_step": lambda m: accumulate_step(m.family, sizes(m)),
     "apply_step": lambda m: apply_step(m.family, OPTIMIZER),
     "decode_step": lambda m: decode_step(m.family, 2, 3, (3, 8), "cache"),
+    "decode_far": lambda m: decode_step(m.family, 2, 1, (3, 300), "far"),
 }
 
 
@@ -94,13 +95,16 @@ def cases() -> list[tuple[str, str]]:
         (name, program)
         for name in FAMILIES
         for program in PROGRAMS
-        if program != "decode_step" or model(name).family.objective == "ar"
+        if not program.startswith("decode") or model(name).family.objective == "ar"
     ]
 
 
 def inputs(model: Model, plan: Any, rng: np.random.Generator, step: int = 0) -> dict[str, np.ndarray]:
     """Values for all inputs of a plan."""
     vocab, m, plm = model.family.config.vocab_size, 8, model.family.objective == "plm"
+    shapes = {name: tuple(shape) for name, _, shape in plan.inputs}
+    tokens, (_, slots) = shapes.get("input_ids", (0, 0))[-1], shapes.get("rows", (0, 0))
+    count = np.minimum([3, 2], tokens)
     own = {
         "input_ids": lambda shape: rng.integers(vocab, size=shape),
         "position_ids": lambda shape: np.broadcast_to(np.arange(shape[1]), shape),
@@ -117,9 +121,9 @@ def inputs(model: Model, plan: Any, rng: np.random.Generator, step: int = 0) -> 
         "step": lambda shape: np.array(step + 1),
         "rows": lambda shape: rng.integers(3, size=shape),
         "row": lambda shape: np.array([2, 0]),
-        "start": lambda shape: np.array([0, 0]),
-        "count": lambda shape: np.array([3, 2]),
-        "last": lambda shape: np.array([2, 4]),
+        "start": lambda shape: np.array([slots - 8, max(0, slots - 160)]),
+        "count": lambda shape: count,
+        "last": lambda shape: np.arange(2) * tokens + count - 1,
     }
     return {
         name: np.ascontiguousarray(own[name](tuple(shape)), dtype).reshape(shape)

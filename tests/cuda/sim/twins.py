@@ -578,6 +578,8 @@ def cached_attention_forward(
     count,
     key_bias,
     out,
+    sums,
+    bounds,
     t,
     h,
     kv,
@@ -588,16 +590,23 @@ def cached_attention_forward(
     slots,
     window,
     scale,
+    spans,
+    span,
 ):
     b, group = grid[2], h // kv
     places = matrix(m, rows, b, slots, slots, i32)
     starts, counts = (matrix(m, x, 1, b, 0, i32)[0].tolist() for x in (start, count))
     qs = matrix(m, q, b * t, h * d, q_ld).astype(float).reshape(b, t, h, d)
+    if sums:
+        edges = matrix(m, bounds, b * t * h, 2 * spans, 2 * spans, write=True).reshape(b, t, h, spans, 2)
+        edges[..., 0], edges[..., 1] = -np.inf, 0
     result = np.zeros((b, t, h, d))
-    for n in range(b):
-        for i in range(min(t, counts[n])):
+    for n, i, part in np.ndindex(b, t, spans):
+        if i < counts[n]:
             end = min(starts[n] + i + 1, slots)
-            p = np.arange(max(0, end - window), end)
+            p = np.arange(max(0, end - window, part * span), min(end, (part + 1) * span))
+            if not len(p):
+                continue
             tokens = [int(places[n, s]) * slots + int(s) for s in p]
             keys, values = (
                 np.stack([matrix(m, x + 4 * token * kv * d, kv, d, d) for token in tokens])
@@ -609,8 +618,28 @@ def cached_attention_forward(
             if key_bias:
                 z = z + matrix(m, key_bias, h, slots, slots)[:, p]
             w = np.exp(z - z.max(1, keepdims=True))
-            result[n, i] = np.einsum("hp,phd->hd", w / w.sum(1, keepdims=True), values)
-    matrix(m, out, b * t, h * d, out_ld, write=True)[:] = result.reshape(b * t, -1)
+            summed, total = np.einsum("hp,phd->hd", w, values), w.sum(1)
+            result[n, i] = summed / total[:, None]
+            if sums:
+                edges[n, i, :, part] = np.stack([z.max(1), total], 1)
+                first = sums + 4 * ((n * t + i) * h * spans + part) * d
+                matrix(m, first, h, d, spans * d, write=True)[:] = summed
+    if out:
+        matrix(m, out, b * t, h * d, out_ld, write=True)[:] = result.reshape(b * t, -1)
+
+
+@twin
+def cached_attention_join_forward(m, grid, sums, bounds, out, t, h, d, out_ld, spans):
+    rows = grid[2] * t * h
+    edges = matrix(m, bounds, rows, 2 * spans, 2 * spans).reshape(rows, spans, 2).astype(float)
+    shift = np.maximum(edges[..., 0].max(1), -1e30)[:, None]
+    factors = np.exp(edges[..., 0] - shift)
+    total = (factors * edges[..., 1]).sum(1)
+    result = np.zeros((rows, d))
+    for row, part in np.argwhere(edges[..., 1]).tolist():
+        summed = matrix(m, sums + 4 * (row * spans + part) * d, 1, d, d)[0]
+        result[row] += factors[row, part] / total[row] * summed
+    matrix(m, out, rows // h, h * d, out_ld, write=True)[:] = result.reshape(rows // h, -1)
 
 
 # ---- Relative attention ---------------------------------------------------------------------------------------------

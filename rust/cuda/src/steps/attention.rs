@@ -1,7 +1,7 @@
 //! The launches of attention: of whole sequences, over a cache, with relative positions.
 
 use pyrformer_graph::op::AttentionExtras;
-use pyrformer_graph::{AttentionSpec, RelativeSpec};
+use pyrformer_graph::{AttentionSpec, RelativeSpec, TensorType};
 
 use super::{Recorder, groups, keep};
 use crate::launch::Arg;
@@ -9,6 +9,25 @@ use crate::launch::Arg;
 /// The widest head that attention over a cache, and relative attention, hold in registers.
 const WIDEST: usize = 256;
 const NO_WINDOW: usize = i32::MAX as usize;
+/// Decoding reads few tokens at a time, and a query of a head has but one block: its positions are cut into spans of at
+/// least so many slots, at most so many of them, where a sequence reads at most so many tokens.
+const SPAN: usize = 128;
+const SPANS: usize = 64;
+const FEW: usize = 16;
+
+/// Spans that a cache's positions are cut into, and the slots of one. The number of sequences does not enter, so that no
+/// result depends on what is decoded beside it.
+fn spans(tokens: usize, slots: usize) -> (usize, usize) {
+    let span = if tokens > FEW { slots } else { SPAN.max(slots.div_ceil(SPANS)) }.max(1);
+    (slots.div_ceil(span).max(1), span)
+}
+
+/// Elements of the work space of attention over a cache: sums, and two numbers a span.
+pub(super) fn span_elements(spec: &AttentionSpec, inputs: &[&TensorType]) -> usize {
+    let (q, slots) = (&inputs[0].shape.0, inputs[1].shape.0[1]);
+    let (n, _) = spans(q[1], slots);
+    if n > 1 { n * q[0] * q[1] * (q[2] + 2 * spec.heads) } else { 0 }
+}
 
 /// The arguments that all launches of relative attention share.
 struct Relative {
@@ -165,10 +184,21 @@ impl Recorder<'_> {
         }
         let (q, out) = (self.x(0), self.y(0));
         let bias = spec.key_bias.then(|| self.x(6));
-        let mut args = args![q, self.x(1), self.x(2), self.x(3), self.x(4), self.x(5), bias, out];
-        args.extend(args![d[1], spec.heads, spec.kv_heads, width, q.ld, out.ld, slots[0], slots[1]]);
-        args.extend(args![spec.window.unwrap_or(NO_WINDOW), spec.scale]);
-        self.launch("cached_attention_forward_f32", [d[1], spec.heads, d[0]], [128, 1, 1], args);
+        let (batch, tokens, heads) = (d[0], d[1], spec.heads);
+        let (n, span) = spans(tokens, slots[1]);
+        let rows = batch * tokens * heads * n;
+        let sums = if n > 1 { Some(self.scratch(0, rows, width)?) } else { None };
+        let bounds = if n > 1 { Some(self.scratch(rows * width, rows, 2)?) } else { None };
+        let whole = sums.is_none().then_some(out);
+        let mut args = args![q, self.x(1), self.x(2), self.x(3), self.x(4), self.x(5), bias];
+        args.extend(args![whole, sums, bounds]);
+        args.extend(args![tokens, heads, spec.kv_heads, width, q.ld, out.ld, slots[0], slots[1]]);
+        args.extend(args![spec.window.unwrap_or(NO_WINDOW), spec.scale, n, span]);
+        self.launch("cached_attention_forward_f32", [n * tokens, heads, batch], [128, 1, 1], args);
+        if n > 1 {
+            let args = args![sums, bounds, out, tokens, heads, width, out.ld, n];
+            self.launch("cached_attention_join_forward_f32", [tokens, heads, batch], [128, 1, 1], args);
+        }
         Ok(())
     }
 }
