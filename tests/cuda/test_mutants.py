@@ -190,6 +190,14 @@ def cached_spans(device, rng, close):
     close(run.cached_attention(device, *operands, span=3), reference.cached_attention(*operands))
 
 
+def best(device, rng, close):
+    x, t = rng.integers(-20, 20, size=(2, 200)).astype(np.float32) / 8, np.array([0.5, 1], np.float32)
+    got, want = run.best(device, x, t, 9, most=64), reference.best(x, t, 9)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_array_equal(got[1], want[1])
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-13)
+
+
 def cached_bias(device, rng, close):
     q, k, v = normal(rng, 1, 2, 2, 8), normal(rng, 2, 9, 1, 8), normal(rng, 2, 9, 1, 8)
     operands = q, k, v, rng.integers(2, size=(1, 9)), np.array([5]), np.array([2]), 0.3, None
@@ -287,7 +295,7 @@ def smoothed(device, rng, close):
 CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
     global_norm, halt, adamw, attention, attention_grad, blind, tensor_cores,
-    blind_tensor_cores, attention_of_wide_heads, cache_write, cached,
+    blind_tensor_cores, attention_of_wide_heads, best, cache_write, cached,
     cached_spans, cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
     relative_queries, roots_and_signs, smoothed,
 )}  # fmt: skip
@@ -426,6 +434,16 @@ MUTANTS = [
     ("blind_tensor_cores", "attention_bf16", "attention64_forward", "mask.blind_weight(largest[e / 2]", "mask.blind_weight(largest[e % 2]"),
     ("blind_tensor_cores", "attention_bf16", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
     # Decoding.
+    ("best", "best", "best_forward_f32", "equal_before < taken)", "equal_before <= taken)"),
+    ("best", "best", "best_forward_f32", "if (lane & step) before += other;", "before += other;"),
+    ("best", "best", "best_forward_f32", "bits & 0x80000000u ? ~bits : bits", "bits"),
+    ("best", "best", "best_forward_f32", "__syncthreads();  // `totals` may be used again\n    *all", "*all"),
+    ("best", "best", "best_forward_f32", "__syncthreads();\n\n    for (int i", "\n    for (int i"),
+    ("best", "best", "best_forward_f32", "(theirs == order && other < i)", "(theirs == order && other > i)"),
+    ("best", "best", "best_forward_f32", "1.0 / 720.0", "1.0 / 721.0"),
+    ("best", "best", "best_forward_f32", "fma(n, -1.9082149292705877e-10, ", "(0.0 + "),
+    ("best", "best", "best_forward_f32", "exp_below((double)(part[0] / t) - shift / t)", "exp_below((double)part[0] - shift)"),
+    ("best", "best", "best_forward_f32", "(float)(x - high)", "0.f"),
     ("cache_write", "cache", "cache_write_forward_f32", "t >= count[b] || ", ""),
     ("cached", "cache", "cached_attention_forward_f32", "max(0, end - window)", "max(0, end - window - 1)"),
     ("cached", "cache", "cached_attention_forward_f32", "    __syncthreads();\n\n    float above", "    float above"),

@@ -10,15 +10,17 @@ import pytest
 import sim
 
 HEADER = ".version 9.5\n.target sm_80\n.address_size 64\n"
-PREFIX = {"f32": "%f", "b32": "%r", "u32": "%r", "s32": "%r", "b64": "%rd", "u64": "%rd", "s64": "%rd"}
+PREFIX = {"f32": "%f", "b32": "%r", "u32": "%r", "s32": "%r", "b64": "%rd", "u64": "%rd", "s64": "%rd",
+          "f64": "%fd"}  # fmt: skip
 DTYPES = {
     "f32": np.float32, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64,
-    "s64": np.int64, "pred": np.uint32, "u16": np.uint32, "s16": np.uint32,
+    "s64": np.int64, "f64": np.float64, "pred": np.uint32, "u16": np.uint32, "s16": np.uint32,
 }  # fmt: skip
 REGISTERS = """
   .reg .pred %p<20>;
   .reg .b16 %rs<20>;
   .reg .f32 %f<20>;
+  .reg .f64 %fd<40>;
   .reg .b32 %r<40>;
   .reg .b64 %rd<60>;
 """
@@ -47,7 +49,7 @@ def run_op(opcode: str, result: str, kinds: tuple[str, ...], rows: list[tuple]) 
             operands.append(f"%rs{1 + n}")
         else:
             operands.append(f"{PREFIX[kind]}{30 + n}" if kind != "f32" else f"%f{1 + n}")
-            letter = "f" if kind == "f32" else "u"
+            letter = "f" if kind in ("f32", "f64") else "u"
             lines.append(f"ld.global.{letter}{8 * size} {operands[-1]}, [%rd{20 + n}];")
     out = len(kinds)
     size = np.dtype(DTYPES[result]).itemsize
@@ -57,9 +59,9 @@ def run_op(opcode: str, result: str, kinds: tuple[str, ...], rows: list[tuple]) 
         lines.append("selp.b32 %r19, 1, 0, %p10;")
     if result == "u16":
         lines.append("cvt.u32.u16 %r19, %rs10;")
-    source = "%f10" if result == "f32" else "%rd19" if size == 8 else "%r19"
+    source = "%f10" if result == "f32" else f"{PREFIX[result]}19" if size == 8 else "%r19"
     lines += [f"mul.wide.u32 %rd30, %r0, {size};", f"add.s64 %rd30, %rd30, %rd{out};"]
-    lines.append(f"st.global.{'f' if result == 'f32' else 'u'}{8 * size} [%rd30], {source};")
+    lines.append(f"st.global.{'f' if result in ('f32', 'f64') else 'u'}{8 * size} [%rd30], {source};")
     device = sim.Device(program("\n".join(lines), out + 1), 1 << 14)
     columns = [
         device.array(np.array(c, DTYPES[k]), DTYPES[k])
@@ -74,7 +76,7 @@ inf, nan = np.inf, np.nan
 TINY = 1e-40  # subnormal
 ABOVE = float(np.nextafter(np.float32(1), np.float32(2)))  # 1 + 2^-23
 BELOW = float(np.nextafter(np.float32(1), np.float32(0)))
-f1, f2, f3 = ("f32",), ("f32",) * 2, ("f32",) * 3
+f1, f2, f3, d2 = ("f32",), ("f32",) * 2, ("f32",) * 3, ("f64",) * 2
 MAX = 2**32 - 1
 
 # opcode: (result type, operand types, [(operands, result)])
@@ -97,6 +99,21 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "rcp.approx.ftz.f32": ("f32", f1, [((4,), 0.25), ((-0.0,), -inf)]),
     "sqrt.rn.ftz.f32": ("f32", f1, [((2,), np.float32(2**0.5)), ((-1,), nan), ((TINY,), 0)]),
     "ex2.approx.ftz.f32": ("f32", f1, [((0,), 1), ((-1,), 0.5), ((128,), inf), ((-140,), 0), ((-inf,), 0)]),
+    "add.f64": ("f64", d2, [((1.5, 2.25), 3.75), ((inf, -inf), nan), ((1, 2.0**-60), 1), ((1e-310, 0), 1e-310)]),
+    "sub.f64": ("f64", d2, [((1.5, 2.25), -0.75), ((1, 2.0**-53), 1 - 2.0**-53)]),
+    "mul.f64": ("f64", d2, [((1.5, -2), -3), ((1e-200, 1e-200), 0), ((0, inf), nan)]),
+    "fma.rn.f64": (
+        "f64", ("f64",) * 3,
+        [((1 + 2.0**-30, 1 + 2.0**-30, -1), 2.0**-29 + 2.0**-60), ((2, 3, 4), 10), ((inf, 1, -inf), nan),
+         ((-inf, 1, 3), -inf), ((1e-200, 1e-200, 1), 1)],
+    ),
+    "cvt.ftz.f64.f32": ("f64", f1, [((1.5,), 1.5), ((TINY,), 0), ((-inf,), -inf), ((nan,), nan)]),
+    "cvt.f64.f32": ("f64", f1, [((TINY,), float(np.float32(TINY)))]),
+    "cvt.rn.ftz.f32.f64": (
+        "f32", ("f64",), [((1 + 2.0**-24,), 1), ((1 + 3 * 2.0**-24,), 1 + 2.0**-22), ((1e300,), inf), ((1e-40,), 0)],
+    ),
+    "cvt.rni.f64.f64": ("f64", ("f64",), [((2.5,), 2), ((-3.5,), -4), ((1e30,), 1e30), ((nan,), nan)]),
+    "cvt.rzi.s32.f64": ("s32", ("f64",), [((-3.75,), -3), ((1e30,), 2**31 - 1), ((nan,), 0)]),
     "abs.ftz.f32": ("f32", f1, [((-2.5,), 2.5), ((-inf,), inf), ((-TINY,), 0)]),
     "neg.ftz.f32": ("f32", f1, [((2.5,), -2.5), ((0,), -0.0)]),
     "max.ftz.f32": ("f32", f2, [((1, 2), 2), ((nan, 2), 2), ((-3, nan), -3), ((nan, nan), nan)]),
@@ -153,6 +170,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "shr.u64": ("u64", ("u64", "u32"), [((2**63, 63), 1), ((2**63, 64), 0)]),
     "brev.b32": ("u32", ("b32",), [((1,), 2**31), ((0x0000F00D,), 0xB00F0000)]),
     "bfind.shiftamt.u32": ("u32", ("u32",), [((1,), 31), ((2**31,), 0), ((0xFFFF,), 16), ((0,), MAX)]),
+    "or.b64": ("u64", ("b64", "b64"), [((2**40 + 12, 2**40 + 10), 2**40 + 14)]),
     "bfi.b32": ("u32", ("b32",) * 2 + ("u32",) * 2, [((0xAB, 0, 8, 8), 0xAB00), ((0, MAX, 4, 8), 0xFFFFF00F)]),
     "cvt.s64.s32": ("s64", ("s32",), [((-5,), -5)]),
     "cvt.u64.u32": ("u64", ("u32",), [((MAX,), MAX)]),
@@ -167,6 +185,9 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.ltu.ftz.f32": ("pred", f2, [((1, 2), 1), ((2, 1), 0), ((nan, 1), 1)]),
     "setp.leu.ftz.f32": ("pred", f2, [((1, 1), 1), ((2, 1), 0), ((1, nan), 1)]),
     "setp.gtu.ftz.f32": ("pred", f2, [((1, 2), 0), ((2, 1), 1), ((nan, 1), 1)]),
+    "setp.ge.f64": ("pred", d2, [((1, 1), 1), ((1, 2), 0), ((nan, 1), 0)]),
+    "setp.ltu.f64": ("pred", d2, [((1, 2), 1), ((2, 1), 0), ((nan, 1), 1)]),
+    "setp.num.f64": ("pred", d2, [((1, 2), 1), ((nan, 1), 0), ((1, nan), 0)]),
     "setp.eq.s16": ("pred", ("s16", "s16"), [((5, 5), 1), ((5, 6), 0)]),
     "setp.eq.s32": ("pred", ("s32", "s32"), [((-5, -5), 1), ((5, -5), 0)]),
     "setp.eq.b32": ("pred", ("b32", "b32"), [((5, 5), 1), ((5, 6), 0)]),
@@ -181,6 +202,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.lt.s32": ("pred", ("s32", "s32"), [((-1, 0), 1), ((0, -1), 0)]),
     "setp.lt.u32": ("pred", ("u32", "u32"), [((MAX, 0), 0), ((0, MAX), 1)]),
     "setp.le.s32": ("pred", ("s32", "s32"), [((-1, -1), 1), ((0, -1), 0)]),
+    "setp.le.u32": ("pred", ("u32", "u32"), [((MAX, 0), 0), ((0, 1), 1), ((MAX, MAX), 1)]),
     "setp.gt.s32": ("pred", ("s32", "s32"), [((0, -1), 1), ((-1, -1), 0)]),
     "setp.gt.u32": ("pred", ("u32", "u32"), [((MAX, 0), 1), ((0, 0), 0)]),
     "setp.ge.s32": ("pred", ("s32", "s32"), [((-1, -1), 1), ((-2, -1), 0)]),
@@ -189,9 +211,11 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "selp.u32": ("u32", ("u32", "u32", "pred"), [((MAX, 4, 1), MAX), ((3, 4, 0), 4)]),
     "selp.b64": ("u64", ("u64", "u64", "pred"), [((2**40, 4, 1), 2**40), ((3, 4, 0), 4)]),
     "selp.f32": ("f32", ("f32", "f32", "pred"), [((1.5, 2.5, 1), 1.5), ((1.5, TINY, 0), TINY)]),
+    "selp.f64": ("f64", ("f64", "f64", "pred"), [((1.5, 2.5, 1), 1.5), ((1.5, nan, 0), nan)]),
     "selp.u16": ("u16", ("u16", "u16", "pred"), [((3, 65535, 1), 3), ((3, 65535, 0), 65535)]),
     # ---- Moves
     "mov.f32": ("f32", f1, [((TINY,), TINY)]),
+    "mov.f64": ("f64", ("f64",), [((1e-310,), 1e-310)]),
     "mov.b32": ("u32", f1, [((1,), 0x3F800000)]),
     "mov.u32": ("u32", ("u32",), [((MAX,), MAX)]),
     "mov.b64": ("u64", ("u64",), [((2**40,), 2**40)]),
@@ -238,6 +262,8 @@ SPECIAL = {
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "st.global.v2.f32", "st.shared.v2.u32",
     "ld.global.nc.v2.b32", "st.global.v2.b32", "st.shared.v2.b32",
+    "bfi.b64", "ld.shared.b64", "ld.shared.f64", "st.shared.b64", "st.shared.f64",
+    "ld.shared.u32", "st.shared.u32",
     *(f"{load}.{v}{kind}" for load in ("ld.global", "ld.global.nc", "st.global", "ld.shared", "st.shared")
       for v in ("", "v2.", "v4.") for kind in ("b16", "u16")),
 }  # fmt: skip
@@ -567,6 +593,55 @@ def test_ldmatrix(turned):
         row, col = lane // 4, 2 * (lane % 4) + half
         want = tiles[tile, col, row] if turned else tiles[tile, row, col]
         assert got[lane, tile] >> 16 * half & 0xFFFF == want
+
+
+@pytest.mark.parametrize("kind", ["b64", "f64"])
+def test_words_of_64_bits_in_shared_memory(kind):
+    register = "%rd" if kind == "b64" else "%fd"
+    body = f"""
+    mul.wide.u32 %rd10, %r0, 8;
+    add.s64 %rd11, %rd0, %rd10;
+    add.s64 %rd12, %rd1, %rd10;
+    ld.global.{"f64" if kind == "f64" else "u64"} {register}13, [%rd11];
+    mov.u32 %r6, buffer;
+    shl.b32 %r5, %r0, 3;
+    add.s32 %r7, %r6, %r5;
+    st.shared.{kind} [%r7], {register}13;
+    xor.b32 %r5, %r5, 8;
+    add.s32 %r7, %r6, %r5;
+    bar.sync 0;
+    ld.shared.{kind} {register}14, [%r7];
+    st.global.{"f64" if kind == "f64" else "u64"} [%rd12], {register}14;
+    """
+    dtype = np.float64 if kind == "f64" else np.uint64
+    given = np.array([1.25, 3e300]).view(dtype)
+    got = run(body, 2, [given], ((2,), dtype), ".shared .align 8 .b8 buffer[16];")
+    np.testing.assert_array_equal(got, given[::-1])
+
+
+def test_unsigned_words_in_shared_memory():
+    body = """
+    mul.wide.u32 %rd10, %r0, 4;
+    add.s64 %rd11, %rd0, %rd10;
+    mov.u32 %r6, buffer;
+    shl.b32 %r5, %r0, 2;
+    add.s32 %r7, %r6, %r5;
+    st.shared.u32 [%r7], %r0;
+    ld.shared.u32 %r8, [%r7];
+    st.global.u32 [%rd11], %r8;
+    """
+    got = run(body, 2, [], ((2,), np.uint32), ".shared .align 8 .b8 buffer[8];")
+    np.testing.assert_array_equal(got, [0, 1])
+
+
+def test_the_upper_half_of_a_word_is_replaced():
+    body = """
+    mov.u64 %rd10, 0x1111111122222222;
+    mov.u64 %rd11, 0x3333333344444444;
+    bfi.b64 %rd12, %rd10, %rd11, 32, 32;
+    st.global.u64 [%rd0], %rd12;
+    """
+    assert run(body, 1, [], ((1,), np.uint64))[0] == 0x2222222244444444
 
 
 def test_an_unsynchronised_ldmatrix_is_a_race():

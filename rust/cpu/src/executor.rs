@@ -723,6 +723,9 @@ impl<'a> Run<'a> {
                 self.loss(spec, Some(Gradients { dloss, dx: self.y(1), dweight: self.y(2), dbias }))?;
             }
             Op::CountLabels { .. } => rows::count_labels::<T>(self.ints(0), self.y(0)),
+            Op::Best { .. } => {
+                rows::best::<T>(pool, self.x(0), self.flat(1), self.y(0), self.y(1), self.y(2));
+            }
             Op::CacheWrite => {
                 let at = cache::Places { start: self.ints(3), count: self.ints(4) };
                 let dims = &self.step.inputs[0].ty.shape.0;

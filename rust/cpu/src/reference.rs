@@ -284,6 +284,19 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
         }
         Op::LinearCrossEntropyGrad(spec) => cross_entropy_grad(ins, spec),
         Op::CountLabels { .. } => one(vec![n(0).iter().filter(|&&l| l >= 0).count() as f64]),
+        Op::Best { count } => {
+            let (mut best, mut tokens, mut masses) = (vec![], vec![], vec![]);
+            for (row, t) in f(0).chunks(ins[0].0.cols()).zip(f(1)) {
+                let mut order: Vec<usize> = (0..row.len()).collect();
+                order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+                let m = row[order[0]];
+                best.extend(order.iter().take(*count).map(|&token| row[token]));
+                tokens.extend(order.iter().take(*count).map(|&token| token as i32));
+                let mass = |t: f64| row.iter().map(|x| (x / t - m / t).exp()).sum::<f64>();
+                masses.extend([mass(1.0), 0.0, mass(*t), 0.0]);
+            }
+            vec![Tensor::Float(best), Tensor::Int(tokens), Tensor::Float(masses)]
+        }
         Op::CacheWrite => {
             let (slots, c, t) = (dims(0)[1], dims(0)[2], dims(1)[1]);
             let mut cache = f(0).to_vec();

@@ -359,6 +359,21 @@ fn forward_only() -> Vec<(&'static str, Build)> {
             c.op1(Op::CachedAttention(spec), &operands)
         })
     };
+    let best = |result: usize| {
+        case(move |c| {
+            // Each logit twice: of equals the lower token is better.
+            let (rows, classes) = (3, 67);
+            let half = c.float("x", &[rows, classes]);
+            let x = c.op1(Op::Concat, &[half, half]);
+            let t = c.float_in("temperature", &[rows], 0.3, 2.0);
+            let found = c.op(Op::Best { count: 9 }, &[x, t]);
+            if result != 1 {
+                return found[result];
+            }
+            let numbers = c.float("numbers", &[2 * classes, 1]);
+            c.op1(Op::Gather, &[numbers, found[1]])
+        })
+    };
     vec![
         (
             "count_labels",
@@ -368,6 +383,9 @@ fn forward_only() -> Vec<(&'static str, Build)> {
                 c.op1(Op::CountLabels { dtype }, &[labels])
             }),
         ),
+        ("best", best(0)),
+        ("best's masses", best(2)),
+        ("best's tokens", best(1)),
         (
             "cache_write",
             case(|c| {

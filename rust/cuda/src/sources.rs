@@ -51,6 +51,7 @@ pub const SOURCES: &[Source] = &[
         "attention64_dq_backward_bf16",
         "attention64_forward_bf16",
     ),
+    source!("best", "best_forward_f32"),
     source!(
         "cache",
         "cache_write_forward_f32",

@@ -48,6 +48,27 @@ fn element_parts(n: usize) -> usize {
     if parts > 1 { parts } else { 0 }
 }
 
+/// The most columns that a launch of `best` chooses from at once, and the most that it leaves of them.
+const PIECE: usize = 4096;
+const MOST_BEST: usize = 256;
+
+/// The columns, and those of a piece, that the launches of `best` choose from, until one piece is left.
+fn best_pieces(cols: usize, count: usize) -> Vec<(usize, usize)> {
+    let mut launches = vec![(cols, PIECE)];
+    while let Some(&(cols, piece)) = launches.last()
+        && cols > piece
+    {
+        launches.push((cols.div_ceil(piece) * count, PIECE / count * count));
+    }
+    launches
+}
+
+/// Elements between the launches of `best`: what is left, its tokens, and five numbers for each piece.
+fn best_elements(rows: usize, cols: usize, count: usize) -> usize {
+    let between = best_pieces(cols, count.clamp(1, MOST_BEST));
+    between[1..].iter().map(|(cols, _)| rows * (2 * cols + 5 * (cols / count))).sum()
+}
+
 impl Target for Cuda {
     fn scratch_bytes(&self, op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> usize {
         let elements = match op {
@@ -62,6 +83,7 @@ impl Target for Cuda {
             }
             Op::AttentionGrad(_) => inputs[5].shape.elements(),
             Op::CachedAttention(spec) => attention::span_elements(spec, inputs),
+            Op::Best { count } => best_elements(inputs[0].shape.rows(), inputs[0].shape.cols(), *count),
             Op::RelativeAttentionGrad(spec) => 5 * inputs[8].shape.elements() * spec.heads,
             Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) | Op::LinearTokenLosses { .. } => {
                 let (rows, classes) = (inputs[0].shape.rows(), inputs[1].shape.0[0]);
@@ -319,6 +341,7 @@ impl Recorder<'_> {
                 let args = args![self.x(0), self.y(0), self.x(0).elements()];
                 self.launch("count_labels_forward_f32", [1; 3], [256, 1, 1], args);
             }
+            Op::Best { count } => self.best(*count)?,
             Op::CacheWrite => self.cache_write(),
             Op::CachedAttention(spec) => self.cached_attention(spec)?,
             Op::GlobalNorm => self.global_norm()?,
@@ -525,6 +548,34 @@ impl Recorder<'_> {
         }
         if summed {
             self.sum_all(losses.part(0, 1, rows), self.y(0), loss_parts);
+        }
+        Ok(())
+    }
+
+    fn best(&mut self, count: usize) -> Result<(), String> {
+        if count > MOST_BEST {
+            return Err(format!("{count} of each row, its kernel finds up to {MOST_BEST}"));
+        }
+        let (x, temperature, none) = (self.x(0), self.x(1), Arg::Pointer(None));
+        let (rows, launches) = (x.rows, best_pieces(x.cols, count));
+        let (mut from, mut at) = (args![x, none, none], 0);
+        for (i, &(cols, piece)) in launches.iter().enumerate() {
+            let stride = if i == 0 { x.ld } else { cols };
+            let pieces = cols.div_ceil(piece);
+            let to = if i + 1 == launches.len() {
+                [self.y(0), self.y(1), self.y(2)]
+            } else {
+                let mut next = |cols: usize| {
+                    at += rows * cols;
+                    self.scratch(at - rows * cols, rows, cols)
+                };
+                [next(pieces * count)?, next(pieces * count)?, next(5 * pieces)?]
+            };
+            let mut args = std::mem::replace(&mut from, to.map(Arg::from).to_vec());
+            args.push(temperature.into());
+            args.extend(&from);
+            args.extend(args![cols, stride, piece, count]);
+            self.launch("best_forward_f32", [pieces, rows, 1], [512, 1, 1], args);
         }
         Ok(())
     }

@@ -194,6 +194,7 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         | Op::RelativeAttentionGrad(_)
         | Op::LinearCrossEntropyGrad(_)
         | Op::LinearTokenLosses { .. }
+        | Op::Best { .. }
         | Op::CacheWrite
         | Op::CachedAttention(_)
         | Op::GlobalNorm

@@ -40,6 +40,8 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
         // Two products of width C a pair for scores, one for values; backward, seven.
         Op::RelativeAttention(_) => 6 * elements(inputs[0]) * inputs[3].shape.0[1] as u64,
         Op::RelativeAttentionGrad(_) => 18 * elements(inputs[0]) * inputs[4].shape.0[1] as u64,
+        // Differences, quotients, exponentials and sums.
+        Op::Best { .. } => 7 * elements(inputs[0]),
         Op::LayerNorm { .. } => 8 * elements(inputs[0]),
         Op::LayerNormGrad { .. } => 14 * elements(inputs[1]),
         Op::AdamW { .. } => 14 * elements(inputs[0]),

@@ -369,6 +369,14 @@ pub enum Op {
     },
 
     // ---- Decoding ----------------------------------------------------------------------------------------------
+    /// `logits [.., V], temperature [R] → best [R, K], tokens i32[R, K], masses [R, 4]`: the K = `count` greatest logits of
+    /// each of R rows, the greatest first and of equals that of the lower token, and their tokens; with m = `best[r, 0]` the
+    /// sum of exp(x − m) over all V, and that of exp(x/t − m/t) with t = `temperature[r]`, each as two numbers whose sum it
+    /// is. What is NaN, or more than all numbers, makes the sums NaN.
+    Best {
+        /// K, at most V.
+        count: usize,
+    },
     /// `cache [R, S, C], new [B, T, C], row i32[B], start i32[B], count i32[B] → cache`: sequence b's first count[b] tokens
     /// go to cache row row[b] from slot start[b] on.
     CacheWrite,
@@ -439,6 +447,7 @@ impl Op {
             Self::LinearCrossEntropyGrad(_) => "linear_cross_entropy_grad",
             Self::LinearTokenLosses { .. } => "linear_token_losses",
             Self::CountLabels { .. } => "count_labels",
+            Self::Best { .. } => "best",
             Self::CacheWrite => "cache_write",
             Self::CachedAttention(_) => "cached_attention",
             Self::GlobalNorm => "global_norm",
@@ -777,6 +786,15 @@ impl Check<'_> {
                 self.count(1, 1)?;
                 self.dtype(0, DType::I32)?;
                 Ok(vec![TensorType::new(*dtype, Shape::scalar())])
+            }
+            Op::Best { count } => {
+                self.count(2, 2)?;
+                let dtype = self.dtypes(&[0, 1], &[])?;
+                let (rows, classes) = (self.shape(0).rows(), self.shape(0).cols());
+                let fits = is(1, &[rows]) && (1..=classes).contains(count);
+                self.require(fits, &format!("logits [.., V], temperature [R], with {count} of V"))?;
+                let best = |dtype| TensorType::new(dtype, [rows, *count]);
+                Ok(vec![best(dtype), best(DType::I32), TensorType::new(dtype, [rows, 4])])
             }
             Op::CacheWrite => {
                 self.count(5, 5)?;

@@ -93,6 +93,7 @@ fn attributes(op: &Op) -> Vec<String> {
                 dropout(&mut out, spec);
             }
         }
+        Op::Best { count } => out.push(count.to_string()),
         Op::ClipFactor { max_norm } => out.push(format!("max_norm={max_norm}")),
         Op::AdamW { beta1, beta2, eps, weight_decay } => {
             out.push(format!("betas={beta1}/{beta2}, eps={eps:e}, weight_decay={weight_decay}"));

@@ -574,6 +574,32 @@ def cached_attention(
     return download(device, out).reshape(q.shape)
 
 
+# ---- best.cu --------------------------------------------------------------------------------------------------------
+
+
+def best(
+    device: Device, x: Array, temperature: Array, count: int, layout: Layout = PLAIN, most: int = 4096
+) -> tuple[Array, Array, Array]:
+    """best and tokens [R, K], masses [R, 2] in float64, by way of pieces of at most `most` columns."""
+    xs, t = upload(device, x, layout), device.array(temperature)
+    rows, cols = x.shape
+    place, stride, tokens, parts, piece = xs.at, ld(xs), None, None, most
+    while True:
+        pieces = ceil_div(cols, piece)
+        shape = (rows, pieces * count)
+        values, columns = device.empty(shape), device.empty(shape, i32)
+        masses = device.empty((rows, pieces, 5) if pieces > 1 else (rows, 4))
+        sizes = (i32(cols), i32(stride), i32(piece), i32(count))
+        device.launch(
+            "best_forward_f32", (pieces, rows), 512, place, tokens, parts, t, values, columns, masses, *sizes
+        )
+        if pieces == 1:
+            halves = device.read(masses).astype(float).reshape(rows, 2, 2)
+            return device.read(values), device.read(columns), halves.sum(2)
+        place, tokens, parts, cols, stride = values, columns, masses, pieces * count, pieces * count
+        piece = most // count * count
+
+
 # ---- relative.cu ----------------------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,7 @@ PROGRAMS: dict[str, Callable[[Model], Traced]] = {
     "apply_step": lambda m: apply_step(m.family, OPTIMIZER),
     "decode_step": lambda m: decode_step(m.family, 2, 3, (3, 8), "cache"),
     "decode_far": lambda m: decode_step(m.family, 2, 1, (3, 300), "far"),
+    "decode_best": lambda m: decode_step(m.family, 2, 3, (3, 8), "best", best=9),
 }
 
 
@@ -123,6 +124,7 @@ def inputs(model: Model, plan: Any, rng: np.random.Generator, step: int = 0) -> 
         "row": lambda shape: np.array([2, 0]),
         "start": lambda shape: np.array([slots - 8, max(0, slots - 160)]),
         "count": lambda shape: count,
+        "temperature": lambda shape: np.array([0.7, 1.0]),
         "last": lambda shape: np.arange(2) * tokens + count - 1,
     }
     return {

@@ -217,6 +217,19 @@ def cached_attention(
     return out
 
 
+def best(x: Array, temperature: Array, count: int) -> tuple[Array, Array, Array]:
+    """The `count` greatest of each row of x [R, V], of equals the first, their columns, and the masses [R, 2] of all
+    beside the greatest, as they are and at temperature [R]. Quotients are rounded to float32, as the host's are."""
+    order = np.argsort(-x, axis=1, kind="stable")[:, :count]
+    values = np.take_along_axis(x, order, 1)
+    with np.errstate(invalid="ignore"):
+        cold, hot = (
+            np.exp(y.astype(float) - y.max(1, keepdims=True)).sum(1)
+            for y in (x, (x / temperature[:, None]).astype(np.float32))
+        )
+    return values, order, np.stack([cold, hot], 1)
+
+
 class RelativeAttention:
     """Dense attention with relative positions and kinds, and its gradient. q_k, q_r, q_s [B, T, H, D],
     k, v [B, S, H, D], r [S + U, H, D], kinds [2, H, D], at [B, T], q_kinds [B, U], k_kinds [B, S], hidden [B, U, U]

@@ -45,6 +45,18 @@ def fma_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.where(above, np.nextafter(y, np.float32(-np.inf)), y)
 
 
+def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a·b + c rounded once, but for the last bit of what Dekker's product and Knuth's sum leave."""
+    split = 134217729.0
+    high_a, high_b = (x * split - (x * split - x) for x in (a, b))
+    low_a, low_b, p = a - high_a, b - high_b, a * b
+    low = ((high_a * high_b - p) + high_a * low_b + low_a * high_b) + low_a * low_b
+    s = p + c
+    t = s - p
+    rest = (p - (s - t)) + (c - t) + low
+    return np.where(np.isfinite(rest), s + rest, s)
+
+
 def divide(a: np.ndarray, b: np.ndarray, remainder: bool) -> np.ndarray:
     """Integer division that rounds towards zero."""
     if (b == 0).any():
@@ -119,6 +131,33 @@ def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, c: str) -> None:
 @rule(r"fma\.rm(\.ftz)?\.f32")
 def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, c: str) -> None:
     w.set(d, "f32", _result(m[1], f"fma_down({w.real(a, m[1])}, {w.real(b, m[1])}, {w.real(c, m[1])})"))
+
+
+@rule(r"(add|sub|mul)(?:\.rn)?\.f64")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    sign = {"add": "+", "sub": "-", "mul": "*"}[m[1]]
+    w.set(d, "f64", f"{w.get(a, 'f64')} {sign} {w.get(b, 'f64')}")
+
+
+@rule(r"fma\.rn\.f64")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, c: str) -> None:
+    w.set(d, "f64", f"fma64({w.get(a, 'f64')}, {w.get(b, 'f64')}, {w.get(c, 'f64')})")
+
+
+@rule(r"cvt(\.ftz)?\.f64\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "f64", f"{w.real(a, m[1])}.astype(float64)")
+
+
+@rule(r"cvt\.rn(\.ftz)?\.f32\.f64")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "f32", _result(m[1], f"{w.get(a, 'f64')}.astype(float32)"))
+
+
+@rule(r"cvt\.r([nz])i\.(f64|s32)\.f64")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    whole = f"np.{'rint' if m[1] == 'n' else 'trunc'}({w.get(a, 'f64')})"
+    w.set(d, m[2], whole if m[2] == "f64" else f"to_integer({whole})")
 
 
 @rule(r"(div|rcp|sqrt|ex2)\.(?:rn|approx)(\.ftz)?\.f32")
@@ -248,6 +287,13 @@ def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
     w.set(d, "u32", f"leading_zeros({w.get(a, 'u32')})")
 
 
+@rule(r"bfi\.b64")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, at: str, length: str) -> None:
+    if (at, length) != ("32", "32"):
+        raise UnknownInstruction(f"bfi.b64 at {at} of {length}")
+    w.set(d, "u64", f"({w.get(b, 'u64')} & uint64(0xFFFFFFFF)) | {w.get(a, 'u64')} << uint64(32)")
+
+
 @rule(r"bfi\.b32")
 def _(w: Writer, m: re.Match[str], d: str, a: str, b: str, at: str, length: str) -> None:
     w.set(d, "u32", f"insert_bits({', '.join(w.get(r, 'u32') for r in (a, b, at, length))})")
@@ -276,6 +322,18 @@ def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
         d,
         "pred",
         f"{text} | np.isnan({x}) | np.isnan({y})" if m[2] else f"{text} & ({x} == {x}) & ({y} == {y})",
+    )
+
+
+@rule(r"setp\.(eq|ne|lt|le|gt|ge|num)(u?)\.f64")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    x, y = w.get(a, "f64"), w.get(b, "f64")
+    either = f"np.isnan({x}) | np.isnan({y})"
+    text = f"({x} {COMPARE.get(m[1], '')} {y})"
+    w.set(
+        d,
+        "pred",
+        f"~({either})" if m[1] == "num" else f"{text} | {either}" if m[2] else f"{text} & ~({either})",
     )
 
 

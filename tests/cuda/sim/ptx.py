@@ -11,6 +11,7 @@ import numpy as np
 DTYPES = {
     "pred": np.bool_, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "b32": np.uint32, "u32": np.uint32,
     "s32": np.int32, "f32": np.float32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "f64": np.float64,
 }  # fmt: skip
 
 
@@ -129,8 +130,10 @@ def constant(text: str, kind: str) -> np.ndarray:
     if text.startswith("0f"):
         bits = np.array([int(text[2:], 16)], np.uint32)
         return bits if dtype == np.uint32 else bits.view(dtype)
+    if text.startswith("0d"):
+        return np.array([int(text[2:], 16)], np.uint64).view(dtype)
     value = int(text.rstrip("U"), 0)
-    if kind == "f32":
+    if kind in ("f32", "f64"):
         raise UnknownInstruction(f"integer {text} as a float")
     if kind == "pred":
         return np.array([value != 0])

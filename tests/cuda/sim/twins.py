@@ -642,6 +642,44 @@ def cached_attention_join_forward(m, grid, sums, bounds, out, t, h, d, out_ld, s
     matrix(m, out, rows // h, h * d, out_ld, write=True)[:] = result.reshape(rows // h, -1)
 
 
+@twin
+def best_forward(m, grid, x, tokens, parts, temperature, best, best_tokens, masses, cols, x_ld, piece, count):
+    from kernels import reference
+
+    pieces, rows = grid[:2]
+    values = matrix(m, x, rows, cols, x_ld)
+    places = matrix(m, tokens, rows, cols, cols, i32) if tokens else np.arange(cols)[None].repeat(rows, 0)
+    t = matrix(m, temperature, 1, rows, 0)[0]
+    weights = matrix(m, parts, rows, cols // count * 5, cols // count * 5) if parts else None
+    found = matrix(m, best, rows, pieces * count, pieces * count, write=True)
+    columns = matrix(m, best_tokens, rows, pieces * count, pieces * count, i32, write=True)
+    width = 4 if pieces == 1 else 5
+    sums = matrix(m, masses, rows, pieces * width, pieces * width, write=True)
+    for r, p in np.ndindex(rows, pieces):
+        a, b = p * piece, min(cols, (p + 1) * piece)
+        there = places[r, a:b] >= 0
+        mine, own = values[r, a:b][there], places[r, a:b][there]
+        n = min(count, len(mine))
+        _, order, mass = reference.best(mine[None], t[r : r + 1], n)
+        order, mass, largest = order[0], mass[0], mine.max()
+        if weights is not None:
+            part = weights[r].reshape(-1, 5)[a // count : -(-b // count)].astype(float)
+            largest = f32(part[:, 0].max())
+            quotients = [part[:, 0], (part[:, 0].astype(f32) / t[r]).astype(float)]
+            tops = [float(largest), float(f32(largest / t[r]))]
+            mass = [
+                ((part[:, i] + part[:, i + 1]) * np.exp(q - top)).sum()
+                for i, q, top in zip((1, 3), quotients, tops, strict=True)
+            ]
+        order = order if pieces == 1 else np.sort(order)
+        at = slice(p * count, p * count + n)
+        found[r, p * count : (p + 1) * count], columns[r, p * count : (p + 1) * count] = -np.inf, -1
+        found[r, at], columns[r, at] = mine[order], own[order]
+        high = np.array(mass).astype(f32)
+        halves = np.stack([high, (mass - high.astype(float)).astype(f32)], 1).reshape(-1)
+        sums[r, p * width : (p + 1) * width] = halves if pieces == 1 else [largest, *halves]
+
+
 # ---- Relative attention ---------------------------------------------------------------------------------------------
 
 

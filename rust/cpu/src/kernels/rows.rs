@@ -1,4 +1,4 @@
-//! Rows by index: gather, scatter-add, counting labels.
+//! Rows by index: gather, scatter-add, counting labels; the best of a row.
 
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::add_row;
@@ -78,4 +78,41 @@ pub(crate) fn count_labels<T: Real>(labels: &[i32], y: MatMut<'_, T>) {
     let count = labels.iter().filter(|&&l| l >= 0).count();
     // SAFETY: no other task runs.
     unsafe { y.set(0, 0, T::from_f64(count as f64)) };
+}
+
+/// The K greatest of each row, their columns, and what all weigh beside the greatest, as it is and divided by the row's
+/// temperature. Shapes: x [R, V], temperature [R], best, tokens [R, K], masses [R, 4].
+pub(crate) fn best<T: Real>(
+    pool: &Pool,
+    x: Mat<'_, T>,
+    temperature: &[T],
+    best: MatMut<'_, T>,
+    tokens: MatMut<'_, i32>,
+    masses: MatMut<'_, T>,
+) {
+    for_rows(pool, x.rows, 1, |r| {
+        let row = x.row(r);
+        let before = |a: &u32, b: &u32| {
+            let (x, y) = (row[*a as usize].to_f64(), row[*b as usize].to_f64());
+            y.total_cmp(&x).then(a.cmp(b))
+        };
+        let mut order: Vec<u32> = (0..row.len() as u32).collect();
+        if best.cols < order.len() {
+            order.select_nth_unstable_by(best.cols - 1, before);
+            order.truncate(best.cols);
+        }
+        order.sort_unstable_by(before);
+        // SAFETY: one task a row.
+        let (best, tokens, masses) = unsafe { (best.row_mut(r), tokens.row_mut(r), masses.row_mut(r)) };
+        for ((&column, best), token) in order.iter().zip(best).zip(tokens) {
+            (*best, *token) = (row[column as usize], column as i32);
+        }
+        let greatest = row[order[0] as usize];
+        for (i, t) in [T::ONE, temperature[r]].into_iter().enumerate() {
+            let shift = (greatest / t).to_f64();
+            let mass: f64 = row.iter().map(|&x| ((x / t).to_f64() - shift).exp()).sum();
+            let high = T::from_f64(mass);
+            (masses[2 * i], masses[2 * i + 1]) = (high, T::from_f64(mass - high.to_f64()));
+        }
+    });
 }
