@@ -218,6 +218,20 @@ class Search:
         """The forward pass wanted next: its number, tokens [A], parents [A], sequences [A]; None at the end."""
     def advance(self, logits: _Floats) -> None:
         """Takes the logits [A, V] of that pass."""
+    def wants_best(self, count: int) -> float | None:
+        """The temperature at which ``advance_best`` wants the best ``count`` of each row weighed; None: it wants whole
+        rows."""
+    def advance_best(
+        self,
+        logits: _Floats,
+        tokens: _Ints,
+        masses: npt.NDArray[np.float64],
+        places: Sequence[int],
+        whole: _Floats,
+    ) -> list[int]:
+        """Takes the best of each row, logits float32[A, K] in descending order, tokens int32[A, K] and masses
+        float64[A, 2], and the rows ``places`` whole, [n, V]. Gives the rows whose best do not suffice; then nothing has
+        changed."""
     def decode(
         self,
         executor: Executor,

@@ -120,6 +120,25 @@ class Store:
 
         return wait
 
+    def rows(self, name: str, rows: Sequence[int]) -> Array:
+        """A copy of some rows ``[n, C]`` of a state ``[R, C]``, once all runs so far have ended.
+
+        Raises:
+            StateError: there is no such state.
+        """
+        with self.lock:
+            if name not in self._states:
+                raise StateError(f"[state] there is no state {name!r}")
+            dtype, shape, memory = self._states[name]
+            size = memory.size // shape[0]
+            host = self.device.pinned(size * len(rows))
+            for i, row in enumerate(rows):
+                self.device.download(
+                    self.compute, host[i * size : (i + 1) * size], memory.address + row * size
+                )
+            self.wait()
+        return np.array(host.view(dtype).reshape(len(rows), *shape[1:]))
+
     def remove(self, name: str) -> None:
         """Drops a state; programs that use it must be dropped too."""
         self._states.pop(name, None)

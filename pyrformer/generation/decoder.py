@@ -10,6 +10,8 @@ Letters: A active sequences, R cache rows, S cache slots, N outputs a sequence, 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,8 @@ from pyrformer.model import Model
 
 #: Cache slots are made in multiples of this, so that calls of similar length share programs.
 SLOTS = 64
+#: Of each row of logits a device leaves so many to the search, which asks for the row where they do not suffice.
+BEST = 256
 #: Seconds after which the core comes back to Python, for signals and clocks.
 SLICE = 0.05
 Floats = npt.NDArray[np.float32]
@@ -44,6 +48,47 @@ def slots_for(
         )
     wanted = max_new_tokens or max((max_length or longest + 20) - longest, 1)
     return min(-(-(longest + wanted) // SLOTS) * SLOTS, limit)
+
+
+@dataclass(frozen=True)
+class Following:
+    """What follows A sequences.
+
+    Attributes:
+        count: A.
+        rows: gives logits of some of them whole, float32 ``[n, V]``, for ascending numbers.
+        best: of each the greatest logits float32 ``[A, K]``, their tokens int32 ``[A, K]``, and what all weigh, float64
+            ``[A, 2]``, as :func:`pyrformer.nn.functional.best` has them; None where whole rows are here.
+    """
+
+    count: int
+    rows: Callable[[Sequence[int]], Floats]
+    best: tuple[Floats, Ints, npt.NDArray[np.float64]] | None = None
+
+    @classmethod
+    def whole(cls, logits: Floats) -> Following:
+        """Of logits ``[A, V]``."""
+        return cls(
+            len(logits),
+            lambda rows: np.ascontiguousarray(logits if len(rows) == len(logits) else logits[list(rows)]),
+        )
+
+    def part(self, first: int, end: int) -> Following:
+        """What follows some of the sequences."""
+        best = self.best and tuple(x[first:end] for x in self.best)
+        return Following(end - first, lambda rows: self.rows([first + row for row in rows]), best)  # type: ignore[arg-type]
+
+    def advance(self, search: _core.Search) -> None:
+        """Lets the search go on: by the best of each row where it looks at nothing else, and by whole rows where they
+        do not suffice."""
+        if self.best is None or search.wants_best(self.best[0].shape[1]) is None:
+            search.advance(self.rows(range(self.count)))
+            return
+        places: list[int] = []
+        whole = np.zeros((0, 1), np.float32)
+        while missing := search.advance_best(*self.best, places, whole):
+            places = sorted({*places, *missing})
+            whole = self.rows(places)
 
 
 class Positions:
@@ -97,10 +142,52 @@ class Decoder(Positions):
             The logits, float32 ``[A, N, V]``, and with ``hidden`` the last hidden states of the feeds,
             ``[A, T, C]`` of which each row's first ``len(feeds[i])`` mean something.
         """
-        fresh = self.lengths == 0 if self.model.family.config.prefix_lm else np.zeros(len(feeds), bool)
+        fresh = self._fresh(len(feeds))
         if fresh.any() and not fresh.all():
             return self._read_apart(feeds, into, fresh, outputs=outputs, hidden=hidden, drafts=drafts)
-        prompts = bool(fresh.any())
+        out, batch = self._pass(feeds, into, outputs=outputs, hidden=hidden, drafts=drafts)
+        logits = out["logits"].reshape(batch, outputs, -1)[: len(feeds)]
+        states = out["hidden"][: len(feeds)] if hidden else None
+        return np.ascontiguousarray(logits, dtype=np.float32), states
+
+    def follow_up(
+        self, feeds: list[list[int]], into: Ints, temperatures: Sequence[float | None]
+    ) -> Following:
+        """As :meth:`read`, for the last token of each feed alone; of a device, the best of each row, weighed at these
+        temperatures, unless there are none."""
+        wanted = [t for t in temperatures if t is not None]
+        fresh = self._fresh(len(feeds))
+        if not wanted or isinstance(self.model.store, _core.Store) or (fresh.any() and not fresh.all()):
+            return Following.whole(self.read(feeds, into)[0][:, 0])
+        given = np.ones(_bucket(len(feeds)), np.float32)
+        given[: len(feeds)] = [1.0 if t is None else t for t in temperatures]
+        store, count = self.model.store, min(BEST, self.model.family.config.vocab_size)
+        out, batch = self._pass(feeds, into, best=count, temperature=given)
+        best, tokens, masses = (out[name][: len(feeds)] for name in ("best", "tokens", "masses"))
+        sums = masses.astype(np.float64).reshape(-1, 2, 2).sum(2)
+        return Following(
+            len(feeds), lambda rows: store.rows(f"{self.cache}.logits{batch}", rows), (best, tokens, sums)
+        )
+
+    def _fresh(self, sequences: int) -> npt.NDArray[np.bool_]:
+        """Which sequences begin, where that makes a difference."""
+        seen = self.model.family.config.prefix_lm
+        return np.asarray(self.lengths == 0) if seen else np.zeros(sequences, bool)
+
+    def _pass(
+        self,
+        feeds: list[list[int]],
+        into: Ints,
+        *,
+        outputs: int = 1,
+        hidden: bool = False,
+        drafts: int = 0,
+        best: int = 0,
+        **more: Floats,
+    ) -> tuple[dict[str, npt.NDArray[Any]], int]:
+        """Runs the program once, for sequences that all begin or all go on; its outputs, and how many sequences it is
+        made for."""
+        prompts = bool(self._fresh(len(feeds)).any())
         active, counts = len(feeds), np.array([len(f) for f in feeds], np.int32)
         batch, width = _bucket(active), _bucket(int(counts.max()))
         ids, positions = np.zeros((2, batch, width), np.int32)
@@ -117,11 +204,8 @@ class Decoder(Positions):
         inputs = {"input_ids": ids, "position_ids": positions, "rows": rows, "row": row, "start": start}
         if prompts:
             inputs["prefix"] = np.maximum(count - drafts, 0).astype(np.int32)
-        program = self._program(batch, width, outputs, hidden, prompts)
-        out = program(**inputs, count=count, last=last.reshape(-1))
-        logits = out["logits"].reshape(batch, outputs, -1)[:active]
-        states = out["hidden"][:active] if hidden else None
-        return np.ascontiguousarray(logits, dtype=np.float32), states
+        program = self._program(batch, width, outputs, hidden, prompts, best)
+        return program(**inputs, count=count, last=last.reshape(-1), **more), batch
 
     def _read_apart(
         self, feeds: list[list[int]], into: Ints, fresh: npt.NDArray[np.bool_], **options: Any
@@ -159,7 +243,9 @@ class Decoder(Positions):
             )
         return emitted
 
-    def _program(self, batch: int, width: int, outputs: int, hidden: bool, prompts: bool = False) -> Compiled:
+    def _program(
+        self, batch: int, width: int, outputs: int, hidden: bool, prompts: bool = False, best: int = 0
+    ) -> Compiled:
         shape = (self.cache_rows, self.slots)
         make = partial(
             programs.decode_step,
@@ -172,8 +258,9 @@ class Decoder(Positions):
             outputs=outputs,
             hidden=hidden,
             prompts=prompts,
+            best=best,
         )
-        key = ("decode", self.cache, batch, width, outputs, hidden, prompts)
+        key = ("decode", self.cache, batch, width, outputs, hidden, prompts, best)
         return self.model.program(key, make, pack=True, caches_in_8bit=self.in_8bit)
 
 

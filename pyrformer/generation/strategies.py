@@ -17,7 +17,16 @@ import numpy.typing as npt
 
 from pyrformer import _core
 from pyrformer.errors import InputError
-from pyrformer.generation.decoder import Decoder, Floats, Ints, Positions, Rereader, log_softmax
+from pyrformer.generation.decoder import (
+    BEST,
+    Decoder,
+    Floats,
+    Following,
+    Ints,
+    Positions,
+    Rereader,
+    log_softmax,
+)
 from pyrformer.model import Model
 
 Emitted = list[tuple[int, int, float]]
@@ -60,9 +69,9 @@ class Sequences:
             positions.lengths[i] = 0
         return feeds, sequences
 
-    def take(self, logits: Floats) -> Emitted:
-        """Goes on with the logits [A, V] behind the feeds; gives what became certain."""
-        self.search.advance(np.ascontiguousarray(logits))
+    def take(self, following: Following) -> Emitted:
+        """Goes on with what follows the feeds; gives what became certain."""
+        following.advance(self.search)
         return self.search.emitted()
 
 
@@ -107,10 +116,13 @@ class Lockstep(Sequences):
         if found is None:
             return None
         # A sequence writes to the cache row of its own number: no other one ever needs that row at this position.
+        if isinstance(self.decoder, Decoder) and self.watch is None:
+            temperature = self.search.wants_best(min(BEST, self.decoder.model.family.config.vocab_size))
+            return self.take(self.decoder.follow_up(*found, [temperature] * len(found[0])))
         logits = self.decoder.read(*found)[0][:, 0]
         if self.watch is not None and self.wanted is not None:
             self.watch(self.search, self.wanted, logits)
-        return self.take(logits)
+        return self.take(Following.whole(logits))
 
 
 class Proposer(Protocol):

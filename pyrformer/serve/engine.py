@@ -13,6 +13,7 @@ Letters: A active sequences, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -28,7 +29,7 @@ from pyrformer import _core
 from pyrformer.errors import Error, InternalError
 from pyrformer.fields import out_of_memory
 from pyrformer.generation.call import ending
-from pyrformer.generation.decoder import Decoder, Floats, Ints, Positions, log_softmax
+from pyrformer.generation.decoder import BEST, Decoder, Floats, Following, Ints, Positions, log_softmax
 from pyrformer.generation.strategies import Sequences
 from pyrformer.model import Model
 
@@ -161,12 +162,19 @@ class Running:
             self.told = True
             self.request.tell(Echo(self.prompt or [Token(0, t, math.nan) for t in self.request.prompt]))
 
-    def tokens(self, logits: Floats) -> list[Token]:
-        """Goes on with logits [A, V]."""
+    def temperatures(self, vocab_size: int) -> list[float | None]:
+        """For each active sequence the temperature at which the best of its logits are to be weighed; None: they are
+        looked at whole."""
+        best = None if self.request.top else self.sequences.search.wants_best(min(BEST, vocab_size))
+        return [best] * len(self.sequences.positions.lengths)
+
+    def tokens(self, following: Following) -> list[Token]:
+        """Goes on with what follows the active sequences."""
         wanted = self.sequences.wanted
-        emitted = self.sequences.take(logits)
+        emitted = self.sequences.take(following)
         if not self.request.top or wanted is None:
             return [Token(*e) for e in emitted]
+        logits = following.rows(range(following.count))
         # At the first step one row, the prompt's, speaks for all sequences.
         row = {int(s): i for i, s in enumerate(wanted[3])} if wanted[0] > 0 else {}
         return [Token(*e, _top(logits[row.get(e[0], 0)], self.request.top)) for e in emitted]
@@ -323,19 +331,27 @@ class Engine:
         ends = np.cumsum([len(p.lengths) for p in positions])[:-1]
         feeds = [feed for _, feeds, _ in group for feed in feeds]
         scored = not group[0][0].told and group[0][0].request.scored
-        # A power of two: each number of outputs is a program.
-        outputs = 1 << (len(feeds[0]) - 1).bit_length() if scored else 1
+        into = np.concatenate([into for _, _, into in group])
         try:
-            logits, _ = decoder.read(feeds, np.concatenate([into for _, _, into in group]), outputs=outputs)
             if scored:
+                # A power of two: each number of outputs is a program.
+                outputs = 1 << (len(feeds[0]) - 1).bit_length()
+                logits, _ = decoder.read(feeds, into, outputs=outputs)
                 group[0][0].score(feeds[0], logits[0, -len(feeds[0]) :])
+                following = Following.whole(logits[:, -1])
+            else:
+                vocab_size = self.model.family.config.vocab_size
+                temperatures = [t for job, _, _ in group for t in job.temperatures(vocab_size)]
+                following = decoder.follow_up(feeds, into, temperatures)
         except Exception as e:
             for job, _, _ in group:
                 self._leave(job)
                 job.request.tell(_as_error(e))
             return
-        parts = (np.split(x, ends) for x in (decoder.rows, decoder.lengths, logits[:, -1]))
-        for (job, taken, _), place, rows, lengths, part in zip(group, positions, *parts, strict=True):
+        bounds = [0, *ends.tolist(), len(feeds)]
+        parts = [following.part(a, b) for a, b in itertools.pairwise(bounds)]
+        tables = (np.split(x, ends) for x in (decoder.rows, decoder.lengths))
+        for (job, taken, _), place, rows, lengths, part in zip(group, positions, *tables, parts, strict=True):
             place.rows, place.lengths = rows, lengths
             whole, sequences = job.unread or ([], np.zeros(0, np.int32))
             left = [feed[len(read) :] for feed, read in zip(whole, taken, strict=True)]

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import sim
-from kernels.programs import FAMILIES, OPTIMIZER, PROGRAMS, cases, inputs, model, sizes
+from kernels.programs import CONFIGS, FAMILIES, OPTIMIZER, PROGRAMS, cases, inputs, model, sizes
 from sim.card import Card
 
+import pyrformer as pf
 from pyrformer.errors import ConfigError, DeviceError, InputError, StateError
 from pyrformer.executors.program import Executor, Store
+from pyrformer.generation import decoder, strategies
 from pyrformer.model import Model
 from pyrformer.optimizers import OPTIMIZERS
 from pyrformer.programs import train_step
@@ -199,6 +201,86 @@ def test_beam_search_and_sampling_give_the_cpu_s_tokens() -> None:
         assert one.ids == two.ids
         if one.scores[0] is not None:
             np.testing.assert_allclose(two.scores, one.scores, rtol=1e-4)
+
+
+class Counting(Card):
+    """A card that counts the bytes that come back from it."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 1 << 19)
+        self.came = 0
+
+    def download(self, stream: Any, host: np.ndarray, start: int) -> None:
+        self.came += host.nbytes
+        super().download(stream, host, start)
+
+
+WORDY = {**CONFIGS["gpt2"], "vocab_size": 700}
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, 0),
+        ({"num_beams": 3, "num_return_sequences": 2, "eos_token_id": [5]}, 0),
+        ({"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}, 0),
+        ({"do_sample": True, "temperature": 0.02, "top_p": 0.9, "num_return_sequences": 3}, 0),
+        ({"do_sample": True, "temperature": 0.9, "min_p": 0.5}, 0),
+        # Even at that: all 18 rows are asked for.
+        ({"do_sample": True, "top_p": 0.95}, 18),
+        # These look at whole rows from the start.
+        ({"do_sample": True, "temperature": 0.8}, None),
+        ({"repetition_penalty": 1.3}, None),
+    ],
+    ids=str,
+)
+def test_a_search_that_sees_the_best_of_each_row_finds_what_one_that_sees_all_finds(
+    options: dict[str, Any], rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one and the same device; and the vocabulary stays there where the best suffice."""
+    monkeypatch.setattr(decoder, "BEST", 64)
+    monkeypatch.setattr(strategies, "BEST", 64)
+    cpu = Model.from_config(WORDY, seed=3)
+    for name, _, _ in cpu.store.types():  # far from even
+        cpu.store.set(name, 4 * cpu.store.get(name))
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    options = {"max_new_tokens": 6, "seed": 4, **options}
+    asked: list[int] = []
+    monkeypatch.setattr(Store, "rows", counted(Store.rows, asked))
+    card = Counting()
+    best = on_card(cpu, card).generate(prompts, **options)
+    came = card.came
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.Decoder, "follow_up", lambda self, feeds, into, _: decoder.Following.whole(
+            self.read(feeds, into)[0][:, 0]))  # fmt: skip
+        card = Counting()
+        whole = on_card(cpu, card).generate(prompts, **options)
+    assert best.ids == whole.ids
+    for one, two in ((best.scores, whole.scores), (best.token_logprobs, whole.token_logprobs)):
+        if one and one[0] is not None:
+            for a, b in zip(one, two, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert sum(asked) == (rows or 0)
+    if rows == 0:
+        assert came < card.came / 4
+
+
+def counted(rows: Any, asked: list[int]) -> Any:
+    """A function of rows that notes how many were asked for."""
+
+    def go(self: Store, name: str, wanted: Any) -> Any:
+        asked.append(len(wanted))
+        return rows(self, name, wanted)
+
+    return go
+
+
+def test_rows_that_are_no_logits_are_an_error_of_a_device_too() -> None:
+    cpu = Model.from_config(WORDY, seed=3)
+    device = on_card(cpu, Card(None, 1 << 19))
+    device.store.set("transformer.ln_f.bias", np.full(12, np.nan, np.float32))
+    with pytest.raises(pf.Error, match="the logit of token 0 is NaN"):
+        device.generate([[1, 2]], max_new_tokens=3)
 
 
 def test_a_call_and_gradients_of_a_model_on_a_device(rng: np.random.Generator) -> None:

@@ -7,7 +7,9 @@ use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArra
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use pyrformer_cpu::room;
-use pyrformer_search::{Draft, EarlyStopping, Filters, GenerationOptions, Hooks, Positions, Prompt};
+use pyrformer_search::{
+    Best, Draft, EarlyStopping, Filters, GenerationOptions, Hooks, Positions, Prompt, Row,
+};
 
 use crate::decode::Program;
 use crate::enter::{Failure, enter};
@@ -275,6 +277,45 @@ impl Search {
     fn advance(&self, py: Python<'_>, logits: PyReadonlyArray2<'_, f32>) -> PyResult<()> {
         let slice = logits.as_slice().map_err(gaps)?;
         self.with(py, |search| search.advance(slice))
+    }
+
+    /// The temperature at which `advance_best` wants the best `count` of each row weighed; None: it wants whole rows.
+    fn wants_best(&self, count: usize) -> Option<f32> {
+        self.lock().as_ref().and_then(|search| search.wants_best(count))
+    }
+
+    /// Takes the best of each active row, logits and tokens [A, K] and masses [A, 2], and the rows `places` whole, [n, V].
+    /// Gives the rows whose best do not suffice; then nothing has changed.
+    fn advance_best(
+        &self,
+        py: Python<'_>,
+        logits: PyReadonlyArray2<'_, f32>,
+        tokens: PyReadonlyArray2<'_, i32>,
+        masses: PyReadonlyArray2<'_, f64>,
+        places: Vec<usize>,
+        whole: PyReadonlyArray2<'_, f32>,
+    ) -> PyResult<Vec<usize>> {
+        let (active, count) = (logits.as_array().nrows(), logits.as_array().ncols());
+        let fits = tokens.as_array().dim() == (active, count)
+            && masses.as_array().dim() == (active, 2)
+            && whole.as_array().nrows() == places.len()
+            && places.iter().all(|&place| place < active);
+        if !fits || count == 0 {
+            return Err(Failure::new("InputError", "[search] the best of rows do not fit together").into());
+        }
+        let (logits, tokens, masses) = (
+            logits.as_slice().map_err(gaps)?,
+            tokens.as_slice().map_err(gaps)?,
+            masses.as_slice().map_err(gaps)?,
+        );
+        let (vocab_size, whole) = (whole.as_array().ncols(), whole.as_slice().map_err(gaps)?);
+        let best = logits.chunks_exact(count).zip(tokens.chunks_exact(count)).zip(masses.chunks_exact(2));
+        let best = best.map(|((logits, tokens), m)| Best { logits, tokens, masses: [m[0], m[1]] });
+        let mut rows: Vec<Row<'_>> = best.map(Row::Best).collect();
+        for (i, &place) in places.iter().enumerate() {
+            rows[place] = Row::Whole(&whole[i * vocab_size..(i + 1) * vocab_size]);
+        }
+        self.with(py, |search| search.advance_rows(&rows))
     }
 
     /// Takes turns with a decoding program of one token a sequence, whose cache row for a sequence is its number: at most

@@ -19,7 +19,8 @@ use std::collections::BinaryHeap;
 
 use crate::constraints::{advancing, progress};
 use crate::path::{FinishReason, Hypothesis, Path};
-use crate::sample::{draw_distinct, log_softmax};
+use crate::rows::Row;
+use crate::sample::draw_distinct;
 use crate::search::Setup;
 use crate::{EarlyStopping, Error, Result};
 
@@ -96,20 +97,29 @@ impl Beams {
         Self { groups: (0..setup.prompts.len() * groups).map(beam).collect() }
     }
 
-    /// Continues every open path by its row of `logits`.
-    pub(crate) fn advance(&mut self, setup: &Setup, step: usize, logits: &[f32]) -> Result<()> {
+    /// Continues every open path by its row; changes nothing where rows do not suffice, which are added to `missing`.
+    pub(crate) fn advance(
+        &mut self,
+        setup: &Setup,
+        step: usize,
+        rows: &[Row<'_>],
+        missing: &mut Vec<usize>,
+    ) -> Result<()> {
         // Read everything before changing anything, so that an error leaves the search as it was.
         let mut choices = Vec::with_capacity(self.groups.len());
         for of_prompt in self.groups.chunks(setup.options.num_beam_groups) {
             let mut taken = Vec::new();
             for group in of_prompt {
-                let choice = group.choose(setup, step, logits, &taken)?;
+                let choice = group.choose(setup, step, rows, &taken, missing)?;
                 // At the length limit all end, but those without an end token have been chosen all the same.
                 let ended = choice.ended.iter().map(|(candidate, _)| candidate);
                 let chosen = choice.open.iter().chain(ended).map(|candidate| candidate.token);
                 taken.extend(chosen.filter(|token| !setup.is_end(*token)));
                 choices.push(choice);
             }
+        }
+        if !missing.is_empty() {
+            return Ok(());
         }
         for (group, choice) in self.groups.iter_mut().zip(&choices) {
             if !group.open.is_empty() {
@@ -165,10 +175,17 @@ fn extended(path: &Path, token: u32) -> Vec<u32> {
 impl Beam {
     /// What the step does. Sampled candidates come in drawing order, which ranks those that end; the open ones go by
     /// score.
-    fn choose(&self, setup: &Setup, step: usize, logits: &[f32], taken: &[u32]) -> Result<Choice> {
+    fn choose(
+        &self,
+        setup: &Setup,
+        step: usize,
+        rows: &[Row<'_>],
+        taken: &[u32],
+        missing: &mut Vec<usize>,
+    ) -> Result<Choice> {
         let width = setup.options.group_width();
         let mut choice = Choice::default();
-        for (rank, candidate) in self.candidates(setup, step, logits, taken)?.into_iter().enumerate() {
+        for (rank, candidate) in self.candidates(setup, step, rows, taken, missing)?.into_iter().enumerate() {
             match setup.ending(&self.open[candidate.beam], candidate.token)? {
                 None => choice.open.push(candidate),
                 Some(reason) if rank < width || !setup.options.force_words_ids.is_empty() => {
@@ -203,34 +220,44 @@ impl Beam {
         *open = ranked.into_iter().map(|(_, _, candidate)| candidate).collect();
     }
 
-    /// The continuations to consider, in the order in which they compete.
+    /// The continuations to consider, in the order in which they compete; none where a row does not suffice.
     fn candidates(
         &self,
         setup: &Setup,
         step: usize,
-        logits: &[f32],
+        rows: &[Row<'_>],
         taken: &[u32],
+        missing: &mut Vec<usize>,
     ) -> Result<Vec<Candidate>> {
         let options = &setup.options;
-        let count = options.group_width() * (1 + options.eos_token_id.len()).max(2);
+        let count = options.beam_candidates();
         let mut best = BinaryHeap::with_capacity(count + 1);
         let (mut all, mut forced) = (Vec::new(), Vec::new());
-        let (mut raw, mut scores) = (Vec::new(), Vec::new());
+        let (mut scores, before) = (Vec::new(), missing.len());
+        // Of each open path, what is above all continuations of it that are not known.
+        let mut floors = Vec::with_capacity(self.open.len());
         for (slot, path) in self.open.iter().enumerate() {
-            setup.read_row(logits, path.row, step, self.first + slot, &mut raw)?;
-            log_softmax(&mut raw);
+            let Some(mut known) = setup.know(rows[path.row], step, self.first + slot)? else {
+                missing.push(path.row);
+                continue;
+            };
+            let logprob = |x: f32| (f64::from(x) - known.normalizer) as f32;
+            floors.push(known.rest.map(|rest| path.score + f64::from(logprob(rest.lowest))));
+            let raw: Vec<f32> = std::mem::take(&mut known.logits).into_iter().map(logprob).collect();
             scores.clone_from(&raw);
-            setup.process(path, taken, &mut scores)?;
+            if known.rest.is_none() {
+                setup.process(path, taken, &mut scores)?;
+            }
             let onward = advancing(options, &path.ids[path.prompt_len..]);
             if !onward.is_empty() {
                 wait_with_end(&options.eos_token_id, &mut scores);
             }
-            for (token, &score) in scores.iter().enumerate().filter(|(_, s)| **s > f32::NEG_INFINITY) {
+            for (place, &score) in scores.iter().enumerate().filter(|(_, s)| **s > f32::NEG_INFINITY) {
                 let candidate = Candidate {
                     score: path.score + f64::from(score),
                     beam: slot,
-                    token: token as u32,
-                    logprob: f64::from(raw[token]),
+                    token: known.token(place),
+                    logprob: f64::from(raw[place]),
                 };
                 if onward.binary_search(&candidate.token).is_ok() {
                     forced.push(candidate);
@@ -245,6 +272,9 @@ impl Beam {
                 }
             }
         }
+        if missing.len() > before {
+            return Ok(Vec::new());
+        }
         let mut chosen = if options.do_sample {
             let scores: Vec<_> = all.iter().map(|c| c.score).collect();
             let stream = self.open.first().map_or(0, |path| setup.prompts[path.prompt].first_sequence);
@@ -252,6 +282,12 @@ impl Beam {
         } else {
             best.into_sorted_vec().into_iter().map(|Reverse(candidate)| candidate).collect::<Vec<_>>()
         };
+        let unsure = |c: &&Candidate| floors[c.beam].is_some_and(|floor| c.score <= floor);
+        missing.extend(chosen.iter().filter(unsure).map(|c| self.open[c.beam].row));
+        if missing.len() > before {
+            missing.dedup();
+            return Ok(Vec::new());
+        }
         forced.retain(|candidate| !chosen.contains(candidate));
         chosen.append(&mut forced);
         // A beam without continuations rests on what it has finished; with nothing finished there is no answer.

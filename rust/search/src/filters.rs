@@ -149,18 +149,34 @@ impl Filters {
         is_default.iter().find(|(_, is)| !is).map(|(name, _)| *name)
     }
 
+    /// What logits are divided by: in float32 like the reference, for at large logits the rounding of the quotient shows
+    /// in the probabilities.
+    pub(crate) fn divisor(&self) -> f32 {
+        (self.temperature as f32).max(f32::MIN_POSITIVE)
+    }
+
     /// Filters `row` `[V]` in place: temperature divides, every removed token becomes −∞.
     ///
     /// The row must hold a finite logit and neither NaN nor +∞.
     pub(crate) fn apply(&self, row: &mut [f32]) {
+        self.scale(row);
+        self.remove(row, None);
+    }
+
+    /// Divides `row` by the temperature.
+    pub(crate) fn scale(&self, row: &mut [f32]) {
         if self.temperature != 1.0 {
-            // In float32 like the reference: at large logits the rounding of the quotient shows in the probabilities.
-            let temperature = (self.temperature as f32).max(f32::MIN_POSITIVE);
+            let temperature = self.divisor();
             // A tiny temperature may overflow; then the largest logit becomes 0, which changes no probability.
             let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let shift = if (largest / temperature).is_finite() { 0.0 } else { largest };
             row.iter_mut().for_each(|x| *x = (*x - shift) / temperature);
         }
+    }
+
+    /// Makes the tokens −∞ that the filters but temperature remove. With `mass`, `row` is a part of the tokens and all
+    /// of them have this sum of exp(x − largest): it stands until a filter has removed the others.
+    pub(crate) fn remove(&self, row: &mut [f32], mut mass: Option<f64>) {
         let (temperature, min_tokens_to_keep) = (self.temperature, self.min_tokens_to_keep);
         if *self == (Self { temperature, min_tokens_to_keep, ..Self::default() }) {
             return;
@@ -171,16 +187,18 @@ impl Filters {
             .collect();
         if let Some(fraction) = self.top_h {
             top_h(&mut candidates, fraction);
+            mass = None;
         }
         if self.top_k > 0 {
             let threshold = kth_largest(&candidates, self.top_k.max(self.min_tokens_to_keep));
             candidates.retain(|c| c.logit >= threshold);
+            mass = None;
         }
         if self.top_p < 1.0 {
-            top_p(&mut candidates, self.top_p, self.min_tokens_to_keep);
+            top_p(&mut candidates, self.top_p, self.min_tokens_to_keep, mass.take());
         }
         if self.min_p > 0.0 {
-            normalize(&mut candidates);
+            normalize(&mut candidates, mass.take());
             let largest = candidates.iter().map(|c| c.probability).fold(0.0, f64::max);
             at_least(&mut candidates, self.min_p * largest, self.min_tokens_to_keep);
         }
@@ -188,11 +206,11 @@ impl Filters {
             typical(&mut candidates, self.typical_p, self.min_tokens_to_keep);
         }
         if self.epsilon_cutoff > 0.0 {
-            normalize(&mut candidates);
+            normalize(&mut candidates, mass.take());
             at_least(&mut candidates, self.epsilon_cutoff, self.min_tokens_to_keep);
         }
         if self.eta_cutoff > 0.0 {
-            let entropy = normalize(&mut candidates);
+            let entropy = normalize(&mut candidates, None);
             let eta = self.eta_cutoff.min(self.eta_cutoff.sqrt() * (-entropy).exp());
             at_least(&mut candidates, eta, self.min_tokens_to_keep);
         }
@@ -221,14 +239,16 @@ pub fn filter_logits(row: &[f32], filters: &Filters) -> Result<Vec<f32>> {
     Ok(row.iter().map(|&x| (f64::from(x) - normalizer).exp() as f32).collect())
 }
 
-/// Fills in the probabilities of `candidates` among themselves; returns their entropy in nats.
-fn normalize(candidates: &mut [Candidate]) -> f64 {
+/// Fills in the probabilities of `candidates` among themselves, or among all that weigh `mass`; returns the entropy of
+/// the former in nats.
+fn normalize(candidates: &mut [Candidate], mass: Option<f64>) -> f64 {
     let largest = candidates.iter().map(|c| c.logit).fold(f64::NEG_INFINITY, f64::max);
     let mut total = 0.0;
     for c in candidates.iter_mut() {
         c.probability = (c.logit - largest).exp();
         total += c.probability;
     }
+    total = mass.unwrap_or(total);
     let mut mean_logit = 0.0;
     for c in candidates.iter_mut() {
         c.probability /= total;
@@ -252,8 +272,8 @@ fn at_least(candidates: &mut Vec<Candidate>, cutoff: f64, keep: usize) {
     candidates.retain(|c| c.probability >= cutoff || c.logit >= threshold);
 }
 
-fn top_p(candidates: &mut Vec<Candidate>, mass: f64, keep: usize) {
-    normalize(candidates);
+fn top_p(candidates: &mut Vec<Candidate>, mass: f64, keep: usize, all: Option<f64>) {
+    normalize(candidates, all);
     // Building a heap is linear; only what is kept gets sorted.
     let mut heap = BinaryHeap::from(std::mem::take(candidates));
     let mut total = 0.0;
@@ -267,7 +287,7 @@ fn top_p(candidates: &mut Vec<Candidate>, mass: f64, keep: usize) {
 fn top_h(candidates: &mut Vec<Candidate>, fraction: f64) {
     let mut heap = BinaryHeap::from(std::mem::take(candidates));
     let mut best: Vec<_> = std::iter::from_fn(|| heap.pop()).take(TOP_H_TOKENS).collect();
-    let budget = fraction * normalize(&mut best);
+    let budget = fraction * normalize(&mut best, None);
     let mut spent = 0.0;
     for (i, c) in best.into_iter().enumerate() {
         spent -= c.probability * c.probability.ln();
@@ -280,7 +300,7 @@ fn top_h(candidates: &mut Vec<Candidate>, fraction: f64) {
 }
 
 fn typical(candidates: &mut Vec<Candidate>, mass: f64, keep: usize) {
-    let entropy = normalize(candidates);
+    let entropy = normalize(candidates, None);
     let normalizer = log_sum_exp_of(candidates);
     let distance = |c: &Candidate| (normalizer - c.logit - entropy).abs();
     candidates.sort_by(|a, b| distance(a).total_cmp(&distance(b)).then(a.token.cmp(&b.token)));

@@ -1,7 +1,8 @@
 //! Greedy search and sampling: every sequence goes its own way.
 
 use crate::path::{FinishReason, Hypothesis, Path};
-use crate::sample::{argmax, draw, log_sum_exp};
+use crate::rows::{Known, Row};
+use crate::sample::{argmax, draw};
 use crate::search::{Emitted, Setup};
 use crate::{Error, Result};
 
@@ -24,24 +25,44 @@ impl Independent {
         Self { active, finished }
     }
 
-    /// Chooses one token for each open sequence.
-    pub(crate) fn advance(&mut self, setup: &Setup, step: usize, logits: &[f32]) -> Result<Vec<Emitted>> {
+    /// Chooses one token for each open sequence; nothing where rows do not suffice, which are added to `missing`.
+    pub(crate) fn advance(
+        &mut self,
+        setup: &Setup,
+        step: usize,
+        rows: &[Row<'_>],
+        missing: &mut Vec<usize>,
+    ) -> Result<Vec<Emitted>> {
         let options = &setup.options;
         let mut emitted = Vec::with_capacity(self.active.len());
-        let (mut raw, mut scores, mut normalizer, mut row_read) = (Vec::new(), Vec::new(), 0.0, None);
+        let (mut known, mut scores, mut row_read) = (Known::default(), Vec::new(), None);
         for (sequence, path) in &self.active {
             // After the prompt all its sequences share one row and one past, hence one set of scores.
             if row_read != Some(path.row) {
                 row_read = Some(path.row);
-                setup.read_row(logits, path.row, step, *sequence, &mut raw)?;
-                normalizer = log_sum_exp(&raw);
-                scores.clone_from(&raw);
-                setup.process(path, &[], &mut scores)?;
+                let found = setup.know(rows[path.row], step, *sequence)?;
+                known = found.unwrap_or_default();
+                scores.clone_from(&known.logits);
+                let suffices = match known.rest {
+                    Some(rest) => setup.filter_best(rest, &mut scores),
+                    None if scores.is_empty() => false,
+                    None => {
+                        setup.process(path, &[], &mut scores)?;
+                        true
+                    }
+                };
+                if !suffices {
+                    missing.push(path.row);
+                    continue;
+                }
                 if scores.iter().all(|x| *x == f32::NEG_INFINITY) {
                     return Err(Error::Logits { step, sequence: *sequence, problem: setup.all_banned() });
                 }
             }
-            let token = if options.do_sample {
+            if missing.last() == row_read.as_ref() {
+                continue;
+            }
+            let place = if options.do_sample {
                 let per_prompt = options.num_return_sequences;
                 let stream =
                     setup.prompts[path.prompt].first_sequence.wrapping_add((sequence % per_prompt) as u32);
@@ -49,8 +70,11 @@ impl Independent {
             } else {
                 argmax(&scores)
             };
-            let logprob = f64::from(raw[token]) - normalizer;
-            emitted.push(Emitted { sequence: *sequence, token: token as u32, logprob });
+            let logprob = f64::from(known.logits[place]) - known.normalizer;
+            emitted.push(Emitted { sequence: *sequence, token: known.token(place), logprob });
+        }
+        if !missing.is_empty() {
+            return Ok(Vec::new());
         }
         self.append(setup, &emitted)?;
         Ok(emitted)

@@ -339,6 +339,11 @@ impl GenerationOptions {
         self.num_beams / self.num_beam_groups
     }
 
+    /// How many continuations of a group's beams are considered in a step.
+    pub(crate) fn beam_candidates(&self) -> usize {
+        self.group_width() * (1 + self.eos_token_id.len()).max(2)
+    }
+
     /// How many finished hypotheses of a group are kept, and awaited before it may stop.
     pub(crate) fn kept(&self) -> usize {
         ((self.group_width() as f64 * self.patience).round() as usize).max(1)

@@ -4,6 +4,7 @@ use crate::beam::Beams;
 use crate::independent::Independent;
 use crate::path::{FinishReason, Hypothesis, Path};
 use crate::processors::{self, Context, Hooks};
+use crate::rows::{Row, wants_best};
 use crate::sample::check_row;
 use crate::stochastic::Stochastic;
 use crate::{Error, GenerationOptions, Result};
@@ -152,21 +153,57 @@ impl Search {
         if logits.len() != active * vocab_size {
             return Err(Error::Shape { step, active, vocab_size, given: logits.len() });
         }
+        let rows: Vec<_> = logits.chunks_exact(vocab_size).map(Row::Whole).collect();
+        let missing = self.advance_rows(&rows)?;
+        debug_assert!(missing.is_empty(), "whole rows suffice");
+        Ok(())
+    }
+
+    /// Whether the best `count` logits of each row may do for [`Search::advance_rows`], and the temperature at which it
+    /// wants them weighed; `None` if this search looks at whole rows.
+    #[must_use]
+    pub fn wants_best(&self, count: usize) -> Option<f32> {
+        let Hooks { allowed_tokens, processor, .. } = &self.setup.hooks;
+        let changed = allowed_tokens.is_some() || processor.is_some();
+        if changed { None } else { wants_best(&self.setup.options, count) }
+    }
+
+    /// As [`Search::advance`], with whole rows or the best of them. Gives the numbers of those whose best do not suffice;
+    /// then nothing has changed, and they are to be given whole.
+    ///
+    /// # Errors
+    /// As [`Search::advance`]; [`Error::Outside`] for the best of a row that are not in order, or no tokens.
+    pub fn advance_rows(&mut self, rows: &[Row<'_>]) -> Result<Vec<usize>> {
+        let (step, active, vocab_size) = (self.step.index, self.step.tokens.len(), self.setup.vocab_size);
+        let whole = rows.iter().filter_map(|row| if let Row::Whole(x) = row { Some(x.len()) } else { None });
+        if rows.len() != active || whole.clone().any(|length| length != vocab_size) {
+            return Err(Error::Shape { step, active, vocab_size, given: whole.sum() });
+        }
+        let mut missing = Vec::new();
         match &mut self.strategy {
             Strategy::Independent(sequences) => {
-                self.emitted = sequences.advance(&self.setup, step, logits)?;
-                self.step = next_step(step + 1, sequences.open());
+                let emitted = sequences.advance(&self.setup, step, rows, &mut missing)?;
+                if missing.is_empty() {
+                    self.emitted = emitted;
+                    self.step = next_step(step + 1, sequences.open());
+                }
             }
             Strategy::Beams(beams) => {
-                beams.advance(&self.setup, step, logits)?;
-                self.step = next_step(step + 1, beams.open());
+                beams.advance(&self.setup, step, rows, &mut missing)?;
+                if missing.is_empty() {
+                    self.step = next_step(step + 1, beams.open());
+                }
             }
             Strategy::Stochastic(nodes) => {
-                nodes.advance(&self.setup, step, logits)?;
-                self.step = next_step(step + 1, nodes.open(&self.setup));
+                let best = rows.iter().enumerate().filter(|(_, row)| matches!(row, Row::Best(_)));
+                missing.extend(best.map(|(i, _)| i));
+                if missing.is_empty() {
+                    nodes.advance(&self.setup, step, rows)?;
+                    self.step = next_step(step + 1, nodes.open(&self.setup));
+                }
             }
         }
-        Ok(())
+        Ok(missing)
     }
 
     /// The tokens the last [`Search::advance`] made certain, by ascending sequence: one for each active sequence in
@@ -239,17 +276,16 @@ impl Setup {
         }
     }
 
-    /// Copies row `row` of `logits` into `out`, repaired or refused if it holds invalid values.
+    /// Copies a row of logits into `out`, repaired or refused if it holds invalid values.
     pub(crate) fn read_row(
         &self,
-        logits: &[f32],
-        row: usize,
+        row: &[f32],
         step: usize,
         sequence: usize,
         out: &mut Vec<f32>,
     ) -> Result<()> {
         out.clear();
-        out.extend_from_slice(&logits[row * self.vocab_size..(row + 1) * self.vocab_size]);
+        out.extend_from_slice(row);
         if self.options.remove_invalid_values {
             for x in out.iter_mut() {
                 *x = if x.is_nan() { 0.0 } else { x.clamp(f32::MIN, f32::MAX) };

@@ -41,7 +41,7 @@ impl Search {
         path.ids.extend_from_slice(after);
         let sequence = self.step.sequences[row] as usize;
         let mut scores = Vec::new();
-        self.setup.read_row(logits, 0, self.step.index, sequence, &mut scores)?;
+        self.setup.read_row(logits, self.step.index, sequence, &mut scores)?;
         if !matches!(self.strategy, Strategy::Independent(_)) {
             log_softmax(&mut scores);
         }
@@ -137,7 +137,7 @@ impl Search {
             argmax(&scores)
         };
         let mut raw = Vec::new();
-        self.setup.read_row(logits, 0, self.step.index, self.step.sequences[0] as usize, &mut raw)?;
+        self.setup.read_row(logits, self.step.index, self.step.sequences[0] as usize, &mut raw)?;
         self.choose(&[(chosen as u32, f64::from(raw[chosen]) - log_sum_exp(&raw))])?;
         Ok(chosen == token)
     }

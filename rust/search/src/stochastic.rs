@@ -8,6 +8,7 @@
 use pyrformer_random::Stream;
 
 use crate::path::{FinishReason, Hypothesis, Path};
+use crate::rows::Row;
 use crate::sample::{GUMBEL_PURPOSE, coordinate, log_softmax};
 use crate::search::Setup;
 use crate::{Error, Result};
@@ -47,9 +48,9 @@ impl Stochastic {
         Self { prompts: (0..setup.prompts.len()).map(root).collect() }
     }
 
-    /// Continues every open node by its row of `logits`.
-    pub(crate) fn advance(&mut self, setup: &Setup, step: usize, logits: &[f32]) -> Result<()> {
-        let next = |(prompt, nodes): (usize, &Vec<Node>)| children(setup, prompt, nodes, step, logits);
+    /// Continues every open node by its row, given whole.
+    pub(crate) fn advance(&mut self, setup: &Setup, step: usize, rows: &[Row<'_>]) -> Result<()> {
+        let next = |(prompt, nodes): (usize, &Vec<Node>)| children(setup, prompt, nodes, step, rows);
         self.prompts = self.prompts.iter().enumerate().map(next).collect::<Result<_>>()?;
         Ok(())
     }
@@ -83,7 +84,13 @@ impl Stochastic {
 }
 
 /// The `num_beams` best of the finished nodes and all children of the open ones.
-fn children(setup: &Setup, prompt: usize, nodes: &[Node], step: usize, logits: &[f32]) -> Result<Vec<Node>> {
+fn children(
+    setup: &Setup,
+    prompt: usize,
+    nodes: &[Node],
+    step: usize,
+    rows: &[Row<'_>],
+) -> Result<Vec<Node>> {
     let options = &setup.options;
     let width = options.num_beams;
     let mut stream =
@@ -97,7 +104,9 @@ fn children(setup: &Setup, prompt: usize, nodes: &[Node], step: usize, logits: &
             continue;
         }
         let sequence = prompt * width + slot;
-        setup.read_row(logits, node.path.row, step, sequence, &mut raw)?;
+        if let Row::Whole(row) = rows[node.path.row] {
+            setup.read_row(row, step, sequence, &mut raw)?;
+        }
         log_softmax(&mut raw);
         scores.clone_from(&raw);
         setup.process(&node.path, &[], &mut scores)?;
