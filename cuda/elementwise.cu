@@ -1,5 +1,5 @@
-// Functions of one element: unary functions and their gradients, binary functions with suffix broadcast, dropout, and the
-// epilogue of a matrix product.
+// Functions of one element: unary functions and their gradients, binary functions with suffix broadcast, dropout, the
+// epilogue of a matrix product, and gated activations.
 //
 // Dimensions: N rows, C columns, M rows of a broadcast operand.
 // Launch of every kernel here: block = 256, grid = ceil(N * ceil(C / 4) / 256); a thread has four columns of one row.
@@ -294,4 +294,24 @@ epilogue_forward_f32(const float* product, const float* bias, const float* x, co
     if (x) value = value * apply_slope(act_grad, load4(at(x, g.row, x_ld, g.col), g.n));
     if (residual) value = value + load4(at(residual, g.row, residual_ld, g.col), g.n);
     store4(at(y, g.row, y_ld, g.col), value, g.n);
+}
+
+// y = act(gate) * up. gate, up, y [N, C]; act: a member of Function. y may be gate or up.
+extern "C" __global__ void __launch_bounds__(THREADS)
+gated_forward_f32(const float* gate, const float* up, float* y, int rows, int cols, int gate_ld, int up_ld, int y_ld,
+                  int act) {
+    Group g = my_group(rows, cols);
+    float4 value = apply(act, load4(at(gate, g.row, gate_ld, g.col), g.n));
+    store4(at(y, g.row, y_ld, g.col), value * load4(at(up, g.row, up_ld, g.col), g.n), g.n);
+}
+
+// dgate = dy * up * act'(gate), dup = dy * act(gate). All [N, C]; each result may be any of the operands.
+extern "C" __global__ void __launch_bounds__(THREADS)
+gated_backward_f32(const float* dy, const float* gate, const float* up, float* dgate, float* dup, int rows, int cols,
+                   int dy_ld, int gate_ld, int up_ld, int dgate_ld, int dup_ld, int act) {
+    Group g = my_group(rows, cols);
+    float4 d = load4(at(dy, g.row, dy_ld, g.col), g.n), x = load4(at(gate, g.row, gate_ld, g.col), g.n);
+    float4 through = d * load4(at(up, g.row, up_ld, g.col), g.n);
+    store4(at(dgate, g.row, dgate_ld, g.col), through * apply_slope(act, x), g.n);
+    store4(at(dup, g.row, dup_ld, g.col), d * apply(act, x), g.n);
 }

@@ -120,6 +120,20 @@ for _name in ("add", "sub", "mul", "div"):
 
 
 @_rule
+def gated_forward(
+    grid: Any, gate: Any, up: Any, y: Any, rows: int, cols: int, gate_ld: int, up_ld: int, y_ld: int, act: int
+) -> Work:  # fmt: skip
+    return _alike(rows, cols, FUNCTION_FLOPS[act] + 1, gate, up, y)
+
+
+@_rule
+def gated_backward(
+    grid: Any, dy: Any, gate: Any, up: Any, dgate: Any, dup: Any, rows: int, cols: int, *more: int
+) -> Work:  # fmt: skip
+    return _alike(rows, cols, 2 * FUNCTION_FLOPS[more[-1]] + 7, dy, gate, up, dgate, dup)
+
+
+@_rule
 def fill_forward(grid: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
     return _streams([], [(rows, cols)], 0)
 

@@ -217,7 +217,7 @@ class MLP(Module):
         self._act = c.hidden_act
 
     def __call__(self, h: Tensor) -> Tensor:
-        return self.down_proj(F.activation(self._act, self.gate_proj(h)) * self.up_proj(h))
+        return self.down_proj(F.gated(self._act, self.gate_proj(h), self.up_proj(h)))
 
 
 class Layer(Module):

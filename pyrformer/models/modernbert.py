@@ -192,7 +192,7 @@ class MLP(Module):
 
     def __call__(self, h: Tensor) -> Tensor:
         gate, value = F.split(self.Wi(h), 2)
-        inner = F.activation(self._c.hidden_activation, gate) * value
+        inner = F.gated(self._c.hidden_activation, gate, value)
         return self.Wo(F.dropout(inner, self._c.mlp_dropout))
 
 

@@ -34,9 +34,22 @@ def activation(name: str, x: Tensor) -> Tensor:
     Raises:
         ConfigError: there is no such activation.
     """
+    return x.trace.apply({"unary": _activation(name)}, x)[0]
+
+
+def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """``activation(gate) ⊙ up`` of two tensors of one shape (Shazeer 2020, equation 6), by Hugging Face's name.
+
+    Raises:
+        ConfigError: there is no such activation.
+    """
+    return gate.trace.apply({"gated": _activation(name)}, gate, up)[0]
+
+
+def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise ConfigError(f"[model] unknown activation {name!r}; use one of {', '.join(sorted(ACTIVATIONS))}")
-    return x.trace.apply({"unary": ACTIVATIONS[name]}, x)[0]
+    return ACTIVATIONS[name]
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:

@@ -121,6 +121,23 @@ def test_dropout_drops_what_is_not_finite(device):
 
 
 @LAYOUTS
+@pytest.mark.parametrize("act", reference.UNARY)
+def test_gated(device, rng, close, act, layout):
+    gate, up, dy = (inside(act, rng.normal(size=(5, 19)).astype(np.float32)) for _ in range(3))
+    f = reference.UNARY[act]
+    want = f(gate.astype(float)) * up
+    for over in ("", "gate", "up"):
+        close(run.gated(device, act, gate, up, layout, over), want)
+    dgate = reference.slope(f, gate.astype(float)) * dy * up
+    dup = f(gate.astype(float)) * dy
+    for over in (("", ""), ("dy", "up"), ("gate", "dy"), ("up", "gate")):
+        for got, want in zip(
+            run.gated_grad(device, act, dy, gate, up, layout, over), (dgate, dup), strict=True
+        ):
+            close(got, want)
+
+
+@LAYOUTS
 @pytest.mark.parametrize("act", run.FUNCTIONS)
 def test_epilogue(device, rng, close, act, layout):
     shape = (5, 19)

@@ -36,6 +36,15 @@ def gelu_tanh(device, rng, close):
     close(run.unary_grad(device, "gelu_tanh", x, dy, over="dy"), want)
 
 
+def gated(device, rng, close):
+    gate, up, dy = normal(rng, 3, 9), normal(rng, 3, 9), normal(rng, 3, 9)
+    f, z = reference.UNARY["silu"], gate.astype(float)
+    close(run.gated(device, "silu", gate, up, CROOKED), f(z) * up)
+    got = run.gated_grad(device, "silu", dy, gate, up, CROOKED, ("dy", "gate"))
+    for x, want in zip(got, (reference.slope(f, z) * dy * up, f(z) * dy), strict=True):
+        close(x, want)
+
+
 def dropout(device, rng, close):
     x, state = normal(rng, 9, 7), np.array([1, 2, 3, 4])
     for layout in (run.PLAIN, CROOKED):
@@ -293,7 +302,7 @@ def smoothed(device, rng, close):
 
 
 CASES = {f.__name__: f for f in (
-    elementwise, gelu_tanh, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
+    elementwise, gelu_tanh, gated, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
     global_norm, halt, adamw, attention, attention_grad, blind, tensor_cores,
     blind_tensor_cores, attention_of_wide_heads, best, cache_write, cached,
     cached_spans, cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
@@ -311,6 +320,9 @@ MUTANTS = [
     ("layer_norm", "norm", "layer_norm_forward_f32", "for (int step = WARP / 2; step > 0; step /= 2) x += ", "for (int step = WARP / 4; step > 0; step /= 2) x += "),
     ("count_labels", "rows", "count_labels_forward_f32", "    __syncthreads();\n    x = totals[0];", "    x = totals[0];"),
     ("cross_entropy", "loss", "cross_entropy_", "    __syncthreads();\n    x = largest[0];", "    x = largest[0];"),
+    ("gated", "elementwise", "gated_forward_f32", "value * load4(at(up, g.row, up_ld, g.col), g.n)", "value * load4(at(gate, g.row, gate_ld, g.col), g.n)"),
+    ("gated", "elementwise", "gated_backward_f32", "store4(at(dup, g.row, dup_ld, g.col), d * apply(act, x), g.n);", "store4(at(dup, g.row, dup_ld, g.col), load4(at(dy, g.row, dy_ld, g.col), g.n) * apply(act, x), g.n);"),
+    ("gated", "elementwise", "gated_backward_f32", "through * apply_slope(act, x)", "d * apply_slope(act, x)"),
     ("dropout", "elementwise", "dropout_forward_f32", "round < 10", "round < 9"),
     ("dropout", "elementwise", "dropout_forward_f32", "make_uint4(a.z, a.w, b.x, b.y)", "make_uint4(a.z, a.w, b.y, b.x)"),
     ("dropout", "elementwise", "dropout_forward_f32", "keep_words(keep, first / 4 + 1)", "keep_words(keep, first / 4)"),

@@ -617,6 +617,11 @@ impl<'a> Run<'a> {
             }
             Op::Unary(f) => elementwise::unary::<T>(pool, *f, self.x(0), self.y(0)),
             Op::UnaryGrad(f) => elementwise::unary_grad::<T>(pool, *f, self.x(0), self.x(1), self.y(0)),
+            Op::Gated(f) => elementwise::gated::<T>(pool, *f, self.x(0), self.x(1), self.y(0)),
+            Op::GatedGrad(f) => {
+                let d = [self.y(0), self.y(1)];
+                elementwise::gated_grad::<T>(pool, *f, self.x(0), self.x(1), self.x(2), d);
+            }
             Op::Binary(f) => elementwise::binary::<T>(pool, *f, self.x(0), self.x(1), self.y(0)),
             Op::SumTo => elementwise::sum_to::<T>(pool, self.x(0), self.y(0), self.scratch()),
             Op::Broadcast => elementwise::broadcast::<T>(pool, self.x(0), self.y(0)),

@@ -205,6 +205,14 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
         }
         Op::Unary(g) => one(f(0).iter().map(|&x| unary(*g, x)).collect()),
         Op::UnaryGrad(g) => one(f(0).iter().zip(f(1)).map(|(&x, &dy)| dy * unary_grad(*g, x)).collect()),
+        Op::Gated(g) => one(f(0).iter().zip(f(1)).map(|(&gate, &up)| unary(*g, gate) * up).collect()),
+        Op::GatedGrad(g) => {
+            let each = f(0).iter().zip(f(1).iter().zip(f(2)));
+            let (dgate, dup) = each
+                .map(|(&dy, (&gate, &up))| (dy * up * unary_grad(*g, gate), dy * unary(*g, gate)))
+                .unzip();
+            vec![Tensor::Float(dgate), Tensor::Float(dup)]
+        }
         Op::Binary(g) => {
             let b = f(1);
             one(f(0).iter().enumerate().map(|(i, &a)| binary(*g, a, b[i % b.len()])).collect())

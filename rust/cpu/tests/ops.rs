@@ -130,6 +130,18 @@ fn differentiable() -> Vec<(String, Build)> {
             }),
         );
     }
+    for f in [Unary::Silu, Unary::Gelu, Unary::GeluTanh, Unary::Relu2] {
+        for columns in [1, 37, 259] {
+            add(
+                &format!("gated {} {columns}", f.name()),
+                case(move |c| {
+                    let gate = c.float_in("gate", &[3, columns], -4.0, 4.0);
+                    let up = c.float("up", &[3, columns]);
+                    c.op1(Op::Gated(f), &[gate, up])
+                }),
+            );
+        }
+    }
     for f in [Binary::Add, Binary::Sub, Binary::Mul, Binary::Div] {
         for (kind, shape) in
             [("same", vec![2, 3, 5]), ("suffix", vec![3, 5]), ("row", vec![5]), ("scalar", vec![])]

@@ -68,6 +68,8 @@ pub const SOURCES: &[Source] = &[
         "exp_backward_f32",
         "exp_forward_f32",
         "fill_forward_f32",
+        "gated_backward_f32",
+        "gated_forward_f32",
         "gelu_backward_f32",
         "gelu_forward_f32",
         "gelu_tanh_backward_f32",

@@ -165,7 +165,7 @@ fn function(f: Option<Unary>) -> Result<Arg, String> {
         Some(Unary::Mish) => 10,
         Some(Unary::Sqrt) => 11,
         Some(Unary::Sign) => 12,
-        Some(Unary::Scale(_)) => return Err("the product's epilogue does not scale".to_owned()),
+        Some(Unary::Scale(_)) => return Err("a fused activation does not scale".to_owned()),
     };
     Ok(number.into())
 }
@@ -287,6 +287,20 @@ impl Recorder<'_> {
                 let args = args![x, dy, dx, dx.rows, dx.cols, x.ld, dy.ld, dx.ld];
                 let name = format!("{}_backward_f32", f.name());
                 self.launch(name, groups(dx.rows, dx.cols), [256, 1, 1], args);
+            }
+            Op::Gated(f) => {
+                let [gate, up, y] = flat([self.x(0), self.x(1), self.y(0)]);
+                let mut args = args![gate, up, y, y.rows, y.cols, gate.ld, up.ld, y.ld];
+                args.push(function(Some(*f))?);
+                self.launch("gated_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+            }
+            Op::GatedGrad(f) => {
+                let [dy, gate, up, dgate, dup] =
+                    flat([self.x(0), self.x(1), self.x(2), self.y(0), self.y(1)]);
+                let mut args = args![dy, gate, up, dgate, dup, dy.rows, dy.cols];
+                args.extend(args![dy.ld, gate.ld, up.ld, dgate.ld, dup.ld]);
+                args.push(function(Some(*f))?);
+                self.launch("gated_backward_f32", groups(dy.rows, dy.cols), [256, 1, 1], args);
             }
             Op::Binary(f) => self.binary(*f, self.x(0), self.x(1), self.y(0)),
             Op::SumTo => self.sum_to()?,

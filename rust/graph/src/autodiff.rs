@@ -112,6 +112,7 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         }
         Op::Unary(f @ Unary::Scale(_)) => vec![Some(g.add1(Op::Unary(*f), &[dy])?)],
         Op::Unary(f) => vec![Some(g.add1(Op::UnaryGrad(*f), &[x[0], dy])?)],
+        Op::Gated(f) => g.add(Op::GatedGrad(*f), &[dy, x[0], x[1]])?.into_iter().map(Some).collect(),
         Op::Binary(f) => {
             let (a, b) = (x[0], x[1]);
             let mut binary = |f, a, b| g.add1(Op::Binary(f), &[a, b]);
@@ -189,6 +190,7 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
             dx
         }
         Op::UnaryGrad(_)
+        | Op::GatedGrad(_)
         | Op::LayerNormGrad { .. }
         | Op::AttentionGrad(_)
         | Op::RelativeAttentionGrad(_)

@@ -47,6 +47,8 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
         Op::AdamW { .. } => 14 * elements(inputs[0]),
         Op::GlobalNorm => inputs.iter().map(|t| 2 * elements(t)).sum(),
         Op::Unary(_) | Op::UnaryGrad(_) | Op::Binary(_) | Op::Dropout(_) => elements(outputs[0]),
+        Op::Gated(_) => 2 * elements(outputs[0]),
+        Op::GatedGrad(_) => 4 * elements(outputs[0]),
         Op::Rope { .. } => 3 * elements(outputs[0]),
         Op::RopeTable { .. } | Op::AlibiBias { .. } => elements(outputs[0]),
         Op::SumTo => elements(inputs[0]),

@@ -268,6 +268,10 @@ pub enum Op {
     Unary(Unary),
     /// `x, dy → f'(x) · dy`.
     UnaryGrad(Unary),
+    /// `gate, up → f(gate) ⊙ up`, all of one shape. Source: Shazeer 2020, equation 6.
+    Gated(Unary),
+    /// `dy, gate, up → dgate, dup`: dy ⊙ up ⊙ f'(gate) and dy ⊙ f(gate).
+    GatedGrad(Unary),
     /// `a, b → a ∘ b`; b's shape is a's or a suffix of it, repeated over a's leading axes.
     Binary(Binary),
     /// Sums leading axes away: `[.., S] → [S]`, in fixed order.
@@ -427,6 +431,8 @@ impl Op {
             Self::ScatterAdd { .. } => "scatter_add",
             Self::Unary(f) => f.name(),
             Self::UnaryGrad(_) => "unary_grad",
+            Self::Gated(_) => "gated",
+            Self::GatedGrad(_) => "gated_grad",
             Self::Binary(f) => f.name(),
             Self::SumTo => "sum_to",
             Self::Broadcast => "broadcast",
@@ -477,6 +483,8 @@ impl Op {
                 vec![(0, 0)]
             }
             Self::UnaryGrad(_) => vec![(1, 0), (0, 0)],
+            Self::Gated(_) => vec![(1, 0), (0, 0)],
+            Self::GatedGrad(_) => vec![(1, 0), (2, 1), (0, 0)],
             Self::ScatterAdd { .. } => vec![(2, 0)],
             Self::LayerNormGrad { .. } => vec![(5, 0), (0, 0)],
             // The product is then accumulated onto the residual, so nothing may come between the two.
@@ -651,6 +659,19 @@ impl Check<'_> {
                 self.dtypes(&[0, 1], &[])?;
                 self.require(self.shape(0) == self.shape(1), "x and dy of one shape")?;
                 Ok(vec![like(0)])
+            }
+            Op::Gated(_) => {
+                self.count(2, 2)?;
+                self.dtypes(&[0, 1], &[])?;
+                self.require(self.shape(0) == self.shape(1), "gate and up of one shape")?;
+                Ok(vec![like(0)])
+            }
+            Op::GatedGrad(_) => {
+                self.count(3, 3)?;
+                self.dtypes(&[0, 1, 2], &[])?;
+                let fits = (1..3).all(|i| self.shape(i) == self.shape(0));
+                self.require(fits, "dy, gate and up of one shape")?;
+                Ok(vec![like(1), like(2)])
             }
             Op::Binary(_) => {
                 self.count(2, 2)?;

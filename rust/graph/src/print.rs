@@ -57,7 +57,7 @@ fn attributes(op: &Op) -> Vec<String> {
         Op::Split { sizes } => out.push(format!("{sizes:?}")),
         Op::ScatterAdd { rows } => out.push(format!("rows={rows}")),
         Op::Unary(crate::op::Unary::Scale(s)) => out.push(s.to_string()),
-        Op::UnaryGrad(f) => out.push(f.name().to_owned()),
+        Op::UnaryGrad(f) | Op::Gated(f) | Op::GatedGrad(f) => out.push(f.name().to_owned()),
         Op::Dropout(spec) => dropout(&mut out, spec),
         Op::MatMul { ta, tb, epilogue } => {
             out.extend(ta.then(|| "ta".to_owned()));

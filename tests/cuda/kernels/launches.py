@@ -126,6 +126,30 @@ def unary_grad(
     return download(device, dx)
 
 
+def gated(device: Device, act: str, gate: Array, up: Array, layout: Layout = PLAIN, over: str = "") -> Array:
+    """act(gate) · up, written over gate or up if `over` names it."""
+    gates, ups = upload(device, gate, layout), upload(device, up, layout)
+    y = {"gate": gates, "up": ups}.get(over) or blank(device, gate.shape, layout)
+    sizes = (i32(gate.shape[0]), i32(gate.shape[1]), ld(gates), ld(ups), ld(y))
+    number = i32(FUNCTIONS.index(act))
+    device.launch("gated_forward_f32", groups(*gate.shape), 256, gates.at, ups.at, y.at, *sizes, number)
+    return download(device, y)
+
+
+def gated_grad(
+    device: Device, act: str, dy: Array, gate: Array, up: Array, layout: Layout = PLAIN,
+    over: tuple[str, str] = ("", ""),
+) -> tuple[Array, Array]:  # fmt: skip
+    """dy · up · act'(gate) and dy · act(gate), written over the operands that `over` names."""
+    operands = {n: upload(device, x, layout) for n, x in (("dy", dy), ("gate", gate), ("up", up))}
+    d = [operands.get(name) or blank(device, dy.shape, layout) for name in over]
+    all_of = (*operands.values(), *d)
+    sizes = (i32(dy.shape[0]), i32(dy.shape[1]), *map(ld, all_of))
+    number = i32(FUNCTIONS.index(act))
+    device.launch("gated_backward_f32", groups(*dy.shape), 256, *(x.at for x in all_of), *sizes, number)
+    return download(device, d[0]), download(device, d[1])
+
+
 def scale(device: Device, x: Array, s: float, layout: Layout = PLAIN) -> Array:
     """s · x."""
     xs, y = upload(device, x, layout), blank(device, x.shape, layout)

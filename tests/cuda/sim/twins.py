@@ -163,6 +163,23 @@ def elementwise(m: Memory, name: str, *args: Any) -> None:
 
 
 @twin
+def gated_forward(m, grid, gate, up, y, rows, cols, gate_ld, up_ld, y_ld, act):
+    value = FUNCTIONS[list(FUNCTIONS)[act]](matrix(m, gate, rows, cols, gate_ld).astype(float))[0]
+    value = value * matrix(m, up, rows, cols, up_ld)
+    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+
+
+@twin
+def gated_backward(
+    m, grid, dy, gate, up, dgate, dup, rows, cols, dy_ld, gate_ld, up_ld, dgate_ld, dup_ld, act
+):
+    value, slope = FUNCTIONS[list(FUNCTIONS)[act]](matrix(m, gate, rows, cols, gate_ld).astype(float))
+    d, up = matrix(m, dy, rows, cols, dy_ld).astype(float), matrix(m, up, rows, cols, up_ld).astype(float)
+    matrix(m, dgate, rows, cols, dgate_ld, write=True)[:] = d * up * slope
+    matrix(m, dup, rows, cols, dup_ld, write=True)[:] = d * value
+
+
+@twin
 def scale_forward(m, grid, x, y, rows, cols, x_ld, y_ld, s):
     value = s * matrix(m, x, rows, cols, x_ld)
     matrix(m, y, rows, cols, y_ld, write=True)[:] = value

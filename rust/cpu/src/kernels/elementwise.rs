@@ -8,6 +8,8 @@ use crate::simd_fn;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
 
+/// Elements of a row that are worked on at a time, so that operands may be the memory of results.
+const PIECE: usize = 256;
 /// √(2/π), the factor inside GELU's tanh form.
 const SQRT_2_OVER_PI: f64 = 0.797_884_560_802_865_4;
 /// The cubic coefficient inside GELU's tanh form. Source: Hendrycks and Gimpel 2016, section 2.
@@ -192,6 +194,15 @@ simd_fn! {
 }
 
 simd_fn! {
+    /// `y ⊙= x` for one row.
+    fn mul_row<T: Real>(x: &[T], y: &mut [T]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y *= x;
+        }
+    }
+}
+
+simd_fn! {
     /// `y += x` for one row.
     pub(crate) fn add_row<T: Real>(x: &[T], y: &mut [T]) {
         for (y, &x) in y.iter_mut().zip(x) {
@@ -232,7 +243,7 @@ pub(crate) fn in_place<T: Real>(x: &Mat<'_, T>, r: usize, row: &mut [T]) {
 /// `dx = dy · f'(x)`. Shapes: all [N, C]; dx may be dy or x.
 pub(crate) fn unary_grad<T: Real>(pool: &Pool, f: Unary, x: Mat<'_, T>, dy: Mat<'_, T>, dx: MatMut<'_, T>) {
     for_rows(pool, x.rows, rows_per_task(x.cols), |r| {
-        let mut piece = [T::ZERO; 256];
+        let mut piece = [T::ZERO; PIECE];
         let mut column = 0;
         while column < x.cols {
             let cols = piece.len().min(x.cols - column);
@@ -246,12 +257,57 @@ pub(crate) fn unary_grad<T: Real>(pool: &Pool, f: Unary, x: Mat<'_, T>, dy: Mat<
     });
 }
 
+/// `y = f(gate) ⊙ up`. Shapes: all [N, C]; y may be gate or up.
+pub(crate) fn gated<T: Real>(pool: &Pool, f: Unary, gate: Mat<'_, T>, up: Mat<'_, T>, y: MatMut<'_, T>) {
+    for_rows(pool, y.rows, rows_per_task(2 * y.cols), |r| {
+        let mut piece = [T::ZERO; PIECE];
+        for column in (0..y.cols).step_by(PIECE) {
+            let cols = PIECE.min(y.cols - column);
+            let part = &mut piece[..cols];
+            part.copy_from_slice(gate.block(r, 1, column, cols).row(0));
+            unary_row(f, part);
+            mul_row(up.block(r, 1, column, cols).row(0), part);
+            // SAFETY: one task a row, and the operands of this piece have been read.
+            unsafe { y.block(r, 1, column, cols).row_mut(0) }.copy_from_slice(part);
+        }
+    });
+}
+
+/// `dgate = dy ⊙ up ⊙ f'(gate)`, `dup = dy ⊙ f(gate)`. Shapes: all [N, C]; results may be operands' memory.
+pub(crate) fn gated_grad<T: Real>(
+    pool: &Pool,
+    f: Unary,
+    dy: Mat<'_, T>,
+    gate: Mat<'_, T>,
+    up: Mat<'_, T>,
+    [dgate, dup]: [MatMut<'_, T>; 2],
+) {
+    for_rows(pool, dy.rows, rows_per_task(3 * dy.cols), |r| {
+        let (mut first, mut second) = ([T::ZERO; PIECE], [T::ZERO; PIECE]);
+        for column in (0..dy.cols).step_by(PIECE) {
+            let cols = PIECE.min(dy.cols - column);
+            let [dy, gate, up] = [dy, gate, up].map(|x| x.block(r, 1, column, cols).row(0));
+            let (first, second) = (&mut first[..cols], &mut second[..cols]);
+            first.copy_from_slice(dy);
+            mul_row(up, first);
+            unary_grad_row(f, gate, first);
+            second.copy_from_slice(gate);
+            unary_row(f, second);
+            mul_row(dy, second);
+            // SAFETY: one task a row, and the operands of this piece have been read.
+            let [dgate, dup] = [dgate, dup].map(|x| unsafe { x.block(r, 1, column, cols).row_mut(0) });
+            dgate.copy_from_slice(first);
+            dup.copy_from_slice(second);
+        }
+    });
+}
+
 /// `y = a ∘ b`. Shapes: a, y [N, C]; b [M, C] with M a divisor of N, or a scalar. y may be a.
 pub(crate) fn binary<T: Real>(pool: &Pool, f: Binary, a: Mat<'_, T>, b: Mat<'_, T>, y: MatMut<'_, T>) {
     let scalar = b.rows * b.cols == 1 && a.cols > 1;
     for_rows(pool, a.rows, rows_per_task(a.cols), |r| {
-        let mut piece = [T::ZERO; 256];
-        let mut constant = [T::ZERO; 256];
+        let mut piece = [T::ZERO; PIECE];
+        let mut constant = [T::ZERO; PIECE];
         if scalar {
             constant.fill(b.row(0)[0]);
         }

@@ -7,7 +7,7 @@ use crate::gemm::{Factor, Gemm, PackBuffers, gemm, gemm_by, no_epilogue};
 use crate::kernels::elementwise::add_row;
 use crate::kernels::{for_rows, rows_per_task};
 use crate::real::Real;
-use crate::simd::{max, reduce};
+use crate::simd::{LANES, fold_lanes, max, reduce};
 use crate::simd_fn;
 use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
@@ -60,10 +60,19 @@ simd_fn! {
         if even > T::ZERO {
             target += even * reduce(row, T::ZERO, |x| x, |a, b| a + b);
         }
-        for x in row.iter_mut() {
-            *x = (*x - largest).exp_normal::<FUSED>();
+        let mut lanes = [T::ZERO; LANES];
+        let (chunks, rest) = row.as_chunks_mut::<LANES>();
+        for chunk in chunks {
+            for l in 0..LANES {
+                chunk[l] = (chunk[l] - largest).exp_normal::<FUSED>();
+                lanes[l] += chunk[l];
+            }
         }
-        let sum = reduce(row, T::ZERO, |x| x, |a, b| a + b);
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *x = (*x - largest).exp_normal::<FUSED>();
+            *lane += *x;
+        }
+        let sum = fold_lanes(lanes, |a, b| a + b);
         let lse = sum.ln() + largest;
         let factor = scale * (T::ONE + (z_loss + z_loss) * lse) / sum;
         let even = scale * even;
