@@ -287,6 +287,7 @@ epilogue_forward_f32(const float* product, const float* bias, const float* x, co
                      int rows, int cols, int product_ld, int x_ld, int residual_ld, int y_ld, int pre_ld, int act,
                      int act_grad) {
     Group g = my_group(rows, cols);
+    if (g.n == 0) return;
     float4 value = load4(at(product, g.row, product_ld, g.col), g.n);
     if (bias) value = value + load4(bias + g.col, g.n);
     if (pre) store4(at(pre, g.row, pre_ld, g.col), value, g.n);
@@ -301,6 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 gated_forward_f32(const float* gate, const float* up, float* y, int rows, int cols, int gate_ld, int up_ld, int y_ld,
                   int act) {
     Group g = my_group(rows, cols);
+    if (g.n == 0) return;
     float4 value = apply(act, load4(at(gate, g.row, gate_ld, g.col), g.n));
     store4(at(y, g.row, y_ld, g.col), value * load4(at(up, g.row, up_ld, g.col), g.n), g.n);
 }
@@ -310,6 +312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 gated_backward_f32(const float* dy, const float* gate, const float* up, float* dgate, float* dup, int rows, int cols,
                    int dy_ld, int gate_ld, int up_ld, int dgate_ld, int dup_ld, int act) {
     Group g = my_group(rows, cols);
+    if (g.n == 0) return;
     float4 d = load4(at(dy, g.row, dy_ld, g.col), g.n), x = load4(at(gate, g.row, gate_ld, g.col), g.n);
     float4 through = d * load4(at(up, g.row, up_ld, g.col), g.n);
     store4(at(dgate, g.row, dgate_ld, g.col), through * apply_slope(act, x), g.n);
