@@ -37,7 +37,7 @@ struct __align__(16) Shared {
 };
 
 // to[d][r] = x[from + r][d0 + d]: a tile turned so that the inner dimension is first; 0 outside.
-__device__ __forceinline__ void load_turned(float (*to)[PITCH], const Rows& x, int from, int d0) {
+__device__ __forceinline__ void load_turned(float (*to)[PITCH], const Rows<float>& x, int from, int d0) {
     int r = threadIdx.x % TILE;
     const float* row = x.x + (long long)(from + r) * x.ld + d0;
 #pragma unroll
@@ -51,7 +51,7 @@ __device__ __forceinline__ void load_turned(float (*to)[PITCH], const Rows& x, i
 }
 
 // to[r][c] = x[from + r][c0 + c] for DEPTH rows and TILE columns; 0 outside.
-__device__ __forceinline__ void load_rows(float (*to)[PITCH], const Rows& x, int from, int c0) {
+__device__ __forceinline__ void load_rows(float (*to)[PITCH], const Rows<float>& x, int from, int c0) {
     int c = 4 * (threadIdx.x % (TILE / 4));
 #pragma unroll
     for (int r = threadIdx.x / (TILE / 4); r < DEPTH; r += THREADS / (TILE / 4)) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void multiply(float (&sum)[4][4], const float (*a)[PI
 }
 
 // product[i][j] = x[x_from + 4 ty + i] . y[y_from + 4 tx + j].
-__device__ __forceinline__ void dot_tiles(float (&product)[4][4], Shared& shared, const Rows& x, int x_from, const Rows& y,
+__device__ __forceinline__ void dot_tiles(float (&product)[4][4], Shared& shared, const Rows<float>& x, int x_from, const Rows<float>& y,
                                           int y_from, int ty, int tx) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_weights(Shared& shared, const float (&w)[4
 }
 
 // sum[part][i][j] += sum over r < TILE of weights[r][4 ty + i] * x[from + r][column + TILE part + 4 tx + j].
-__device__ __forceinline__ void add_weighted(float (&sum)[PARTS][4][4], Shared& shared, const Rows& x, int from, int column,
+__device__ __forceinline__ void add_weighted(float (&sum)[PARTS][4][4], Shared& shared, const Rows<float>& x, int from, int column,
                                              int ty, int tx) {
 #pragma unroll 1
     for (int half = 0; half < TILE; half += DEPTH) {
@@ -175,9 +175,9 @@ attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, 
     int query0 = (gridDim.x - 1 - blockIdx.x) * TILE;
     int head = blockIdx.y, kv_head = head / (heads / kv_heads);
     int b = blockIdx.z % batch, column = blockIdx.z / batch * SLICE;
-    Rows qs = head_rows(q, q_ld, b, head, tokens, width);
-    Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
-    Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Rows<float> qs = head_rows(q, q_ld, b, head, tokens, width);
+    Rows<float> ks = head_rows(k, k_ld, b, kv_head, tokens, width);
+    Rows<float> vs = head_rows(v, v_ld, b, kv_head, tokens, width);
     Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
     long long row0 = ((long long)b * heads + head) * tokens + query0 + 4 * ty;
     Keep keep;
@@ -265,6 +265,15 @@ attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, 
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
+// p and dp of a tile -> (p * keep) and the score gradient p * (dp * keep - delta) * scale, in place; zeros for a query that
+// sees nothing, whose probabilities depend on no score.
+__device__ __forceinline__ void score_gradient(float& p, float& dp, bool seen, float bias, float lse, float delta,
+                                               float factor, float scale) {
+    p = seen && lse != -INFINITY ? expf(p * scale + bias - lse) : 0.f;
+    dp = p * (dp * factor - delta) * scale;
+    p *= factor;
+}
+
 // delta[b, h, i] = dout[b, i, h] . out[b, i, h], which is the sum over j of p[i, j] * dp[i, j].
 extern "C" __global__ void __launch_bounds__(4 * WARP)
 attention_delta_backward_f32(const float* __restrict__ dout, const float* __restrict__ out, float* __restrict__ delta,
@@ -295,10 +304,10 @@ attention_dq_backward_f32(const float* __restrict__ dout, const float* __restric
     int query0 = (gridDim.x - 1 - blockIdx.x) * TILE;
     int head = blockIdx.y, kv_head = head / (heads / kv_heads);
     int b = blockIdx.z % batch, column = blockIdx.z / batch * SLICE;
-    Rows qs = head_rows(q, q_ld, b, head, tokens, width);
-    Rows douts = head_rows(dout, dout_ld, b, head, tokens, width);
-    Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
-    Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Rows<float> qs = head_rows(q, q_ld, b, head, tokens, width);
+    Rows<float> douts = head_rows(dout, dout_ld, b, head, tokens, width);
+    Rows<float> ks = head_rows(k, k_ld, b, kv_head, tokens, width);
+    Rows<float> vs = head_rows(v, v_ld, b, kv_head, tokens, width);
     Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
     long long row0 = ((long long)b * heads + head) * tokens + query0 + 4 * ty;
     Keep keep;
@@ -351,8 +360,8 @@ attention_dkv_backward_f32(const float* __restrict__ dout, const float* __restri
     int key0 = blockIdx.x * TILE;
     int kv_head = blockIdx.y, group = heads / kv_heads;
     int b = blockIdx.z % batch, column = blockIdx.z / batch * SLICE;
-    Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width);
-    Rows vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Rows<float> ks = head_rows(k, k_ld, b, kv_head, tokens, width);
+    Rows<float> vs = head_rows(v, v_ld, b, kv_head, tokens, width);
     Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
     Keep keep;
     if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
@@ -362,8 +371,8 @@ attention_dkv_backward_f32(const float* __restrict__ dout, const float* __restri
     clear(dvs);
     int end = mask.end_query(min(key0 + TILE, tokens));
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        Rows qs = head_rows(q, q_ld, b, head, tokens, width);
-        Rows douts = head_rows(dout, dout_ld, b, head, tokens, width);
+        Rows<float> qs = head_rows(q, q_ld, b, head, tokens, width);
+        Rows<float> douts = head_rows(dout, dout_ld, b, head, tokens, width);
         long long head0 = ((long long)b * heads + head) * tokens;
         for (int query0 = mask.first_query(key0); query0 < end; query0 += TILE) {
             float p[4][4], ds[4][4];
@@ -394,7 +403,7 @@ attention_dkv_backward_f32(const float* __restrict__ dout, const float* __restri
     }
     // Queries that see nothing: every key has a share of them, wherever it lies.
     for (int head = kv_head * group; segments && head < (kv_head + 1) * group; ++head) {
-        Rows douts = head_rows(dout, dout_ld, b, head, tokens, width);
+        Rows<float> douts = head_rows(dout, dout_ld, b, head, tokens, width);
         long long head0 = ((long long)b * heads + head) * tokens;
         for (int query0 = 0; query0 < tokens; query0 += TILE) {
             bool blind[4], some = false;

@@ -1,16 +1,18 @@
-// What attention.cu and attention_bf16.cu share: heads, masks, the gradient of a score.
+// What attention.cu and attention_bf16.cu share: heads, masks.
 
-#define TILE 64  // queries or keys of a block
+#define TILE 64  // visits of keys and of queries begin at multiples of it
 
 // What of a sequence belongs to one head: `rows` tokens, `ld` apart, `width` elements each.
+template <class T>
 struct Rows {
-    const float* x;
+    const T* x;
     int ld;
     int rows;
     int width;
 };
 
-__device__ __forceinline__ Rows head_rows(const float* x, int ld, int b, int head, int tokens, int width) {
+template <class T>
+__device__ __forceinline__ Rows<T> head_rows(const T* x, int ld, int b, int head, int tokens, int width) {
     return {x + (long long)b * tokens * ld + (long long)head * width, ld, tokens, width};
 }
 
@@ -30,6 +32,16 @@ struct Mask {
         return other != 0 && (own == other || own == 0);
     }
 
+    // Of queries i .. i + n and keys j .. j + m: whether all see all, and whether some may see some.
+    __device__ __forceinline__ bool all(int i, int n, int j, int m) const {
+        bool before = !causal || j + m - 1 <= i || j + m <= prefix;
+        return !segments && before && i + n <= tokens && j + m <= tokens && i + n - 1 - j < window && j + m - 1 - i < window;
+    }
+    __device__ __forceinline__ bool some(int i, int n, int j, int m) const {
+        bool after = causal && j > i + n - 1 && j >= prefix;
+        return !after && i < tokens && j < tokens && i - (j + m - 1) < window && j - (i + n - 1) < window;
+    }
+
     // The first tile of keys that some query from `i` on sees, and the end of those that queries before `end` see.
     __device__ __forceinline__ int first_key(int i) const { return max(0, i - window + 1) / TILE * TILE; }
     __device__ __forceinline__ int end_key(int end) const {
@@ -46,12 +58,3 @@ struct Mask {
     }
     __device__ __forceinline__ int end_query(int end) const { return window >= tokens ? tokens : min(tokens, end - 1 + window); }
 };
-
-// p and dp of a tile -> (p * keep) and the score gradient p * (dp * keep - delta) * scale, in place; zeros for a query that
-// sees nothing, whose probabilities depend on no score.
-__device__ __forceinline__ void score_gradient(float& p, float& dp, bool seen, float bias, float lse, float delta,
-                                               float factor, float scale) {
-    p = seen && lse != -INFINITY ? expf(p * scale + bias - lse) : 0.f;
-    dp = p * (dp * factor - delta) * scale;
-    p *= factor;
-}

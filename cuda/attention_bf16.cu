@@ -1,19 +1,30 @@
-// attention.cu's products on tensor cores: queries, keys, values and probabilities are rounded to bfloat16 on their way to
-// shared memory or registers; sums, softmax and all of memory stay float32. Arguments, masks and dropout are those of
-// attention.cu's kernels. Needs compute capability 8.0; heads of up to 64 or 128 columns, the number in a kernel's name.
+// Attention on tensor cores, with bfloat16 in memory: q, k, v, out and their gradients are bfloat16, lse and delta float32.
+// Products are of bfloat16 factors, to which probabilities and their gradients are rounded too, and add up in float32. Masks, dropout and what optional operands mean are those of attention.cu.
 //
-// Launch: block = 128, with tiles = ceil(T / 64):
-//   attention<w>_forward_bf16, attention<w>_dq_backward_bf16    grid = (tiles, H, B).
-//   attention<w>_dkv_backward_bf16                              grid = (tiles, K, B).
-// Shared memory: static, up to 43.5 KB.
+// Needs compute capability 8.0; D a multiple of 8; rows of every bfloat16 operand at multiples of 16 bytes. The number in a
+// kernel's name is the widest head it takes.
 //
-// A warp has 16 rows of the result. Products are mma.m16n8k16: a lane (g, t) = (lane / 4, lane % 4) holds columns 2 t and
-// 2 t + 1 of rows g and g + 8 of each 16 x 8 result, so that a row belongs to four lanes, and two neighbouring results are
-// the first factor of the next product as they lie. Source: PTX ISA, "Matrix Fragments for mma.m16n8k16", and Dao 2023,
-// "FlashAttention-2", section 3.3.
+// Launch: block = 128, with tiles(n) = ceil(T / n):
+//   attention64_forward_bf16, attention64_dq_backward_bf16, and those of 128    grid = (tiles(128), H, B).
+//   attention256_forward_bf16, attention256_dq_backward_bf16                    grid = (tiles(64), H, B).
+//   attention64_dkv_backward_bf16                                               grid = (tiles(128), K, B).
+//   attention128_dkv_backward_bf16                                              grid = (tiles(64), K, B).
+//   attention256_dkv_backward_bf16                                              grid = (tiles(64), K, 2 B).
+//   attention_delta_backward_bf16                                               grid = ceil(B * T * H / 16).
+// Shared memory: dynamic; a word <kernel>_shared beside each kernel says how many bytes. At most 99 KB.
+//
+// A warp has M times 16 rows of the result. Products are mma.m16n8k16: a lane (g, t) = (lane / 4, lane % 4) holds columns
+// 2 t and 2 t + 1 of rows g and g + 8 of each 16 x 8 result, so that a row belongs to four lanes, and two neighbouring
+// results are the first factor of the next product as they lie. A second factor is read once for all M pieces. The block's
+// own rows stay in shared memory; the others pass through two stages, of which one fills while the other is used.
+// Source: PTX ISA, "Matrix Fragments for mma.m16n8k16", and Dao 2023, "FlashAttention-2", section 3.3.
 
 #define THREADS 128
 #define WARPS (THREADS / WARP)
+#define LOG2_E 1.44269504f
+#define LN_2 0.693147181f
+
+typedef unsigned short bf16;
 
 // ---- Tensor cores --------------------------------------------------------------------------------------------------
 
@@ -28,9 +39,8 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 
 // Four 8 x 8 tiles of bfloat16; lane l gives the address of row l % 8 of tile l / 8. Turned, a lane gets columns.
 template <bool TURNED>
-__device__ __forceinline__ void load_tiles(unsigned (&to)[4], const unsigned* row) {
+__device__ __forceinline__ void load_tiles(unsigned (&to)[4], unsigned at) {
 #if __CUDA_ARCH__ >= 800
-    unsigned at = (unsigned)__cvta_generic_to_shared(row);
     if (TURNED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
@@ -50,102 +60,187 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const unsigned (&a)[4]
 #endif
 }
 
-// Rows of a head as bfloat16, two to a word. The pitch is 16 bytes past a multiple of 128: eight rows meet in no bank.
-template <int ROWS, int WIDTH>
-struct __align__(16) Tile {
-    unsigned words[ROWS][(WIDTH + 8) / 2];
+// ---- Copies that go on by themselves -------------------------------------------------------------------------------
 
-    // Rows from .. of x, 0 outside.
-    __device__ __forceinline__ void load(const Rows& x, int from) {
-#pragma unroll 4
-        for (int n = threadIdx.x; n < ROWS * WIDTH / 4; n += THREADS) {
-            int r = n / (WIDTH / 4), c = 4 * (n % (WIDTH / 4));
-            float4 value = load4(x.x + (long long)(from + r) * x.ld + c, from + r < x.rows ? x.width - c : 0);
-            *reinterpret_cast<uint2*>(&words[r][c / 2]) = make_uint2(pack(value.x, value.y), pack(value.z, value.w));
+// 16 bytes of global memory, or 16 zeros.
+__device__ __forceinline__ void copy16(void* to, const void* from, bool inside) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy4(void* to, const void* from, bool inside) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(inside ? 4 : 0) : "memory");
+#endif
+}
+
+// Until all copies of this thread have arrived.
+__device__ __forceinline__ void arrive() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+#endif
+}
+
+// ---- Tiles ---------------------------------------------------------------------------------------------------------
+
+// Rows of a head in shared memory, in chunks of eight columns. Chunk c of row r lies at place c ^ r % 8: eight rows of one
+// chunk meet in no bank, and neither do eight chunks of one row.
+template <int WIDTH>
+struct Tile {
+    static constexpr int CHUNKS = WIDTH / 8;
+    uint4* at;
+
+    __device__ __forceinline__ uint4* chunk(int row, int c) const { return at + row * CHUNKS + (c ^ (row & 7)); }
+
+    // Begins to copy rows from .. of x, 0 outside.
+    template <int ROWS>
+    __device__ __forceinline__ void fetch(const Rows<bf16>& x, int from) const {
+#pragma unroll 1  // addresses of more copies would take the registers of the sums
+        for (int n = threadIdx.x; n < ROWS * CHUNKS; n += THREADS) {
+            int r = n / CHUNKS, c = n % CHUNKS;
+            bool inside = from + r < x.rows && 8 * c < x.width;
+            copy16(chunk(r, c), inside ? x.x + (long long)(from + r) * x.ld + 8 * c : x.x, inside);
         }
+    }
+
+    // Where in shared memory this lane finds its row of a pair of chunks, the first for `half` 0; the tile begins at a
+    // multiple of 128 bytes. Other even chunks are found by turning bits, other rows, eight apart, by adding.
+    __device__ __forceinline__ unsigned lane(int row, int half) const {
+        return (unsigned)__cvta_generic_to_shared(at) + 16 * (row * CHUNKS + (half ^ (row & 7)));
+    }
+    __device__ __forceinline__ static unsigned moved(unsigned lane, int rows, int c) {
+        return (lane ^ 16 * (c & 7)) + 16 * (rows * CHUNKS + (c & ~7));
     }
 
     // The first factor [16, 16] at (row, col).
     __device__ __forceinline__ void first(unsigned (&a)[4], int row, int col) const {
-        int lane = threadIdx.x % WARP;
-        load_tiles<false>(a, &words[row + lane % 16][(col + lane / 16 * 8) / 2]);
+        int n = threadIdx.x % WARP;
+        load_tiles<false>(a, moved(lane(n % 16, n / 16), row, col / 8));
     }
 
     // Second factors [16, 8] for results of columns n and n + 8: element (k, n) is this tile's (n, k), at column `k`.
     __device__ __forceinline__ void second(unsigned (&b)[4], int n, int k) const {
-        int lane = threadIdx.x % WARP;
-        load_tiles<false>(b, &words[n + lane / 16 * 8 + lane % 8][(k + lane / 8 % 2 * 8) / 2]);
+        int i = threadIdx.x % WARP;
+        load_tiles<false>(b, moved(lane(i / 16 * 8 + i % 8, i / 8 % 2), n, k / 8));
     }
 
     // The same where element (k, n) is this tile's (k, n).
     __device__ __forceinline__ void second_turned(unsigned (&b)[4], int k, int n) const {
-        int lane = threadIdx.x % WARP;
-        load_tiles<true>(b, &words[k + lane % 16][(n + lane / 16 * 8) / 2]);
+        int i = threadIdx.x % WARP;
+        load_tiles<true>(b, moved(lane(i % 16, i / 16), k, n / 8));
     }
 };
 
-// product [16, 8 N] = rows `row` .. of x . rows of y, over the head's columns.
-template <int N, int WIDTH, class X, class Y>
-__device__ __forceinline__ void dot_rows(float (&product)[N][4], const X& x, int row, const Y& y) {
+// product [16 M, 8 N] = rows `row` .. of x . rows of y, over the head's columns.
+template <int M, int N, int WIDTH>
+__device__ __forceinline__ void dot_rows(float (&product)[M][N][4], const Tile<WIDTH>& x, int row, const Tile<WIDTH>& y) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) product[n][0] = product[n][1] = product[n][2] = product[n][3] = 0.f;
+    for (int m = 0; m < M; ++m) {
 #pragma unroll
+        for (int n = 0; n < N; ++n) product[m][n][0] = product[m][n][1] = product[m][n][2] = product[m][n][3] = 0.f;
+    }
+#pragma unroll 1  // loads further ahead would take the registers of the sums
     for (int k = 0; k < WIDTH; k += 16) {
-        unsigned a[4];
-        x.first(a, row, k);
+        unsigned a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) x.first(a[m], row + 16 * m, k);
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             unsigned b[4];
             y.second(b, 8 * n, k);
-            multiply(product[n], a, b[0], b[1]);
-            multiply(product[n + 1], a, b[2], b[3]);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                multiply(product[m][n], a[m], b[0], b[1]);
+                multiply(product[m][n + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
 
-// sum [16, WIDTH] += weights [16, 8 N] . the first 8 N rows of x.
-template <int N, int WIDTH, class X>
-__device__ __forceinline__ void add_weighted(float (&sum)[WIDTH / 8][4], const float (&weights)[N][4], const X& x) {
+// A result [16 M, 8 N] as bfloat16, two columns to a word.
+template <int M, int N>
+struct Weights {
+    unsigned words[M][N][2];
+
+    __device__ __forceinline__ Weights() {}
+    __device__ __forceinline__ explicit Weights(const float (&x)[M][N][4]) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                words[m][n][0] = pack(x[m][n][0], x[m][n][1]);
+                words[m][n][1] = pack(x[m][n][2], x[m][n][3]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ float at(int m, int n, int e) const {
+        unsigned word = words[m][n][e / 2];
+        return __uint_as_float(e % 2 ? word & 0xffff0000u : word << 16);
+    }
+};
+
+// sum [16 M, 8 C] += weights [16 M, 8 N] . columns `col` .. of the first 8 N rows of x.
+template <int M, int N, int C, int WIDTH>
+__device__ __forceinline__ void add_weighted(float (&sum)[M][C][4], const Weights<M, N>& weights, const Tile<WIDTH>& x, int col = 0) {
 #pragma unroll
     for (int k = 0; k < N; k += 2) {
-        unsigned a[4] = {pack(weights[k][0], weights[k][1]), pack(weights[k][2], weights[k][3]),
-                         pack(weights[k + 1][0], weights[k + 1][1]), pack(weights[k + 1][2], weights[k + 1][3])};
+        unsigned a[M][4];
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; n += 2) {
+        for (int m = 0; m < M; ++m) {
+            const unsigned(&w)[N][2] = weights.words[m];
+            a[m][0] = w[k][0], a[m][1] = w[k][1], a[m][2] = w[k + 1][0], a[m][3] = w[k + 1][1];
+        }
+#pragma unroll
+        for (int n = 0; n < C; n += 2) {
             unsigned b[4];
-            x.second_turned(b, 8 * k, 8 * n);
-            multiply(sum[n], a, b[0], b[1]);
-            multiply(sum[n + 1], a, b[2], b[3]);
+            x.second_turned(b, 8 * k, col + 8 * n);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                multiply(sum[m][n], a[m], b[0], b[1]);
+                multiply(sum[m][n + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
 
-template <int WIDTH>
-__device__ __forceinline__ void clear(float (&sum)[WIDTH / 8][4]) {
+template <int M, int C>
+__device__ __forceinline__ void clear(float (&sum)[M][C][4]) {
 #pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.f;
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < C; ++n) sum[m][n][0] = sum[m][n][1] = sum[m][n][2] = sum[m][n][3] = 0.f;
+    }
 }
 
-// to[row + 8 r][8 n + 2 t ..] = sum[n][2 r ..] * factor[r], inside the head.
-template <int WIDTH>
-__device__ __forceinline__ void store_sum(float* to, int ld, int rows, int width, int row, const float (&sum)[WIDTH / 8][4],
-                                          float factor0, float factor1) {
-    int t = threadIdx.x % 4;
+// to[from + r][col + c] = sum[r][c] * factor[r] for the warp's 16 M rows, inside the head. They pass through the warp's rows
+// of `tile`, from `row` on, which no other warp may use any more.
+template <int M, int C, int WIDTH>
+__device__ __forceinline__ void store_sum(bf16* to, int ld, int rows, int width, int from, int col, const float (&sum)[M][C][4],
+                                          const float (&factor)[M][2], const Tile<WIDTH>& tile, int row) {
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    __syncwarp();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (row + 8 * r >= rows) continue;
-        float factor = r ? factor1 : factor0;
+    for (int m = 0; m < M; ++m) {
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
-            int c = 8 * n + 2 * t;
-            float* p = to + (long long)(row + 8 * r) * ld + c;
-            float2 value = make_float2(sum[n][2 * r] * factor, sum[n][2 * r + 1] * factor);
-            if (c + 1 < width && (reinterpret_cast<unsigned long long>(p) & 7) == 0) {
-                *reinterpret_cast<float2*>(p) = value;
-            } else {
-                if (c < width) p[0] = value.x;
-                if (c + 1 < width) p[1] = value.y;
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+            for (int n = 0; n < C; ++n) {
+                unsigned* p = reinterpret_cast<unsigned*>(tile.chunk(row + 16 * m + 8 * r + g, n));
+                p[t] = pack(sum[m][n][2 * r] * factor[m][r], sum[m][n][2 * r + 1] * factor[m][r]);
             }
+        }
+    }
+    __syncwarp();
+#pragma unroll 4
+    for (int n = lane; n < 16 * M * C; n += WARP) {
+        int r = n / C, c = n % C;
+        if (from + r < rows && col + 8 * c < width) {
+            *reinterpret_cast<uint4*>(to + (long long)(from + r) * ld + col + 8 * c) = *tile.chunk(row + r, c);
         }
     }
 }
@@ -161,314 +256,522 @@ __device__ __forceinline__ float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
+// Bit 4 n + e of word m: whether element e of result (m, n) is `chosen`. In a loop that is not unrolled, since masks and
+// dropout would otherwise take the registers of the sums.
+template <int M, int N, class F>
+__device__ __forceinline__ void choose(unsigned (&bits)[M], F chosen) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        bits[m] = 0;
+#pragma unroll 1
+        for (int i = 0; i < 4 * N; ++i) bits[m] |= (unsigned)chosen(16 * m + i / 2 % 2 * 8, i / 4 * 8 + i % 2) << i;
+    }
+}
+
+__device__ __forceinline__ bool bit(unsigned bits, int n, int e) { return bits >> (4 * n + e) & 1; }
+
+// Zeros where a bit is not set.
+template <int M, int N>
+__device__ __forceinline__ Weights<M, N> only(const Weights<M, N>& x, const unsigned (&bits)[M]) {
+    Weights<M, N> y;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                unsigned low = bit(bits[m], n, 2 * r) ? 0xffffu : 0u, high = bit(bits[m], n, 2 * r + 1) ? 0xffff0000u : 0u;
+                y.words[m][n][r] = x.words[m][n][r] & (low | high);
+            }
+        }
+    }
+    return y;
+}
+
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
+// The bytes of `own` tiles of ROWS rows, and of two stages of two tiles of OTHERS rows.
 template <int WIDTH>
+constexpr unsigned tiles_bytes(int own, int rows, int others) {
+    return 2 * WIDTH * (own * rows + 4 * others);
+}
+
+template <int WIDTH, int M, int KEYS>
 __device__ __forceinline__ void forward(
-    const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ out, float* __restrict__ lse, int batch, int tokens, int heads,
-    int kv_heads, int width, int q_ld, int k_ld, int v_ld, int out_ld, int causal, int window, float scale,
-    unsigned stream, float dropout_p, float dropout_scale) {
-    constexpr int KEYS = WIDTH == 64 ? 64 : 32;
-    __shared__ Tile<TILE, WIDTH> queries;
-    __shared__ Tile<KEYS, WIDTH> keys, values;
+    const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ out,
+    float* __restrict__ lse, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld, int v_ld, int out_ld,
+    int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+    extern __shared__ __align__(128) uint4 shared[];
+    constexpr int ROWS = 16 * M * WARPS, N = KEYS / 8, SIDE = KEYS * WIDTH / 8;
+    Tile<WIDTH> queries = {shared};
+    uint4* stages = shared + ROWS * WIDTH / 8;
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    int query0 = (gridDim.x - 1 - blockIdx.x) * TILE;
+    // The last queries see the most keys: begin with them.
+    int query0 = (gridDim.x - 1 - blockIdx.x) * ROWS;
     int head = blockIdx.y, kv_head = head / (heads / kv_heads), b = blockIdx.z;
-    Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width), vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Rows<bf16> ks = head_rows(k, k_ld, b, kv_head, tokens, width), vs = head_rows(v, v_ld, b, kv_head, tokens, width);
     Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
-    int row = query0 + 16 * warp + g;  // and row + 8
+    int own = 16 * M * warp, row0 = query0 + own;
     long long head0 = ((long long)b * heads + head) * tokens;
-    Keep keep;
-    if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
-    queries.load(head_rows(q, q_ld, b, head, tokens, width), query0);
+    scale *= LOG2_E;
 
-    float sum[WIDTH / 8][4], largest[2] = {-INFINITY, -INFINITY}, denominator[2] = {0.f, 0.f};
-    clear<WIDTH>(sum);
-    int end = mask.end_key(query0 + TILE);
-    for (int key0 = mask.first_key(query0); key0 < end; key0 += KEYS) {
-        __syncthreads();  // the last keys and values are used up
-        keys.load(ks, key0);
-        values.load(vs, key0);
-        __syncthreads();
-        float p[KEYS / 8][4];
-        dot_rows<KEYS / 8, WIDTH>(p, queries, 16 * warp, keys);
+    float sum[M][WIDTH / 8][4], largest[M][2], denominator[M][2];
+    clear(sum);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float above = largest[r];
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) {
-#pragma unroll
-                for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                    int key = key0 + 8 * n + 2 * t + e % 2;
-                    bool seen = mask.sees(row + 8 * r, key);
-                    float bias = seen && key_bias ? key_bias[head0 + key] : 0.f;
-                    p[n][e] = seen ? p[n][e] * scale + bias : -INFINITY;
-                    above = fmaxf(above, p[n][e]);
-                }
-            }
-            above = row_max(above);
-            // A row that has seen nothing yet: exp(-inf - 0) = 0 throughout.
-            float shift = above == -INFINITY ? 0.f : above;
-            float correction = expf(largest[r] - shift), total = 0.f;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) {
-#pragma unroll
-                for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                    p[n][e] = expf(p[n][e] - shift);
-                    total += p[n][e];
-                    if (rng) p[n][e] *= keep1(keep, rng, (head0 + row + 8 * r) * tokens + key0 + 8 * n + 2 * t + e % 2);
-                }
-            }
-            denominator[r] = denominator[r] * correction + row_sum(total);
-            largest[r] = above;
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) sum[n][2 * r] *= correction, sum[n][2 * r + 1] *= correction;
-        }
-        add_weighted<KEYS / 8, WIDTH>(sum, p, values);
+    for (int m = 0; m < M; ++m) {
+        largest[m][0] = largest[m][1] = -INFINITY;
+        denominator[m][0] = denominator[m][1] = 0.f;
     }
-
-    bool blind = (row < tokens && largest[0] == -INFINITY) || (row + 8 < tokens && largest[1] == -INFINITY);
-    if (segments && __syncthreads_or(blind)) {
-        for (int key0 = 0; key0 < tokens; key0 += KEYS) {
-            __syncthreads();  // the last values are used up
-            values.load(vs, key0);
-            __syncthreads();
-            float p[KEYS / 8][4];
+    int first = mask.first_key(query0), end = mask.end_key(query0 + ROWS);
+    queries.template fetch<ROWS>(head_rows(q, q_ld, b, head, tokens, width), query0);
+    Tile<WIDTH>{stages}.template fetch<KEYS>(ks, first);
+    Tile<WIDTH>{stages + SIDE}.template fetch<KEYS>(vs, first);
+    for (int key0 = first, stage = 0; key0 < end; key0 += KEYS, stage ^= 1) {
+        Tile<WIDTH> keys = {stages + 2 * stage * SIDE}, values = {keys.at + SIDE};
+        arrive();
+        __syncthreads();  // these keys and values are there, the last ones used up
+        if (key0 + KEYS < end) {
+            uint4* next = stages + 2 * (stage ^ 1) * SIDE;
+            Tile<WIDTH>{next}.template fetch<KEYS>(ks, key0 + KEYS);
+            Tile<WIDTH>{next + SIDE}.template fetch<KEYS>(vs, key0 + KEYS);
+        }
+        if (!mask.some(row0, 16 * M, key0, KEYS)) continue;
+        float p[M][N][4];
+        dot_rows(p, queries, own, keys);
+        int row = row0 + g, col = key0 + 2 * t;
+        bool all = mask.all(row0, 16 * M, key0, KEYS);
+        unsigned seen[M], kept[M];
+        if (!all) choose<M, N>(seen, [&](int r, int c) { return mask.sees(row + r, col + c); });
+        if (rng) {
+            Keep keep = keep_rule(rng, stream, dropout_p, 1.f);
+            choose<M, N>(kept, [&](int r, int c) { return keep1(keep, rng, (head0 + row + r) * tokens + col + c) != 0.f; });
+        }
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) {
+        for (int n = 0; n < N; ++n) {
+            float bias[2] = {0.f, 0.f};
+            if (key_bias) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    if (col + 8 * n + e < tokens) bias[e] = LOG2_E * key_bias[head0 + col + 8 * n + e];
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    int key = key0 + 8 * n + 2 * t + e % 2;
-                    p[n][e] = mask.blind_weight(largest[e / 2] == -INFINITY, key);
-                    if (rng) p[n][e] *= keep1(keep, rng, (head0 + row + e / 2 * 8) * tokens + key);
+                    p[m][n][e] = p[m][n][e] * scale;
+                    if (key_bias) p[m][n][e] += bias[e % 2];
+                    if (!all && !bit(seen[m], n, e)) p[m][n][e] = -INFINITY;
                 }
             }
-            add_weighted<KEYS / 8, WIDTH>(sum, p, values);
         }
-    }
-
-    float factor[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        bool empty = largest[r] == -INFINITY;
-        factor[r] = empty ? 1.f : 1.f / denominator[r];
-        if (t == 0 && row + 8 * r < tokens) {
-            lse[head0 + row + 8 * r] = empty ? -INFINITY : largest[r] + logf(denominator[r]);
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float above = largest[m][r];
+#pragma unroll
+                for (int n = 0; n < N; ++n) above = fmaxf(above, fmaxf(p[m][n][2 * r], p[m][n][2 * r + 1]));
+                above = row_max(above);
+                // A row that has seen nothing yet: exp(-inf - 0) = 0 throughout.
+                float shift = above == -INFINITY ? 0.f : above, correction = exp2f(largest[m][r] - shift), total = 0.f;
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                        p[m][n][e] = exp2f(p[m][n][e] - shift);
+                        total += p[m][n][e];
+                    }
+                }
+                denominator[m][r] = denominator[m][r] * correction + total;
+                largest[m][r] = above;
+#pragma unroll
+                for (int n = 0; n < WIDTH / 8; ++n) sum[m][n][2 * r] *= correction, sum[m][n][2 * r + 1] *= correction;
+            }
+        }
+        Weights<M, N> weights(p);
+        add_weighted(sum, rng ? only(weights, kept) : weights, values);
+    }
+    arrive();
+
+    bool blind = false;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) blind |= row0 + 16 * m + g + 8 * r < tokens && largest[m][r] == -INFINITY;
+    }
+    if (segments && __syncthreads_or(blind)) {
+        Tile<WIDTH> values = {stages};
+        Keep keep;
+        if (rng) keep = keep_rule(rng, stream, dropout_p, 1.f);
+        for (int key0 = 0; key0 < tokens; key0 += 16) {
+            __syncthreads();  // the last values are used up
+            values.template fetch<16>(vs, key0);
+            arrive();
+            __syncthreads();
+            float p[M][2][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        int key = key0 + 8 * n + 2 * t + e % 2;
+                        long long query = head0 + row0 + 16 * m + g + e / 2 * 8;
+                        p[m][n][e] = mask.blind_weight(largest[m][e / 2] == -INFINITY, key);
+                        p[m][n][e] *= keep1(keep, rng, query * tokens + key);
+                    }
+                }
+            }
+            add_weighted(sum, Weights<M, 2>(p), values);
         }
     }
-    float* to = out + (long long)b * tokens * out_ld + (long long)head * width;
-    store_sum<WIDTH>(to, out_ld, tokens, width, row, sum, factor[0], factor[1]);
+
+    float factor[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            int row = row0 + 16 * m + g + 8 * r;
+            bool empty = largest[m][r] == -INFINITY;
+            float whole = row_sum(denominator[m][r]);
+            factor[m][r] = empty ? 1.f : 1.f / whole;
+            if (rng) factor[m][r] *= dropout_scale;
+            if (t == 0 && row < tokens) lse[head0 + row] = empty ? -INFINITY : largest[m][r] * LN_2 + logf(whole);
+        }
+    }
+    bf16* to = out + (long long)b * tokens * out_ld + (long long)head * width;
+    store_sum(to, out_ld, tokens, width, row0, 0, sum, factor, queries, own);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-attention64_forward_bf16(
-    const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ out, float* __restrict__ lse, int batch, int tokens, int heads,
-    int kv_heads, int width, int q_ld, int k_ld, int v_ld, int out_ld, int causal, int window, float scale,
-    unsigned stream, float dropout_p, float dropout_scale) {
-    forward<64>(q, k, v, segments, key_bias, prefix, rng, out, lse, batch, tokens, heads, kv_heads, width, q_ld, k_ld,
-    v_ld, out_ld, causal, window, scale, stream, dropout_p, dropout_scale);
-}
+// out = softmax(scale * q . k) * v, lse = log of the softmax's denominator.
+#define FORWARD(WIDTH, M, KEYS)                                                                                             \
+    extern "C" __device__ unsigned attention##WIDTH##_forward_bf16_shared = tiles_bytes<WIDTH>(1, 16 * M * WARPS, KEYS);    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention##WIDTH##_forward_bf16(                               \
+        const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments, \
+        const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng,                    \
+        bf16* __restrict__ out, float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width,         \
+        int q_ld, int k_ld, int v_ld, int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p,    \
+        float dropout_scale) {                                                                                              \
+        forward<WIDTH, M, KEYS>(q, k, v, segments, key_bias, prefix, rng, out, lse, tokens, heads, kv_heads, width, q_ld,   \
+                                k_ld, v_ld, out_ld, causal, window, scale, stream, dropout_p, dropout_scale);               \
+    }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-attention128_forward_bf16(
-    const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ out, float* __restrict__ lse, int batch, int tokens, int heads,
-    int kv_heads, int width, int q_ld, int k_ld, int v_ld, int out_ld, int causal, int window, float scale,
-    unsigned stream, float dropout_p, float dropout_scale) {
-    forward<128>(q, k, v, segments, key_bias, prefix, rng, out, lse, batch, tokens, heads, kv_heads, width, q_ld, k_ld,
-    v_ld, out_ld, causal, window, scale, stream, dropout_p, dropout_scale);
-}
+FORWARD(64, 2, 64)
+FORWARD(128, 2, 32)
+FORWARD(256, 1, 32)
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
-// dq = sum over j of ds[i, j] * k[j].
-template <int WIDTH>
+// The sum of the products of eight columns.
+__device__ __forceinline__ float dot8(uint4 a, uint4 b) {
+    unsigned x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        sum += __uint_as_float(x[n] << 16) * __uint_as_float(y[n] << 16);
+        sum += __uint_as_float(x[n] & 0xffff0000u) * __uint_as_float(y[n] & 0xffff0000u);
+    }
+    return sum;
+}
+
+// delta[b, h, i] = dout[b, i, h] . out[b, i, h], which is the sum over j of p[i, j] * dp[i, j]. Eight lanes have a row.
+extern "C" __global__ void __launch_bounds__(THREADS)
+attention_delta_backward_bf16(const bf16* __restrict__ dout, const bf16* __restrict__ out, float* __restrict__ delta, int batch,
+                              int tokens, int heads, int width, int dout_ld, int out_ld) {
+    int n = blockIdx.x * (THREADS / 8) + threadIdx.x / 8, b = n / tokens / heads, head = n / tokens % heads;
+    long long row = (long long)b * tokens + n % tokens;
+    float sum = 0.f;
+    for (int c = 8 * (threadIdx.x % 8); b < batch && c < width; c += 64) {
+        uint4 x = *reinterpret_cast<const uint4*>(dout + row * dout_ld + (long long)head * width + c);
+        uint4 y = *reinterpret_cast<const uint4*>(out + row * out_ld + (long long)head * width + c);
+        sum += dot8(x, y);
+    }
+#pragma unroll
+    for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    if (b < batch && threadIdx.x % 8 == 0) delta[n] = sum;
+}
+
+// What is taken off a score's exponent; all of it for a query that sees nothing, whose probabilities depend on no score.
+__device__ __forceinline__ float exponent(float lse) { return lse == -INFINITY ? INFINITY : LOG2_E * lse; }
+
+// dq = scale * sum over j of p * (dp * keep - delta) * k[j].
+template <int WIDTH, int M, int KEYS>
 __device__ __forceinline__ void dq_backward(
-    const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
-    const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ dq, int batch, int tokens, int heads, int kv_heads, int width,
-    int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld, int causal, int window, float scale, unsigned stream,
-    float dropout_p, float dropout_scale) {
-    constexpr int KEYS = WIDTH == 64 ? 32 : 16;
-    __shared__ Tile<TILE, WIDTH> queries, douts;
-    __shared__ Tile<KEYS, WIDTH> keys, values;
-    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    int query0 = (gridDim.x - 1 - blockIdx.x) * TILE;
-    int head = blockIdx.y, kv_head = head / (heads / kv_heads), b = blockIdx.z;
-    Rows ks = head_rows(k, k_ld, b, kv_head, tokens, width), vs = head_rows(v, v_ld, b, kv_head, tokens, width);
-    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
-    int row = query0 + 16 * warp + g;  // and row + 8
-    long long head0 = ((long long)b * heads + head) * tokens;
-    Keep keep;
-    if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
-    queries.load(head_rows(q, q_ld, b, head, tokens, width), query0);
-    douts.load(head_rows(dout, dout_ld, b, head, tokens, width), query0);
-    float row_lse[2], row_delta[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        bool inside = row + 8 * r < tokens;
-        row_lse[r] = inside ? lse[head0 + row + 8 * r] : 0.f;
-        row_delta[r] = inside ? delta[head0 + row + 8 * r] : 0.f;
-    }
-
-    float sum[WIDTH / 8][4];
-    clear<WIDTH>(sum);
-    int end = mask.end_key(query0 + TILE);
-    for (int key0 = mask.first_key(query0); key0 < end; key0 += KEYS) {
-        __syncthreads();  // the last keys and values are used up
-        keys.load(ks, key0);
-        values.load(vs, key0);
-        __syncthreads();
-        float p[KEYS / 8][4], ds[KEYS / 8][4];
-        dot_rows<KEYS / 8, WIDTH>(p, queries, 16 * warp, keys);
-        dot_rows<KEYS / 8, WIDTH>(ds, douts, 16 * warp, values);
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                int query = row + e / 2 * 8, key = key0 + 8 * n + 2 * t + e % 2;
-                bool seen = mask.sees(query, key);
-                float bias = seen && key_bias ? key_bias[head0 + key] : 0.f;
-                float factor = keep1(keep, rng, (head0 + query) * tokens + key);
-                score_gradient(p[n][e], ds[n][e], seen, bias, row_lse[e / 2], row_delta[e / 2], factor, scale);
-            }
-        }
-        add_weighted<KEYS / 8, WIDTH>(sum, ds, keys);
-    }
-    float* to = dq + (long long)b * tokens * dq_ld + (long long)head * width;
-    store_sum<WIDTH>(to, dq_ld, tokens, width, row, sum, 1.f, 1.f);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-attention64_dq_backward_bf16(
-    const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
-    const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ dq, int batch, int tokens, int heads, int kv_heads, int width,
-    int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld, int causal, int window, float scale, unsigned stream,
-    float dropout_p, float dropout_scale) {
-    dq_backward<64>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, batch, tokens, heads, kv_heads,
-    width, dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-attention128_dq_backward_bf16(
-    const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
-    const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ dq, int batch, int tokens, int heads, int kv_heads, int width,
-    int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld, int causal, int window, float scale, unsigned stream,
-    float dropout_p, float dropout_scale) {
-    dq_backward<128>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, batch, tokens, heads, kv_heads,
-    width, dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale);
-}
-
-// dk = sum over i of ds[i, j] * q[i], dv = sum over i of p[i, j] * keep[i, j] * dout[i], over all query heads of a key-value
-// head. Rows of a tile are keys here, columns queries.
-template <int WIDTH>
-__device__ __forceinline__ void dkv_backward(
-    const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
-    const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ dk, float* __restrict__ dv, int batch, int tokens, int heads,
-    int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window,
+    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dq,
+    int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld, int causal, int window,
     float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    constexpr int QUERIES = WIDTH == 64 ? 32 : 16;
-    __shared__ Tile<TILE, WIDTH> keys, values;
-    __shared__ Tile<QUERIES, WIDTH> queries, douts;
+    extern __shared__ __align__(128) uint4 shared[];
+    constexpr int ROWS = 16 * M * WARPS, N = KEYS / 8, SIDE = KEYS * WIDTH / 8;
+    Tile<WIDTH> queries = {shared}, douts = {shared + ROWS * WIDTH / 8};
+    uint4* stages = shared + 2 * ROWS * WIDTH / 8;
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    int key0 = blockIdx.x * TILE, kv_head = blockIdx.y, group = heads / kv_heads, b = blockIdx.z;
+    int query0 = (gridDim.x - 1 - blockIdx.x) * ROWS;
+    int head = blockIdx.y, kv_head = head / (heads / kv_heads), b = blockIdx.z;
+    Rows<bf16> ks = head_rows(k, k_ld, b, kv_head, tokens, width), vs = head_rows(v, v_ld, b, kv_head, tokens, width);
     Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
-    int row = key0 + 16 * warp + g;  // and row + 8
-    Keep keep;
-    if (rng) keep = keep_rule(rng, stream, dropout_p, dropout_scale);
-    keys.load(head_rows(k, k_ld, b, kv_head, tokens, width), key0);
-    values.load(head_rows(v, v_ld, b, kv_head, tokens, width), key0);
+    int own = 16 * M * warp, row0 = query0 + own;
+    long long head0 = ((long long)b * heads + head) * tokens;
 
-    float dks[WIDTH / 8][4], dvs[WIDTH / 8][4];
-    clear<WIDTH>(dks);
-    clear<WIDTH>(dvs);
-    int end = mask.end_query(min(key0 + TILE, tokens));
-    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        Rows qs = head_rows(q, q_ld, b, head, tokens, width), dos = head_rows(dout, dout_ld, b, head, tokens, width);
-        long long head0 = ((long long)b * heads + head) * tokens;
-        for (int query0 = mask.first_query(key0); query0 < end; query0 += QUERIES) {
-            __syncthreads();  // the last queries are used up
-            queries.load(qs, query0);
-            douts.load(dos, query0);
-            __syncthreads();
-            float p[QUERIES / 8][4], ds[QUERIES / 8][4];
-            dot_rows<QUERIES / 8, WIDTH>(p, keys, 16 * warp, queries);
-            dot_rows<QUERIES / 8, WIDTH>(ds, values, 16 * warp, douts);
+    float sum[M][WIDTH / 8][4], row_lse[M][2], row_delta[M][2], factor[M][2];
+    clear(sum);
 #pragma unroll
-            for (int n = 0; n < QUERIES / 8; ++n) {
+    for (int m = 0; m < M; ++m) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    int key = row + e / 2 * 8, query = query0 + 8 * n + 2 * t + e % 2;
-                    bool inside = query < tokens, seen = mask.sees(query, key);
-                    float row_lse = inside ? lse[head0 + query] : 0.f, row_delta = inside ? delta[head0 + query] : 0.f;
-                    float bias = seen && key_bias ? key_bias[head0 + key] : 0.f;
-                    float factor = keep1(keep, rng, (head0 + query) * tokens + key);
-                    score_gradient(p[n][e], ds[n][e], seen, bias, row_lse, row_delta, factor, scale);
+        for (int r = 0; r < 2; ++r) {
+            int row = row0 + 16 * m + g + 8 * r;
+            row_lse[m][r] = row < tokens ? exponent(lse[head0 + row]) : INFINITY;
+            row_delta[m][r] = row < tokens ? delta[head0 + row] : 0.f;
+            factor[m][r] = scale;
+        }
+    }
+    int first = mask.first_key(query0), end = mask.end_key(query0 + ROWS);
+    queries.template fetch<ROWS>(head_rows(q, q_ld, b, head, tokens, width), query0);
+    douts.template fetch<ROWS>(head_rows(dout, dout_ld, b, head, tokens, width), query0);
+    Tile<WIDTH>{stages}.template fetch<KEYS>(ks, first);
+    Tile<WIDTH>{stages + SIDE}.template fetch<KEYS>(vs, first);
+    for (int key0 = first, stage = 0; key0 < end; key0 += KEYS, stage ^= 1) {
+        Tile<WIDTH> keys = {stages + 2 * stage * SIDE}, values = {keys.at + SIDE};
+        arrive();
+        __syncthreads();  // these keys and values are there, the last ones used up
+        if (key0 + KEYS < end) {
+            uint4* next = stages + 2 * (stage ^ 1) * SIDE;
+            Tile<WIDTH>{next}.template fetch<KEYS>(ks, key0 + KEYS);
+            Tile<WIDTH>{next + SIDE}.template fetch<KEYS>(vs, key0 + KEYS);
+        }
+        if (!mask.some(row0, 16 * M, key0, KEYS)) continue;
+        int row = row0 + g, col = key0 + 2 * t;
+        bool all = mask.all(row0, 16 * M, key0, KEYS);
+        unsigned seen[M], kept[M];
+        if (!all) choose<M, N>(seen, [&](int r, int c) { return mask.sees(row + r, col + c); });
+        if (rng) {
+            Keep keep = keep_rule(rng, stream, dropout_p, 1.f);
+            choose<M, N>(kept, [&](int r, int c) { return keep1(keep, rng, (head0 + row + r) * tokens + col + c) != 0.f; });
+        }
+        float x[M][N][4];
+        dot_rows(x, queries, own, keys);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float bias[2] = {0.f, 0.f};
+            if (key_bias) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    if (col + 8 * n + e < tokens) bias[e] = LOG2_E * key_bias[head0 + col + 8 * n + e];
                 }
             }
-            add_weighted<QUERIES / 8, WIDTH>(dvs, p, douts);
-            add_weighted<QUERIES / 8, WIDTH>(dks, ds, queries);
-        }
-    }
-    // Queries that see nothing: every key has a share of them, wherever it lies.
-    for (int head = kv_head * group; segments && head < (kv_head + 1) * group; ++head) {
-        Rows dos = head_rows(dout, dout_ld, b, head, tokens, width);
-        long long head0 = ((long long)b * heads + head) * tokens;
-        for (int query0 = 0; query0 < tokens; query0 += QUERIES) {
-            float p[QUERIES / 8][4];
-            bool some = false;
 #pragma unroll
-            for (int n = 0; n < QUERIES / 8; ++n) {
+            for (int m = 0; m < M; ++m) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    int key = row + e / 2 * 8, query = query0 + 8 * n + 2 * t + e % 2;
+                    float above = row_lse[m][e / 2];
+                    if (key_bias) above -= bias[e % 2];
+                    x[m][n][e] = exp2f(x[m][n][e] * (scale * LOG2_E) - above);
+                    if (!all && !bit(seen[m], n, e)) x[m][n][e] = 0.f;
+                }
+            }
+        }
+        Weights<M, N> p(x);
+        dot_rows(x, douts, own, values);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    if (rng) x[m][n][e] = bit(kept[m], n, e) ? x[m][n][e] * dropout_scale : 0.f;
+                    x[m][n][e] = p.at(m, n, e) * (x[m][n][e] - row_delta[m][e / 2]);
+                }
+            }
+        }
+        add_weighted(sum, Weights<M, N>(x), keys);
+    }
+    arrive();
+    bf16* to = dq + (long long)b * tokens * dq_ld + (long long)head * width;
+    store_sum(to, dq_ld, tokens, width, row0, 0, sum, factor, queries, own);
+}
+
+#define DQ(WIDTH, M, KEYS)                                                                                                  \
+    extern "C" __device__ unsigned attention##WIDTH##_dq_backward_bf16_shared = tiles_bytes<WIDTH>(2, 16 * M * WARPS, KEYS); \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention##WIDTH##_dq_backward_bf16(                           \
+        const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,  \
+        const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,                   \
+        const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng,                    \
+        bf16* __restrict__ dq, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld,  \
+        int v_ld, int dq_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {  \
+        dq_backward<WIDTH, M, KEYS>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, tokens, heads, kv_heads, \
+                                    width, dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p,      \
+                                    dropout_scale);                                                                         \
+    }
+
+DQ(64, 2, 32)
+DQ(128, 2, 32)
+DQ(256, 1, 16)
+
+// dk = scale * sum over i of p * (dp * keep - delta) * q[i], dv = sum over i of p * keep * dout[i], over all query heads of a
+// key-value head. Rows of a tile are keys here, columns queries. A block has COLS columns of the result, and scores anew for
+// each such part of a head.
+template <int WIDTH, int COLS, int M, int QUERIES>
+__device__ __forceinline__ void dkv_backward(
+    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dk,
+    bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld,
+    int dk_ld, int dv_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+    extern __shared__ __align__(128) uint4 shared[];
+    constexpr int ROWS = 16 * M * WARPS, N = QUERIES / 8, SIDE = QUERIES * WIDTH / 8;
+    Tile<WIDTH> keys = {shared}, values = {shared + ROWS * WIDTH / 8};
+    uint4* stages = shared + 2 * ROWS * WIDTH / 8;
+    float* sides = reinterpret_cast<float*>(stages + 4 * SIDE);  // lse and delta of a stage's queries
+    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    int key0 = blockIdx.x * ROWS, kv_head = blockIdx.y, group = heads / kv_heads;
+    int b = blockIdx.z % batch, col0 = blockIdx.z / batch * COLS;
+    Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
+    int own = 16 * M * warp, row0 = key0 + own;
+
+    float dks[M][COLS / 8][4], dvs[M][COLS / 8][4], scales[M][2], kept_scales[M][2];
+    clear(dks);
+    clear(dvs);
+#pragma unroll
+    for (int m = 0; m < M; ++m) scales[m][0] = scales[m][1] = scale, kept_scales[m][0] = kept_scales[m][1] = rng ? dropout_scale : 1.f;
+
+    int first = mask.first_query(key0), end = mask.end_query(min(key0 + ROWS, tokens));
+    int per_head = (end - first + QUERIES - 1) / QUERIES, visits = group * per_head;
+    auto fetch = [&](int visit, int stage) {
+        int head = kv_head * group + visit / per_head, query0 = first + visit % per_head * QUERIES;
+        uint4* at = stages + 2 * stage * SIDE;
+        Tile<WIDTH>{at}.template fetch<QUERIES>(head_rows(q, q_ld, b, head, tokens, width), query0);
+        Tile<WIDTH>{at + SIDE}.template fetch<QUERIES>(head_rows(dout, dout_ld, b, head, tokens, width), query0);
+        if (threadIdx.x < 2 * QUERIES) {
+            int query = query0 + threadIdx.x % QUERIES;
+            const float* from = threadIdx.x < QUERIES ? lse : delta;
+            bool inside = query < tokens;
+            copy4(sides + 2 * stage * QUERIES + threadIdx.x, inside ? from + ((long long)b * heads + head) * tokens + query : from, inside);
+        }
+    };
+    keys.template fetch<ROWS>(head_rows(k, k_ld, b, kv_head, tokens, width), key0);
+    values.template fetch<ROWS>(head_rows(v, v_ld, b, kv_head, tokens, width), key0);
+    fetch(0, 0);
+    for (int visit = 0; visit < visits; ++visit) {
+        int stage = visit % 2, query0 = first + visit % per_head * QUERIES;
+        long long head0 = ((long long)b * heads + kv_head * group + visit / per_head) * tokens;
+        Tile<WIDTH> queries = {stages + 2 * stage * SIDE}, douts = {queries.at + SIDE};
+        const float* row_lse = sides + 2 * stage * QUERIES;
+        arrive();
+        __syncthreads();  // these queries are there, the last ones used up
+        if (visit + 1 < visits) fetch(visit + 1, stage ^ 1);
+        if (!mask.some(query0, QUERIES, row0, 16 * M)) continue;
+        int row = row0 + g, col = query0 + 2 * t;
+        bool all = mask.all(query0, QUERIES, row0, 16 * M);
+        unsigned seen[M], kept[M];
+        if (!all) choose<M, N>(seen, [&](int r, int c) { return mask.sees(col + c, row + r); });
+        if (rng) {
+            Keep keep = keep_rule(rng, stream, dropout_p, 1.f);
+            choose<M, N>(kept, [&](int r, int c) { return keep1(keep, rng, (head0 + col + c) * tokens + row + r) != 0.f; });
+        }
+        float x[M][N][4];
+        dot_rows(x, keys, own, queries);
+        float unit = scale * LOG2_E;
+        if (key_bias) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    int key = row + 16 * m + 8 * r;
+                    float bias = key < tokens ? LOG2_E * key_bias[head0 + key] : 0.f;
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+                        x[m][n][2 * r] = x[m][n][2 * r] * unit + bias;
+                        x[m][n][2 * r + 1] = x[m][n][2 * r + 1] * unit + bias;
+                    }
+                }
+            }
+            unit = 1.f;
+        }
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float2 lses = *reinterpret_cast<const float2*>(row_lse + 8 * n + 2 * t);
+            float above[2] = {exponent(lses.x), exponent(lses.y)};
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    x[m][n][e] = exp2f(x[m][n][e] * unit - above[e % 2]);
+                    if (!all && !bit(seen[m], n, e)) x[m][n][e] = 0.f;
+                }
+            }
+        }
+        Weights<M, N> p(x);
+        add_weighted(dvs, rng ? only(p, kept) : p, douts, col0);
+        dot_rows(x, values, own, douts);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float2 deltas = *reinterpret_cast<const float2*>(row_lse + QUERIES + 8 * n + 2 * t);
+            float along[2] = {deltas.x, deltas.y};
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    if (rng) x[m][n][e] = bit(kept[m], n, e) ? x[m][n][e] * dropout_scale : 0.f;
+                    x[m][n][e] = p.at(m, n, e) * (x[m][n][e] - along[e % 2]);
+                }
+            }
+        }
+        add_weighted(dks, Weights<M, N>(x), queries, col0);
+    }
+    arrive();
+    // Queries that see nothing: every key has a share of them, wherever it lies.
+    for (int head = kv_head * group; segments && head < (kv_head + 1) * group; ++head) {
+        Rows<bf16> dos = head_rows(dout, dout_ld, b, head, tokens, width);
+        long long head0 = ((long long)b * heads + head) * tokens;
+        Tile<WIDTH> douts = {stages};
+        Keep keep;
+        if (rng) keep = keep_rule(rng, stream, dropout_p, 1.f);
+        for (int query0 = 0; query0 < tokens; query0 += 16) {
+            float p[M][2][4];
+            bool some = false;
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    int query = query0 + 8 * n + 2 * t + e % 2;
                     bool blind = query < tokens && lse[head0 + query] == -INFINITY;
-                    p[n][e] = mask.blind_weight(blind, key) * keep1(keep, rng, (head0 + query) * tokens + key);
                     some |= blind;
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        int key = row0 + 16 * m + g + e / 2 * 8;
+                        p[m][n][e] = mask.blind_weight(blind, key) * keep1(keep, rng, (head0 + query) * tokens + key);
+                    }
                 }
             }
             if (!__syncthreads_or(some)) continue;
-            douts.load(dos, query0);
+            douts.template fetch<16>(dos, query0);
+            arrive();
             __syncthreads();
-            add_weighted<QUERIES / 8, WIDTH>(dvs, p, douts);
+            add_weighted(dvs, Weights<M, 2>(p), douts, col0);
         }
     }
-    store_sum<WIDTH>(dk + (long long)b * tokens * dk_ld + (long long)kv_head * width, dk_ld, tokens, width, row, dks, 1.f, 1.f);
-    store_sum<WIDTH>(dv + (long long)b * tokens * dv_ld + (long long)kv_head * width, dv_ld, tokens, width, row, dvs, 1.f, 1.f);
+    store_sum(dk + (long long)b * tokens * dk_ld + (long long)kv_head * width, dk_ld, tokens, width, row0, col0, dks, scales, keys, own);
+    store_sum(dv + (long long)b * tokens * dv_ld + (long long)kv_head * width, dv_ld, tokens, width, row0, col0, dvs, kept_scales, values, own);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention64_dkv_backward_bf16(
-    const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
-    const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ dk, float* __restrict__ dv, int batch, int tokens, int heads,
-    int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window,
-    float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    dkv_backward<64>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads,
-    kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);
-}
+#define DKV(WIDTH, COLS, M, QUERIES)                                                                                        \
+    extern "C" __device__ unsigned attention##WIDTH##_dkv_backward_bf16_shared =                                            \
+        tiles_bytes<WIDTH>(2, 16 * M * WARPS, QUERIES) + 16 * QUERIES;                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention##WIDTH##_dkv_backward_bf16(                          \
+        const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,  \
+        const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,                   \
+        const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng,                    \
+        bf16* __restrict__ dk, bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width,            \
+        int dout_ld, int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale,               \
+        unsigned stream, float dropout_p, float dropout_scale) {                                                            \
+        dkv_backward<WIDTH, COLS, M, QUERIES>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv,           \
+                                              batch, tokens, heads, kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld,      \
+                                              dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);              \
+    }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention128_dkv_backward_bf16(
-    const float* __restrict__ dout, const float* __restrict__ q, const float* __restrict__ k,
-    const float* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,
-    const int* __restrict__ rng, float* __restrict__ dk, float* __restrict__ dv, int batch, int tokens, int heads,
-    int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window,
-    float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    dkv_backward<128>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads,
-    kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);
-}
+DKV(64, 64, 2, 32)
+DKV(128, 128, 1, 32)
+DKV(256, 128, 1, 16)

@@ -21,7 +21,9 @@ def test_shapes(device, rng, close, shape, causal):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1, 1), (2, 70, 2, 1, 36), (1, 65, 1, 1, 64), (1, 35, 1, 1, 128)], ids=str
+    "shape",
+    [(1, 1, 1, 1, 8), (2, 150, 2, 1, 40), (1, 128, 1, 1, 64), (1, 150, 2, 1, 104), (1, 33, 1, 1, 128), (1, 70, 2, 1, 216)],
+    ids=str,
 )
 def test_tensor_cores(device, rng, close, shape, causal):
     check(device, close, *operands(rng, *shape), causal=causal, bf16=True)

@@ -7,13 +7,14 @@ from kernels import reference
 
 
 def attention_operands(rng, batch, tokens, heads, kv_heads, width):
+    """q, k, v, dout, of numbers that bfloat16 holds."""
     q, dout = (rng.normal(size=(batch, tokens, heads, width)).astype(np.float32) for _ in range(2))
     k, v = (rng.normal(size=(batch, tokens, kv_heads, width)).astype(np.float32) for _ in range(2))
-    return q, k, v, dout
+    return tuple(run.from_bf16(run.to_bf16(x)) for x in (q, k, v, dout))
 
 
-#: bfloat16 keeps eight bits: factors are off by up to 1 / 256, sums of many by less.
-BF16 = 2e-2
+#: bfloat16 keeps eight bits: results and factors are off by up to 1 / 512 of themselves, sums of many factors by less.
+BF16 = 1e-2
 
 
 def attention(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, bf16=False, **mask):

@@ -30,6 +30,7 @@ FUNCTIONS = (
     "sign",
 )
 i32, u32, f32 = np.int32, np.uint32, np.float32
+BF16 = np.uint16  # the upper halves of float32
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,30 @@ def blank(device: Device, shape: tuple[int, ...], layout: Layout = PLAIN, dtype:
     return Matrix(buffers, cols + layout.gap, shape)
 
 
+def to_bf16(x: Array) -> Array:
+    """The nearest bfloat16, ties to even."""
+    bits = np.asarray(x, f32).view(u32)
+    return (bits + u32(0x7FFF) + (bits >> u32(16) & u32(1)) >> u32(16)).astype(BF16)
+
+
+def from_bf16(x: Array) -> Array:
+    """bfloat16 as float32."""
+    return (x.astype(u32) << u32(16)).view(f32)
+
+
 def upload(device: Device, x: Array, layout: Layout = PLAIN, dtype: Any = f32) -> Matrix:
     """A copy of x [.., C]."""
     matrix = blank(device, x.shape, layout, dtype)
-    for buffer, row in zip(matrix.rows, np.asarray(x, dtype).reshape(-1, x.shape[-1]), strict=True):
+    x = to_bf16(x) if dtype == BF16 else np.asarray(x, dtype)
+    for buffer, row in zip(matrix.rows, x.reshape(-1, x.shape[-1]), strict=True):
         device.write(buffer, row)
     return matrix
 
 
 def download(device: Device, matrix: Matrix) -> Array:
     """A copy of the rows; what was never written is NaN."""
-    return np.stack([device.read(buffer) for buffer in matrix.rows]).reshape(matrix.shape)
+    rows = np.stack([device.read(buffer) for buffer in matrix.rows]).reshape(matrix.shape)
+    return from_bf16(rows) if rows.dtype == BF16 else rows
 
 
 def at(matrix: Matrix | None) -> Buffer | None:
@@ -475,19 +489,31 @@ class Site:
     p: float
 
 
+#: Rows of a block of each kernel of attention_bf16.cu, by the widest head that it takes.
+TENSOR_ROWS = {
+    64: {"forward": 128, "dq_backward": 128, "dkv_backward": 128},
+    128: {"forward": 128, "dq_backward": 128, "dkv_backward": 64},
+    256: {"forward": 64, "dq_backward": 64, "dkv_backward": 64},
+}
+
+
 def attention(
     device: Device, q: Array, k: Array, v: Array, scale: float, *, dout: Array | None = None, causal: bool = False,
     window: int | None = None, segments: Array | None = None, key_bias: Array | None = None,
     prefix: Array | None = None, site: Site | None = None, layout: Layout = PLAIN, bf16: bool = False,
 ) -> dict[str, Array]:  # fmt: skip
-    """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]."""
+    """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]; all but lse are rounded to bfloat16 and
+    computed on tensor cores where asked for."""
     batch, tokens, heads, width = q.shape
-    kernel, block = "attention_{}_f32", 256
+    kernel, block, dtype = "attention_{}_f32", 256, f32
+    rows, slices = dict.fromkeys(("forward", "dq_backward", "dkv_backward"), 64), ceil_div(width, 128)
     if bf16:
-        kernel, block = f"attention{64 if width <= 64 else 128}_{{}}_bf16", 128
+        widest = next(w for w in TENSOR_ROWS if width <= w)
+        kernel, block, dtype = f"attention{widest}_{{}}_bf16", 128, BF16
+        rows, slices = TENSOR_ROWS[widest], 1
     kv_heads = k.shape[2]
-    flat = [upload(device, x.reshape(batch, tokens, -1), layout) for x in (q, k, v)]
-    out, lse = blank(device, flat[0].shape, layout), device.empty((batch, heads, tokens))
+    flat = [upload(device, x.reshape(batch, tokens, -1), layout, dtype) for x in (q, k, v)]
+    out, lse = blank(device, flat[0].shape, layout, dtype), device.empty((batch, heads, tokens))
     s = None if segments is None else device.array(segments, i32)
     r = None if site is None else device.array(site.rng, i32)
     kb = None if key_bias is None else device.array(key_bias)
@@ -495,12 +521,10 @@ def attention(
     sizes = tuple(map(i32, (batch, tokens, heads, kv_heads, width)))
     rule = dropout_args(site.p, site.stream) if site else dropout_args(0, 0)
     tail = (i32(causal), i32(window or NO_WINDOW), f32(scale), *rule)
-    tiles, slices = ceil_div(tokens, 64), ceil_div(width, 128)
     pointers, strides = [x.at for x in flat], [ld(x) for x in flat]
-    grid = (tiles, heads, batch * slices)
     device.launch(
         kernel.format("forward"),
-        grid,
+        (ceil_div(tokens, rows["forward"]), heads, batch * slices),
         block,
         *pointers,
         s,
@@ -517,24 +541,27 @@ def attention(
     results = {"out": download(device, out).reshape(q.shape), "lse": device.read(lse)}
     if dout is None:
         return results
-    d = upload(device, dout.reshape(batch, tokens, -1), layout)
+    d = upload(device, dout.reshape(batch, tokens, -1), layout, dtype)
     delta = device.empty((batch, heads, tokens))
     delta_sizes = (*map(i32, (batch, tokens, heads, width)), ld(d), ld(out))
     device.launch(
-        "attention_delta_backward_f32",
-        ceil_div(batch * tokens * heads, 4),
+        "attention_delta_backward_bf16" if bf16 else "attention_delta_backward_f32",
+        ceil_div(batch * tokens * heads, 16 if bf16 else 4),
         128,
         d.at,
         out.at,
         delta,
         *delta_sizes,
     )
-    dq, dk, dv = (blank(device, x.shape, layout) for x in flat)
+    dq, dk, dv = (blank(device, x.shape, layout, dtype) for x in flat)
     inputs = (d.at, *pointers, lse, delta, s, kb, pre, r)
+    grid = (ceil_div(tokens, rows["dq_backward"]), heads, batch * slices)
     device.launch(
         kernel.format("dq_backward"), grid, block, *inputs, dq.at, *sizes, ld(d), *strides, ld(dq), *tail
     )
-    grid = (tiles, kv_heads, batch * slices)
+    if bf16:
+        slices = 2 if widest == 256 else 1
+    grid = (ceil_div(tokens, rows["dkv_backward"]), kv_heads, batch * slices)
     strides = [ld(d), *strides, ld(dk), ld(dv)]
     device.launch(kernel.format("dkv_backward"), grid, block, *inputs, dk.at, dv.at, *sizes, *strides, *tail)
     shapes = {"dq": (dq, q.shape), "dk": (dk, k.shape), "dv": (dv, v.shape)}

@@ -16,11 +16,12 @@ _ONE = re.compile(r"(add|sub|mul|div|sqrt|rsqrt|rcp|ex2|lg2|min|max)\..*f32")
 
 class Counter:
     """Of one launch. ``sectors``: pieces of 32 bytes of global memory, and ``passes``: rows of the 32 banks of shared
-    memory, both summed over the requests of warps; ``flops``: float32 operations, a multiply-add as two."""
+    memory, both summed over the requests of warps; ``least_sectors``, ``least_passes``: how many the bytes of each request
+    would fill; ``flops``: float32 operations, a multiply-add as two; ``tensor``: those of tensor cores."""
 
     def __init__(self, memory: Memory) -> None:
         self.touched = np.zeros(2 * len(memory.data), bool)
-        self.sectors = self.passes = self.flops = 0
+        self.sectors = self.least_sectors = self.passes = self.least_passes = self.flops = self.tensor = 0
 
     @property
     def unique(self) -> int:
@@ -35,6 +36,7 @@ class Counter:
             self.touched[at] = True
             per = SECTOR // HALF
             self.sectors += len(np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1) // per))
+            self.least_sectors += _rows(warps, at, per)
             return
         # Threads that want the same word are served together; a bank gives one word a pass.
         pairs = np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1) // (WORD // HALF))
@@ -42,6 +44,7 @@ class Counter:
         table = np.zeros((len(slots), BANKS), np.int64)
         np.add.at(table, (counts.reshape(-1), pairs % BANKS), 1)
         self.passes += int(table.max(axis=1).sum())
+        self.least_passes += _rows(warps, at // (WORD // HALF), BANKS)
 
     def arithmetic(self, body: list[Instruction], threads: int) -> None:
         """A basic block that so many threads ran."""
@@ -50,3 +53,9 @@ class Counter:
                 self.flops += 2 * threads
             elif _ONE.match(instruction.opcode):
                 self.flops += threads
+
+
+def _rows(warps: np.ndarray, at: np.ndarray, per: int) -> int:
+    """How many rows of `per` words the distinct words of each warp's request would fill."""
+    _, counts = np.unique(np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1)) >> 40, return_counts=True)
+    return int((-(-counts // per)).sum())

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import ops, tensor
 from .counter import Counter
-from .memory import BARRIER_SHIFT, BLOCK_SHIFT, HALF, THREAD_SHIFT, WORD, Fault, Memory
+from .memory import BARRIER_SHIFT, BLOCK_SHIFT, HALF, POISON, THREAD_SHIFT, WORD, Fault, Memory
 from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, constant, parse, registers_of
 
 WARP = 32
@@ -80,6 +80,9 @@ class Machine:
                 self.special[f"%n{name}.{axis}"] = np.full(self.lanes, extent, np.uint32)
         self.stamps = number.astype(np.int64) << BLOCK_SHIFT | thread.astype(np.int64) << THREAD_SHIFT
         self.exited = np.zeros(len(blocks), np.int64)
+        #: Of each thread, the group that its next asynchronous copy joins; what is on its way, with its groups.
+        self.group = np.zeros(self.lanes, np.int64)
+        self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         self.memories = {"global": memory, "shared": self._shared(len(blocks))}
         self.registers = self._registers()
 
@@ -149,6 +152,46 @@ class Machine:
         except Fault as fault:
             raise self._located(fault, i, place) from None
 
+    def copy(
+        self, to: np.ndarray, start: np.ndarray, i: Any, size: int, given: np.ndarray, place: int
+    ) -> None:
+        """Begins to copy `size` bytes from global to shared memory, of which `given` bytes exist and the others are 0.
+        Until the thread waits for it, what was there is gone and what comes is not there."""
+        lanes = np.atleast_1d(self.all[i])
+        if not lanes.size:
+            return
+        given = np.broadcast_to(given, lanes.shape)
+        if not np.isin(given, (0, size)).all():
+            raise UnknownInstruction("an asynchronous copy of a part")
+        data, some = np.zeros((lanes.size, size // WORD), np.uint32), given > 0
+        start = np.broadcast_to(start, lanes.shape)
+        data[some] = self.load("global", start[some], lanes[some], size, place, np.uint32)
+        at, shared = self._address("shared", to, i), self.memories["shared"]
+        if self.counter:
+            self.counter.access(shared, at, size, self.warp_of[i])
+        try:
+            shared.store(at, self.stamps[i], np.full_like(data, POISON), size)
+        except Fault as fault:
+            raise self._located(fault, i, place) from None
+        shared.written[(at // HALF)[:, None] + np.arange(size // HALF)] = False
+        self.copies.append((lanes, self.group[lanes], at, data))
+
+    def arrive(self, i: Any, left: int, place: int) -> None:
+        """Ends all copies of the threads `i` but those of their last `left` groups."""
+        here = np.zeros(self.lanes, bool)
+        here[i] = True
+        moving = []
+        for lanes, group, at, data in self.copies:
+            done = here[lanes] & (group < self.group[lanes] - left)
+            if done.any():
+                try:
+                    self.memories["shared"].store(at[done], self.stamps[lanes[done]], data[done], WORD)
+                except Fault as fault:
+                    raise self._located(fault, lanes[done], place) from None
+            if not done.all():
+                moving.append((lanes[~done], group[~done], at[~done], data[~done]))
+        self.copies = moving
+
     def _located(self, fault: Fault, i: Any, place: int) -> Fault:
         lane = np.atleast_1d(self.all[i])[fault.args[1] if len(fault.args) > 1 else 0]
         return Fault(f"{fault.args[0]}; by {self._who(lane)} at {self.program.places[place]}")
@@ -175,6 +218,8 @@ class Machine:
             for target, lanes in self._end(n, block.end, i, parked):
                 if lanes.size:
                     ready[target] = np.concatenate((ready[target], lanes)) if target in ready else lanes
+        if self.copies:
+            raise Fault(f"{self._who(self.copies[0][0][0])} exits with copies on their way")
 
     def _end(
         self, n: int, end: Instruction | None, i: np.ndarray, parked: dict[int, np.ndarray]
@@ -266,6 +311,8 @@ class Machine:
 
     def _multiply(self, end: Instruction, i: np.ndarray) -> None:
         a, b = (self._operands(end.args[n], i, "u32") for n in (1, 2))
+        if self.counter:
+            self.counter.tensor += tensor.MMA_FLOPS * (i.size // WARP)
         self._set(end.args[0], i, tensor.multiply(a, b, self._operands(end.args[3], i, "f32")))
 
     def _load_tiles(self, end: Instruction, i: np.ndarray) -> None:

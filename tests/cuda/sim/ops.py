@@ -427,6 +427,24 @@ def _(w: Writer, m: re.Match[str], a: str, s: str) -> None:
     )
 
 
+@rule(r"cp\.async\.(?:ca|cg)\.shared\.global")
+def _(w: Writer, m: re.Match[str], to: str, a: str, size: str, given: str) -> None:
+    to, a = _address(w, to), _address(w, a)
+    w.lines.append(
+        f"  machine.copy({to}, {a}, {w.i}, {int(size)}, {w.get(given, 'u32')}, {len(w.places) - 1})"
+    )
+
+
+@rule(r"cp\.async\.commit_group")
+def _(w: Writer, m: re.Match[str]) -> None:
+    w.lines.append(f"  machine.group[{w.i}] += 1")
+
+
+@rule(r"cp\.async\.wait_group")
+def _(w: Writer, m: re.Match[str], left: str) -> None:
+    w.lines.append(f"  machine.arrive({w.i}, {int(left)}, {len(w.places) - 1})")
+
+
 # ---- Whole kernels --------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +463,7 @@ def write(kernel: Kernel) -> tuple[str, Writer]:
 
 def _write_instruction(w: Writer, instruction: Instruction) -> None:
     opcode = instruction.opcode
-    if opcode.startswith(("ld.global", "ld.shared", "st.")):
+    if opcode.startswith(("ld.global", "ld.shared", "st.", "cp.async.c", "cp.async.w")):
         w.place(instruction)
     w.i = "i"
     if instruction.guard:

@@ -55,6 +55,9 @@ ENDS = ("bra", "ret", "bar.", "shfl.", "vote.", "mma.", "ldmatrix.")
 
 _LOC = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name [^,]+, inlined_at (\d+) (\d+) \d+)?")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\];")
+# Shared memory whose size the launch says, and the word beside the kernel in which it is written.
+_DYNAMIC = re.compile(r"\.extern \.shared \.align (\d+) \.b8 ([\w$]+)\[\];")
+_BYTES = re.compile(r"\.global \.align 4 \.u32 (\w+)_shared = (\d+);")
 _ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)[^{]*\{(.*?)\n\}", re.DOTALL)
 
 
@@ -72,12 +75,15 @@ def parse(text: str) -> dict[str, Kernel]:
     """All kernels of a module, by name."""
     names = {n: path.rsplit("/", 1)[-1] for n, path in re.findall(r'\.file\s+(\d+) "([^"]+)"', text)}
     head = _ENTRY.sub("", text)
+    sizes = {name: int(size) for name, size in _BYTES.findall(head)}
     kernels = {}
     for name, params, body in _ENTRY.findall(text):
         if ".local" in body:
             raise UnknownInstruction(f"{name} uses local memory")
         found = re.findall(r"\.param \.(\w+)(?: \.ptr)?(?: \.align \d+)? (\w+)", params)
         shared = [(n, int(size), int(align)) for align, n, size in _SHARED.findall(head + body) if n in body]
+        if name in sizes:
+            shared += [(n, sizes[name], int(align)) for align, n in _DYNAMIC.findall(head)]
         kernels[name] = _kernel(name, [(n, t) for t, n in found], shared, body, names)
     return kernels
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+MMA_FLOPS = 2 * 16 * 8 * 16
 LDMATRIX = tuple(f"ldmatrix.sync.aligned.m8n8.x4{turned}.shared.b16" for turned in ("", ".trans"))
 
 LANE = np.arange(32)
