@@ -1,5 +1,6 @@
 // Attention on tensor cores, with bfloat16 in memory: q, k, v, out and their gradients are bfloat16, lse and delta float32.
-// Products are of bfloat16 factors, to which probabilities and their gradients are rounded too, and add up in float32. Masks, dropout and what optional operands mean are those of attention.cu.
+// Products are of bfloat16 factors, to which probabilities and their gradients are rounded too, and add up in float32.
+// Masks, dropout and what optional operands mean are those of attention.cu.
 //
 // Needs compute capability 8.0; D a multiple of 8; rows of every bfloat16 operand at multiples of 16 bytes. The number in a
 // kernel's name is the widest head it takes.
@@ -290,7 +291,7 @@ __device__ __forceinline__ Weights<M, N> only(const Weights<M, N>& x, const unsi
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
-// The bytes of `own` tiles of ROWS rows, and of two stages of two tiles of OTHERS rows.
+// The bytes of `own` tiles of `rows` rows, and of two stages of two tiles of `others` rows.
 template <int WIDTH>
 constexpr unsigned tiles_bytes(int own, int rows, int others) {
     return 2 * WIDTH * (own * rows + 4 * others);
@@ -446,21 +447,38 @@ __device__ __forceinline__ void forward(
 }
 
 // out = softmax(scale * q . k) * v, lse = log of the softmax's denominator.
-#define FORWARD(WIDTH, M, KEYS)                                                                                             \
-    extern "C" __device__ unsigned attention##WIDTH##_forward_bf16_shared = tiles_bytes<WIDTH>(1, 16 * M * WARPS, KEYS);    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention##WIDTH##_forward_bf16(                               \
-        const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments, \
-        const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng,                    \
-        bf16* __restrict__ out, float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width,         \
-        int q_ld, int k_ld, int v_ld, int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p,    \
-        float dropout_scale) {                                                                                              \
-        forward<WIDTH, M, KEYS>(q, k, v, segments, key_bias, prefix, rng, out, lse, tokens, heads, kv_heads, width, q_ld,   \
-                                k_ld, v_ld, out_ld, causal, window, scale, stream, dropout_p, dropout_scale);               \
-    }
+extern "C" __device__ unsigned attention64_forward_bf16_shared = tiles_bytes<64>(1, 16 * 2 * WARPS, 64);
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention64_forward_bf16(
+    const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ out,
+    float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld, int v_ld,
+    int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+    forward<64, 2, 64>(q, k, v, segments, key_bias, prefix, rng, out, lse, tokens, heads, kv_heads, width, q_ld, k_ld, v_ld,
+    out_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}
 
-FORWARD(64, 2, 64)
-FORWARD(128, 2, 32)
-FORWARD(256, 1, 32)
+extern "C" __device__ unsigned attention128_forward_bf16_shared = tiles_bytes<128>(1, 16 * 2 * WARPS, 32);
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention128_forward_bf16(
+    const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ out,
+    float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld, int v_ld,
+    int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+    forward<128, 2, 32>(q, k, v, segments, key_bias, prefix, rng, out, lse, tokens, heads, kv_heads, width, q_ld, k_ld, v_ld,
+    out_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}
+
+extern "C" __device__ unsigned attention256_forward_bf16_shared = tiles_bytes<256>(1, 16 * 1 * WARPS, 32);
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention256_forward_bf16(
+    const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ out,
+    float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld, int v_ld,
+    int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+    forward<256, 1, 32>(q, k, v, segments, key_bias, prefix, rng, out, lse, tokens, heads, kv_heads, width, q_ld, k_ld, v_ld,
+    out_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
@@ -493,10 +511,8 @@ attention_delta_backward_bf16(const bf16* __restrict__ dout, const bf16* __restr
     if (b < batch && threadIdx.x % 8 == 0) delta[n] = sum;
 }
 
-// What is taken off a score's exponent; all of it for a query that sees nothing, whose probabilities depend on no score.
-__device__ __forceinline__ float exponent(float lse) { return lse == -INFINITY ? INFINITY : LOG2_E * lse; }
-
-// dq = scale * sum over j of p * (dp * keep - delta) * k[j].
+// dq = scale * sum over j of p * (dp * keep - delta) * k[j]. A query that sees nothing is in no tile that all see, and its
+// probabilities, which depend on no score, are hidden there.
 template <int WIDTH, int M, int KEYS>
 __device__ __forceinline__ void dq_backward(
     const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
@@ -523,7 +539,7 @@ __device__ __forceinline__ void dq_backward(
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             int row = row0 + 16 * m + g + 8 * r;
-            row_lse[m][r] = row < tokens ? exponent(lse[head0 + row]) : INFINITY;
+            row_lse[m][r] = row < tokens ? LOG2_E * lse[head0 + row] : 0.f;
             row_delta[m][r] = row < tokens ? delta[head0 + row] : 0.f;
             factor[m][r] = scale;
         }
@@ -593,22 +609,41 @@ __device__ __forceinline__ void dq_backward(
     store_sum(to, dq_ld, tokens, width, row0, 0, sum, factor, queries, own);
 }
 
-#define DQ(WIDTH, M, KEYS)                                                                                                  \
-    extern "C" __device__ unsigned attention##WIDTH##_dq_backward_bf16_shared = tiles_bytes<WIDTH>(2, 16 * M * WARPS, KEYS); \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention##WIDTH##_dq_backward_bf16(                           \
-        const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,  \
-        const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,                   \
-        const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng,                    \
-        bf16* __restrict__ dq, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld,  \
-        int v_ld, int dq_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {  \
-        dq_backward<WIDTH, M, KEYS>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, tokens, heads, kv_heads, \
-                                    width, dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p,      \
-                                    dropout_scale);                                                                         \
-    }
+extern "C" __device__ unsigned attention64_dq_backward_bf16_shared = tiles_bytes<64>(2, 16 * 2 * WARPS, 32);
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention64_dq_backward_bf16(
+    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dq,
+    int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld,
+    int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+    dq_backward<64, 2, 32>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, tokens, heads, kv_heads, width,
+    dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}
 
-DQ(64, 2, 32)
-DQ(128, 2, 32)
-DQ(256, 1, 16)
+extern "C" __device__ unsigned attention128_dq_backward_bf16_shared = tiles_bytes<128>(2, 16 * 2 * WARPS, 32);
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention128_dq_backward_bf16(
+    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dq,
+    int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld,
+    int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+    dq_backward<128, 2, 32>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, tokens, heads, kv_heads, width,
+    dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}
+
+extern "C" __device__ unsigned attention256_dq_backward_bf16_shared = tiles_bytes<256>(2, 16 * 1 * WARPS, 16);
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention256_dq_backward_bf16(
+    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dq,
+    int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld,
+    int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+    dq_backward<256, 1, 16>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, tokens, heads, kv_heads, width,
+    dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}
 
 // dk = scale * sum over i of p * (dp * keep - delta) * q[i], dv = sum over i of p * keep * dout[i], over all query heads of a
 // key-value head. Rows of a tile are keys here, columns queries. A block has COLS columns of the result, and scores anew for
@@ -693,7 +728,7 @@ __device__ __forceinline__ void dkv_backward(
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             float2 lses = *reinterpret_cast<const float2*>(row_lse + 8 * n + 2 * t);
-            float above[2] = {exponent(lses.x), exponent(lses.y)};
+            float above[2] = {LOG2_E * lses.x, LOG2_E * lses.y};
 #pragma unroll
             for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -757,21 +792,41 @@ __device__ __forceinline__ void dkv_backward(
     store_sum(dv + (long long)b * tokens * dv_ld + (long long)kv_head * width, dv_ld, tokens, width, row0, col0, dvs, kept_scales, values, own);
 }
 
-#define DKV(WIDTH, COLS, M, QUERIES)                                                                                        \
-    extern "C" __device__ unsigned attention##WIDTH##_dkv_backward_bf16_shared =                                            \
-        tiles_bytes<WIDTH>(2, 16 * M * WARPS, QUERIES) + 16 * QUERIES;                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention##WIDTH##_dkv_backward_bf16(                          \
-        const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,  \
-        const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,                   \
-        const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng,                    \
-        bf16* __restrict__ dk, bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width,            \
-        int dout_ld, int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale,               \
-        unsigned stream, float dropout_p, float dropout_scale) {                                                            \
-        dkv_backward<WIDTH, COLS, M, QUERIES>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv,           \
-                                              batch, tokens, heads, kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld,      \
-                                              dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);              \
-    }
+extern "C" __device__ unsigned attention64_dkv_backward_bf16_shared = tiles_bytes<64>(2, 16 * 2 * WARPS, 32) + 16 * 32;
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention64_dkv_backward_bf16(
+    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dk,
+    bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld,
+    int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
+    float dropout_scale) {
+    dkv_backward<64, 64, 2, 32>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads,
+    kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}
 
-DKV(64, 64, 2, 32)
-DKV(128, 128, 1, 32)
-DKV(256, 128, 1, 16)
+extern "C" __device__ unsigned attention128_dkv_backward_bf16_shared = tiles_bytes<128>(2, 16 * 1 * WARPS, 32) + 16 * 32;
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention128_dkv_backward_bf16(
+    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dk,
+    bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld,
+    int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
+    float dropout_scale) {
+    dkv_backward<128, 128, 1, 32>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads,
+    kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}
+
+extern "C" __device__ unsigned attention256_dkv_backward_bf16_shared = tiles_bytes<256>(2, 16 * 1 * WARPS, 16) + 16 * 16;
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+attention256_dkv_backward_bf16(
+    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
+    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dk,
+    bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld,
+    int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
+    float dropout_scale) {
+    dkv_backward<256, 128, 1, 16>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads,
+    kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+}

@@ -34,6 +34,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "cuda_bars",
+    "cuda_dynamic_bytes",
     "cuda_program",
     "cuda_sources",
     "filter_logits",
@@ -181,6 +182,9 @@ def simd_levels() -> tuple[str, str]:
 
 def cuda_bars() -> str:
     """Registers by architecture and shared memory of each kernel, as TOML: the text of ``cuda/bars.toml``."""
+
+def cuda_dynamic_bytes(kernel: str) -> int:
+    """Bytes of shared memory that launches of a kernel ask for, beside what it declares."""
 
 def cuda_program(plan: Plan, bf16: bool = False) -> str:
     """The launch records of a plan that was lowered for "cuda", as JSON; with `bf16`, products and attention on tensor

@@ -130,7 +130,8 @@ def cost(record: dict[str, Any], gpu: Gpu, compiled: dict[str, dict[str, Any]]) 
     name = record["launch"]["kernel"]
     x, y, z = record["launch"]["block"]
     registers = compiled[name]["registers"][gpu.arch]
-    held = gpu.occupancy(x * y * z, registers, compiled[name]["shared_bytes"])
+    shared = compiled[name]["shared_bytes"] + compiled[name].get("dynamic_bytes", 0)
+    held = gpu.occupancy(x * y * z, registers, shared)
     taken = max(LEAST, *(seconds[r] / REACHED[r] for r in seconds))
     return Costed(name, w, seconds, taken, registers, held * -(-x * y * z // 32) / gpu.warps)
 

@@ -317,18 +317,23 @@ class _Mask:
     causal: int
     window: int
 
-    def keys(self, query: int) -> tuple[int, int]:
-        """The keys that the tile of queries at ``query`` visits, from a tile's start."""
-        end = query + TILE
+    def keys(self, query: int, rows: int = TILE) -> tuple[int, int]:
+        """The keys that the ``rows`` queries at ``query`` visit, from a tile's start."""
+        end = query + rows
         last = min(end, self.tokens) if self.causal else self.tokens
         last = last if self.window >= self.tokens else min(last, end - 1 + self.window)
         return max(0, query - self.window + 1) // TILE * TILE, last
 
-    def queries(self, key: int) -> tuple[int, int]:
-        """The queries that the tile of keys at ``key`` visits."""
-        end = min(key + TILE, self.tokens)
+    def queries(self, key: int, rows: int = TILE) -> tuple[int, int]:
+        """The queries that the ``rows`` keys at ``key`` visit."""
+        end = min(key + rows, self.tokens)
         last = self.tokens if self.window >= self.tokens else min(self.tokens, end - 1 + self.window)
         return key if self.causal else max(0, key - self.window + 1) // TILE * TILE, last
+
+    def some(self, i: int, n: int, j: int, m: int) -> bool:
+        """Whether of queries i .. i + n some may see some of keys j .. j + m."""
+        inside = i < self.tokens and j < self.tokens and not (self.causal and j > i + n - 1)
+        return inside and i - (j + m - 1) < self.window and j - (i + n - 1) < self.window
 
     def visits(self, others: Callable[[int], tuple[int, int]]) -> tuple[int, int, int]:
         """Of all blocks of one head: tiles visited, and their rows in all, on the block's own side and on the other."""
@@ -422,53 +427,136 @@ def attention_dkv_backward(
     return tiles + Work(unique, 2 * _sectors(b * t * kv, d) + 2 * _sectors(1, b * h * t), 0)
 
 
-#: FLOPs of one mma.m16n8k16, and the rows of shared memory that ldmatrix delivers for it, the larger factor reused.
-MMA_FLOPS, MMA_PASSES = 2 * 16 * 8 * 16, 2.25
+# On tensor cores: the rules of attention_bf16.cu. A block has four warps.
+WARPS, HALF = 4, 2
+MMA_FLOPS = 2 * 16 * 8 * 16
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A kernel for heads of up to ``width`` columns: ``m`` times 16 rows a warp, ``step`` rows of the other side a
+    tile, ``cols`` columns of the result a block; ``dots`` products over the width, ``sums`` of the result's columns;
+    ``own`` matrices of which a block keeps its rows."""
+
+    width: int
+    cols: int
+    m: int
+    step: int
+    dots: int
+    sums: int
+    own: int
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return 16 * self.m * WARPS
+
+    def tile_work(self) -> tuple[int, int]:
+        """Passes and products of a warp and a tile: of a dot, each step of 16 columns reads one factor for all of the
+        warp's rows, the other for all of the tile's; of a sum, each pair of results reads the tile alone."""
+        n, c = self.step // 8, self.cols // 8
+        passes = self.dots * self.width // 16 * (4 * self.m + 2 * n) + self.sums * n * c
+        return passes, self.m * n * (self.dots * self.width // 16 + self.sums * c // 2)
 
 
 def _on_tensor_cores(
-    visits: tuple[int, int, int], heads: int, d: int, other: int, products: int, softmax: int
-) -> Work:
-    """The tiles that the blocks of ``heads`` heads visit, for ``products`` products of the head's width each; ``other``
-    matrices pass through shared memory, those of the block's own rows stay in it."""
-    tiles, _, other_rows = (heads * n for n in visits)
-    width = 64 if d <= 64 else 128
-    tensor = 2.0 * tiles * TILE * TILE * width * products
-    stores = other * tiles * TILE * width * 2 / 128
+    k: _Tensor, mask: _Mask, heads: int, d: int, results: int, *, keys: bool, score: float, row: float, numbers: int
+) -> Work:  # fmt: skip
+    """All blocks of ``heads`` heads that visit ``keys``, or queries: ``results`` matrices with a row for each of the
+    block's own; ``score`` and ``row``: FLOPs of a score, and of a row and tile; ``numbers``: float32 numbers of each
+    row that a tile brings along."""
+    tiles = warp_tiles = fetched = 0
+    own_rows = _ceil(mask.tokens, k.rows) * k.rows
+    for at in range(0, mask.tokens, k.rows):
+        first, last = mask.keys(at, k.rows) if keys else mask.queries(at, k.rows)
+        starts = range(first, last, k.step)
+        tiles += len(starts)
+        fetched += min(first + k.step * len(starts), mask.tokens) - first
+        for mine in range(at, at + k.rows, 16 * k.m):
+            pairs = ((mine, 16 * k.m, other, k.step) for other in starts)
+            warp_tiles += sum(mask.some(*(p if keys else (*p[2:], *p[:2]))) for p in pairs)
+    passes, products = k.tile_work()
+    tensor = heads * warp_tiles * products * MMA_FLOPS
+    # Two matrices of the other side pass through shared memory; the block's own and its results do once.
+    width = k.width * HALF
+    moved = 2 * tiles * k.step * width + k.own * own_rows * width + 2 * results * own_rows * k.cols * HALF
+    line = _ceil(d * HALF, SECTOR)
+    sectors = (2 * fetched + k.own * mask.tokens) * line + numbers * tiles * _ceil(k.step * WORD, SECTOR)
+    scores = warp_tiles * 16 * k.m * k.step
     return Work(
         0,
-        other * _sectors(other_rows, d),
-        tensor + softmax * tiles * TILE * TILE,
-        tensor / MMA_FLOPS * MMA_PASSES + stores,
+        heads * (sectors + results * mask.tokens * _ceil(min(d, k.cols) * HALF, SECTOR)),
+        tensor + heads * (score * scores + row * warp_tiles * 16 * k.m + results * own_rows * k.cols),
+        heads * (moved / 128 + warp_tiles * (passes + numbers * k.step // 8) + numbers * tiles * k.step / 32),
         tensor,
     )
 
 
-def _tensor_forward(grid: Any, *a: Any) -> Work:
-    b, t, h, _, d = a[9:14]
-    mask, plain = _Mask(t, a[18], a[19]), RULES["attention_forward_f32"](grid, *a)
-    tiles = _on_tensor_cores(mask.visits(mask.keys), b * h, d, other=2, products=2, softmax=34)
-    return tiles + Work(plain.unique, 2 * _sectors(b * t * h, d) + _sectors(1, b * h * t), 0)
+def _tensor_unique(k: _Tensor, rows: int, kv_rows: int, d: int, queries: int, others: int, words: int) -> int:
+    return HALF * d * (queries * rows + others * kv_rows) + WORD * words
 
 
-def _tensor_dq(grid: Any, *a: Any) -> Work:
-    b, t, h, _, d = a[11:16]
-    mask, plain = _Mask(t, a[21], a[22]), RULES["attention_dq_backward_f32"](grid, *a)
-    tiles = _on_tensor_cores(mask.visits(mask.keys), b * h, d, other=2, products=3, softmax=16)
-    return tiles + Work(plain.unique, 3 * _sectors(b * t * h, d) + 2 * _sectors(1, b * h * t), 0)
+def _tensor_forward(k: _Tensor) -> Rule:
+    def rule(grid: Any, *a: Any) -> Work:
+        b, t, h, kv, d = a[9:14]
+        # Besides the scores: the largest and the sum of each row, and the rescaling of its sums.
+        tiles = _on_tensor_cores(
+            k, _Mask(t, a[18], a[19]), b * h, d, 1, keys=True, score=5, row=24 + k.cols, numbers=0
+        )
+        unique = _tensor_unique(k, b * t * h, b * t * kv, d, 2, 2, b * h * t)
+        return tiles + Work(unique + _extras(a[3], a[4], a[5], a[6], b, t, h), _sectors(1, b * h * t), 0)
+
+    return rule
 
 
-def _tensor_dkv(grid: Any, *a: Any) -> Work:
-    b, t, h, kv, d = a[12:17]
-    mask, plain = _Mask(t, a[23], a[24]), RULES["attention_dkv_backward_f32"](grid, *a)
-    tiles = _on_tensor_cores(mask.visits(mask.queries), b * h, d, other=2, products=4, softmax=16)
-    return tiles + Work(plain.unique, 4 * _sectors(b * t * kv, d) + 2 * _sectors(1, b * h * t), 0)
+def _tensor_dq(k: _Tensor) -> Rule:
+    def rule(grid: Any, *a: Any) -> Work:
+        b, t, h, kv, d = a[11:16]
+        tiles = _on_tensor_cores(k, _Mask(t, a[21], a[22]), b * h, d, 1, keys=True, score=5, row=0, numbers=0)
+        unique = _tensor_unique(k, b * t * h, b * t * kv, d, 3, 2, 2 * b * h * t)
+        return tiles + Work(unique + _extras(a[6], a[7], a[8], a[9], b, t, h), 2 * _sectors(1, b * h * t), 0)
+
+    return rule
 
 
-for _width in (64, 128):
-    RULES[f"attention{_width}_forward_bf16"] = _tensor_forward
-    RULES[f"attention{_width}_dq_backward_bf16"] = _tensor_dq
-    RULES[f"attention{_width}_dkv_backward_bf16"] = _tensor_dkv
+def _tensor_dkv(k: _Tensor) -> Rule:
+    def rule(grid: Any, *a: Any) -> Work:
+        b, t, h, kv, d = a[12:17]
+        slices, group = _ceil(k.width, k.cols), h // kv
+        # A key-value head's own rows and results pass once for all of its query heads.
+        mask = _Mask(t, a[23], a[24])
+        each = _on_tensor_cores(k, mask, b * h * slices, d, 2, keys=False, score=5.5, row=0, numbers=2)
+        own = 2 * _ceil(t, k.rows) * k.rows
+        lines = 2 * t * (_ceil(d * HALF, SECTOR) + _ceil(min(d, k.cols) * HALF, SECTOR))
+        spared = b * kv * slices * (group - 1)
+        passes = own * HALF * (k.width + 2 * k.cols) / 128
+        unique = _tensor_unique(k, b * t * h, b * t * kv, d, 2, 4, 2 * b * h * t)
+        unique += _extras(a[6], a[7], a[8], a[9], b, t, h)
+        return each + Work(unique, -spared * lines, -spared * own * k.cols, -spared * passes)
+
+    return rule
+
+
+for _width, _ms, _steps in (
+    (64, (2, 2, 2), (64, 32, 32)),
+    (128, (2, 2, 1), (32, 32, 32)),
+    (256, (1, 1, 1), (32, 16, 16)),
+):
+    _cols = min(_width, 128)
+    _kernel = f"attention{_width}_{{}}_bf16"
+    RULES[_kernel.format("forward")] = _tensor_forward(_Tensor(_width, _width, _ms[0], _steps[0], 1, 1, 1))
+    RULES[_kernel.format("dq_backward")] = _tensor_dq(_Tensor(_width, _width, _ms[1], _steps[1], 2, 1, 2))
+    RULES[_kernel.format("dkv_backward")] = _tensor_dkv(_Tensor(_width, _cols, _ms[2], _steps[2], 2, 2, 2))
+
+
+def _delta_bf16(grid: Any, dout: Any, out: Any, delta: Any, b: int, t: int, h: int, d: int, *_: Any) -> Work:
+    rows = b * t * h
+    return Work(
+        (2 * HALF * d + WORD) * rows, 2 * rows * _ceil(d * HALF, SECTOR) + rows // 4, rows * (2 * d + 24)
+    )
+
+
+RULES["attention_delta_backward_bf16"] = _delta_bf16
 
 
 @_rule

@@ -173,14 +173,18 @@ class CudaDevice:
         self, stream: Any, kernel: str, grid: list[int], block: list[int], args: tuple[np.generic, ...]
     ) -> None:
         with self._calls(), stream:
-            self._kernel(kernel)(tuple(grid), tuple(block), args)
+            function, shared = self._kernel(kernel)
+            function(tuple(grid), tuple(block), args, shared_mem=shared)
 
     def _kernel(self, name: str) -> Any:
         if name not in self.kernels:
             text = self.sources[name]
             if text not in self.modules:
                 self.modules[text] = self.cupy.RawModule(code=text, options=("--std=c++17",))
-            self.kernels[name] = self.modules[text].get_function(name)
+            function, shared = self.modules[text].get_function(name), _core.cuda_dynamic_bytes(name)
+            if shared:
+                function.max_dynamic_shared_size_bytes = shared  # beyond 48 KB it must be asked for
+            self.kernels[name] = function, shared
         return self.kernels[name]
 
     def product(self, stream: Any, product: Product) -> None:

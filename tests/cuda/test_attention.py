@@ -22,39 +22,63 @@ def test_shapes(device, rng, close, shape, causal):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1, 8), (2, 150, 2, 1, 40), (1, 128, 1, 1, 64), (1, 150, 2, 1, 104), (1, 33, 1, 1, 128), (1, 70, 2, 1, 216)],
+    [
+        (1, 1, 1, 1, 8),
+        (2, 150, 2, 1, 40),
+        (1, 128, 1, 1, 64),
+        (1, 150, 2, 1, 104),
+        (1, 33, 1, 1, 128),
+        (1, 70, 2, 1, 216),
+    ],
     ids=str,
 )
 def test_tensor_cores(device, rng, close, shape, causal):
     check(device, close, *operands(rng, *shape), causal=causal, bf16=True)
 
 
-@LAYOUTS
-def test_tensor_cores_with_everything(device, rng, close, layout):
-    """A window, packed texts with padding, queries that see nothing, biased keys, dropout, shared heads."""
+@pytest.mark.parametrize("width", [40, 104, 136])
+def test_tensor_cores_with_everything(device, rng, close, width):
+    """A window, packed texts with padding, queries that see nothing, biased keys, dropout, shared heads; rows that
+    begin on 16 bytes and no more."""
     segments = np.array([[0] * 3 + [1] * 20 + [0] * 2 + [1] * 37 + [2] * 7])
     more = {"segments": segments, "window": 50, "key_bias": rng.normal(size=(1, 2, 69)).astype(np.float32)}
-    site = run.Site(np.array([1, 2, 3, 4]), 9, 0.2)
+    site, layout = run.Site(np.array([1, 2, 3, 4]), 9, 0.2), run.Layout(gap=8, skew=8)
+    x = operands(rng, 1, 69, 2, 1, width)
+    check(device, close, *x, causal=True, bf16=True, site=site, layout=layout, **more)
+
+
+@pytest.mark.parametrize(("tokens", "window", "causal"), [(200, 1, True), (260, 70, True), (200, 100, False)])
+def test_tensor_cores_through_windows(device, rng, close, tokens, window, causal):
+    check(device, close, *operands(rng, 1, tokens, 1, 1, 8), causal=causal, window=window, bf16=True)
+
+
+def test_tensor_cores_see_a_prefix(device, rng, close):
+    x = operands(rng, 2, 140, 2, 1, 8)
+    check(device, close, *x, causal=True, prefix=np.array([133, 0]), bf16=True)
+
+
+def test_tensor_cores_average_for_queries_that_see_nothing(device, rng, close):
+    segments = np.array([[0] * 129 + [1] * 4, [0] * 133])
+    site = run.Site(np.arange(4), 3, 0.3)
     check(
-        device,
-        close,
-        *operands(rng, 1, 69, 2, 1, 37),
-        causal=True,
-        bf16=True,
-        site=site,
-        layout=layout,
-        **more,
+        device, close, *operands(rng, 2, 133, 2, 1, 8), causal=True, segments=segments, site=site, bf16=True
     )
 
 
-def test_tensor_cores_round_to_bfloat16(device, rng):
-    """Factors that bfloat16 holds give float32's result; others show its eight bits."""
-    q, k, v = (rng.integers(-4, 5, size=(1, 9, 1, 8)).astype(np.float32) for _ in range(3))
-    exact = reference.Attention(q, k, v, 0.0)  # all weigh 1/9, rounded once
+def test_tensor_cores_bear_huge_scores(device, rng):
+    q, k, v, dout = operands(rng, 1, 9, 1, 1, 8)
+    got = run.attention(device, 1e15 * q, 1e15 * k, v, 1.0, dout=dout, causal=True, bf16=True)
+    for name, x in got.items():
+        assert np.isfinite(x).all(), name
+    assert np.isin(got["out"], v).all()  # each query sees exactly one key
+
+
+def test_tensor_cores_round_once(device, rng):
+    """Equal weights of whole numbers: exact sums, a result rounded to bfloat16's eight bits and no further."""
+    q, k, v = (rng.integers(-255, 256, size=(1, 16, 1, 8)).astype(np.float32) for _ in range(3))
     got = run.attention(device, q, k, v, 0.0, bf16=True)["out"]
-    np.testing.assert_allclose(got, exact.out, atol=1e-6)
-    v[:] = 1 + 2.0**-10
-    np.testing.assert_array_equal(run.attention(device, q, k, v, 0.0, bf16=True)["out"], 1)
+    mean = np.broadcast_to(v.mean(1, keepdims=True), got.shape)
+    np.testing.assert_array_equal(got, run.from_bf16(run.to_bf16(mean)))
 
 
 @pytest.mark.parametrize("width", [7, 100, 130, 256])

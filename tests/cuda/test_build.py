@@ -24,6 +24,9 @@ def test_registers_shared_and_local_memory(file, arch):
     expected = {name: bar for name, bar in bars.read().items() if bar["file"] == file}
     measured = bars.reports(file, arch)
     assert set(measured) == set(expected), "bars.toml lists other kernels: run kernels/bars.py"
+    asked = {name: bar["dynamic_bytes"] for name, bar in expected.items() if "dynamic_bytes" in bar}
+    assert bars.dynamic(file) == asked
+    assert all(size <= bars.DYNAMIC_LIMIT for size in asked.values())
     for name, found in measured.items():
         assert found["local_bytes"] == 0, f"{name} spills, or indexes an array that is not in registers"
         assert found["registers"] <= expected[name]["registers"][f"sm_{arch}"], name
@@ -47,10 +50,11 @@ def test_rows_are_moved_in_128_bits(arch):
 @pytest.mark.parametrize("arch", [80, 100])
 def test_tensor_cores_are_used_where_meant(arch):
     text = nvrtc.ptx(nvrtc.unit("attention_bf16"), "attention_bf16", arch)
-    for name, body in re.findall(r"\.entry (\w+)\(.*?\{(.*?)\n\}", text, re.DOTALL):
+    for name, body in re.findall(r"\.entry (attention\d+\w+)\(.*?\{(.*?)\n\}", text, re.DOTALL):
         assert "mma.sync.aligned.m16n8k16" in body, name
         assert "ldmatrix.sync.aligned.m8n8.x4.trans" in body, name
-        assert re.search(r"ld\.global(\.nc)?\.v4\.[bf]32", body), name
+        assert "cp.async.cg.shared.global" in body, name
+        assert re.search(r"st\.global\.v4\.[bu]32", body), name
 
 
 def test_the_embedded_list_names_the_same_kernels():

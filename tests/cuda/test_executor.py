@@ -107,7 +107,6 @@ def test_bfloat16_on_tensor_cores(programs: dict[str, sim.Program], rng: np.rand
         assert not np.allclose(got, want, rtol=1e-7)
         card.how = "twins"
     assert want[-1] < 0.9 * want[0]
-    assert {"attention64_forward_bf16", "attention64_dkv_backward_bf16"} <= card.kernels
     assert "attention_forward_f32" not in card.kernels
 
 

@@ -158,14 +158,24 @@ def tensor_cores(device, rng, close):
         run.Site(np.array([1, 2, 3, 4]), 9, 0.2),
         np.array([[1] * 20 + [0] * 2 + [1] * 40 + [2] * 7]),
     )
-    x = attention_operands(rng, 1, 69, 2, 1, 36)
+    x = attention_operands(rng, 1, 69, 2, 1, 40)
     x[1][0, 60] *= 3  # a large score comes late
     check_attention(device, close, *x, causal=True, window=50, segments=segments, site=site, bf16=True)
 
 
 def blind_tensor_cores(device, rng, close):
-    x = attention_operands(rng, 1, 70, 2, 1, 4)
+    x = attention_operands(rng, 1, 70, 2, 1, 8)
     check_attention(device, close, *x, causal=True, segments=np.array([[0] * 66 + [1] * 4]), bf16=True)
+
+
+def tensor_tiles(device, rng, close):
+    """Without dropout or segments, so that some tiles are seen by all; key bias, a window, several heads and tiles."""
+    x = attention_operands(rng, 1, 170, 2, 1, 8)
+    check_attention(device, close, *x, causal=True, window=100, key_bias=normal(rng, 1, 2, 170), bf16=True)
+
+
+def wide_tensor_cores(device, rng, close):
+    check_attention(device, close, *attention_operands(rng, 1, 33, 2, 1, 216), causal=True, bf16=True)
 
 
 def blind(device, rng, close):
@@ -304,7 +314,7 @@ def smoothed(device, rng, close):
 CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, gated, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
     global_norm, halt, adamw, attention, attention_grad, blind, tensor_cores,
-    blind_tensor_cores, attention_of_wide_heads, best, cache_write, cached,
+    blind_tensor_cores, tensor_tiles, wide_tensor_cores, attention_of_wide_heads, best, cache_write, cached,
     cached_spans, cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
     relative_queries, roots_and_signs, smoothed,
 )}  # fmt: skip
@@ -432,18 +442,40 @@ MUTANTS = [
     # Attention on tensor cores.
     ("tensor_cores", "attention_bf16", "attention64_", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
     ("tensor_cores", "attention_bf16", "attention64_", "{%0, %1, %2, %3}, {%4, %5, %6, %7}", "{%0, %1, %2, %3}, {%4, %6, %5, %7}"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "multiply(product[n + 1], a, b[2], b[3])", "multiply(product[n + 1], a, b[1], b[3])"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "multiply(product[m][n + 1], a[m], b[2], b[3])", "multiply(product[m][n + 1], a[m], b[1], b[3])"),
     ("tensor_cores", "attention_bf16", "attention64_forward", "load_tiles<true>(b", "load_tiles<false>(b"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "__syncthreads();  // the last keys and values are used up", ""),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "        __syncthreads();\n        float p[KEYS / 8][4];\n        dot_rows", "        float p[KEYS / 8][4];\n        dot_rows"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "sum[n][2 * r] *= correction, ", ""),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
+    ("tensor_cores", "attention_bf16", "attention64_forward", 'asm volatile("cp.async.wait_group 0;" ::: "memory");', ''),
+    ("tensor_cores", "attention_bf16", "attention64_forward", 'asm volatile("cp.async.commit_group;" ::: "memory");', ''),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "bool inside = from + r < x.rows && 8 * c < x.width;", "bool inside = 8 * c < x.width;"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "return at + row * CHUNKS + (c ^ (row & 7));", "return at + row * CHUNKS + (c ^ (row & 3));"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "sum[m][n][2 * r] *= correction, ", ""),
     ("tensor_cores", "attention_bf16", "attention64_forward", "x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));", ""),
-    ("tensor_cores", "attention_bf16", "attention64_dq", "float bias = seen && key_bias ? key_bias[head0 + key] : 0.f;\n                float factor", "float bias = 0.f;\n                float factor = 1.f; if (0) factor"),
-    ("tensor_cores", "attention_bf16", "attention64_dq", "__syncthreads();  // the last keys and values are used up", ""),
-    ("tensor_cores", "attention_bf16", "attention64_dkv", "__syncthreads();  // the last queries are used up", ""),
-    ("tensor_cores", "attention_bf16", "attention64_dkv", "row + e / 2 * 8, query = query0 + 8 * n + 2 * t + e % 2;\n                    bool inside", "row + e % 2 * 8, query = query0 + 8 * n + 2 * t + e / 2;\n                    bool inside"),
-    ("tensor_cores", "attention_bf16", "attention64_dkv", "head < (kv_head + 1) * group; ++head) {\n        Rows qs", "head < kv_head * group + 1; ++head) {\n        Rows qs"),
-    ("blind_tensor_cores", "attention_bf16", "attention64_forward", "mask.blind_weight(largest[e / 2]", "mask.blind_weight(largest[e % 2]"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "factor[m][r] *= dropout_scale;", ""),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "if (from + r < rows && col + 8 * c < width) {", "if (from + r < rows) {"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "    __syncwarp();\n#pragma unroll 4", "#pragma unroll 4"),
+    ("tensor_cores", "attention_bf16", "attention64_forward", "rng ? only(weights, kept) : weights", "weights"),
+    ("tensor_cores", "attention_bf16", "attention64_dq", "(x[m][n][e] - row_delta[m][e / 2])", "(x[m][n][e] - row_delta[m][e % 2])"),
+    ("tensor_cores", "attention_bf16", "attention64_dq", "bit(kept[m], n, e) ? x[m][n][e] * dropout_scale : 0.f", "x[m][n][e]"),
+    ("tensor_cores", "attention_bf16", "attention64_dq", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
+    ("tensor_cores", "attention_bf16", "attention64_dkv", "__syncthreads();  // these queries are there, the last ones used up", ""),
+    ("tensor_cores", "attention_bf16", "attention64_dkv", "mask.sees(col + c, row + r)", "mask.sees(row + r, col + c)"),
+    ("tensor_cores", "attention_bf16", "attention64_dkv", "visits = group * per_head", "visits = per_head"),
+    ("tensor_cores", "attention_bf16", "attention64_dkv", "kept_scales[m][1] = rng ? dropout_scale : 1.f", "kept_scales[m][1] = 1.f"),
+    ("tensor_tiles", "attention_bf16", "attention64_forward", "bool before = !causal || j + m - 1 <= i ||", "bool before = !causal || j + m - 33 <= i ||"),
+    ("tensor_tiles", "attention_bf16", "attention64_forward", "i + n - 1 - j < window && j + m", "i - j < window && j + m"),
+    ("tensor_tiles", "attention_bf16", "attention64_forward", "bool after = causal && j > i + n - 1", "bool after = causal && j >= i"),
+    ("tensor_tiles", "attention_bf16", "attention64_forward", "LOG2_E * key_bias[head0", "key_bias[head0"),
+    ("tensor_tiles", "attention_bf16", "attention64_dq", "if (key_bias) above -= bias[e % 2];", ""),
+    ("tensor_tiles", "attention_bf16", "attention64_dkv", "            unit = 1.f;\n", ""),
+    ("tensor_tiles", "attention_bf16", "attention64_dkv", "threadIdx.x < QUERIES ? lse : delta", "lse"),
+    ("wide_tensor_cores", "attention_bf16", "attention_delta", "step = 4; step > 0; step /= 2) sum", "step = 2; step > 0; step /= 2) sum"),
+    ("tensor_tiles", "attention_bf16", "attention_delta", "n / tokens % heads", "n % heads"),
+    ("wide_tensor_cores", "attention_bf16", "attention256_dkv", "blockIdx.z / batch * COLS", "blockIdx.z % batch * COLS"),
+    ("wide_tensor_cores", "attention_bf16", "attention256_dkv", "16 * (rows * CHUNKS + (c & ~7))", "16 * (rows * CHUNKS)"),
+    ("wide_tensor_cores", "attention_bf16", "attention256_dq", "tiles_bytes<256>(2,", "tiles_bytes<256>(1,"),
+    ("blind_tensor_cores", "attention_bf16", "attention64_forward", "mask.blind_weight(largest[m][e / 2]", "mask.blind_weight(largest[m][e % 2]"),
+    ("blind_tensor_cores", "attention_bf16", "attention64_forward", "__syncthreads();  // the last values are used up", ""),
     ("blind_tensor_cores", "attention_bf16", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
     # Decoding.
     ("best", "best", "best_forward_f32", "equal_before < taken)", "equal_before <= taken)"),

@@ -188,6 +188,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.ge.f64": ("pred", d2, [((1, 1), 1), ((1, 2), 0), ((nan, 1), 0)]),
     "setp.ltu.f64": ("pred", d2, [((1, 2), 1), ((2, 1), 0), ((nan, 1), 1)]),
     "setp.num.f64": ("pred", d2, [((1, 2), 1), ((nan, 1), 0), ((1, nan), 0)]),
+    "setp.geu.ftz.f32": ("pred", f2, [((1, 1), 1), ((1, 2), 0), ((nan, 1), 1)]),
     "setp.eq.s16": ("pred", ("s16", "s16"), [((5, 5), 1), ((5, 6), 0)]),
     "setp.eq.s32": ("pred", ("s32", "s32"), [((-5, -5), 1), ((5, -5), 0)]),
     "setp.eq.b32": ("pred", ("b32", "b32"), [((5, 5), 1), ((5, 6), 0)]),
@@ -203,6 +204,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.lt.u32": ("pred", ("u32", "u32"), [((MAX, 0), 0), ((0, MAX), 1)]),
     "setp.le.s32": ("pred", ("s32", "s32"), [((-1, -1), 1), ((0, -1), 0)]),
     "setp.le.u32": ("pred", ("u32", "u32"), [((MAX, 0), 0), ((0, 1), 1), ((MAX, MAX), 1)]),
+    "setp.gt.s16": ("pred", ("s16", "s16"), [((6, 5), 1), ((5, 6), 0)]),
     "setp.gt.s32": ("pred", ("s32", "s32"), [((0, -1), 1), ((-1, -1), 0)]),
     "setp.gt.u32": ("pred", ("u32", "u32"), [((MAX, 0), 1), ((0, 0), 0)]),
     "setp.ge.s32": ("pred", ("s32", "s32"), [((-1, -1), 1), ((-2, -1), 0)]),
@@ -264,6 +266,9 @@ SPECIAL = {
     "ld.global.nc.v2.b32", "st.global.v2.b32", "st.shared.v2.b32",
     "bfi.b64", "ld.shared.b64", "ld.shared.f64", "st.shared.b64", "st.shared.f64",
     "ld.shared.u32", "st.shared.u32",
+    "ld.shared.v2.f32", "ld.shared.v2.b32",
+    "ld.global.nc.v4.u32", "ld.shared.v4.u32", "st.global.v4.u32", "st.shared.v4.u32", "bar.warp.sync",
+    "cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group",
     *(f"{load}.{v}{kind}" for load in ("ld.global", "ld.global.nc", "st.global", "ld.shared", "st.shared")
       for v in ("", "v2.", "v4.") for kind in ("b16", "u16")),
 }  # fmt: skip
@@ -311,7 +316,7 @@ def test_halves_of_64_bits():
 
 
 @pytest.mark.parametrize("load", ["ld.global", "ld.global.nc"])
-@pytest.mark.parametrize("kind", ["f32", "b32"])
+@pytest.mark.parametrize("kind", ["f32", "b32", "u32"])
 def test_vectors(load, kind):
     registers = [f"%{kind[0] if kind == 'f32' else 'r'}{n}" for n in range(1, 5)]
     turned = ", ".join(registers[::-1])
@@ -656,6 +661,101 @@ def test_an_unsynchronised_ldmatrix_is_a_race():
     """
     with pytest.raises(sim.Fault, match="race: read unsynchronised"):
         run(body, 32, [], ((1,), np.uint32), ".shared .align 16 .b8 buffer[512];")
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_a_barrier_of_a_warp_orders_its_threads(barrier):
+    body = f"""
+    shl.b32 %r5, %r0, 2;
+    mov.u32 %r6, buffer;
+    add.s32 %r7, %r6, %r5;
+    st.shared.u32 [%r7], %r0;
+    {"bar.warp.sync -1;" if barrier else ""}
+    xor.b32 %r5, %r5, 4;
+    add.s32 %r7, %r6, %r5;
+    ld.shared.u32 %r1, [%r7];
+    mul.wide.u32 %rd20, %r0, 4;
+    add.s64 %rd21, %rd0, %rd20;
+    st.global.u32 [%rd21], %r1;
+    """
+    arguments = body, 32, [], ((32,), np.uint32), ".shared .align 4 .b8 buffer[128];"
+    if barrier:
+        np.testing.assert_array_equal(run(*arguments), np.arange(32) ^ 1)
+        return
+    with pytest.raises(sim.Fault, match="race: read unsynchronised"):
+        run(*arguments)
+
+
+# Threads copy 16 bytes each, the last of them zeros, and read what their neighbours copied.
+COPIES = """
+    shl.b32 %r5, %r0, 4;
+    mov.u32 %r6, buffer;
+    add.s32 %r7, %r6, %r5;
+    mul.wide.u32 %rd20, %r0, 16;
+    add.s64 %rd21, %rd0, %rd20;
+    setp.lt.u32 %p1, %r0, 3;
+    selp.b32 %r8, 16, 0, %p1;
+    cp.async.cg.shared.global [%r7], [%rd21], 16, %r8;
+    {commit}
+    {between}
+    {wait}
+    {barrier}
+    xor.b32 %r9, %r5, 16;
+    add.s32 %r10, %r6, %r9;
+    ld.shared.v4.u32 {{%r1, %r2, %r3, %r4}}, [%r10];
+    add.s64 %rd22, %rd1, %rd20;
+    st.global.v4.u32 [%rd22], {{%r1, %r2, %r3, %r4}};
+"""
+COPY_PARTS = {
+    "commit": "cp.async.commit_group;", "between": "", "wait": "cp.async.wait_group 0;", "barrier": "bar.sync 0;",
+}  # fmt: skip
+
+
+def copied(**changed):
+    given = np.arange(1, 17, dtype=np.uint32)
+    shared = ".shared .align 16 .b8 buffer[80];"
+    got = run(COPIES.format(**COPY_PARTS | changed), 4, [given], ((16,), np.uint32), shared)
+    return got.reshape(4, 4), given.reshape(4, 4)
+
+
+def test_copies_arrive_and_are_filled_with_zeros():
+    got, given = copied()
+    np.testing.assert_array_equal(got, [given[1], given[0], np.zeros(4), given[2]])
+
+
+def test_copies_of_a_word_and_groups_that_may_still_be_on_their_way():
+    later = """
+    add.s32 %r11, %r6, 64;
+    setp.eq.u32 %p2, %r0, 0;
+    @%p2 cp.async.ca.shared.global [%r11], [%rd0], 4, 4;
+    cp.async.commit_group;
+    """
+    both = "bar.sync 0;\ncp.async.wait_group 0;"
+    got, given = copied(between=later, wait="cp.async.wait_group 1;", barrier=both)
+    np.testing.assert_array_equal(got, [given[1], given[0], np.zeros(4), given[2]])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"wait": ""}, "uninitialised"),
+        ({"commit": ""}, "uninitialised"),
+        ({"wait": "cp.async.wait_group 1;"}, "uninitialised"),
+        ({"barrier": ""}, "race: read unsynchronised"),
+        ({"between": "cp.async.ca.shared.global [%r7], [%rd1], 4, 4;"}, "uninitialised global"),
+        ({"between": "cp.async.cg.shared.global [%r7+72], [%rd0], 16, 16;"}, "misaligned"),
+        ({"between": "bar.sync 0;\ncp.async.cg.shared.global [buffer], [%rd0], 16, 16;"}, "race"),
+    ],
+)
+def test_copies_that_nothing_waits_for_are_found(changed, message):
+    with pytest.raises(sim.Fault, match=message):
+        copied(**changed)
+
+
+def test_a_thread_that_leaves_copies_behind_is_found():
+    body = "cp.async.ca.shared.global [buffer], [%rd0], 4, 4;\ncp.async.commit_group;"
+    with pytest.raises(sim.Fault, match="exits with copies"):
+        run(body, 1, [np.zeros(1, np.uint32)], ((1,), np.uint32), ".shared .align 4 .b8 buffer[4];")
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,13 @@ pub const SOURCES: &[Source] = &[
         "attention128_dkv_backward_bf16",
         "attention128_dq_backward_bf16",
         "attention128_forward_bf16",
+        "attention256_dkv_backward_bf16",
+        "attention256_dq_backward_bf16",
+        "attention256_forward_bf16",
         "attention64_dkv_backward_bf16",
         "attention64_dq_backward_bf16",
         "attention64_forward_bf16",
+        "attention_delta_backward_bf16",
     ),
     source!("best", "best_forward_f32"),
     source!(
@@ -131,6 +135,15 @@ pub fn of_kernel(kernel: &str) -> Option<&'static Source> {
     SOURCES.iter().find(|s| s.kernels.contains(&kernel))
 }
 
+/// Bytes of shared memory that launches of `kernel` ask for, beside what it declares.
+#[must_use]
+pub fn dynamic_bytes(kernel: &str) -> usize {
+    let bars = BARS.split_once(&format!("[{kernel}]\n")).map_or("", |(_, rest)| rest);
+    let line =
+        bars.lines().take_while(|l| !l.starts_with('[')).find_map(|l| l.strip_prefix("dynamic_bytes = "));
+    line.and_then(|bytes| bytes.parse().ok()).unwrap_or(0)
+}
+
 impl Source {
     /// The text to hand to NVRTC. It includes nothing.
     #[must_use]
@@ -208,6 +221,13 @@ mod tests {
             let on_disk = std::fs::read_to_string(folder().join(format!("{}.cu", source.name)));
             assert_eq!(own, on_disk.expect("the file"));
         }
+    }
+
+    #[test]
+    fn launches_ask_for_what_a_kernel_s_word_says() {
+        assert_eq!(dynamic_bytes("attention64_forward_bf16"), 49152);
+        assert_eq!(dynamic_bytes("attention_forward_f32"), 0);
+        assert_eq!(dynamic_bytes("no_such_kernel"), 0);
     }
 
     #[test]

@@ -342,7 +342,7 @@ impl Recorder<'_> {
                 let args = args![positions, at, bias, rows, heads, tokens, bias.ld, *scale, *round];
                 self.launch("alibi_bias_forward_f32", threads(bias.elements()), [256, 1, 1], args);
             }
-            Op::Attention(spec) => self.attention(spec),
+            Op::Attention(spec) => self.attention(spec)?,
             Op::AttentionGrad(spec) => self.attention_grad(spec)?,
             Op::RelativeAttention(spec) => self.relative_attention(spec)?,
             Op::RelativeAttentionGrad(spec) => self.relative_attention_grad(spec)?,

@@ -1,7 +1,7 @@
 //! CUDA: launch records of a plan, and the sources of the kernels they name.
 
 use pyo3::prelude::*;
-use pyrformer_cuda::sources::{BARS, SOURCES};
+use pyrformer_cuda::sources::{BARS, SOURCES, dynamic_bytes};
 
 use crate::enter::{Failure, enter};
 use crate::graph::Plan;
@@ -26,6 +26,12 @@ pub(crate) fn cuda_program(py: Python<'_>, plan: &Plan, bf16: bool) -> PyResult<
 #[pyfunction]
 pub(crate) fn cuda_sources() -> Vec<(&'static str, String, Vec<&'static str>)> {
     SOURCES.iter().map(|s| (s.name, s.unit(), s.kernels.to_vec())).collect()
+}
+
+/// Bytes of shared memory that launches of a kernel ask for, beside what it declares.
+#[pyfunction]
+pub(crate) fn cuda_dynamic_bytes(kernel: &str) -> usize {
+    dynamic_bytes(kernel)
 }
 
 /// Registers and shared memory of each kernel, as TOML.

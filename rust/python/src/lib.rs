@@ -20,7 +20,7 @@ mod _core {
     use super::{PyModule, PyModuleMethods, PyResult};
 
     #[pymodule_export]
-    use super::cuda::{cuda_bars, cuda_program, cuda_sources};
+    use super::cuda::{cuda_bars, cuda_dynamic_bytes, cuda_program, cuda_sources};
     #[pymodule_export]
     use super::data::{
         CausalBatches, Cleaner, Corpus, Documents, MaskedBatches, PairBatches, PermutedBatches, write_shard,

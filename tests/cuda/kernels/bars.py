@@ -18,8 +18,8 @@ else:
 
 FILE = nvrtc.KERNELS / "bars.toml"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-# Static shared memory beyond this needs an opt-in on every architecture.
-SHARED_LIMIT = 48 * 1024
+# Static shared memory beyond this needs an opt-in on every architecture; with it, some give a block no more than this.
+SHARED_LIMIT, DYNAMIC_LIMIT = 48 * 1024, 99 * 1024
 
 _REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
@@ -42,18 +42,28 @@ def reports(name: str, arch: int) -> dict[str, dict[str, int]]:
     return found
 
 
+def dynamic(name: str) -> dict[str, int]:
+    """Of the kernels of a file that use such: the shared memory that launches ask for, from the words beside them."""
+    words = re.findall(
+        r"\.global \.align 4 \.u32 (\w+)_shared = (\d+);", nvrtc.ptx(nvrtc.unit(name), name, 80)
+    )
+    return {kernel: int(size) for kernel, size in words}
+
+
 def read() -> dict[str, dict]:
-    """The bars: of each kernel, `file`, `shared_bytes` and `registers` by architecture."""
+    """The bars: of each kernel, `file`, `shared_bytes`, `registers` by architecture, `dynamic_bytes` if it has such."""
     return tomllib.loads(FILE.read_text())
 
 
 def _measure() -> str:
     lines = [
-        "# The most registers of a thread by architecture, the most static shared memory of a block, with the NVRTC of",
-        "# tests/cuda/requirements.txt. Written by kernels/bars.py there. Local memory and spills are never allowed.",
+        "# The most registers of a thread by architecture, the most static shared memory of a block, and the dynamic",
+        "# one that launches ask for, with the NVRTC of tests/cuda/requirements.txt. Written by kernels/bars.py there.",
+        "# Local memory and spills are never allowed.",
     ]
     for file in nvrtc.files():
         measured = {arch: reports(file, arch) for arch in ARCHITECTURES}
+        asked = dynamic(file)
         for kernel in sorted(measured[ARCHITECTURES[0]]):
             registers = ", ".join(f"sm_{a} = {measured[a][kernel]['registers']}" for a in ARCHITECTURES)
             shared = max(measured[a][kernel]["shared_bytes"] for a in ARCHITECTURES)
@@ -62,6 +72,7 @@ def _measure() -> str:
                 f"[{kernel}]",
                 f'file = "{file}"',
                 f"shared_bytes = {shared}",
+                *([f"dynamic_bytes = {asked[kernel]}"] if kernel in asked else []),
                 f"registers = {{ {registers} }}",
             ]
     return "\n".join(lines) + "\n"

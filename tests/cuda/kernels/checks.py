@@ -14,7 +14,7 @@ def attention_operands(rng, batch, tokens, heads, kv_heads, width):
 
 
 #: bfloat16 keeps eight bits: results and factors are off by up to 1 / 512 of themselves, sums of many factors by less.
-BF16 = 1e-2
+BF16 = 1.5e-2
 
 
 def attention(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, bf16=False, **mask):

@@ -502,8 +502,8 @@ def attention(
     window: int | None = None, segments: Array | None = None, key_bias: Array | None = None,
     prefix: Array | None = None, site: Site | None = None, layout: Layout = PLAIN, bf16: bool = False,
 ) -> dict[str, Array]:  # fmt: skip
-    """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]; all but lse are rounded to bfloat16 and
-    computed on tensor cores where asked for."""
+    """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]; with bf16, on tensor cores,
+    all but lse rounded to bfloat16."""
     batch, tokens, heads, width = q.shape
     kernel, block, dtype = "attention_{}_f32", 256, f32
     rows, slices = dict.fromkeys(("forward", "dq_backward", "dkv_backward"), 64), ceil_div(width, 128)

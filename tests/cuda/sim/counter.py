@@ -16,8 +16,8 @@ _ONE = re.compile(r"(add|sub|mul|div|sqrt|rsqrt|rcp|ex2|lg2|min|max)\..*f32")
 
 class Counter:
     """Of one launch. ``sectors``: pieces of 32 bytes of global memory, and ``passes``: rows of the 32 banks of shared
-    memory, both summed over the requests of warps; ``least_sectors``, ``least_passes``: how many the bytes of each request
-    would fill; ``flops``: float32 operations, a multiply-add as two; ``tensor``: those of tensor cores."""
+    memory, both summed over the requests of warps; ``least_sectors``, ``least_passes``: how many the bytes of each
+    request would fill; ``flops``: float32 operations, a multiply-add as two; ``tensor``: those of tensor cores."""
 
     def __init__(self, memory: Memory) -> None:
         self.touched = np.zeros(2 * len(memory.data), bool)

@@ -1,7 +1,7 @@
 //! The launches of attention: of whole sequences, over a cache, with relative positions.
 
 use pyrformer_graph::op::AttentionExtras;
-use pyrformer_graph::{AttentionSpec, RelativeSpec, TensorType};
+use pyrformer_graph::{AttentionSpec, DType, RelativeSpec, TensorType};
 
 use super::{Recorder, groups, keep};
 use crate::launch::Arg;
@@ -60,17 +60,27 @@ impl Recorder<'_> {
         [at.segments, at.key_bias, at.prefix, at.rng].map(|i| Arg::from(i.map(|i| self.x(i))))
     }
 
-    /// The kernel for heads of `width` columns, its block, and how many blocks share a head's columns: on tensor cores
-    /// where asked for and a head fits.
-    fn attention_kernel(&self, way: &str, width: usize) -> (String, [usize; 3], usize) {
-        match width {
-            ..=64 if self.bf16 => (format!("attention64_{way}_bf16"), [128, 1, 1], 1),
-            65..=128 if self.bf16 => (format!("attention128_{way}_bf16"), [128, 1, 1], 1),
-            _ => (format!("attention_{way}_f32"), [256, 1, 1], width.div_ceil(128)),
+    /// The kernel for heads of `width` columns, its block, rows of a block, and how many blocks share a head's columns: on
+    /// tensor cores where the tensors are bfloat16.
+    fn attention_kernel(
+        &self,
+        way: &str,
+        width: usize,
+    ) -> Result<(String, [usize; 3], usize, usize), String> {
+        if self.step.inputs[0].ty.dtype != DType::Bf16 {
+            return Ok((format!("attention_{way}_f32"), [256, 1, 1], 64, width.div_ceil(128)));
         }
+        let widest = [64, 128, 256].into_iter().find(|&w| width <= w && width.is_multiple_of(8));
+        let widest = widest.ok_or_else(|| {
+            format!("heads of {width} columns, its kernels in bfloat16 take multiples of 8 up to 256")
+        })?;
+        let keys = way == "dkv_backward";
+        let rows = if widest == 256 || (widest == 128 && keys) { 64 } else { 128 };
+        let slices = if widest == 256 && keys { 2 } else { 1 };
+        Ok((format!("attention{widest}_{way}_bf16"), [128, 1, 1], rows, slices))
     }
 
-    pub(super) fn attention(&mut self, spec: &AttentionSpec) {
+    pub(super) fn attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {
         let ([b, t, h, kv, d], tail) = self.attention_sizes(spec, 0);
         let [q, k, v] = [0, 1, 2].map(|i| self.x(i));
         let (out, lse) = (self.y(0), self.y(1));
@@ -79,8 +89,9 @@ impl Recorder<'_> {
         args.extend(args![out, lse]);
         args.extend(args![b, t, h, kv, d, q.ld, k.ld, v.ld, out.ld]);
         args.extend(tail);
-        let (kernel, block, slices) = self.attention_kernel("forward", d);
-        self.launch(kernel, [t.div_ceil(64), h, b * slices], block, args);
+        let (kernel, block, rows, slices) = self.attention_kernel("forward", d)?;
+        self.launch(kernel, [t.div_ceil(rows), h, b * slices], block, args);
+        Ok(())
     }
 
     pub(super) fn attention_grad(&mut self, spec: &AttentionSpec) -> Result<(), String> {
@@ -89,19 +100,23 @@ impl Recorder<'_> {
         let [dq, dk, dv] = [0, 1, 2].map(|i| self.y(i));
         let delta = self.scratch(0, b * h, t)?;
         let args = args![dout, out, delta, b, t, h, d, dout.ld, out.ld];
-        let warps = (b * t * h).div_ceil(4);
-        self.launch("attention_delta_backward_f32", [warps, 1, 1], [128, 1, 1], args);
+        // A warp, or a quarter of one, has the columns of a head of a token.
+        let (kernel, rows) = match self.step.inputs[0].ty.dtype {
+            DType::Bf16 => ("attention_delta_backward_bf16", 16),
+            _ => ("attention_delta_backward_f32", 4),
+        };
+        self.launch(kernel, [(b * t * h).div_ceil(rows), 1, 1], [128, 1, 1], args);
 
         let mut operands = args![dout, q, k, v, lse, delta];
         operands.extend(self.attention_extras(spec.extras(6)));
         let sizes = args![b, t, h, kv, d, dout.ld, q.ld, k.ld, v.ld];
         let args = [&operands[..], &[dq.into()], &sizes, &[dq.ld.into()], &tail].concat();
-        let (kernel, block, slices) = self.attention_kernel("dq_backward", d);
-        self.launch(kernel, [t.div_ceil(64), h, b * slices], block, args);
+        let (kernel, block, rows, slices) = self.attention_kernel("dq_backward", d)?;
+        self.launch(kernel, [t.div_ceil(rows), h, b * slices], block, args);
         let args =
             [&operands[..], &[dk.into(), dv.into()], &sizes, &[dk.ld.into(), dv.ld.into()], &tail].concat();
-        let (kernel, block, slices) = self.attention_kernel("dkv_backward", d);
-        self.launch(kernel, [t.div_ceil(64), kv, b * slices], block, args);
+        let (kernel, block, rows, slices) = self.attention_kernel("dkv_backward", d)?;
+        self.launch(kernel, [t.div_ceil(rows), kv, b * slices], block, args);
         Ok(())
     }
 
