@@ -257,6 +257,11 @@ def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
     w.set(d, m[2], f"np.{m[1]}imum({w.get(a, m[2])}, {w.get(b, m[2])})")
 
 
+@rule(r"(min|max)\.relu\.s32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    w.set(d, "s32", f"np.maximum(np.{m[1]}imum({w.get(a, 's32')}, {w.get(b, 's32')}), int32(0))")
+
+
 @rule(r"(abs|neg)\.s32")
 def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
     w.set(d, "s32", f"np.{'abs' if m[1] == 'abs' else 'negative'}({w.get(a, 's32')})")
