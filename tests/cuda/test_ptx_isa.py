@@ -189,6 +189,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.ge.f64": ("pred", d2, [((1, 1), 1), ((1, 2), 0), ((nan, 1), 0)]),
     "setp.ltu.f64": ("pred", d2, [((1, 2), 1), ((2, 1), 0), ((nan, 1), 1)]),
     "setp.num.f64": ("pred", d2, [((1, 2), 1), ((nan, 1), 0), ((1, nan), 0)]),
+    "setp.ne.ftz.f32": ("pred", f2, [((1, 1), 0), ((1, 2), 1), ((nan, nan), 0)]),
     "setp.geu.ftz.f32": ("pred", f2, [((1, 1), 1), ((1, 2), 0), ((nan, 1), 1)]),
     "setp.eq.s16": ("pred", ("s16", "s16"), [((5, 5), 1), ((5, 6), 0)]),
     "setp.eq.s32": ("pred", ("s32", "s32"), [((-5, -5), 1), ((5, -5), 0)]),
