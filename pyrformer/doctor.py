@@ -65,12 +65,12 @@ def _cpu() -> str:
 
 
 def _cuda() -> str:
-    from pyrformer.executors.cublaslt import find_library
+    from pyrformer.executors.cublaslt import load_library
     from pyrformer.executors.cuda import describe
 
     d = describe()
     return (
         f"{d['device']} ({d['arch']}, {d['multiprocessors']} multiprocessors), {d['free_bytes'] / 2**30:.1f} of "
         f"{d['memory_bytes'] / 2**30:.1f} GiB free, driver for CUDA {d['driver_cuda']}, CuPy {d['cupy']}, "
-        f"{find_library().rsplit('/', 1)[-1]}"
+        f"{load_library()[1].rsplit('/', 1)[-1]}"
     )

@@ -72,6 +72,20 @@ def find_library() -> str:
     return "libcublasLt.so.13"
 
 
+def load_library() -> tuple[ctypes.CDLL, str]:
+    """libcublasLt, and the name that it was loaded by.
+
+    Raises:
+        DeviceError: it is missing or does not load.
+    """
+    for name in (find_library(), "libcublasLt.so.13", "libcublasLt.so.12"):
+        try:
+            return ctypes.CDLL(name), name
+        except OSError:
+            continue
+    raise DeviceError("[cuda] libcublasLt is missing; pip install pyrformer[cuda13] (or [cuda12])")
+
+
 class CublasLt:
     """A handle, a workspace, and an algorithm for each product seen so far."""
 
@@ -81,15 +95,7 @@ class CublasLt:
         Raises:
             DeviceError: the library is missing or does not start.
         """
-        names = [find_library(), "libcublasLt.so.13", "libcublasLt.so.12"]
-        for name in names:
-            try:
-                self.lib = ctypes.CDLL(name)
-                break
-            except OSError:
-                continue
-        else:
-            raise DeviceError("[cuda] libcublasLt is missing; pip install pyrformer[cuda13] (or [cuda12])")
+        self.lib, _ = load_library()
         self.workspace = workspace
         self.handle = Handle()
         self._check("cublasLtCreate", ctypes.byref(self.handle))

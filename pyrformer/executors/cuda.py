@@ -72,6 +72,12 @@ def describe() -> dict[str, Any]:
         raise DeviceError(
             f"[cuda] {name} has compute capability {arch[0]}.{arch[1]}; {need} or newer is needed"
         )
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as e:
+        raise DeviceError(
+            f"[cuda] NVRTC, which compiles the kernels, does not load ({_first(e)}); {INSTALL}"
+        ) from None
     free, total = runtime.memGetInfo()
     return {
         "cupy": cupy.__version__,
@@ -120,10 +126,13 @@ class CudaDevice:
         try:
             yield
         except self.cupy.cuda.memory.OutOfMemoryError as e:
-            raise DeviceError(f"[cuda] the device is out of memory: {_first(e)}") from None
+            raise DeviceError(
+                f"[cuda] the device is out of memory: {_first(e)}; end what else uses it, or take a smaller model, "
+                "batches or sequences"
+            ) from None
         except (self.runtime.CUDARuntimeError, self.cupy.cuda.driver.CUDADriverError) as e:
             raise DeviceError(
-                f"[cuda] the device failed: {_first(e)}; the last checkpoint is intact, start again from it"
+                f"[cuda] the device failed: {_first(e)}; this process has lost it, start again"
             ) from None
         except self.cupy.cuda.compiler.CompileException as e:
             raise DeviceError(f"[cuda] a kernel does not compile: {_first(e)}") from None

@@ -29,6 +29,8 @@ Array = npt.NDArray[Any]
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32)}
 #: Offsets of inputs and outputs in pinned memory are multiples of this.
 ALIGNMENT = 256
+#: Device memory is given in pieces of so many bytes.
+PIECE = 512
 WORD = 4
 SLOTS = 2
 
@@ -152,24 +154,27 @@ class Store:
         self.device.record(self.idle, self.compute)
         self.device.synchronize(self.idle)
 
-    def reserve(self, plan: _core.Plan) -> None:
-        """Checks that states and arena of a plan fit, then makes the arena at least as large as the plan's.
+    def reserve(self, plan: _core.Plan, own: int) -> None:
+        """Checks that states and arena of a plan fit, and its executor's ``own`` bytes, then makes the arena at least
+        as large as the plan's.
 
         Raises:
             DeviceError: they do not fit.
         """
         missing = sum(
-            np.dtype(dtype).itemsize * int(np.prod(shape))
+            -(-np.dtype(dtype).itemsize * int(np.prod(shape)) // PIECE) * PIECE
             for name, dtype, shape in plan.states
             if name not in self._states
         )
         grow = plan.arena_bytes if plan.arena_bytes > self.arena.size else 0
+        work = grow + own
         # A larger arena takes the place of the old one, once that has no graph left.
         free = self.device.free_bytes() + (self.arena.size if grow else 0)
-        if missing + grow > free:
+        if missing + work > free:
             raise DeviceError(
-                f"[cuda] the program needs {_size(missing + grow)} of device memory ({_size(missing)} for states, "
-                f"{_size(grow)} for intermediate values), {_size(free)} are free; use smaller batches or sequences"
+                f"[cuda] the program needs {_size(missing + work)} of device memory ({_size(missing)} for states, "
+                f"{_size(work)} for intermediate values), {_size(free)} are free; use smaller batches or sequences; "
+                "training may also recompute layers (recompute, memory)"
             )
         if grow:
             self.wait()
@@ -179,7 +184,9 @@ class Store:
 
 
 def _size(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.1f} MiB"
+    units = (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 0))
+    name, unit, digits = next((u for u in units if n >= u[1] / 4), units[-1])
+    return f"{n / unit:.{digits}f} {name}"
 
 
 @dataclass(frozen=True)
@@ -271,10 +278,10 @@ class Executor:
         self.inputs, input_bytes = _ports(program["inputs"])
         self.outputs, output_bytes = _ports(program["outputs"])
         with store.lock:
-            store.reserve(plan)
+            constants = np.array(program["constants"], np.uint32)
+            store.reserve(plan, SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE)
             self.states = [store.state(name, dtype, tuple(shape)) for name, dtype, shape in plan.states]
             d = store.device
-            constants = np.array(program["constants"], np.uint32)
             self.constants = d.memory(constants.nbytes)
             store.write(self.constants, constants)
             halted = WORD if program["halts"] else 0

@@ -76,6 +76,19 @@ class Passes:
             return programs.gradients(family, sizes, options=self.options, training=True)
         return programs.accumulate_step(family, sizes, options=self.options)
 
+    def make(self, batch: Batch) -> None:
+        """Makes the programs of an update: raises what they cannot be made for, before anything else is done."""
+        self._pass(batch)
+        if self.several:
+            self._apply()
+
+    def _pass(self, batch: Batch) -> Compiled:
+        return self.model.program(("pass", batch.sizes), partial(self.trace, batch), **self.saving)
+
+    def _apply(self) -> Compiled:
+        make = partial(programs.apply_step, self.model.family, self.optimizer, owned=self.owned)
+        return self.model.program(("apply_step",), make)
+
     def ready(self, batch: Batch, draw: int, update: Update) -> tuple[Compiled, dict[str, Any]]:
         """The program of a pass, and its inputs.
 
@@ -84,7 +97,7 @@ class Passes:
         """
         scales = {programs.SCALES[name]: 1.0 / update.counts[name] for name in self.losses}
         inputs: dict[str, Any] = {**self.arrays(batch), **scales}
-        program = self.model.program(("pass", batch.sizes), partial(self.trace, batch), **self.saving)
+        program = self._pass(batch)
         if not self.several:
             inputs |= self._rates(program, update)
         if any(name == "rng" for name, _, _ in program.plan.inputs):
@@ -97,8 +110,7 @@ class Passes:
         Args:
             norm: of all processes' gradients, where there are others.
         """
-        make = partial(programs.apply_step, self.model.family, self.optimizer, owned=self.owned)
-        program = self.model.program(("apply_step",), make)
+        program = self._apply()
         rates = self._rates(program, update)
         return program, rates if norm is None else {**rates, "norm": norm}
 

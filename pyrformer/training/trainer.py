@@ -36,7 +36,7 @@ from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, write_json
 from pyrformer.compile import Compiled
 from pyrformer.doctor import environment
-from pyrformer.errors import ConfigError, Error, FileError, NonFiniteError, Stopped
+from pyrformer.errors import ConfigError, DeviceError, Error, FileError, NonFiniteError, Stopped
 from pyrformer.executors import AnyRun, Ended
 from pyrformer.fields import checked
 from pyrformer.model import Model
@@ -314,6 +314,12 @@ class Trainer:
             directory.discard()
 
     def run(self) -> Run:
+        if self.comm.size == 1 and self.step < self.config.max_steps:
+            try:
+                self.passes.make(self.batches.ready(self.step * self.config.gradient_accumulation_steps))
+            except BaseException:
+                self.place.close()
+                raise
         try:
             share(self.comm, self._open_folder)
             self.place.moved(self.folder)
@@ -335,8 +341,10 @@ class Trainer:
             if steps := self.checkpoints.steps():
                 said += f"; once that is mended, --resume goes on from step {steps[-1]}"
             raise FileError(said) from None
-        except Error:
+        except Error as e:
             self._discard()
+            if isinstance(e, DeviceError) and (steps := self.checkpoints.steps()):
+                raise DeviceError(f"{e}; --resume goes on from step {steps[-1]}") from None
             raise
 
     def _discard(self) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import pyrformer as pf
 from pyrformer.cli import main
 from pyrformer.errors import DeviceError
-from pyrformer.executors import cuda
+from pyrformer.executors import cublaslt, cuda
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 def fake_cupy(monkeypatch: pytest.MonkeyPatch, **facts: int) -> None:
     """A CuPy of CUDA 13 that knows one device."""
-    given = {"driver": 13000, "count": 1, "major": 9, "minor": 0, **facts}
+    given = {"driver": 13000, "count": 1, "major": 9, "minor": 0, "nvrtc": 1, **facts}
 
     class CUDARuntimeError(RuntimeError):
         pass
@@ -46,8 +46,15 @@ def fake_cupy(monkeypatch: pytest.MonkeyPatch, **facts: int) -> None:
         },
         memGetInfo=lambda: (2**30, 2**31),
     )  # fmt: skip
+
+    def nvrtc() -> tuple[int, int]:
+        if not given["nvrtc"]:
+            raise RuntimeError("Failure finding libnvrtc.so.13\nmore")
+        return 13, 0
+
     module = ModuleType("cupy")
-    module.__dict__.update(cuda=SimpleNamespace(runtime=runtime), __version__="14.2.0")
+    cuda = SimpleNamespace(runtime=runtime, nvrtc=SimpleNamespace(getVersion=nvrtc))
+    module.__dict__.update(cuda=cuda, __version__="14.2.0")
     monkeypatch.setitem(sys.modules, "cupy", module)
 
 
@@ -73,6 +80,10 @@ def test_without_cupy_the_package_to_install_is_named(monkeypatch: pytest.Monkey
         ({"count": -1}, r"driver does not answer \(cudaErrorInsufficientDriver: too old\)"),
         ({"driver": 12040}, r"driver is for CUDA 12, CuPy for CUDA 13; .*pyrformer\[cuda12\]"),
         ({"major": 6, "minor": 1}, "Card has compute capability 6.1; 7.5 or newer"),
+        (
+            {"nvrtc": 0},
+            r"NVRTC, .* does not load \(Failure finding libnvrtc.so.13\); pip install pyrformer\[cuda13\]",
+        ),
     ],
 )
 def test_what_is_missing_is_named(
@@ -83,10 +94,63 @@ def test_what_is_missing_is_named(
         cuda.describe()
 
 
+def test_cublaslt_is_loaded_and_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cupy(monkeypatch)
+    monkeypatch.setattr(cublaslt.ctypes, "CDLL", missing)
+    line = CliRunner().invoke(main, ["doctor"]).output.splitlines()[-1]
+    assert line == (
+        "cuda       not available: libcublasLt is missing; pip install pyrformer[cuda13] (or [cuda12])"
+    )
+
+
+def missing(name: str) -> None:
+    raise OSError(name)
+
+
 def test_a_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cupy(monkeypatch)
+    monkeypatch.setattr(cublaslt.ctypes, "CDLL", lambda name: name)
     line = CliRunner().invoke(main, ["doctor"]).output.splitlines()[-1]
     assert "Card (sm_90, 10 multiprocessors), 1.0 of 2.0 GiB free, driver for CUDA 13.0" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            "memory",
+            r"out of memory: 12 bytes; end what else uses it, or take a smaller model, batches or sequences$",
+        ),
+        ("runtime", "the device failed: cudaErrorLaunchFailure; this process has lost it, start again$"),
+        ("driver", "the device failed: CUDA_ERROR_UNKNOWN; this process has lost it, start again$"),
+        ("compiler", "a kernel does not compile: error at line 3$"),
+    ],
+)
+def test_what_cuda_raises_becomes_one_line(monkeypatch: pytest.MonkeyPatch, error: str, message: str) -> None:
+    class OutOfMemoryError(Exception):
+        pass
+
+    class CUDADriverError(Exception):
+        pass
+
+    class CompileException(Exception):
+        pass
+
+    fake_cupy(monkeypatch)
+    device = object.__new__(cuda.CudaDevice)
+    device.cupy = sys.modules["cupy"]
+    device.runtime = device.cupy.cuda.runtime
+    device.cupy.cuda.memory = SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
+    device.cupy.cuda.driver = SimpleNamespace(CUDADriverError=CUDADriverError)
+    device.cupy.cuda.compiler = SimpleNamespace(CompileException=CompileException)
+    raised = {
+        "memory": OutOfMemoryError("12 bytes\nmore"),
+        "runtime": device.runtime.CUDARuntimeError("cudaErrorLaunchFailure\nmore"),
+        "driver": CUDADriverError("CUDA_ERROR_UNKNOWN"),
+        "compiler": CompileException("error at line 3\nmore"),
+    }[error]
+    with pytest.raises(DeviceError, match=message), device._calls():
+        raise raised
 
 
 def test_asking_for_a_missing_device_is_one_line(tmp_path: Path) -> None:

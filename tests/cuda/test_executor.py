@@ -329,7 +329,7 @@ def test_indices_are_checked_before_they_are_uploaded(rng: np.random.Generator) 
 
 def test_a_card_that_is_too_small_is_refused_before_the_run() -> None:
     device = on_card(model("gpt2"), Card(None, words=1 << 13))
-    with pytest.raises(DeviceError, match=r"needs [\d.]+ MiB .* are free; use smaller batches"):
+    with pytest.raises(DeviceError, match=r"needs [\d.]+ KiB .* are free; use smaller batches"):
         device(np.zeros((4, 24), int))
 
 

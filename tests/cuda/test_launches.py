@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from kernels import nvrtc
-from kernels.programs import PROGRAMS, cases, model, sizes
+from kernels.programs import CONFIGS, PROGRAMS, cases, model, sizes
 
 from pyrformer import _core
 from pyrformer.compile import Traced
 from pyrformer.errors import DeviceError, InputError
+from pyrformer.models import build
 from pyrformer.nn import Trace
 from pyrformer.nn import functional as F
 from pyrformer.optimizers import OPTIMIZERS
-from pyrformer.programs import apply_step, train_step
+from pyrformer.programs import apply_step, decode_step, train_step
 
 
 def program(traced: Traced) -> dict[str, Any]:
@@ -69,6 +70,17 @@ def test_indices_are_limited_by_what_they_index() -> None:
     limits = program(PROGRAMS["train_step"](model("gpt2")))["limits"]
     found = {limit["input"]: (limit["least"], limit["below"]) for limit in limits}
     assert found == {"input_ids": (0, 37), "position_ids": (0, 24), "labels": (None, 37)}
+
+
+def test_a_head_too_wide_for_decoding_is_one_line() -> None:
+    config = {**CONFIGS["llama"], "hidden_size": 600, "num_attention_heads": 2, "num_key_value_heads": 1}
+    plan = decode_step(build(config), 1, 1, (1, 8), "cache").lower("cuda").plan
+    with pytest.raises(DeviceError) as caught:
+        _core.cuda_program(plan)
+    assert str(caught.value).endswith(
+        "cached_attention cannot run on a CUDA device: heads of 300 columns, its kernel takes up to 256; use device "
+        '"cpu"'
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

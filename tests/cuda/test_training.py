@@ -20,7 +20,7 @@ from pyrformer.training.failure import replay
 from pyrformer.training.passes import Passes, Update
 from pyrformer.training.trainer import Trainer
 
-LOST = "[cuda] the device failed: cudaErrorIllegalAddress; the last checkpoint is intact, start again from it"
+LOST = "[cuda] the device failed: cudaErrorIllegalAddress; this process has lost it, start again"
 
 
 class Mortal(Card):
@@ -133,12 +133,24 @@ def test_a_lost_device_leaves_the_last_checkpoint(train: Any, tmp_path: Path) ->
     train("whole", Card(None, 1 << 19))
     with pytest.raises(DeviceError) as caught:
         train("lost", Mortal(4))
-    assert str(caught.value) == LOST
+    assert str(caught.value) == f"{LOST}; --resume goes on from step 3"
     assert [p.name for p in (tmp_path / "lost").glob("checkpoint-*")] == ["checkpoint-3"]
     train("lost", Card(None, 1 << 19), resume=True)
     whole, resumed = (pf.load(tmp_path / name).state_dict() for name in ("whole", "lost"))
     for name, value in whole.items():
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_card_that_is_too_small_is_told_before_anything_is_written(
+    train: Any, tmp_path: Path, parts: int
+) -> None:
+    """With several batches an update, the moments come with the last of its programs."""
+    words = 10000 if parts == 1 else 24000
+    with pytest.raises(DeviceError, match=r"needs .* are free; use smaller batches .* recompute") as caught:
+        train("run", Card(None, words), gradient_accumulation_steps=parts)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
 
 
 # ---- One update ahead -----------------------------------------------------------------------------------------------
