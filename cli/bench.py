@@ -40,9 +40,7 @@ def command() -> None:
     type=click.Choice(list(GPUS)),
     help="Measure nothing: what the step would take on this GPU, on paper.",
 )
-@click.option(
-    "--bf16", is_flag=True, help="With --estimate: products and attention on tensor cores, in bfloat16."
-)
+@click.option("--bf16", is_flag=True, help="With --estimate: bfloat16 in memory, on tensor cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def train_step(
     steps: int,

@@ -213,7 +213,9 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
 @click.option("--seed", type=int, help="Seed of weights, order, masks and dropout.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute.  [default: cpu]")
 @click.option(
-    "--bf16/--no-bf16", default=None, help="On cuda: products and attention on tensor cores, in bfloat16."
+    "--bf16/--no-bf16",
+    default=None,
+    help="On cuda: bfloat16 in memory, on tensor cores; weights, sums, losses float32.",
 )
 @click.option("--threads", type=int, help="Threads to use.")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the run in --out.")

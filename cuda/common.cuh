@@ -5,6 +5,8 @@
 // - Matrices are row-major with a row stride (`x_ld`, in elements) of their own, because a plan's operands are views.
 //   A plain vector or a contiguous tensor is a matrix of one row. Every tensor has fewer than 2^31 elements.
 // - A pointer that the description calls optional is null when absent.
+// - A file whose kernels have operands of type `real` is compiled twice: for tensors of float32, and for tensors of
+//   bfloat16, where each kernel's name ends in _bf16. What is `float` there is float32 in both. Arithmetic is float32.
 // - Results depend on shapes alone: no atomics, no order that depends on timing.
 // - Step-dependent scalars (learning rate, step, clip factor, random state) are read from device memory, so that a
 //   captured graph stays valid from step to step.
@@ -17,6 +19,129 @@
 #define NAN __int_as_float(0x7fffffff)
 #define WARP 32
 #define ALL_LANES 0xffffffffu
+
+// ---- What tensors are stored in ------------------------------------------------------------------------------------
+
+// A bfloat16: the upper half of a float32.
+typedef unsigned short bf16;
+
+#ifdef BF16
+typedef bf16 real;
+#else
+typedef float real;
+#endif
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return __uint_as_float((unsigned)x << 16); }
+
+// Two floats as bfloat16, ties to even, `low` in the lower half.
+__device__ __forceinline__ unsigned narrow(float low, float high) {
+    unsigned both;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+    unsigned a = __float_as_uint(low), b = __float_as_uint(high);
+    a = (a & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (a + 0x7fffu + (a >> 16 & 1u)) >> 16;
+    b = (b & 0x7fffffffu) > 0x7f800000u ? 0x7fff0000u : (b + 0x7fffu + (b >> 16 & 1u)) & 0xffff0000u;
+    both = a | b;
+#endif
+    return both;
+}
+
+__device__ __forceinline__ void put(float* p, float x) { *p = x; }
+__device__ __forceinline__ void put(bf16* p, float x) { *p = (bf16)narrow(x, 0.f); }
+
+// ---- A group of a row: as many elements as 128 bits hold of `real` -------------------------------------------------
+
+#define COLUMNS (16 / (int)sizeof(real))
+
+struct Values {
+    float x[COLUMNS];
+};
+
+// One 128-bit access (two for float32 beside bfloat16) where the address allows it, single ones at the end of a row or of
+// an unaligned view.
+__device__ __forceinline__ bool group_fits(const void* p, int n) {
+    return n >= COLUMNS && (reinterpret_cast<unsigned long long>(p) & 15) == 0;
+}
+
+// p[0..COLUMNS], of which n exist (n may be zero or negative); the others are 0.
+template <class T>
+__device__ __forceinline__ Values load_singly(const T* p, int n) {
+    Values v;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) v.x[i] = i < n ? widen(p[i]) : 0.f;
+    return v;
+}
+
+__device__ __forceinline__ Values load(const float* p, int n) {
+    if (!group_fits(p, n)) return load_singly(p, n);
+    Values v;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i += 4) {
+        float4 four = *reinterpret_cast<const float4*>(p + i);
+        v.x[i] = four.x;
+        v.x[i + 1] = four.y;
+        v.x[i + 2] = four.z;
+        v.x[i + 3] = four.w;
+    }
+    return v;
+}
+
+__device__ __forceinline__ void store(float* p, const Values& v, int n) {
+    if (group_fits(p, n)) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS; i += 4) {
+            *reinterpret_cast<float4*>(p + i) = make_float4(v.x[i], v.x[i + 1], v.x[i + 2], v.x[i + 3]);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) {
+        if (i < n) p[i] = v.x[i];
+    }
+}
+
+#ifdef BF16
+__device__ __forceinline__ Values load(const bf16* p, int n) {
+    if (!group_fits(p, n)) return load_singly(p, n);
+    uint4 four = *reinterpret_cast<const uint4*>(p);
+    unsigned words[4] = {four.x, four.y, four.z, four.w};
+    Values v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        v.x[2 * i] = __uint_as_float(words[i] << 16);
+        v.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+    return v;
+}
+
+__device__ __forceinline__ void store(bf16* p, const Values& v, int n) {
+    if (group_fits(p, n)) {
+        *reinterpret_cast<uint4*>(p) =
+            make_uint4(narrow(v.x[0], v.x[1]), narrow(v.x[2], v.x[3]), narrow(v.x[4], v.x[5]), narrow(v.x[6], v.x[7]));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) {
+        if (i < n) put(p + i, v.x[i]);
+    }
+}
+#endif
+
+__device__ __forceinline__ Values all_of(float x) {
+    Values v;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) v.x[i] = x;
+    return v;
+}
+
+__device__ __forceinline__ float sum_of(const Values& v) {
+    float sum = (v.x[0] + v.x[1]) + (v.x[2] + v.x[3]);
+#pragma unroll
+    for (int i = 4; i < COLUMNS; i += 4) sum += (v.x[i] + v.x[i + 1]) + (v.x[i + 2] + v.x[i + 3]);
+    return sum;
+}
 
 // ---- Four elements of a row ----------------------------------------------------------------------------------------
 // One 128-bit access where the address allows it, single ones at the end of a row or of an unaligned view.
@@ -149,6 +274,20 @@ __device__ __forceinline__ float4 keep4(const Keep& keep, unsigned long long fir
         else a = make_uint4(a.w, b.x, b.y, b.z);
     }
     return make_float4(keep_factor(keep, a.x), keep_factor(keep, a.y), keep_factor(keep, a.z), keep_factor(keep, a.w));
+}
+
+// The factors of elements first .. first + COLUMNS.
+__device__ __forceinline__ Values keep_factors(const Keep& keep, unsigned long long first) {
+    Values v;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i += 4) {
+        float4 four = keep4(keep, first + i);
+        v.x[i] = four.x;
+        v.x[i + 1] = four.y;
+        v.x[i + 2] = four.z;
+        v.x[i + 3] = four.w;
+    }
+    return v;
 }
 
 // The factor of element `at` of a dropout site; 1 without one.

@@ -1,26 +1,26 @@
 // Functions of one element: unary functions and their gradients, binary functions with suffix broadcast, dropout, the
 // epilogue of a matrix product, and gated activations.
 //
-// Dimensions: N rows, C columns, M rows of a broadcast operand.
-// Launch of every kernel here: block = 256, grid = ceil(N * ceil(C / 4) / 256); a thread has four columns of one row.
+// Dimensions: N rows, C columns, M rows of a broadcast operand; G columns in 128 bits, 4 in float32, 8 in bfloat16.
+// Launch of every kernel here: block = 256, grid = ceil(N * ceil(C / G) / 256); a thread has G columns of one row.
 // A contiguous tensor is best given as one row of N * C elements, unless the kernel broadcasts.
 // Shared memory: none.
 
 #define THREADS 256
 
-// Four columns of a row.
+// The columns of a row that a thread has.
 struct Group {
     int row;
     int col;
-    int n;  // how many of the four columns exist; 0 for a thread without work
+    int n;  // how many of them exist; 0 for a thread without work
 };
 
 __device__ __forceinline__ Group my_group(int rows, int cols) {
-    unsigned per_row = ((unsigned)cols + 3) / 4;
+    unsigned per_row = ((unsigned)cols + COLUMNS - 1) / COLUMNS;
     unsigned i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= per_row * rows) return {0, 0, 0};
-    int col = 4 * (int)(i % per_row);
-    return {(int)(i / per_row), col, min(4, cols - col)};
+    int col = COLUMNS * (int)(i % per_row);
+    return {(int)(i / per_row), col, min(COLUMNS, cols - col)};
 }
 
 template <class T>
@@ -117,43 +117,47 @@ struct Sign {
 };
 
 template <class F>
-__device__ __forceinline__ float4 map(float4 x) {
-    return make_float4(F::f(x.x), F::f(x.y), F::f(x.z), F::f(x.w));
+__device__ __forceinline__ Values map(Values v) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) v.x[i] = F::f(v.x[i]);
+    return v;
 }
 
 template <class F>
-__device__ __forceinline__ float4 slopes(float4 x) {
-    return make_float4(F::df(x.x), F::df(x.y), F::df(x.z), F::df(x.w));
+__device__ __forceinline__ Values slopes(Values v) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) v.x[i] = F::df(v.x[i]);
+    return v;
 }
 
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
-    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-__device__ __forceinline__ float4 operator-(float4 a, float4 b) {
-    return make_float4(a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w);
-}
-__device__ __forceinline__ float4 operator*(float4 a, float4 b) {
-    return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
-}
-__device__ __forceinline__ float4 operator/(float4 a, float4 b) {
-    return make_float4(a.x / b.x, a.y / b.y, a.z / b.z, a.w / b.w);
-}
+#define VALUES(o)                                                                                                      \
+    __device__ __forceinline__ Values operator o(Values a, const Values& b) {                                          \
+        _Pragma("unroll") for (int i = 0; i < COLUMNS; ++i) a.x[i] = a.x[i] o b.x[i];                                  \
+        return a;                                                                                                      \
+    }
+
+VALUES(+)
+VALUES(-)
+VALUES(*)
+VALUES(/)
 
 // <f>_forward_f32: y = f(x). x, y [N, C]; y may be x.
 // <f>_backward_f32: dx = f'(x) * dy. x, dy, dx [N, C]; dx may be dy or x.
 #define UNARY(name, F)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-    name##_forward_f32(const float* x, float* y, int rows, int cols, int x_ld, int y_ld) {                             \
+    name##_forward_f32(const real* x, real* y, int rows, int cols, int x_ld, int y_ld) {                               \
         Group g = my_group(rows, cols);                                                                                \
-        float4 value = load4(at(x, g.row, x_ld, g.col), g.n);                                                          \
-        store4(at(y, g.row, y_ld, g.col), map<F>(value), g.n);                                                         \
+        if (g.n == 0) return;                                                                                          \
+        Values value = load(at(x, g.row, x_ld, g.col), g.n);                                                           \
+        store(at(y, g.row, y_ld, g.col), map<F>(value), g.n);                                                          \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-    name##_backward_f32(const float* x, const float* dy, float* dx, int rows, int cols, int x_ld, int dy_ld,           \
+    name##_backward_f32(const real* x, const real* dy, real* dx, int rows, int cols, int x_ld, int dy_ld,              \
                         int dx_ld) {                                                                                   \
         Group g = my_group(rows, cols);                                                                                \
-        float4 slope = slopes<F>(load4(at(x, g.row, x_ld, g.col), g.n));                                               \
-        store4(at(dx, g.row, dx_ld, g.col), slope * load4(at(dy, g.row, dy_ld, g.col), g.n), g.n);                     \
+        if (g.n == 0) return;                                                                                          \
+        Values slope = slopes<F>(load(at(x, g.row, x_ld, g.col), g.n));                                                \
+        store(at(dx, g.row, dx_ld, g.col), slope * load(at(dy, g.row, dy_ld, g.col), g.n), g.n);                       \
     }
 
 UNARY(exp, Exp)
@@ -171,39 +175,59 @@ UNARY(sign, Sign)
 
 // y = s * x, which is its own gradient. x, y [N, C]; y may be x.
 extern "C" __global__ void __launch_bounds__(THREADS)
-scale_forward_f32(const float* x, float* y, int rows, int cols, int x_ld, int y_ld, float s) {
+scale_forward_f32(const real* x, real* y, int rows, int cols, int x_ld, int y_ld, float s) {
     Group g = my_group(rows, cols);
-    float4 value = load4(at(x, g.row, x_ld, g.col), g.n);
-    store4(at(y, g.row, y_ld, g.col), value * make_float4(s, s, s, s), g.n);
+    if (g.n == 0) return;
+    Values value = load(at(x, g.row, x_ld, g.col), g.n);
+    store(at(y, g.row, y_ld, g.col), value * all_of(s), g.n);
 }
 
 // y = value. y [N, C].
 extern "C" __global__ void __launch_bounds__(THREADS)
-fill_forward_f32(float* y, int rows, int cols, int y_ld, float value) {
+fill_forward_f32(real* y, int rows, int cols, int y_ld, float value) {
     Group g = my_group(rows, cols);
-    store4(at(y, g.row, y_ld, g.col), make_float4(value, value, value, value), g.n);
+    if (g.n == 0) return;
+    store(at(y, g.row, y_ld, g.col), all_of(value), g.n);
 }
+
+#ifdef BF16
+// y = x in bfloat16, ties to even. x, y [N, C].
+extern "C" __global__ void __launch_bounds__(THREADS)
+narrow_forward_f32(const float* __restrict__ x, bf16* __restrict__ y, int rows, int cols, int x_ld, int y_ld) {
+    Group g = my_group(rows, cols);
+    if (g.n == 0) return;
+    store(at(y, g.row, y_ld, g.col), load(at(x, g.row, x_ld, g.col), g.n), g.n);
+}
+
+// y = x in float32. x, y [N, C].
+extern "C" __global__ void __launch_bounds__(THREADS)
+widen_forward_f32(const bf16* __restrict__ x, float* __restrict__ y, int rows, int cols, int x_ld, int y_ld) {
+    Group g = my_group(rows, cols);
+    if (g.n == 0) return;
+    store(at(y, g.row, y_ld, g.col), load(at(x, g.row, x_ld, g.col), g.n), g.n);
+}
+#endif
 
 // ---- Functions of two arguments ------------------------------------------------------------------------------------
 
 // Row `row % b_rows` of b [M, C], or its only element where b has one column and the result has more.
-__device__ __forceinline__ float4 load_repeated(const float* b, Group g, int b_rows, int b_cols, int cols, int b_ld) {
-    const float* row = at(b, g.row % b_rows, b_ld, 0);
-    if (b_cols == cols) return load4(row + g.col, g.n);
-    return make_float4(row[0], row[0], row[0], row[0]);
+__device__ __forceinline__ Values load_repeated(const real* b, Group g, int b_rows, int b_cols, int cols, int b_ld) {
+    const real* row = at(b, g.row % b_rows, b_ld, 0);
+    if (b_cols == cols) return load(row + g.col, g.n);
+    return all_of(widen(row[0]));
 }
 
 // <f>_forward_f32: y = a o b. a, y [N, C]; b [M, C] with M a divisor of N (b_rows = M, b_cols = C), or one element
 // (b_rows = b_cols = 1). y may be a. halt: see common.cuh.
 #define BINARY(name, o)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-    name##_forward_f32(const float* a, const float* b, float* y, int rows, int cols, int b_rows, int b_cols, int a_ld, \
+    name##_forward_f32(const real* a, const real* b, real* y, int rows, int cols, int b_rows, int b_cols, int a_ld,    \
                        int b_ld, int y_ld, const int* halt) {                                                          \
         Group g = my_group(rows, cols);                                                                                \
         if (g.n == 0 || halted(halt)) return;                                                                          \
-        float4 left = load4(at(a, g.row, a_ld, g.col), g.n);                                                           \
-        float4 right = load_repeated(b, g, b_rows, b_cols, cols, b_ld);                                                \
-        store4(at(y, g.row, y_ld, g.col), left o right, g.n);                                                          \
+        Values left = load(at(a, g.row, a_ld, g.col), g.n);                                                            \
+        Values right = load_repeated(b, g, b_rows, b_cols, cols, b_ld);                                                \
+        store(at(y, g.row, y_ld, g.col), left o right, g.n);                                                           \
     }
 
 BINARY(add, +)
@@ -211,13 +235,13 @@ BINARY(sub, -)
 BINARY(mul, *)
 BINARY(div, /)
 
-// y = x repeated: shapes as for b above. With x [N, C] it is a copy, of any 32-bit type.
+// y = x repeated: shapes as for b above. With x [N, C] it is a copy, in float32 of any 32-bit type.
 extern "C" __global__ void __launch_bounds__(THREADS)
-broadcast_forward_f32(const float* x, float* y, int rows, int cols, int x_rows, int x_cols, int x_ld, int y_ld,
+broadcast_forward_f32(const real* x, real* y, int rows, int cols, int x_rows, int x_cols, int x_ld, int y_ld,
                       const int* halt) {
     Group g = my_group(rows, cols);
     if (g.n == 0 || halted(halt)) return;
-    store4(at(y, g.row, y_ld, g.col), load_repeated(x, g, x_rows, x_cols, cols, x_ld), g.n);
+    store(at(y, g.row, y_ld, g.col), load_repeated(x, g, x_rows, x_cols, cols, x_ld), g.n);
 }
 
 // ---- Dropout -------------------------------------------------------------------------------------------------------
@@ -225,18 +249,17 @@ broadcast_forward_f32(const float* x, float* y, int rows, int cols, int x_rows, 
 // y = x * mask / (1 - p), element r * C + c drawing number r * C + c of the site; its own gradient. x, y [N, C], rng [4];
 // scale = 1 / (1 - p). y may be x.
 extern "C" __global__ void __launch_bounds__(THREADS)
-dropout_forward_f32(const float* x, const int* rng, float* y, int rows, int cols, int x_ld, int y_ld, unsigned stream,
+dropout_forward_f32(const real* x, const int* rng, real* y, int rows, int cols, int x_ld, int y_ld, unsigned stream,
                     float p, float scale) {
     Group g = my_group(rows, cols);
+    if (g.n == 0) return;
     Keep keep = keep_rule(rng, stream, p, scale);
-    float4 factor = keep4(keep, (unsigned long long)g.row * cols + g.col);
-    float4 value = load4(at(x, g.row, x_ld, g.col), g.n);
+    Values factor = keep_factors(keep, (unsigned long long)g.row * cols + g.col);
+    Values value = load(at(x, g.row, x_ld, g.col), g.n);
     // What falls out is 0, whatever it was.
-    value.x = factor.x == 0.f ? 0.f : value.x * factor.x;
-    value.y = factor.y == 0.f ? 0.f : value.y * factor.y;
-    value.z = factor.z == 0.f ? 0.f : value.z * factor.z;
-    value.w = factor.w == 0.f ? 0.f : value.w * factor.w;
-    store4(at(y, g.row, y_ld, g.col), value, g.n);
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) value.x[i] = factor.x[i] == 0.f ? 0.f : value.x[i] * factor.x[i];
+    store(at(y, g.row, y_ld, g.col), value, g.n);
 }
 
 // ---- The epilogue of a matrix product ------------------------------------------------------------------------------
@@ -244,7 +267,7 @@ dropout_forward_f32(const float* x, const int* rng, float* y, int rows, int cols
 // Numbers of the functions in epilogue_forward_f32; 0 is none.
 enum Function { NONE, EXP, TANH, SIGMOID, RELU, GELU, GELU_TANH, SILU, QUICK_GELU, RELU2, MISH, SQRT, SIGN };
 
-__device__ __forceinline__ float4 apply(int function, float4 x) {
+__device__ __forceinline__ Values apply(int function, Values x) {
     switch (function) {
         case EXP: return map<Exp>(x);
         case TANH: return map<Tanh>(x);
@@ -262,7 +285,7 @@ __device__ __forceinline__ float4 apply(int function, float4 x) {
     }
 }
 
-__device__ __forceinline__ float4 apply_slope(int function, float4 x) {
+__device__ __forceinline__ Values apply_slope(int function, Values x) {
     switch (function) {
         case EXP: return slopes<Exp>(x);
         case TANH: return slopes<Tanh>(x);
@@ -276,45 +299,45 @@ __device__ __forceinline__ float4 apply_slope(int function, float4 x) {
         case MISH: return slopes<Mish>(x);
         case SQRT: return slopes<Sqrt>(x);
         case SIGN: return slopes<Sign>(x);
-        default: return make_float4(1.f, 1.f, 1.f, 1.f);
+        default: return all_of(1.f);
     }
 }
 
 // pre = product + bias; y = act(pre) * act_grad'(x) + residual. product, y, and the optional pre, x, residual [N, C];
 // optional bias [C]; act, act_grad: members of Function. y may be the product or the residual.
 extern "C" __global__ void __launch_bounds__(THREADS)
-epilogue_forward_f32(const float* product, const float* bias, const float* x, const float* residual, float* y, float* pre,
+epilogue_forward_f32(const real* product, const real* bias, const real* x, const real* residual, real* y, real* pre,
                      int rows, int cols, int product_ld, int x_ld, int residual_ld, int y_ld, int pre_ld, int act,
                      int act_grad) {
     Group g = my_group(rows, cols);
     if (g.n == 0) return;
-    float4 value = load4(at(product, g.row, product_ld, g.col), g.n);
-    if (bias) value = value + load4(bias + g.col, g.n);
-    if (pre) store4(at(pre, g.row, pre_ld, g.col), value, g.n);
+    Values value = load(at(product, g.row, product_ld, g.col), g.n);
+    if (bias) value = value + load(bias + g.col, g.n);
+    if (pre) store(at(pre, g.row, pre_ld, g.col), value, g.n);
     value = apply(act, value);
-    if (x) value = value * apply_slope(act_grad, load4(at(x, g.row, x_ld, g.col), g.n));
-    if (residual) value = value + load4(at(residual, g.row, residual_ld, g.col), g.n);
-    store4(at(y, g.row, y_ld, g.col), value, g.n);
+    if (x) value = value * apply_slope(act_grad, load(at(x, g.row, x_ld, g.col), g.n));
+    if (residual) value = value + load(at(residual, g.row, residual_ld, g.col), g.n);
+    store(at(y, g.row, y_ld, g.col), value, g.n);
 }
 
 // y = act(gate) * up. gate, up, y [N, C]; act: a member of Function. y may be gate or up.
 extern "C" __global__ void __launch_bounds__(THREADS)
-gated_forward_f32(const float* gate, const float* up, float* y, int rows, int cols, int gate_ld, int up_ld, int y_ld,
+gated_forward_f32(const real* gate, const real* up, real* y, int rows, int cols, int gate_ld, int up_ld, int y_ld,
                   int act) {
     Group g = my_group(rows, cols);
     if (g.n == 0) return;
-    float4 value = apply(act, load4(at(gate, g.row, gate_ld, g.col), g.n));
-    store4(at(y, g.row, y_ld, g.col), value * load4(at(up, g.row, up_ld, g.col), g.n), g.n);
+    Values value = apply(act, load(at(gate, g.row, gate_ld, g.col), g.n));
+    store(at(y, g.row, y_ld, g.col), value * load(at(up, g.row, up_ld, g.col), g.n), g.n);
 }
 
 // dgate = dy * up * act'(gate), dup = dy * act(gate). All [N, C]; each result may be any of the operands.
 extern "C" __global__ void __launch_bounds__(THREADS)
-gated_backward_f32(const float* dy, const float* gate, const float* up, float* dgate, float* dup, int rows, int cols,
+gated_backward_f32(const real* dy, const real* gate, const real* up, real* dgate, real* dup, int rows, int cols,
                    int dy_ld, int gate_ld, int up_ld, int dgate_ld, int dup_ld, int act) {
     Group g = my_group(rows, cols);
     if (g.n == 0) return;
-    float4 d = load4(at(dy, g.row, dy_ld, g.col), g.n), x = load4(at(gate, g.row, gate_ld, g.col), g.n);
-    float4 through = d * load4(at(up, g.row, up_ld, g.col), g.n);
-    store4(at(dgate, g.row, dgate_ld, g.col), through * apply_slope(act, x), g.n);
-    store4(at(dup, g.row, dup_ld, g.col), d * apply(act, x), g.n);
+    Values d = load(at(dy, g.row, dy_ld, g.col), g.n), x = load(at(gate, g.row, gate_ld, g.col), g.n);
+    Values through = d * load(at(up, g.row, up_ld, g.col), g.n);
+    store(at(dgate, g.row, dgate_ld, g.col), through * apply_slope(act, x), g.n);
+    store(at(dup, g.row, dup_ld, g.col), d * apply(act, x), g.n);
 }

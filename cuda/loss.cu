@@ -11,15 +11,21 @@
 
 #define THREADS 256
 
-// The logits of a row as read by this thread: four neighbours at a time, -inf beyond the end.
-__device__ __forceinline__ float4 logits4(const float* row, const float* bias, int v, int classes) {
+// How far the next logits of a thread are.
+#define STEP (COLUMNS * THREADS)
+
+// The logits of a row as read by this thread: neighbours, -inf beyond the end.
+__device__ __forceinline__ Values logits_at(const real* row, const float* bias, int v, int classes) {
     int n = classes - v;
-    float4 z = load4(row + v, n);
+    Values z = load(row + v, n);
     if (bias) {
-        float4 b = load4(bias + v, n);
-        z = make_float4(z.x + b.x, z.y + b.y, z.z + b.z, z.w + b.w);
+        Values b = load(bias + v, n);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) z.x[i] += b.x[i];
     }
-    return make_float4(z.x, n > 1 ? z.y : -INFINITY, n > 2 ? z.z : -INFINITY, n > 3 ? z.w : -INFINITY);
+#pragma unroll
+    for (int i = 1; i < COLUMNS; ++i) z.x[i] = i < n ? z.x[i] : -INFINITY;
+    return z;
 }
 
 struct Softmax {
@@ -29,14 +35,18 @@ struct Softmax {
 
 // One pass over the row: the sum is rescaled when a larger logit appears.
 // Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3.
-__device__ __forceinline__ Softmax softmax_of(const float* row, const float* bias, int classes) {
+__device__ __forceinline__ Softmax softmax_of(const real* row, const float* bias, int classes) {
     float largest = -INFINITY, sum = 0.f;
-    for (int v = 4 * threadIdx.x; v < classes; v += 4 * THREADS) {
-        float4 z = logits4(row, bias, v, classes);
-        float above = fmaxf(largest, fmaxf(fmaxf(z.x, z.y), fmaxf(z.z, z.w)));
+    for (int v = COLUMNS * threadIdx.x; v < classes; v += STEP) {
+        Values z = logits_at(row, bias, v, classes);
+        float above = largest;
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) above = fmaxf(above, z.x[i]);
         // Until a finite logit appears there is nothing to rescale, and -inf - -inf would be NaN.
         float shift = above == -INFINITY ? 0.f : above;
-        sum = sum * expf(largest - shift) + ((expf(z.x - shift) + expf(z.y - shift)) + (expf(z.z - shift) + expf(z.w - shift)));
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) z.x[i] = expf(z.x[i] - shift);
+        sum = sum * expf(largest - shift) + sum_of(z);
         largest = above;
     }
     Softmax all;
@@ -47,10 +57,10 @@ __device__ __forceinline__ Softmax softmax_of(const float* row, const float* bia
 }
 
 // The mean of a row of logits, in every thread; 0 where nobody asks. All threads must call it.
-__device__ __forceinline__ float mean_of(const float* row, const float* bias, int classes, float smoothing) {
+__device__ __forceinline__ float mean_of(const real* row, const float* bias, int classes, float smoothing) {
     if (smoothing == 0.f) return 0.f;
     float sum = 0.f;
-    for (int v = threadIdx.x; v < classes; v += THREADS) sum += row[v] + (bias ? bias[v] : 0.f);
+    for (int v = threadIdx.x; v < classes; v += THREADS) sum += widen(row[v]) + (bias ? bias[v] : 0.f);
     return block_sum<THREADS / WARP>(sum) / classes;
 }
 
@@ -64,17 +74,17 @@ __device__ __forceinline__ float loss_of(Softmax softmax, float target, float me
 
 // loss [N]; logits [N, V], optional bias [V], labels [N].
 extern "C" __global__ void __launch_bounds__(THREADS)
-cross_entropy_forward_f32(const float* __restrict__ logits, const float* __restrict__ bias,
+cross_entropy_forward_f32(const real* __restrict__ logits, const float* __restrict__ bias,
                           const int* __restrict__ labels, float* __restrict__ loss, int classes, int logits_ld,
                           float smoothing, float z_loss) {
-    const float* row = logits + (long long)blockIdx.x * logits_ld;
+    const real* row = logits + (long long)blockIdx.x * logits_ld;
     int label = labels[blockIdx.x];
     if (label < 0 || label >= classes) {
         if (threadIdx.x == 0) loss[blockIdx.x] = label < 0 ? 0.f : NAN;
         return;
     }
     Softmax softmax = softmax_of(row, bias, classes);
-    float target = row[label] + (bias ? bias[label] : 0.f);
+    float target = widen(row[label]) + (bias ? bias[label] : 0.f);
     float mean = mean_of(row, bias, classes, smoothing);
     if (threadIdx.x == 0) loss[blockIdx.x] = loss_of(softmax, target, mean, smoothing, z_loss);
 }
@@ -82,34 +92,31 @@ cross_entropy_forward_f32(const float* __restrict__ logits, const float* __restr
 // The same, and the gradient in place: logits = (softmax(z) * (1 + 2 * z_loss * lse) - (1 - smoothing) * onehot(label)
 // - smoothing / V) * dloss, or zeros in a row without a label. dloss [].
 extern "C" __global__ void __launch_bounds__(THREADS)
-cross_entropy_backward_f32(float* logits, const float* __restrict__ bias, const int* __restrict__ labels,
+cross_entropy_backward_f32(real* logits, const float* __restrict__ bias, const int* __restrict__ labels,
                            const float* __restrict__ dloss, float* __restrict__ loss, int classes, int logits_ld,
                            float smoothing, float z_loss) {
-    float* row = logits + (long long)blockIdx.x * logits_ld;
+    real* row = logits + (long long)blockIdx.x * logits_ld;
     int label = labels[blockIdx.x];
     if (label < 0 || label >= classes) {
-        for (int v = 4 * threadIdx.x; v < classes; v += 4 * THREADS) {
-            store4(row + v, make_float4(0.f, 0.f, 0.f, 0.f), classes - v);
-        }
+        for (int v = COLUMNS * threadIdx.x; v < classes; v += STEP) store(row + v, all_of(0.f), classes - v);
         if (threadIdx.x == 0) loss[blockIdx.x] = label < 0 ? 0.f : NAN;
         return;
     }
     // Read before softmax_of's barriers, so before anyone overwrites it.
-    float target = row[label] + (bias ? bias[label] : 0.f);
+    float target = widen(row[label]) + (bias ? bias[label] : 0.f);
     Softmax softmax = softmax_of(row, bias, classes);
     float mean = mean_of(row, bias, classes, smoothing);
     float scale = *dloss, factor = scale / softmax.sum, even = scale * smoothing / classes;
     if (z_loss != 0.f) factor *= 1.f + 2.f * z_loss * (logf(softmax.sum) + softmax.largest);
     scale *= 1.f - smoothing;
-    for (int v = 4 * threadIdx.x; v < classes; v += 4 * THREADS) {
-        float4 z = logits4(row, bias, v, classes);
-        float4 d = make_float4(expf(z.x - softmax.largest) * factor - even, expf(z.y - softmax.largest) * factor - even,
-                               expf(z.z - softmax.largest) * factor - even, expf(z.w - softmax.largest) * factor - even);
-        d.x -= v == label ? scale : 0.f;
-        d.y -= v + 1 == label ? scale : 0.f;
-        d.z -= v + 2 == label ? scale : 0.f;
-        d.w -= v + 3 == label ? scale : 0.f;
-        store4(row + v, d, classes - v);
+    for (int v = COLUMNS * threadIdx.x; v < classes; v += STEP) {
+        Values z = logits_at(row, bias, v, classes);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) {
+            z.x[i] = expf(z.x[i] - softmax.largest) * factor - even;
+            z.x[i] -= v + i == label ? scale : 0.f;
+        }
+        store(row + v, z, classes - v);
     }
     if (threadIdx.x == 0) loss[blockIdx.x] = loss_of(softmax, target, mean, smoothing, z_loss);
 }

@@ -12,17 +12,27 @@
 
 #define ROWS_PER_BLOCK 4
 
-__device__ __forceinline__ float sum_of(float4 x) { return (x.x + x.y) + (x.z + x.w); }
+// The columns that a lane has at a time, and how far its next ones are.
+#define STEP (COLUMNS * WARP)
 
 // x - shift where the column exists, 0 beyond the row's end.
-__device__ __forceinline__ float4 centred(float4 x, float shift, int n) {
-    return make_float4(x.x - shift, n > 1 ? x.y - shift : 0.f, n > 2 ? x.z - shift : 0.f, n > 3 ? x.w - shift : 0.f);
+__device__ __forceinline__ Values centred(Values v, float shift, int n) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) v.x[i] = i < n ? v.x[i] - shift : 0.f;
+    return v;
+}
+
+// The sum of a * b.
+__device__ __forceinline__ float sum_of_products(Values a, const Values& b) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) a.x[i] *= b.x[i];
+    return sum_of(a);
 }
 
 // y = (x - mean) * rstd * weight (+ bias). x, y [N, C], weight [C], optional bias [C], mean, rstd [N].
 extern "C" __global__ void __launch_bounds__(WARP * ROWS_PER_BLOCK)
-layer_norm_forward_f32(const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
-                       float* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, int rows, int cols,
+layer_norm_forward_f32(const real* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
+                       real* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, int rows, int cols,
                        int x_ld, int y_ld, float eps, int center) {
     int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
@@ -31,23 +41,22 @@ layer_norm_forward_f32(const float* __restrict__ x, const float* __restrict__ we
     y += (long long)row * y_ld;
 
     float sum = 0.f;
-    for (int c = 4 * lane; c < cols; c += 4 * WARP) sum += sum_of(load4(x + c, cols - c));
+    for (int c = COLUMNS * lane; c < cols; c += STEP) sum += sum_of(load(x + c, cols - c));
     float average = center ? warp_sum(sum) / cols : 0.f;
     // Two passes: the variance of centred values keeps its digits where the mean is large.
     float squares = 0.f;
-    for (int c = 4 * lane; c < cols; c += 4 * WARP) {
-        float4 d = centred(load4(x + c, cols - c), average, cols - c);
-        squares += sum_of(make_float4(d.x * d.x, d.y * d.y, d.z * d.z, d.w * d.w));
+    for (int c = COLUMNS * lane; c < cols; c += STEP) {
+        Values d = centred(load(x + c, cols - c), average, cols - c);
+        squares += sum_of_products(d, d);
     }
     float inverse = 1.f / sqrtf(warp_sum(squares) / cols + eps);
 
-    for (int c = 4 * lane; c < cols; c += 4 * WARP) {
-        float4 d = centred(load4(x + c, cols - c), average, cols - c);
-        float4 w = load4(weight + c, cols - c);
-        float4 b = bias ? load4(bias + c, cols - c) : make_float4(0.f, 0.f, 0.f, 0.f);
-        float4 value = make_float4(d.x * inverse * w.x + b.x, d.y * inverse * w.y + b.y, d.z * inverse * w.z + b.z,
-                                   d.w * inverse * w.w + b.w);
-        store4(y + c, value, cols - c);
+    for (int c = COLUMNS * lane; c < cols; c += STEP) {
+        Values d = centred(load(x + c, cols - c), average, cols - c);
+        Values w = load(weight + c, cols - c), b = bias ? load(bias + c, cols - c) : all_of(0.f);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) d.x[i] = d.x[i] * inverse * w.x[i] + b.x[i];
+        store(y + c, d, cols - c);
     }
     if (lane == 0) {
         mean[row] = average;
@@ -58,8 +67,8 @@ layer_norm_forward_f32(const float* __restrict__ x, const float* __restrict__ we
 // With h = (x - mean) * rstd and dh = dy * weight: dx = rstd * (dh - avg(dh) - h * avg(dh * h)) (+ residual).
 // dy, x, dx and the optional residual [N, C], weight [C], mean, rstd [N]. dx may be dy or the residual.
 extern "C" __global__ void __launch_bounds__(WARP * ROWS_PER_BLOCK)
-layer_norm_backward_f32(const float* dy, const float* __restrict__ x, const float* __restrict__ weight,
-                        const float* __restrict__ mean, const float* __restrict__ rstd, const float* residual, float* dx,
+layer_norm_backward_f32(const real* dy, const real* __restrict__ x, const float* __restrict__ weight,
+                        const float* __restrict__ mean, const float* __restrict__ rstd, const real* residual, real* dx,
                         int rows, int cols, int dy_ld, int x_ld, int residual_ld, int dx_ld, int center) {
     int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
@@ -71,32 +80,31 @@ layer_norm_backward_f32(const float* dy, const float* __restrict__ x, const floa
     float centre = mean[row], inverse = rstd[row];
 
     float sum = 0.f, product = 0.f;
-    for (int c = 4 * lane; c < cols; c += 4 * WARP) {
-        float4 h = centred(load4(x + c, cols - c), centre, cols - c);
-        float4 g = load4(dy + c, cols - c), w = load4(weight + c, cols - c);
-        float4 dh = make_float4(g.x * w.x, g.y * w.y, g.z * w.z, g.w * w.w);
+    for (int c = COLUMNS * lane; c < cols; c += STEP) {
+        Values h = centred(load(x + c, cols - c), centre, cols - c);
+        Values dh = load(dy + c, cols - c), w = load(weight + c, cols - c);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) dh.x[i] *= w.x[i];
         sum += sum_of(dh);
-        product += sum_of(make_float4(dh.x * h.x, dh.y * h.y, dh.z * h.z, dh.w * h.w));
+        product += sum_of_products(dh, h);
     }
     float average = center ? warp_sum(sum) / cols : 0.f;
     float along = warp_sum(product) * inverse / cols;
 
-    for (int c = 4 * lane; c < cols; c += 4 * WARP) {
-        float4 h = centred(load4(x + c, cols - c), centre, cols - c);
-        float4 g = load4(dy + c, cols - c), w = load4(weight + c, cols - c);
-        float4 r = residual ? load4(residual + c, cols - c) : make_float4(0.f, 0.f, 0.f, 0.f);
-        r.x += inverse * (g.x * w.x - average - h.x * inverse * along);
-        r.y += inverse * (g.y * w.y - average - h.y * inverse * along);
-        r.z += inverse * (g.z * w.z - average - h.z * inverse * along);
-        r.w += inverse * (g.w * w.w - average - h.w * inverse * along);
-        store4(dx + c, r, cols - c);
+    for (int c = COLUMNS * lane; c < cols; c += STEP) {
+        Values h = centred(load(x + c, cols - c), centre, cols - c);
+        Values g = load(dy + c, cols - c), w = load(weight + c, cols - c);
+        Values r = residual ? load(residual + c, cols - c) : all_of(0.f);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) r.x[i] += inverse * (g.x[i] * w.x[i] - average - h.x[i] * inverse * along);
+        store(dx + c, r, cols - c);
     }
 }
 
 // Each chunk of `per` rows: parts[0, chunk, c] = sum of dy * (x - mean) * rstd, parts[1, chunk, c] = sum of dy.
 // dy, x [N, C], mean, rstd [N], parts [2, chunks, C] with chunks = ceil(N / per) = gridDim.y.
 extern "C" __global__ void __launch_bounds__(256)
-layer_norm_weight_backward_f32(const float* __restrict__ dy, const float* __restrict__ x, const float* __restrict__ mean,
+layer_norm_weight_backward_f32(const real* __restrict__ dy, const real* __restrict__ x, const float* __restrict__ mean,
                                const float* __restrict__ rstd, float* __restrict__ parts, int rows, int cols, int dy_ld,
                                int x_ld, int per) {
     __shared__ float sums[2][8][33];
@@ -105,8 +113,8 @@ layer_norm_weight_backward_f32(const float* __restrict__ dy, const float* __rest
     float dw = 0.f, db = 0.f;
     if (c < cols) {
         for (int r = from + threadIdx.y; r < to; r += 8) {
-            float g = dy[(long long)r * dy_ld + c];
-            dw += g * (x[(long long)r * x_ld + c] - mean[r]) * rstd[r];
+            float g = widen(dy[(long long)r * dy_ld + c]);
+            dw += g * (widen(x[(long long)r * x_ld + c]) - mean[r]) * rstd[r];
             db += g;
         }
     }

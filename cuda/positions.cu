@@ -10,6 +10,7 @@
 
 #define THREADS 256
 
+#ifndef BF16
 // y[n] = start + step * n.
 extern "C" __global__ void __launch_bounds__(THREADS)
 iota_forward_f32(int* __restrict__ y, int rows, int start, int step) {
@@ -37,10 +38,12 @@ rope_table_forward_f32(const int* __restrict__ positions, const uint2* __restric
     row[half + c] = (positions[n] < 0 ? -scale : scale) * sinpif(angle);
 }
 
+#endif
+
 // Turns the pairs (i, i + R / 2), i < R / 2, of each head by the table's angles, backwards if sign is -1; the other columns
 // stay. x, y [N, H * D], table [N, R], half = R / 2. y may be x. Source: Su et al. 2021, equation 34.
 extern "C" __global__ void __launch_bounds__(THREADS)
-rope_forward_f32(const float* x, const float* __restrict__ table, float* y, int rows, int heads, int width, int half, int x_ld,
+rope_forward_f32(const real* x, const float* __restrict__ table, real* y, int rows, int heads, int width, int half, int x_ld,
                  int table_ld, int y_ld, float sign) {
     unsigned per_head = width - half;
     unsigned i = blockIdx.x * THREADS + threadIdx.x;
@@ -53,11 +56,12 @@ rope_forward_f32(const float* x, const float* __restrict__ table, float* y, int 
         return;
     }
     const float* angles = table + (long long)n * table_ld;
-    float cosine = angles[c], sine = sign * angles[half + c], a = x[c], b = x[half + c];
-    y[c] = a * cosine - b * sine;
-    y[half + c] = b * cosine + a * sine;
+    float cosine = angles[c], sine = sign * angles[half + c], a = widen(x[c]), b = widen(x[half + c]);
+    put(y + c, a * cosine - b * sine);
+    put(y + half + c, b * cosine + a * sine);
 }
 
+#ifndef BF16
 // To the nearest bfloat16, ties to even.
 __device__ __forceinline__ float round_bf16(float x) {
     unsigned bits = __float_as_uint(x);
@@ -76,3 +80,4 @@ alibi_bias_forward_f32(const int* __restrict__ positions, const float* __restric
     float product = rounded ? round_bf16(round_bf16(slope) * round_bf16(position)) : slope * position;
     bias[(long long)r * bias_ld + t] = scale * product;
 }
+#endif

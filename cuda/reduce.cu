@@ -13,7 +13,7 @@
 // y[chunk, m, c] = sum over the chunk's i of x[i * M + m, c]. x [copies * M, C], y [chunks, M, C] contiguous; a chunk has
 // `per` values of i, chunks = ceil(copies / per) = gridDim.y.
 extern "C" __global__ void __launch_bounds__(256)
-sum_to_forward_f32(const float* __restrict__ x, float* __restrict__ y, int copies, int result_rows, int cols, int x_ld,
+sum_to_forward_f32(const real* __restrict__ x, float* __restrict__ y, int copies, int result_rows, int cols, int x_ld,
                    int per) {
     __shared__ float sums[8][33];
     int place = blockIdx.x * 32 + threadIdx.x;
@@ -22,7 +22,7 @@ sum_to_forward_f32(const float* __restrict__ x, float* __restrict__ y, int copie
     int from = blockIdx.y * per, to = min(from + per, copies);
     float sum = 0.f;
     if (inside) {
-        for (int i = from + threadIdx.y; i < to; i += 8) sum += x[((long long)i * result_rows + m) * x_ld + c];
+        for (int i = from + threadIdx.y; i < to; i += 8) sum += widen(x[((long long)i * result_rows + m) * x_ld + c]);
     }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
@@ -35,12 +35,12 @@ sum_to_forward_f32(const float* __restrict__ x, float* __restrict__ y, int copie
 }
 
 // The sum of f(x) over the elements of chunk blockIdx.x, in every thread.
-template <bool SQUARES>
-__device__ __forceinline__ float chunk_sum(const float* x, int elements, int cols, int x_ld, int per) {
+template <bool SQUARES, class T>
+__device__ __forceinline__ float chunk_sum(const T* x, int elements, int cols, int x_ld, int per) {
     int from = blockIdx.x * per, to = from + min(per, elements - from);
     float sum = 0.f;
     for (int i = from + threadIdx.x; i < to; i += THREADS) {
-        float value = x[(long long)(i / cols) * x_ld + i % cols];
+        float value = widen(x[(long long)(i / cols) * x_ld + i % cols]);
         sum += SQUARES ? value * value : value;
     }
     return block_sum<THREADS / WARP>(sum);
@@ -48,11 +48,12 @@ __device__ __forceinline__ float chunk_sum(const float* x, int elements, int col
 
 // y[chunk] = sum of the chunk's elements. x [N, C], elements = N * C; a chunk has `per` elements, y [chunks].
 extern "C" __global__ void __launch_bounds__(THREADS)
-sum_forward_f32(const float* __restrict__ x, float* __restrict__ y, int elements, int cols, int x_ld, int per) {
+sum_forward_f32(const real* __restrict__ x, float* __restrict__ y, int elements, int cols, int x_ld, int per) {
     float sum = chunk_sum<false>(x, elements, cols, x_ld, per);
     if (threadIdx.x == 0) y[blockIdx.x] = sum;
 }
 
+#ifndef BF16
 // The same of the squares: one launch for each gradient, each into its own part of the array of parts.
 extern "C" __global__ void __launch_bounds__(THREADS)
 global_norm_parts_forward_f32(const float* __restrict__ x, float* __restrict__ parts, int elements, int cols, int x_ld,
@@ -78,3 +79,4 @@ clip_factor_forward_f32(const float* norm, float* y, float max_norm) {
     float factor = max_norm / (*norm + 1e-6f);
     *y = factor > 1.f ? 1.f : factor;
 }
+#endif

@@ -1,9 +1,9 @@
 // Rows by index: gather, scatter-add, counting labels.
 //
-// Dimensions: R rows of a table, N rows, C columns.
+// Dimensions: R rows of a table, N rows, C columns; G columns in 128 bits, 4 in float32, 8 in bfloat16.
 // Launch:
-//   gather_forward_f32            block = 256, grid = ceil(N * ceil(C / 4) / 256): a thread has four columns.
-//   scatter_add_forward_f32       block = 128, grid = (ceil(N / 4), ceil(C / 128)): a warp has 128 columns of a row.
+//   gather_forward_f32            block = 256, grid = ceil(N * ceil(C / G) / 256): a thread has G columns.
+//   scatter_add_forward_f32       block = 128, grid = (ceil(N / 4), ceil(C / 32 G)): a warp has 32 G columns of a row.
 //   count_labels_forward_f32      block = 256, grid = 1.
 // Shared memory: static, 32 bytes in count_labels_forward_f32.
 //
@@ -12,30 +12,45 @@
 
 #define THREADS 256
 
-// y[n] = table[index[n]]. table [R, C], index [N], y [N, C].
-extern "C" __global__ void __launch_bounds__(THREADS)
-gather_forward_f32(const float* __restrict__ table, const int* __restrict__ index, float* __restrict__ y, int table_rows,
-                   int rows, int cols, int table_ld, int y_ld) {
-    unsigned per_row = ((unsigned)cols + 3) / 4;
+template <class T>
+__device__ __forceinline__ void gather(const T* table, const int* index, real* y, int table_rows, int rows, int cols,
+                                       int table_ld, int y_ld) {
+    unsigned per_row = ((unsigned)cols + COLUMNS - 1) / COLUMNS;
     unsigned i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= per_row * rows) return;
-    int row = (int)(i / per_row), c = 4 * (int)(i % per_row);
+    int row = (int)(i / per_row), c = COLUMNS * (int)(i % per_row);
     int from = index[row];
-    float4 value = make_float4(NAN, NAN, NAN, NAN);
-    if (from >= 0 && from < table_rows) value = load4(table + (long long)from * table_ld + c, cols - c);
-    store4(y + (long long)row * y_ld + c, value, cols - c);
+    Values value = all_of(NAN);
+    if (from >= 0 && from < table_rows) value = load(table + (long long)from * table_ld + c, cols - c);
+    store(y + (long long)row * y_ld + c, value, cols - c);
 }
+
+// y[n] = table[index[n]]. table [R, C], index [N], y [N, C].
+extern "C" __global__ void __launch_bounds__(THREADS)
+gather_forward_f32(const real* __restrict__ table, const int* __restrict__ index, real* __restrict__ y, int table_rows,
+                   int rows, int cols, int table_ld, int y_ld) {
+    gather(table, index, y, table_rows, rows, cols, table_ld, y_ld);
+}
+
+#ifdef BF16
+// The same of a table in float32.
+extern "C" __global__ void __launch_bounds__(THREADS)
+gather_narrow_forward_f32(const float* __restrict__ table, const int* __restrict__ index, bf16* __restrict__ y,
+                          int table_rows, int rows, int cols, int table_ld, int y_ld) {
+    gather(table, index, y, table_rows, rows, cols, table_ld, y_ld);
+}
+#endif
 
 // y[index[n]] += source[n], in the order of n. source [N, C], index [N], y [R, C], which holds the base already.
 //
 // The warp of the first row with some index owns that index: it adds the rows of all later equals. Finding them is a scan
 // of the index by every warp, N * N / 32 comparisons, which costs less than sorting for the N of a batch.
 extern "C" __global__ void __launch_bounds__(4 * WARP)
-scatter_add_forward_f32(const float* __restrict__ source, const int* __restrict__ index, float* __restrict__ y,
+scatter_add_forward_f32(const real* __restrict__ source, const int* __restrict__ index, float* __restrict__ y,
                         int table_rows, int rows, int cols, int source_ld, int y_ld) {
     int row = blockIdx.x * 4 + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
-    int c = blockIdx.y * 4 * WARP + 4 * lane;
+    int c = blockIdx.y * COLUMNS * WARP + COLUMNS * lane;
     if (row >= rows) return;
     int mine = index[row];
     if (mine < 0 || mine >= table_rows) return;
@@ -44,18 +59,20 @@ scatter_add_forward_f32(const float* __restrict__ source, const int* __restrict_
         if (__ballot_sync(ALL_LANES, earlier)) return;
     }
     float* to = y + (long long)mine * y_ld + c;
-    float4 sum = load4(to, cols - c);
+    Values sum = load(to, cols - c);
     for (int from = row; from < rows; from += WARP) {
         bool equal = from + lane < rows && index[from + lane] == mine;
         for (unsigned found = __ballot_sync(ALL_LANES, equal); found; found &= found - 1) {
             int n = from + __ffs(found) - 1;
-            float4 x = load4(source + (long long)n * source_ld + c, cols - c);
-            sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+            Values v = load(source + (long long)n * source_ld + c, cols - c);
+#pragma unroll
+            for (int i = 0; i < COLUMNS; ++i) sum.x[i] += v.x[i];
         }
     }
-    store4(to, sum, cols - c);
+    store(to, sum, cols - c);
 }
 
+#ifndef BF16
 // y = how many labels are 0 or more. labels [N], y [].
 extern "C" __global__ void __launch_bounds__(THREADS)
 count_labels_forward_f32(const int* __restrict__ labels, float* __restrict__ y, int rows) {
@@ -65,3 +82,4 @@ count_labels_forward_f32(const int* __restrict__ labels, float* __restrict__ y, 
     count = block_sum<THREADS / WARP>(count);
     if (threadIdx.x == 0) *y = count;
 }
+#endif

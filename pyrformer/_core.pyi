@@ -48,7 +48,7 @@ __all__ = [
     "zstd_frame",
 ]
 
-_DType = Literal["float32", "float64", "int32"]
+_DType = Literal["float32", "float64", "bfloat16", "int32"]
 _Typed = tuple[str, _DType, list[int]]
 # A tensor, its least and its greatest finite value, and how many values are not finite.
 _Values = tuple[tuple[str, str, list[int]], float, float, int]
@@ -110,6 +110,9 @@ class Graph:
         """The scopes of the layers that can be recomputed in the backward pass, in order."""
     def recompute(self, count: int) -> Graph:
         """The graph with the first ``count`` layers recomputed in the backward pass."""
+    def narrow(self) -> Graph:
+        """The graph, in float32, with bfloat16 in memory where that may be: activations, their gradients, and the
+        weights that products read."""
     def optimise(self) -> Graph:
         """The graph after all passes."""
     def lower(self, target: str = "cpu") -> Plan:
@@ -186,9 +189,8 @@ def cuda_bars() -> str:
 def cuda_dynamic_bytes(kernel: str) -> int:
     """Bytes of shared memory that launches of a kernel ask for, beside what it declares."""
 
-def cuda_program(plan: Plan, bf16: bool = False) -> str:
-    """The launch records of a plan that was lowered for "cuda", as JSON; with `bf16`, products and attention on tensor
-    cores."""
+def cuda_program(plan: Plan) -> str:
+    """The launch records of a plan that was lowered for "cuda", as JSON."""
 
 def cuda_sources() -> list[tuple[str, str, list[str]]]:
     """Each file of kernels: its name, its text for NVRTC, the kernels in it."""

@@ -82,8 +82,8 @@ def load(
         folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64; or a GGUF file, see
             :mod:`pyrformer.gguf.layouts`.
         device: "cpu", or "cuda" for an NVIDIA GPU (`pip install pyrformer[cuda13]`).
-        dtype: "float32" (the default) or "float64", for computing; on "cuda" also "bfloat16": weights stay float32,
-            products and attention are computed on tensor cores from factors rounded to bfloat16.
+        dtype: "float32" (the default) or "float64", for computing; on "cuda" also "bfloat16": activations and what
+            products read of weights are bfloat16, tensor cores compute, sums and results are float32.
         threads: how many to use; default: ``PYRFORMER_NUM_THREADS``, or all the machine has.
         load_in_8bit: keep the weights of products in 8 bits, with a scale for each output feature: a quarter of the
             memory and faster decoding, for a small loss (see docs/generation.md). Such a model generates, scores and

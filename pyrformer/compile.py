@@ -36,10 +36,13 @@ class Traced:
         """The graph before any pass; its text form is ``str(graph)``."""
         return self.trace.graph
 
-    def lower(self, device: str = "cpu", *, recompute: bool = False, memory: int = 0) -> Lowered:
+    def lower(
+        self, device: str = "cpu", *, bf16: bool = False, recompute: bool = False, memory: int = 0
+    ) -> Lowered:
         """Runs the passes and plans memory for "cpu" or "cuda".
 
         Args:
+            bf16: keep activations, their gradients and the weights that products read in bfloat16, for "cuda".
             recompute: compute what the layers made again in the backward pass instead of keeping it.
             memory: as ``recompute``, for the fewest layers with which states and work memory together take at most so
                 many bytes; 0: no bound.
@@ -51,12 +54,11 @@ class Traced:
         layers = len(graph.layers())
         if recompute:
             graph = graph.recompute(layers)
-        lowered = Lowered(self.name, graph, graph.lower(device))
+        lowered = Lowered.of(self.name, graph, device, bf16)
         for count in range(1, layers + 1):
             if not memory or recompute or lowered.bytes <= memory:
                 break
-            changed = graph.recompute(count)
-            lowered = Lowered(self.name, changed, changed.lower(device), count)
+            lowered = Lowered.of(self.name, graph.recompute(count), device, bf16, count)
         if memory and lowered.bytes > memory:
             raise InputError(
                 f"[memory] {self.name} takes {lowered.bytes / 1e6:,.0f} MB with {layers} layers recomputed, more than "
@@ -73,6 +75,12 @@ class Lowered:
     graph: _core.Graph
     plan: _core.Plan
     recomputed: int = 0
+
+    @classmethod
+    def of(cls, name: str, graph: _core.Graph, device: str, bf16: bool, recomputed: int = 0) -> Lowered:
+        """The plan of a graph for a device; see :meth:`Traced.lower`."""
+        graph = graph.narrow() if bf16 else graph
+        return cls(name, graph, graph.lower(device), recomputed)
 
     @property
     def bytes(self) -> int:

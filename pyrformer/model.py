@@ -89,8 +89,8 @@ class Model:
         tokenizer: None where the folder has none.
         dtype: "float32" or "float64".
         device: "cpu" or "cuda".
-        bf16: on "cuda", products and attention are computed on tensor cores, from factors rounded to bfloat16; weights,
-            sums and all else stay float32.
+        bf16: on "cuda", activations, their gradients and the weights that products read are bfloat16 in memory, and
+            tensor cores compute; weights that are trained, sums, losses and results are float32.
         threads: how many to use; None: ``PYRFORMER_NUM_THREADS``, or all the machine has.
     """
 
@@ -296,7 +296,7 @@ class Model:
                 traced = trace()
                 if not traced.trace.updated.isdisjoint(name for name, _ in self.family.named_parameters()):
                     self.origin = None
-                lowered = traced.lower(self.device, recompute=recompute, memory=memory)
+                lowered = traced.lower(self.device, bf16=self.bf16, recompute=recompute, memory=memory)
                 self._programs[key] = lowered.compile(self.store, self.threads, **kept)
             return self._programs[key]
 

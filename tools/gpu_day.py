@@ -125,7 +125,7 @@ def kernels(out: Path, run: Run = subprocess.run) -> Stage:
 
 def on_device(cpu: Model, device: Device, *, bf16: bool = False) -> Model:
     """The same model, its states copied."""
-    store = Store(device, bf16=bf16)
+    store = Store(device)
     for name, _, _ in cpu.store.types():
         store.set(name, cpu.store.get(name))
     return Model(cpu.family, device="cuda", bf16=bf16, store=store)
@@ -167,7 +167,7 @@ def _compare(name: str, which: str, device: Device, bf16: bool) -> tuple[float, 
     cpu, rng = tiny.model(name), np.random.default_rng(20)
     other = on_device(cpu, device, bf16=bf16)
     traced = tiny.PROGRAMS[which](cpu)
-    one, two = (traced.lower(m.device).compile(m.store) for m in (cpu, other))
+    one, two = (traced.lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, other))
     worst = 0.0
     for step in range(3):
         given = tiny.inputs(cpu, one.plan, rng, step)
@@ -268,7 +268,8 @@ def _training(shape: Shape, device: Device, bf16: bool = False) -> tuple[Any, di
     model = on_device(Model.from_config(shape.config()), device, bf16=bf16)
     ids, labels = shape.tokens()
     batch = model.batch(ids, labels=labels)
-    compiled = programs.train_step(model.family, batch.sizes, AdamW()).lower("cuda").compile(model.store)
+    lowered = programs.train_step(model.family, batch.sizes, AdamW()).lower("cuda", bf16=bf16)
+    compiled = lowered.compile(model.store)
     return compiled, {**batch.arrays, **batch.scales, "lr": 1e-4, "step": 1}
 
 

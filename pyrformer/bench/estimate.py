@@ -136,8 +136,8 @@ def cost(record: dict[str, Any], gpu: Gpu, compiled: dict[str, dict[str, Any]]) 
     return Costed(name, w, seconds, taken, registers, held * -(-x * y * z // 32) / gpu.warps)
 
 
-def plan_of(shape: Shape) -> _core.Plan:
-    """The plan of a training step for a device. Nothing is allocated.
+def plan_of(shape: Shape, *, bf16: bool = False) -> _core.Plan:
+    """The plan of a training step for a device, with ``bf16`` in mixed precision. Nothing is allocated.
 
     Raises:
         InputError: a size makes no sense.
@@ -146,7 +146,7 @@ def plan_of(shape: Shape) -> _core.Plan:
     masked = round(MASKED * shape.batch * shape.seq) if family.objective != "ar" else 0
     return (
         programs.train_step(family, programs.Sizes(shape.batch, shape.seq, masked), AdamW())
-        .lower("cuda")
+        .lower("cuda", bf16=bf16)
         .plan
     )
 
@@ -160,10 +160,10 @@ def estimate(shape: Shape, gpu: Gpu, *, bf16: bool = False) -> Estimate:
     """
     if bf16 and not gpu.bf16:
         raise InputError(f"[bench] {gpu.name} has no bfloat16")
-    plan = plan_of(shape)
+    plan = plan_of(shape, bf16=bf16)
     compiled = bars()
     groups: dict[str, list[Costed]] = {}
-    for _, record in json.loads(_core.cuda_program(plan, bf16))["records"]:
+    for _, record in json.loads(_core.cuda_program(plan))["records"]:
         costed = cost(record, gpu, compiled)
         groups.setdefault(costed.name, []).append(costed)
     kernels = sorted((_kernel(name, found) for name, found in groups.items()), key=lambda k: -k.ms)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 WORD = 4
+BYTES = {"f32": 4, "bf16": 2}
 SECTOR = 32
 #: FLOPs of one value of each function of ``elementwise.cu``, by its number there, and of its slope.
 FUNCTION_FLOPS = (0, 8, 14, 12, 1, 22, 24, 12, 13, 2, 24, 1, 2)
@@ -54,9 +56,20 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _sectors(rows: int, cols: int) -> int:
-    """Of rows that begin on a sector."""
-    return rows * _ceil(WORD * cols, SECTOR)
+def _sectors(rows: int, cols: int, size: int = WORD) -> int:
+    """Of rows that begin on a sector, of elements of so many bytes."""
+    return rows * _ceil(size * cols, SECTOR)
+
+
+def _beside(rows: int, cols: int, size: int) -> int:
+    """Of float32 whose threads have as many columns as 128 bits hold of the other operands: beside bfloat16, each of
+    two requests finds half of what it asks of a sector."""
+    return _sectors(rows, cols) * WORD // size
+
+
+def _warps(rows: int, cols: int, size: int = WORD) -> int:
+    """Of a kernel whose threads have 128 bits of one row each, in the order of rows."""
+    return _ceil(rows * _ceil(size * cols, 16), 32)
 
 
 def _streams(reads: list[tuple[int, int]], writes: list[tuple[int, int]], flops: float) -> Work:
@@ -65,14 +78,15 @@ def _streams(reads: list[tuple[int, int]], writes: list[tuple[int, int]], flops:
     return Work(sum(WORD * r * c for r, c in both), sum(_sectors(r, c) for r, c in both), flops)
 
 
-def _alike(rows: int, cols: int, flops: float, *places: Any) -> Work:
+def _alike(size: int, rows: int, cols: int, flops: float, *places: Any) -> Work:
     """Matrices of one shape, read or written once, of which some may be the same memory; null ones are absent."""
     present = [str(place) for place in places if place]
-    unique = WORD * rows * cols * len(set(present))
-    return Work(unique, len(present) * _sectors(rows, cols), flops * rows * cols)
+    unique = size * rows * cols * len(set(present))
+    return Work(unique, len(present) * _sectors(rows, cols, size), flops * rows * cols)
 
 
 # ---- Rules: each takes the kernel's own arguments; a pointer is true where there is one -----------------------------
+# Those of kernels that there are for float32 and for bfloat16 take the bytes of an element first.
 
 Rule = Callable[..., Work]
 RULES: dict[str, Rule] = {}
@@ -83,134 +97,179 @@ def _rule(f: Rule) -> Rule:
     return f
 
 
+def _enter(name: str, f: Rule) -> None:
+    """The rule of a kernel and of its twin for bfloat16."""
+    RULES[f"{name}_f32"], RULES[f"{name}_bf16"] = partial(f, 4), partial(f, 2)
+
+
+def _stored(f: Rule) -> Rule:
+    _enter(f.__name__, f)
+    return f
+
+
 def _unary(flops: int) -> Rule:
-    return lambda grid, x, y, rows, cols, *_: _alike(rows, cols, flops, x, y)
+    return lambda size, grid, x, y, rows, cols, *_: _alike(size, rows, cols, flops, x, y)
 
 
 def _unary_backward(flops: int) -> Rule:
-    return lambda grid, x, dy, dx, rows, cols, *_: _alike(rows, cols, flops + 4, x, dy, dx)
+    return lambda size, grid, x, dy, dx, rows, cols, *_: _alike(size, rows, cols, flops + 4, x, dy, dx)
 
 
-def _repeated(rows: int, cols: int, b_rows: int, b_cols: int) -> Work:
+def _repeated(size: int, rows: int, cols: int, b_rows: int, b_cols: int) -> Work:
     """A matrix that is read once for each of its copies in ``[rows, cols]``, and comes from memory once."""
-    # A single element is asked for by each warp, which has 128 columns.
-    sectors = _sectors(rows, cols) if b_cols == cols else 4 * rows * _ceil(cols, 128)
-    return Work(WORD * b_rows * b_cols, sectors, 0)
+    # A single element is asked for by each warp, which has 512 bytes of a row.
+    sectors = _sectors(rows, cols, size) if b_cols == cols else 4 * rows * _ceil(size * cols, 512)
+    return Work(size * b_rows * b_cols, sectors, 0)
 
 
-def _heeding(halt: Any, rows: int, cols: int) -> Work:
-    """Each warp, which has 128 elements or less of a row, looks whether the program has ended."""
-    return Work(WORD, _ceil(rows * _ceil(cols, 4), 32), 0) if halt else Work(0, 0, 0)
+def _heeding(halt: Any, warps: int) -> Work:
+    """Each warp looks whether the program has ended."""
+    return Work(WORD, warps, 0) if halt else Work(0, 0, 0)
 
 
 def _binary(
-    grid: Any, a: Any, b: Any, y: Any, rows: int, cols: int, b_rows: int, b_cols: int, a_ld: int, b_ld: int,
+    size: int, grid: Any, a: Any, b: Any, y: Any, rows: int, cols: int, b_rows: int, b_cols: int, a_ld: int, b_ld: int,
     y_ld: int, halt: Any,
 ) -> Work:  # fmt: skip
-    repeated = _repeated(rows, cols, b_rows, b_cols)
-    return _alike(rows, cols, 1, a, y) + repeated + _heeding(halt, rows, cols)
+    repeated = _repeated(size, rows, cols, b_rows, b_cols)
+    return _alike(size, rows, cols, 1, a, y) + repeated + _heeding(halt, _warps(rows, cols, size))
 
 
 for _name, _flops in zip(FUNCTIONS[1:], FUNCTION_FLOPS[1:], strict=True):
-    RULES[f"{_name}_forward_f32"] = _unary(_flops)
-    RULES[f"{_name}_backward_f32"] = _unary_backward(_flops)
-RULES["scale_forward_f32"] = _unary(1)
+    _enter(f"{_name}_forward", _unary(_flops))
+    _enter(f"{_name}_backward", _unary_backward(_flops))
+_enter("scale_forward", _unary(1))
 for _name in ("add", "sub", "mul", "div"):
-    RULES[f"{_name}_forward_f32"] = _binary
+    _enter(f"{_name}_forward", _binary)
 
 
-@_rule
-def gated_forward(
-    grid: Any, gate: Any, up: Any, y: Any, rows: int, cols: int, gate_ld: int, up_ld: int, y_ld: int, act: int
-) -> Work:  # fmt: skip
-    return _alike(rows, cols, FUNCTION_FLOPS[act] + 1, gate, up, y)
+def _cast(grid: Any, x: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
+    # Either may be the one in float32.
+    return Work(6 * rows * cols, _beside(rows, cols, 2) + _sectors(rows, cols, 2), 0)
 
 
-@_rule
-def gated_backward(
-    grid: Any, dy: Any, gate: Any, up: Any, dgate: Any, dup: Any, rows: int, cols: int, *more: int
-) -> Work:  # fmt: skip
-    return _alike(rows, cols, 2 * FUNCTION_FLOPS[more[-1]] + 7, dy, gate, up, dgate, dup)
+RULES["narrow_forward_bf16"] = RULES["widen_forward_bf16"] = _cast
 
 
-@_rule
-def fill_forward(grid: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
-    return _streams([], [(rows, cols)], 0)
+@_stored
+def fill_forward(size: int, grid: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
+    return _alike(size, rows, cols, 0, y)
 
 
-@_rule
+@_stored
 def broadcast_forward(
-    grid: Any, x: Any, y: Any, rows: int, cols: int, x_rows: int, x_cols: int, x_ld: int, y_ld: int, halt: Any
-) -> Work:
-    return _alike(rows, cols, 0, y) + _repeated(rows, cols, x_rows, x_cols) + _heeding(halt, rows, cols)
+    size: int, grid: Any, x: Any, y: Any, rows: int, cols: int, x_rows: int, x_cols: int, x_ld: int, y_ld: int,
+    halt: Any,
+) -> Work:  # fmt: skip
+    repeated = _repeated(size, rows, cols, x_rows, x_cols)
+    return _alike(size, rows, cols, 0, y) + repeated + _heeding(halt, _warps(rows, cols, size))
 
 
-@_rule
-def dropout_forward(grid: Any, x: Any, rng: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
+@_stored
+def dropout_forward(size: int, grid: Any, x: Any, rng: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
     # Each warp reads the state; Philox gives four words for some hundred integer operations.
-    state = Work(4 * WORD, _ceil(rows * cols, 128) * 4, 28 * rows * cols)
-    return _alike(rows, cols, 2, x, y) + state
+    state = Work(4 * WORD, _ceil(size * rows * cols, 512) * 4, 28 * rows * cols)
+    return _alike(size, rows, cols, 2, x, y) + state
 
 
-@_rule
+@_stored
 def epilogue_forward(
-    grid: Any, product: Any, bias: Any, x: Any, residual: Any, y: Any, pre: Any, rows: int, cols: int, *more: int
+    size: int, grid: Any, product: Any, bias: Any, x: Any, residual: Any, y: Any, pre: Any, rows: int, cols: int,
+    *more: int,
 ) -> Work:  # fmt: skip
     act, slope = more[-2:]
     flops = FUNCTION_FLOPS[act] + (FUNCTION_FLOPS[slope] + 4 if slope else 0) + bool(residual)
-    return _alike(rows, cols, flops, product, x, residual, y, pre)
+    return _alike(size, rows, cols, flops, product, x, residual, y, pre)
 
 
-@_rule
+@_stored
+def gated_forward(
+    size: int, grid: Any, gate: Any, up: Any, y: Any, rows: int, cols: int, gate_ld: int, up_ld: int, y_ld: int,
+    act: int,
+) -> Work:  # fmt: skip
+    return _alike(size, rows, cols, FUNCTION_FLOPS[act] + 1, gate, up, y)
+
+
+@_stored
+def gated_backward(
+    size: int, grid: Any, dy: Any, gate: Any, up: Any, dgate: Any, dup: Any, rows: int, cols: int, *more: int
+) -> Work:
+    return _alike(size, rows, cols, 2 * FUNCTION_FLOPS[more[-1]] + 7, dy, gate, up, dgate, dup)
+
+
+@_stored
 def layer_norm_forward(
-    grid: Any, x: Any, weight: Any, bias: Any, y: Any, mean: Any, rstd: Any, rows: int, cols: int, *_: Any
+    size: int,
+    grid: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    y: Any,
+    mean: Any,
+    rstd: Any,
+    rows: int,
+    cols: int,
+    *_: Any,
 ) -> Work:
     # The row is read three times: mean, variance, result.
     parameters = 1 + bool(bias)
-    unique = WORD * (2 * rows * cols + parameters * cols + 2 * rows)
-    return Work(unique, (4 + parameters) * _sectors(rows, cols) + 2 * rows, 14 * rows * cols)
+    unique = size * 2 * rows * cols + WORD * (parameters * cols + 2 * rows)
+    sectors = 4 * _sectors(rows, cols, size) + parameters * _beside(rows, cols, size) + 2 * rows
+    return Work(unique, sectors, 14 * rows * cols)
 
 
-@_rule
+@_stored
 def layer_norm_backward(
-    grid: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, residual: Any, dx: Any, rows: int, cols: int, *_: Any
+    size: int, grid: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, residual: Any, dx: Any, rows: int,
+    cols: int, *_: Any,
 ) -> Work:  # fmt: skip
     tensors = 3 + bool(residual)
     # dy may be the memory of the result, and so may the residual.
     operands = len({str(z) for z in (dy, x, residual, dx) if z})
-    unique = WORD * (operands * rows * cols + cols + 2 * rows)
-    return Work(unique, (tensors + 4) * _sectors(rows, cols) + 2 * rows, 18 * rows * cols)
+    unique = size * operands * rows * cols + WORD * (cols + 2 * rows)
+    # The weight is read twice, and so are x and dy.
+    sectors = (tensors + 2) * _sectors(rows, cols, size) + 2 * _beside(rows, cols, size) + 2 * rows
+    return Work(unique, sectors, 18 * rows * cols)
 
 
-@_rule
+@_stored
 def layer_norm_weight_backward(
-    grid: Any, dy: Any, x: Any, mean: Any, rstd: Any, parts: Any, rows: int, cols: int, dy_ld: int, x_ld: int, per: int
+    size: int, grid: Any, dy: Any, x: Any, mean: Any, rstd: Any, parts: Any, rows: int, cols: int, dy_ld: int,
+    x_ld: int, per: int,
 ) -> Work:  # fmt: skip
     results = 2 * _ceil(rows, per)
-    unique = WORD * (2 * rows * cols + 2 * rows + results * cols)
+    unique = size * 2 * rows * cols + WORD * (2 * rows + results * cols)
     strips = _ceil(cols, 32)
-    sectors = 2 * _sectors(rows, cols) + 2 * rows * strips + _sectors(results, cols)
+    sectors = 2 * _sectors(rows, cols, size) + 2 * rows * strips + _sectors(results, cols)
     return Work(unique, sectors, 5 * rows * cols + 8 * results * cols)
 
 
-@_rule
-def gather_forward(
-    grid: Any, table: Any, index: Any, y: Any, table_rows: int, rows: int, cols: int, *_: Any
-) -> Work:
+def _gather(
+    size: int, table_size: int, grid: Any, table: Any, index: Any, y: Any, table_rows: int, rows: int, cols: int,
+    *_: Any,
+) -> Work:  # fmt: skip
     # At most: rows that are looked up twice come from memory once.
-    sectors = 2 * _sectors(rows, cols) + rows * _ceil(cols, 128)
-    return Work(WORD * ((min(table_rows, rows) + rows) * cols + rows), sectors, 0)
+    table_sectors = _sectors(rows, cols, size) if table_size == size else _beside(rows, cols, size)
+    sectors = table_sectors + _sectors(rows, cols, size) + rows * _ceil(size * cols, 512)
+    read = table_size * min(table_rows, rows) * cols + WORD * rows
+    return Work(read + size * rows * cols, sectors, 0)
 
 
-@_rule
+RULES["gather_forward_f32"], RULES["gather_forward_bf16"] = partial(_gather, 4, 4), partial(_gather, 2, 2)
+RULES["gather_narrow_forward_bf16"] = partial(_gather, 2, 4)
+
+
+@_stored
 def scatter_add_forward(
-    grid: Any, source: Any, index: Any, y: Any, table_rows: int, rows: int, cols: int, *_: Any
+    size: int, grid: Any, source: Any, index: Any, y: Any, table_rows: int, rows: int, cols: int, *_: Any
 ) -> Work:
     # Each warp scans the index for its row: half of it on the average before, all of it after.
     touched = min(table_rows, rows)
-    scan = rows * _ceil(cols, 128) * _sectors(1, rows)
-    sectors = _sectors(rows, cols) + 2 * _sectors(touched, cols) + scan
-    return Work(WORD * ((rows + touched) * cols + rows), sectors, rows * cols)
+    # A warp adds all columns that it could have.
+    warps = rows * _ceil(size * cols, 512)
+    scan = warps * _sectors(1, rows)
+    sectors = _sectors(rows, cols, size) + 2 * _beside(touched, cols, size) + scan
+    return Work(size * rows * cols + WORD * (touched * cols + rows), sectors, warps * 512 // size)
 
 
 @_rule
@@ -218,40 +277,52 @@ def count_labels_forward(grid: Any, labels: Any, y: Any, rows: int) -> Work:
     return _streams([(1, rows)], [(1, 1)], rows)
 
 
-@_rule
+@_stored
 def cross_entropy_forward(
-    grid: list[int], logits: Any, bias: Any, labels: Any, loss: Any, classes: int, *_: Any
+    size: int, grid: list[int], logits: Any, bias: Any, labels: Any, loss: Any, classes: int, *_: Any
 ) -> Work:
     rows = grid[0]
-    unique = WORD * (rows * classes + bool(bias) * classes + 2 * rows)
+    unique = size * rows * classes + WORD * (bool(bias) * classes + 2 * rows)
     # Two sums over the block come to each row's exponentials.
     flops = rows * (14 * classes + 26 * THREADS)
-    return Work(unique, (1 + bool(bias)) * _sectors(rows, classes) + 17 * rows, flops)
+    sectors = _sectors(rows, classes, size) + bool(bias) * _beside(rows, classes, size) + 17 * rows
+    return Work(unique, sectors, flops)
 
 
-@_rule
+@_stored
 def cross_entropy_backward(
-    grid: list[int], logits: Any, bias: Any, labels: Any, dloss: Any, loss: Any, classes: int, *_: Any
+    size: int,
+    grid: list[int],
+    logits: Any,
+    bias: Any,
+    labels: Any,
+    dloss: Any,
+    loss: Any,
+    classes: int,
+    *_: Any,
 ) -> Work:
     rows = grid[0]
-    unique = WORD * (rows * classes + bool(bias) * classes + 2 * rows + 1)
+    unique = size * rows * classes + WORD * (bool(bias) * classes + 2 * rows + 1)
     flops = rows * (26 * classes + 26 * THREADS)
-    return Work(unique, (3 + 2 * bool(bias)) * _sectors(rows, classes) + 25 * rows, flops)
+    sectors = 3 * _sectors(rows, classes, size) + 2 * bool(bias) * _beside(rows, classes, size) + 25 * rows
+    return Work(unique, sectors, flops)
 
 
-@_rule
+@_stored
 def sum_to_forward(
-    grid: Any, x: Any, y: Any, copies: int, result_rows: int, cols: int, x_ld: int, per: int
+    size: int, grid: Any, x: Any, y: Any, copies: int, result_rows: int, cols: int, x_ld: int, per: int
 ) -> Work:
     read, written = copies * result_rows, _ceil(copies, per) * result_rows
-    return _streams([(read, cols)], [(written, cols)], (read + 7 * written) * cols)
+    return _alike(size, read, cols, 0, x) + _streams([], [(written, cols)], (read + 7 * written) * cols)
 
 
-def _chunks(grid: list[int], x: Any, y: Any, elements: int, cols: int, *_: Any) -> Work:
-    return _streams([(elements // cols, cols)], [(1, grid[0])], 2 * elements + 12 * THREADS * grid[0])
+def _chunks(size: int, grid: list[int], x: Any, y: Any, elements: int, cols: int, *_: Any) -> Work:
+    flops = 2 * elements + 12 * THREADS * grid[0]
+    return _alike(size, elements // cols, cols, 0, x) + _streams([], [(1, grid[0])], flops)
 
 
-RULES["sum_forward_f32"] = RULES["global_norm_parts_forward_f32"] = _chunks
+_enter("sum_forward", _chunks)
+RULES["global_norm_parts_forward_f32"] = partial(_chunks, 4)
 
 
 @_rule
@@ -273,7 +344,7 @@ def adamw_forward(
     scalars = 3 * _ceil(rows * _ceil(cols, 4), 32)
     flops = 28 * rows * cols
     update = Work(WORD * (operands * rows * cols + 3), 7 * _sectors(rows, cols) + scalars, flops)
-    return update + _heeding(more[-1], rows, cols)
+    return update + _heeding(more[-1], _warps(rows, cols))
 
 
 @_rule
@@ -289,12 +360,12 @@ def rope_table_forward(
     return Work(unique, 4 * _sectors(rows, half) + rows * _ceil(half, 32), 24 * rows * half)
 
 
-@_rule
+@_stored
 def rope_forward(
-    grid: Any, x: Any, table: Any, y: Any, rows: int, heads: int, width: int, half: int, *_: Any
+    size: int, grid: Any, x: Any, table: Any, y: Any, rows: int, heads: int, width: int, half: int, *_: Any
 ) -> Work:
     table_work = Work(WORD * rows * 2 * half, 2 * _sectors(rows * heads, half), 6 * rows * heads * half)
-    return _alike(rows, heads * width, 0, x, y) + table_work
+    return _alike(size, rows, heads * width, 0, x, y) + table_work
 
 
 @_rule
@@ -670,21 +741,23 @@ def relative_attention_dkinds_backward(
 
 
 def product(p: dict[str, Any]) -> Work:
-    """A matrix product of float32 matrices, on tensor cores where factors are rounded to bfloat16. cuBLASLt chooses
-    tiles by itself; its sectors are taken to be those of large ones, its blocks those of small ones that share out an
-    inner dimension beyond 512."""
+    """A matrix product, on tensor cores where its factors are bfloat16. cuBLASLt chooses tiles by itself; its sectors
+    are taken to be those of large ones, its blocks those of small ones that share out an inner dimension beyond 512."""
     m, n = p["y"]["rows"], p["y"]["cols"]
     k = p["a"]["rows"] if p["ta"] else p["a"]["cols"]
     # What is added may be the result's own memory.
     added = p["c"] is not None and p["c"]["place"] != p["y"]["place"]
-    unique = WORD * (m * k + k * n + (1 + added) * m * n + (p["bias"] is not None) * n)
+    size, made = BYTES[p["a"]["dtype"]], BYTES[p["y"]["dtype"]]
+    unique = size * (m * k + k * n) + made * ((1 + added) * m * n + (p["bias"] is not None) * n)
     down, across = _ceil(m, PRODUCT_TILE), _ceil(n, PRODUCT_TILE)
     sectors = (
-        _sectors(1, m * k) * across + _sectors(1, k * n) * down + (1 + (p["c"] is not None)) * _sectors(m, n)
+        _sectors(1, m * k, size) * across
+        + _sectors(1, k * n, size) * down
+        + (1 + (p["c"] is not None)) * _sectors(m, n, made)
     )
     blocks = _ceil(m, SMALL_TILE) * _ceil(n, SMALL_TILE) * max(1, k // 512)
     flops = 2.0 * m * n * k
-    return Work(unique, sectors, flops, tensor=flops if p["bf16"] else 0.0, blocks=blocks)
+    return Work(unique, sectors, flops, tensor=flops if size == BYTES["bf16"] else 0.0, blocks=blocks)
 
 
 def work(record: dict[str, Any]) -> Work:

@@ -59,7 +59,7 @@ def begin_get(store: AnyStore, names: Sequence[str]) -> Callable[[], dict[str, A
 
 
 def open_store(device: str, *, bf16: bool = False) -> AnyStore:
-    """An empty store on a device; with ``bf16``, its programs compute products and attention on tensor cores.
+    """An empty store on a device; with ``bf16``, its programs are in mixed precision, on tensor cores.
 
     Raises:
         InputError: there is no such device, or bf16 is asked of the CPU.
@@ -73,5 +73,5 @@ def open_store(device: str, *, bf16: bool = False) -> AnyStore:
         from pyrformer.executors.cuda import CudaDevice
         from pyrformer.executors.program import Store
 
-        return Store(CudaDevice(bf16=bf16), bf16=bf16)
+        return Store(CudaDevice(bf16=bf16))
     raise InputError(f"[device] device must be one of {DEVICES}, got {device!r}")

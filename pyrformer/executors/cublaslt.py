@@ -19,9 +19,12 @@ from pyrformer.errors import DeviceError
 from pyrformer.executors.device import Matrix, Product
 
 WORKSPACE = 32 << 20
-_F32 = 0
-#: Sums in float32; with factors rounded to bfloat16 on the way, tensor cores compute them.
-_COMPUTE_32F, _COMPUTE_32F_FAST_16BF = 68, 75
+#: cudaDataType: CUDA_R_32F and CUDA_R_16BF, by the element types of matrices.
+_TYPES = {"f32": 0, "bf16": 14}
+_F32 = _TYPES["f32"]
+_SIZES = {"f32": 4, "bf16": 2}
+#: Sums in float32, of factors of either type; those of bfloat16 are multiplied on tensor cores.
+_COMPUTE_32F = 68
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8
 _EPILOGUE_BIAS = 4
 _PREFERENCE_WORKSPACE = 1
@@ -115,8 +118,7 @@ class CublasLt:
 
     def _prepare(self, p: Product) -> _Ready:
         m, n, _ = p.sizes
-        how = _COMPUTE_32F_FAST_16BF if p.bf16 else _COMPUTE_32F
-        description = self._made("cublasLtMatmulDescCreate", how, _F32)
+        description = self._made("cublasLtMatmulDescCreate", _COMPUTE_32F, _F32)
         self._set("MatmulDesc", description, _TRANSA, ctypes.c_int32(p.tb))
         self._set("MatmulDesc", description, _TRANSB, ctypes.c_int32(p.ta))
         if p.bias is not None:
@@ -166,10 +168,10 @@ class CublasLt:
     def _layout(self, x: Matrix) -> Handle:
         # By columns: `cols` rows of it, `rows` columns.
         sizes = ctypes.c_uint64(x.cols), ctypes.c_uint64(x.rows), ctypes.c_int64(x.ld)
-        return self._made("cublasLtMatrixLayoutCreate", _F32, *sizes)
+        return self._made("cublasLtMatrixLayoutCreate", _TYPES[x.dtype], *sizes)
 
 
 def _alignment(x: Matrix) -> int:
     """The largest power of two, up to 256, that the matrix's rows all start at."""
-    bits = x.address | (4 * x.ld) | 256
+    bits = x.address | (_SIZES[x.dtype] * x.ld) | 256
     return bits & -bits

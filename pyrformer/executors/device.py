@@ -17,17 +17,20 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows of float32 in device memory, ``ld`` elements apart."""
+    """Rows in device memory, ``ld`` elements apart."""
 
     address: int
     rows: int
     cols: int
     ld: int
+    #: "f32" or "bf16".
+    dtype: str = "f32"
 
 
 @dataclass(frozen=True)
 class Product:
-    """``y = op(a)·op(b) (+ c) (+ bias)``, row-major: op(a) [M, K], op(b) [K, N], y and c [M, N], bias [N]."""
+    """``y = op(a)·op(b) (+ c) (+ bias)``, row-major: op(a) [M, K], op(b) [K, N], y and c [M, N], bias [N]. Factors are
+    of one type, all else of the result's: factors of bfloat16 give either. Sums are float32."""
 
     a: Matrix
     ta: bool
@@ -36,8 +39,6 @@ class Product:
     c: Matrix | None
     bias: int | None
     y: Matrix
-    #: Factors are rounded to bfloat16, for tensor cores.
-    bf16: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -7,14 +7,18 @@ smaller ones walk and capture once more.
 A run uploads its inputs through pinned memory on a second stream while the run before may still compute, and copies its
 outputs into pinned memory without waiting: :meth:`Executor.start` returns at once. Two sets of such memory (slots) take
 turns; a slot is used again when its run has ended.
+
+A state has one type, float32 or int32, and perhaps a copy in bfloat16 beside it, which programs read that have it in
+that type. The copy is made again in front of the first such program after the state has changed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,21 +31,21 @@ from pyrformer.executors.device import Bytes, Device, Matrix, Memory, Product
 
 Array = npt.NDArray[Any]
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32)}
+SIZES = {"float32": 4, "int32": 4, "bfloat16": 2}
 #: Offsets of inputs and outputs in pinned memory are multiples of this.
 ALIGNMENT = 256
 #: Device memory is given in pieces of so many bytes.
 PIECE = 512
 WORD = 4
+THREADS = 256
 SLOTS = 2
 
 
 class Store:
     """Named tensors on a device that programs share, their arena, and the stream that all of them run on."""
 
-    def __init__(self, device: Device, *, bf16: bool = False):
+    def __init__(self, device: Device):
         self.device = device
-        #: Programs compute products and attention on tensor cores, from factors rounded to bfloat16.
-        self.bf16 = bf16
         self.compute, self.copies = device.stream(), device.stream()
         self.idle = device.event()
         self.arena = device.memory(0)
@@ -53,6 +57,9 @@ class Store:
         self.generation = 0
         self.lock = threading.RLock()
         self._states: dict[str, tuple[str, tuple[int, ...], Memory]] = {}
+        #: Copies in bfloat16, and those that a state has changed behind.
+        self._narrow: dict[str, Memory] = {}
+        self._stale: set[str] = set()
 
     def executor(self, plan: _core.Plan) -> Executor:
         """A plan bound to this store; states that the store lacks are made, zero.
@@ -68,7 +75,13 @@ class Store:
         return [(name, dtype, list(shape)) for name, (dtype, shape, _) in self._states.items()]
 
     def state(self, name: str, dtype: str, shape: tuple[int, ...]) -> Memory:
-        """The memory of a state, made if there is none."""
+        """The memory of a state, or of its copy in bfloat16, made if there is none."""
+        if dtype == "bfloat16":
+            self.state(name, "float32", shape)
+            if name not in self._narrow:
+                self._narrow[name] = self.device.memory(SIZES[dtype] * math.prod(shape))
+                self._stale.add(name)
+            return self._narrow[name]
         if name not in self._states:
             size = np.dtype(dtype).itemsize * int(np.prod(shape))
             self._states[name] = (dtype, shape, self.device.memory(size, zero=True))
@@ -84,6 +97,23 @@ class Store:
         value = np.ascontiguousarray(value)
         with self.lock:
             self.write(self.state(name, value.dtype.name, value.shape), value)
+            self.changed([name])
+
+    def changed(self, names: Iterable[str]) -> None:
+        """States have other values from here on the computing stream on."""
+        self._stale.update(name for name in names if name in self._narrow)
+
+    def refresh(self, names: Iterable[str]) -> None:
+        """Makes copies in bfloat16 again whose states have changed."""
+        for name in self._stale.intersection(names):
+            shape, memory = self._states[name][1:]
+            elements = math.prod(shape)
+            ints = (np.int32(n) for n in (1, elements, elements, elements))
+            args = (np.uint64(memory.address), np.uint64(self._narrow[name].address), *ints)
+            # A thread has eight elements of one row.
+            grid = [-(-elements // (8 * THREADS)), 1, 1]
+            self.device.launch(self.compute, "narrow_forward_bf16", grid, [THREADS, 1, 1], args)
+            self._stale.remove(name)
 
     def write(self, memory: Memory, value: Array) -> None:
         """Fills device memory with an array's bytes, and waits."""
@@ -144,6 +174,8 @@ class Store:
     def remove(self, name: str) -> None:
         """Drops a state; programs that use it must be dropped too."""
         self._states.pop(name, None)
+        self._narrow.pop(name, None)
+        self._stale.discard(name)
 
     def go_on(self) -> None:
         """Lets runs that begin from here on write states again."""
@@ -162,9 +194,9 @@ class Store:
             DeviceError: they do not fit.
         """
         missing = sum(
-            -(-np.dtype(dtype).itemsize * int(np.prod(shape)) // PIECE) * PIECE
+            -(-SIZES[dtype] * math.prod(shape) // PIECE) * PIECE
             for name, dtype, shape in plan.states
-            if name not in self._states
+            if name not in (self._narrow if dtype == "bfloat16" else self._states)
         )
         grow = plan.arena_bytes if plan.arena_bytes > self.arena.size else 0
         work = grow + own
@@ -271,7 +303,7 @@ class Executor:
     """A plan bound to a store, run on its device."""
 
     def __init__(self, plan: _core.Plan, store: Store):
-        program = json.loads(_core.cuda_program(plan, store.bf16))
+        program = json.loads(_core.cuda_program(plan))
         self.store = store
         self.records: list[tuple[int, dict[str, Any]]] = program["records"]
         self.limits: list[dict[str, Any]] = program["limits"]
@@ -281,6 +313,8 @@ class Executor:
             constants = np.array(program["constants"], np.uint32)
             store.reserve(plan, SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE)
             self.states = [store.state(name, dtype, tuple(shape)) for name, dtype, shape in plan.states]
+            self.narrow = [name for name, dtype, _ in plan.states if dtype == "bfloat16"]
+            self.written = [plan.states[i][0] for i in program["written"]]
             d = store.device
             self.constants = d.memory(constants.nbytes)
             store.write(self.constants, constants)
@@ -331,6 +365,7 @@ class Executor:
             d.record(slot.uploaded, store.copies)
             d.wait(store.compute, slot.uploaded)
             first = self._resolve()
+            store.refresh(self.narrow)
             for port in self.inputs:
                 d.copy(store.compute, self._address(port.place), slot.staging.address + port.at, port.span)
             if seconds is not None:
@@ -343,6 +378,7 @@ class Executor:
                     self._walk()
                     self.graph = d.end_capture(store.compute)
                 d.replay(store.compute, self.graph)
+            store.changed(self.written)
             for port in self.outputs:
                 host = slot.outputs[port.at : port.at + port.span]
                 d.download(store.compute, host, self._address(port.place))
@@ -395,13 +431,13 @@ class Executor:
             p = record["product"]
             matrices = {k: self._matrix(p[k]) for k in "abcy"}
             bias = p["bias"] and self._address(p["bias"])
-            return (Product(ta=p["ta"], tb=p["tb"], bias=bias, bf16=p["bf16"], **matrices),)
+            return (Product(ta=p["ta"], tb=p["tb"], bias=bias, **matrices),)
         launch = record["launch"]
         args = tuple(self._arg(arg) for arg in launch["args"])
         return launch["kernel"], launch["grid"], launch["block"], args
 
     def _matrix(self, raw: dict[str, Any] | None) -> Any:
-        return raw and Matrix(self._address(raw["place"]), raw["rows"], raw["cols"], raw["ld"])
+        return raw and Matrix(self._address(raw["place"]), raw["rows"], raw["cols"], raw["ld"], raw["dtype"])
 
     def _arg(self, arg: dict[str, Any]) -> Any:
         ((kind, value),) = arg.items()

@@ -75,8 +75,8 @@ class TrainConfig:
             within a size such as "2GB"; "": no bound.
         seed: of weights, order, masks and dropout.
         device: "cpu" or "cuda".
-        bf16: on "cuda", compute products and attention on tensor cores, from factors rounded to bfloat16; weights, sums
-            and the optimizer's states stay float32.
+        bf16: on "cuda", keep activations, their gradients and the weights that products read in bfloat16, and compute
+            on tensor cores; weights as the optimizer has them, its states, sums and losses are float32.
         threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
         overwrite: replace a run that is there.
         resume: go on with a run that is there.

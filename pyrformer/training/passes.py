@@ -127,7 +127,7 @@ class Passes:
         there = {name for name, _, _ in lowered.plan.states}
         apply = (
             programs.apply_step(self.model.family, self.optimizer, owned=self.owned)
-            .lower(self.model.device)
+            .lower(self.model.device, bf16=self.model.bf16)
             .plan
         )
         return 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)

@@ -774,7 +774,8 @@ class Trainer:
         labelled = math.ceil(batch.sizes.labelled * rows / batch.sizes.batch)
         sizes = replace(batch.sizes, batch=rows, labelled=labelled)
         traced = self.passes.trace(replace(batch, arrays={}, sizes=sizes))
-        lowered = traced.lower(self.model.device, recompute=self.config.recompute)
+        model = self.model
+        lowered = traced.lower(model.device, bf16=model.bf16, recompute=self.config.recompute)
         return lowered.bytes + self.passes.apart(lowered)
 
     def _predict(self) -> None:
@@ -783,11 +784,12 @@ class Trainer:
         if not c.recompute and not c.memory:
             return
         traced = self.passes.trace(self.batches.ready(self.step * c.gradient_accumulation_steps))
-        plain = traced.lower(self.model.device)
+        device, bf16 = self.model.device, self.model.bf16
+        plain = traced.lower(device, bf16=bf16)
         apart = self.passes.apart(plain)
         memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
         self.passes.saving = {"recompute": c.recompute, "memory": memory}
-        chosen = traced.lower(self.model.device, recompute=c.recompute, memory=memory)
+        chosen = traced.lower(device, bf16=bf16, recompute=c.recompute, memory=memory)
         more = chosen.plan.flops / max(1, plain.plan.flops) - 1.0
         what = (
             f"memory: {(chosen.bytes + apart) / 1e6:,.0f} MB predicted with {chosen.recomputed} of "

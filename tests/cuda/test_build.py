@@ -7,12 +7,16 @@ import pytest
 from kernels import bars, nvrtc
 
 # Kernels whose rows are read and written four columns at a time where alignment allows.
-WIDE = ("elementwise", "norm", "loss", "optimizer", "rows", "cache", "attention")
+WIDE = (
+    *("elementwise", "norm", "loss", "optimizer", "rows", "cache", "attention"),
+    *("elementwise_bf16", "norm_bf16", "loss_bf16", "rows_bf16"),
+)
 NARROW = {
     "attention_delta_backward_f32",
     "cached_attention_join_forward_f32",
     "count_labels_forward_f32",
     "layer_norm_weight_backward_f32",
+    "layer_norm_weight_backward_bf16",
 }  # positions.cu is narrow throughout: the halves of a head need not be aligned
 
 
@@ -40,11 +44,11 @@ def test_rows_are_moved_in_128_bits(arch):
         for name, body in re.findall(r"\.entry (\w+)\(.*?\{(.*?)\n\}", text, re.DOTALL):
             if name in NARROW:
                 continue
-            wide_store = re.search(r"st\.global\.v(4\.[bf]32|2\.b64)", body)
-            wide_load = re.search(r"ld\.global(\.nc)?\.v(4\.[bf]32|2\.b64)", body)
-            single_result = name.endswith(("cross_entropy_forward_f32", "cached_attention_forward_f32"))
+            wide_store = re.search(r"st\.global\.v(4\.[bfu]32|2\.b64)", body)
+            wide_load = re.search(r"ld\.global(\.nc)?\.v(4\.[bfu]32|2\.b64)", body)
+            single_result = name.startswith(("cross_entropy_forward", "cached_attention_forward"))
             assert wide_store or single_result, name
-            assert wide_load or name == "fill_forward_f32", name
+            assert wide_load or name.startswith("fill_forward"), name
 
 
 @pytest.mark.parametrize("arch", [80, 100])

@@ -25,7 +25,7 @@ TOLERANCE = 2e-5
 
 def on_card(cpu: Model, card: Card, *, bf16: bool = False) -> Model:
     """The same model on a card, without the caches of generations, which each model names for itself."""
-    store = Store(card, bf16=bf16)
+    store = Store(card)
     for name, _, _ in cpu.store.types():
         if not name.startswith("cache"):
             store.set(name, cpu.store.get(name))
@@ -38,6 +38,13 @@ def assert_close(
     assert got.keys() == want.keys()
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def apart(got: np.ndarray, want: np.ndarray) -> float:
+    """The size of the difference over the size of what is wanted, both as roots of mean squares."""
+    return float(
+        np.sqrt(np.mean((got - want) ** 2)) / (np.sqrt(np.mean(np.square(want, dtype=float))) + 1e-2)
+    )
 
 
 def states(m: Model) -> dict[str, np.ndarray]:
@@ -89,14 +96,27 @@ def test_decoding_far_into_a_text_by_the_compiled_kernels(
     assert "cached_attention_join_forward_f32" in card.kernels
 
 
-def test_bfloat16_on_tensor_cores(programs: dict[str, sim.Program], rng: np.random.Generator) -> None:
+#: Heads of 16 columns: tensor cores take multiples of 8.
+WIDER: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 37, "n_positions": 24},
+    "llama": {
+        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 40, "vocab_size": 37, "max_position_embeddings": 24,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_bfloat16_on_tensor_cores(
+    name: str, programs: dict[str, sim.Program], rng: np.random.Generator
+) -> None:
     """One step of the compiled kernels, then twenty of their twins: near float32's, and not float32's."""
-    cpu = model("llama")
+    cpu = Model.from_config({"model_type": name, **WIDER[name]})
     card = Card(programs, how="both")
     one = train_step(cpu.family, sizes(cpu), OPTIMIZER).lower("cpu").compile(cpu.store)
     for steps in (1, 20):
         device = on_card(cpu, card, bf16=True)
-        two = train_step(cpu.family, sizes(cpu), OPTIMIZER).lower("cuda").compile(device.store)
+        two = train_step(cpu.family, sizes(cpu), OPTIMIZER).lower("cuda", bf16=True).compile(device.store)
         given = inputs(cpu, one.plan, rng)
         losses = []
         for step in range(steps):
@@ -107,6 +127,40 @@ def test_bfloat16_on_tensor_cores(programs: dict[str, sim.Program], rng: np.rand
         assert not np.allclose(got, want, rtol=1e-7)
         card.how = "twins"
     assert want[-1] < 0.9 * want[0]
+    kinds = {
+        kernel.rsplit("_", 1)[1] for kernel in card.kernels if kernel.startswith(("attention", "layer_norm"))
+    }
+    assert kinds == {"bf16"}
+    assert {
+        "attention64_forward_bf16",
+        "attention64_dkv_backward_bf16",
+        "narrow_forward_bf16",
+    } <= card.kernels
+    assert "widen_forward_bf16" not in card.kernels
+
+
+@pytest.mark.parametrize(("name", "which"), cases())
+def test_every_program_in_bfloat16_is_near_float32(name: str, which: str, rng: np.random.Generator) -> None:
+    """By the size of each result. An update by AdamW sees the signs of gradients near 0, a ReLU those of what it is
+    given."""
+    cpu = model(name)
+    card = Card(None)
+    device = on_card(cpu, card, bf16=True)
+    traced = PROGRAMS[which](cpu)
+    one, two = (traced.lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, device))
+    for step in range(3):
+        given = inputs(cpu, one.plan, rng, step)
+        want, got = one(**given), two(**given)
+        for key, value in want.items():
+            assert got[key].dtype == value.dtype, key
+            if key == "tokens":  # two of nearly one logit change places
+                assert np.mean(got[key] != value) < 0.3
+                continue
+            assert apart(got[key], value) <= (1e-1 if key.startswith("grad") else 1e-2), key
+    found = states(device)
+    for key, value in states(cpu).items():
+        assert apart(found[key], value) <= (0.4 if which.endswith("_step") else 2e-2), key
+    assert card.replays == 2
 
 
 def test_bfloat16_on_the_cpu_is_refused() -> None:

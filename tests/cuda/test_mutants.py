@@ -13,6 +13,7 @@ from kernels import nvrtc, reference
 from kernels.checks import attention as check_attention
 from kernels.checks import attention_operands, relative_operands
 from kernels.checks import relative_attention as check_relative
+from kernels.narrow import Narrow, near, rounded
 
 CROOKED = run.LAYOUTS["crooked"]
 
@@ -28,6 +29,59 @@ def elementwise(device, rng, close):
     x = normal(rng, 6, 5)
     close(run.scale(device, x, 2.0, CROOKED), 2.0 * x)
     close(run.binary(device, "add", x, normal(rng, 2, 5) * 0 + x[:2]), x + np.tile(x[:2], (3, 1)))
+
+
+def in_bfloat16(device, rng, close):
+    device = Narrow(device)
+    x, y = rounded(normal(rng, 6, 24)), rounded(normal(rng, 2, 24))
+    for layout in (run.PLAIN, CROOKED):
+        got = run.binary(device, "add", x, y, layout)
+        near(got, x.astype(float) + np.tile(y, (3, 1)))
+        np.testing.assert_array_equal(run.narrow(device, x + 1e-3, layout), rounded(x + np.float32(1e-3)))
+        np.testing.assert_array_equal(run.widen(device, x, layout), x)
+        np.testing.assert_array_equal(run.narrow(device, x[:1, :21], layout), x[:1, :21])
+
+
+def layer_norm_in_bfloat16(device, rng, close):
+    device = Narrow(device)
+    x, w = rounded(normal(rng, 5, 309)), normal(rng, 309)
+    got, want = run.layer_norm(device, x, w, None, 1e-5), reference.layer_norm(x, w, None, 1e-5)
+    near(got[0], want[0])
+    close(got[2], want[2], 1e-5)
+
+
+def rows_in_bfloat16(device, rng, close):
+    device = Narrow(device)
+    table, source = normal(rng, 3, 69), rounded(normal(rng, 40, 300))
+    got = run.gather_narrow(device, table, np.array([2, 0, 1]))
+    np.testing.assert_array_equal(got, rounded(table)[[2, 0, 1]])
+    base, index = np.zeros((4, 300), np.float32), rng.integers(4, size=40)
+    want = base.copy()
+    for n, r in enumerate(index):
+        want[r] += source[n]
+    np.testing.assert_array_equal(run.scatter_add(device, source, index, base), want)
+
+
+def loss_in_bfloat16(device, rng, close):
+    device = Narrow(device)
+    z, labels = rounded(3 * normal(rng, 3, 2070) - 15), np.array([2069, 7, -1])
+    loss, d = reference.cross_entropy(z, labels)
+    for layout in (run.PLAIN, CROOKED):
+        got = run.cross_entropy(device, z, labels, None, 0.5, layout)
+        close(got[0], loss, 1e-5)
+        near(got[1], 0.5 * d)
+
+
+def sums_in_bfloat16(device, rng, close):
+    x = rounded(normal(rng, 35, 40))
+    got = run.sum_to(Narrow(device), x, 1, 16, CROOKED)
+    close(got, x.astype(float).sum(0, keepdims=True))
+
+
+def rope_in_bfloat16(device, rng, close):
+    x, table = rounded(normal(rng, 4, 6)), np.array([[0, 0, 1, 1]] * 4, np.float32)
+    want = np.concatenate([-x[:, 2:4], x[:, :2], x[:, 4:]], 1)
+    near(run.rope(Narrow(device), x, table, 1, False), want)
 
 
 def gelu_tanh(device, rng, close):
@@ -316,7 +370,8 @@ CASES = {f.__name__: f for f in (
     global_norm, halt, adamw, attention, attention_grad, blind, tensor_cores,
     blind_tensor_cores, tensor_tiles, wide_tensor_cores, attention_of_wide_heads, best, cache_write, cached,
     cached_spans, cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
-    relative_queries, roots_and_signs, smoothed,
+    relative_queries, roots_and_signs, smoothed, in_bfloat16, layer_norm_in_bfloat16, rows_in_bfloat16,
+    loss_in_bfloat16, sums_in_bfloat16, rope_in_bfloat16,
 )}  # fmt: skip
 
 # ---- The bugs: case, file, kernels to compile, text, replacement ----------------------------------------------------
@@ -324,14 +379,14 @@ CASES = {f.__name__: f for f in (
 FORWARD, DQ, DKV = "attention_forward_f32", "attention_dq_backward_f32", "attention_dkv_backward_f32"
 MUTANTS = [
     # Shared by all files.
-    ("elementwise", "elementwise", "scale_forward_f32", "return n >= 4 && (reinterpret_cast<unsigned long long>(p) & 15) == 0;", "return n >= 4;"),
-    ("elementwise", "elementwise", "scale_forward_f32", "if (n > 3) p[3] = x.w;", "p[3] = x.w;"),
-    ("elementwise", "elementwise", "scale_forward_f32", "if (n > 1) x.y = p[1];", "x.y = p[1];"),
+    ("elementwise", "elementwise", "scale_forward_f32", "return n >= COLUMNS && (reinterpret_cast<unsigned long long>(p) & 15) == 0;", "return n >= COLUMNS;"),
+    ("elementwise", "elementwise", "scale_forward_f32", "if (i < n) p[i] = v.x[i];", "p[i] = v.x[i];"),
+    ("elementwise", "elementwise", "scale_forward_f32", "v.x[i] = i < n ? widen(p[i]) : 0.f;", "v.x[i] = widen(p[i]);"),
     ("layer_norm", "norm", "layer_norm_forward_f32", "for (int step = WARP / 2; step > 0; step /= 2) x += ", "for (int step = WARP / 4; step > 0; step /= 2) x += "),
     ("count_labels", "rows", "count_labels_forward_f32", "    __syncthreads();\n    x = totals[0];", "    x = totals[0];"),
     ("cross_entropy", "loss", "cross_entropy_", "    __syncthreads();\n    x = largest[0];", "    x = largest[0];"),
-    ("gated", "elementwise", "gated_forward_f32", "value * load4(at(up, g.row, up_ld, g.col), g.n)", "value * load4(at(gate, g.row, gate_ld, g.col), g.n)"),
-    ("gated", "elementwise", "gated_backward_f32", "store4(at(dup, g.row, dup_ld, g.col), d * apply(act, x), g.n);", "store4(at(dup, g.row, dup_ld, g.col), load4(at(dy, g.row, dy_ld, g.col), g.n) * apply(act, x), g.n);"),
+    ("gated", "elementwise", "gated_forward_f32", "value * load(at(up, g.row, up_ld, g.col), g.n)", "value * load(at(gate, g.row, gate_ld, g.col), g.n)"),
+    ("gated", "elementwise", "gated_backward_f32", "store(at(dup, g.row, dup_ld, g.col), d * apply(act, x), g.n);", "store(at(dup, g.row, dup_ld, g.col), load(at(dy, g.row, dy_ld, g.col), g.n) * apply(act, x), g.n);"),
     ("gated", "elementwise", "gated_backward_f32", "through * apply_slope(act, x)", "d * apply_slope(act, x)"),
     ("dropout", "elementwise", "dropout_forward_f32", "round < 10", "round < 9"),
     ("dropout", "elementwise", "dropout_forward_f32", "make_uint4(a.z, a.w, b.x, b.y)", "make_uint4(a.z, a.w, b.y, b.x)"),
@@ -348,7 +403,7 @@ MUTANTS = [
     ("roots_and_signs", "elementwise", "UNARY(", "0.5f / sqrtf(x)", "0.5f * sqrtf(x)"),
     ("roots_and_signs", "elementwise", "UNARY(", "x < 0.f ? -1.f : 0.f", "0.f"),
     # Normalisation.
-    ("layer_norm", "norm", "layer_norm_forward_f32", "n > 1 ? x.y - shift : 0.f", "x.y - shift"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "i < n ? v.x[i] - shift : 0.f", "v.x[i] - shift"),
     ("layer_norm", "norm", "layer_norm_forward_f32", "    if (row >= rows) return;\n    x += (long long)row * x_ld;\n    y +=", "    x += (long long)row * x_ld;\n    y +="),
     ("layer_norm_grad", "norm", "layer_norm_backward_f32", "warp_sum(product) * inverse / cols", "warp_sum(product) / cols"),
     ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "    __syncthreads();\n    if (threadIdx.y < 2", "    if (threadIdx.y < 2"),
@@ -362,7 +417,7 @@ MUTANTS = [
     ("rope", "positions", "rope_", "(positions[n] < 0 ? -scale : scale)", "scale"),
     ("rope", "positions", "rope_forward_f32", "sine = sign * ", "sine = "),
     ("rope", "positions", "rope_forward_f32", "y[half + c] = x[half + c];\n        return;", "return;"),
-    ("rope", "positions", "rope_forward_f32", "y[half + c] = b * cosine + a * sine", "y[half + c] = b * cosine + y[c] * sine"),
+    ("rope", "positions", "rope_forward_f32", "put(y + half + c, b * cosine + a * sine)", "put(y + half + c, b * cosine + y[c] * sine)"),
     ("alibi", "positions", "alibi_bias_forward_f32", "((bits >> 16) & 1u)", "1u"),
     ("alibi", "positions", "alibi_bias_forward_f32", "slopes[r % heads]", "slopes[r / heads]"),
     ("iota", "positions", "iota_forward_f32", "if (n < rows) ", ""),
@@ -372,10 +427,10 @@ MUTANTS = [
     ("scatter_add", "rows", "scatter_add_forward_f32", "from + lane < row && index", "from + lane <= row && index"),
     ("scatter_add", "rows", "scatter_add_forward_f32", "found &= found - 1", "found = 0"),
     # Loss.
-    ("cross_entropy", "loss", "cross_entropy_", "sum = sum * expf(largest - shift) + (", "sum = sum + ("),
-    ("cross_entropy", "loss", "cross_entropy_", "d.z -= v + 2 == label", "d.z -= v + 1 == label"),
+    ("cross_entropy", "loss", "cross_entropy_", "sum = sum * expf(largest - shift) + sum_of(z)", "sum = sum + sum_of(z)"),
+    ("cross_entropy", "loss", "cross_entropy_", "z.x[i] -= v + i == label", "z.x[i] -= v + (i & 1) == label"),
     ("cross_entropy", "loss", "cross_entropy_forward_f32", "if (label < 0 || label >= classes)", "if (label >= classes)"),
-    ("cross_entropy", "loss", "cross_entropy_", "n > 2 ? z.z : -INFINITY", "z.z"),
+    ("cross_entropy", "loss", "cross_entropy_", "z.x[i] = i < n ? z.x[i] : -INFINITY", "z.x[i] = i != 2 || i < n ? z.x[i] : z.x[1]"),
     ("smoothed", "loss", "cross_entropy_", "scale *= 1.f - smoothing;", ""),
     ("smoothed", "loss", "cross_entropy_", "1.f + 2.f * z_loss", "1.f + z_loss"),
     ("smoothed", "loss", "cross_entropy_", "smoothing * (target - mean)", "smoothing * target"),
@@ -477,6 +532,23 @@ MUTANTS = [
     ("blind_tensor_cores", "attention_bf16", "attention64_forward", "mask.blind_weight(largest[m][e / 2]", "mask.blind_weight(largest[m][e % 2]"),
     ("blind_tensor_cores", "attention_bf16", "attention64_forward", "__syncthreads();  // the last values are used up", ""),
     ("blind_tensor_cores", "attention_bf16", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
+    # In bfloat16.
+    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "make_uint4(narrow(v.x[0], v.x[1])", "make_uint4(narrow(v.x[1], v.x[0])"),
+    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "__uint_as_float(words[i] & 0xffff0000u)", "__uint_as_float(words[i])"),
+    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "for (int i = 0; i < COLUMNS; i += 4) {\n        float4 four = *reinterpret_cast<const float4*>(p + i)", "for (int i = 0; i < COLUMNS; i += 4) {\n        float4 four = *reinterpret_cast<const float4*>(p)"),
+    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "return n >= COLUMNS && (reinterpret_cast<unsigned long long>(p) & 15) == 0", "return n >= COLUMNS && (reinterpret_cast<unsigned long long>(p) & 7) == 0"),
+    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "return n >= COLUMNS &&", "return n >= 4 &&"),
+    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "*p = (bf16)narrow(x, 0.f)", "*p = (bf16)(__float_as_uint(x) >> 16)"),
+    ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "i < n ? v.x[i] - shift : 0.f", "v.x[i] - shift"),
+    ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "#define STEP (COLUMNS * WARP)", "#define STEP (4 * WARP)"),
+    ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "for (int i = 4; i < COLUMNS; i += 4) sum +=", "for (int i = 8; i < COLUMNS; i += 4) sum +="),
+    ("rows_in_bfloat16", "rows_bf16", ("gather_narrow", "scatter"), "int c = blockIdx.y * COLUMNS * WARP + COLUMNS * lane;", "int c = blockIdx.y * 4 * WARP + COLUMNS * lane;"),
+    ("rows_in_bfloat16", "rows_bf16", ("gather_narrow", "scatter"), "int row = (int)(i / per_row), c = COLUMNS * (int)(i % per_row);", "int row = (int)(i / per_row), c = 4 * (int)(i % per_row);"),
+    ("loss_in_bfloat16", "loss_bf16", "cross_entropy", "z.x[i] -= v + i == label ? scale : 0.f;", "z.x[i] -= v + (i & 3) == label ? scale : 0.f;"),
+    ("loss_in_bfloat16", "loss_bf16", "cross_entropy", "z.x[i] = i < n ? z.x[i] : -INFINITY;", "z.x[i] = z.x[i];"),
+    ("loss_in_bfloat16", "loss_bf16", "cross_entropy", "#define STEP (COLUMNS * THREADS)", "#define STEP (4 * THREADS)"),
+    ("sums_in_bfloat16", "reduce_bf16", "sum_to", "__uint_as_float((unsigned)x << 16)", "__uint_as_float((unsigned)x << 15)"),
+    ("rope_in_bfloat16", "positions_bf16", "rope_forward", "put(y + half + c, b * cosine + a * sine)", "put(y + half + c, b * cosine - a * sine)"),
     # Decoding.
     ("best", "best", "best_forward_f32", "equal_before < taken)", "equal_before <= taken)"),
     ("best", "best", "best_forward_f32", "if (lane & step) before += other;", "before += other;"),

@@ -126,6 +126,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
         [((1, -2), 0x3F80C000), ((1 + 2.0**-8, 1 + 3 * 2.0**-8), 0x3F803F82), ((nan, inf), 0x7FFF7F80),
          ((3.4e38, TINY), 0x7F800001)],
     ),
+    "cvt.u32.u16": ("u32", ("u16",), [((65535,), 65535), ((7,), 7)]),
     "cvt.rn.f32.s32": ("f32", ("s32",), [((-5,), -5), ((2**24 + 1,), 2**24)]),
     "cvt.rn.f32.u32": ("f32", ("u32",), [((MAX,), 2.0**32), ((7,), 7)]),
     "cvt.rni.f32.f32": ("f32", f1, [((2.5,), 2), ((-3.5,), -4), ((1e30,), 1e30)]),
@@ -271,6 +272,7 @@ SPECIAL = {
     "ld.shared.v2.f32", "ld.shared.v2.b32",
     "ld.global.nc.v4.u32", "ld.shared.v4.u32", "st.global.v4.u32", "st.shared.v4.u32", "bar.warp.sync",
     "cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group",
+    "ld.global.v4.u32",
     *(f"{load}.{v}{kind}" for load in ("ld.global", "ld.global.nc", "st.global", "ld.shared", "st.shared")
       for v in ("", "v2.", "v4.") for kind in ("b16", "u16")),
 }  # fmt: skip

@@ -7,12 +7,14 @@ mod common;
 use std::sync::Arc;
 
 use common::{Case, assert_close};
-use pyrformer_cpu::reference::Tensor;
+use pyrformer_cpu::reference::{Tensor, evaluate};
 use pyrformer_cpu::threads::Pool;
 use pyrformer_cpu::{Cpu, CpuExecutor, Store};
 use pyrformer_graph::autodiff::gradients;
 use pyrformer_graph::op::{AttentionSpec, DropoutSpec, RelativeSpec};
-use pyrformer_graph::{Binary, DType, Epilogue, LossSpec, Op, TensorType, Unary, ValueId, lower};
+use pyrformer_graph::{
+    Binary, DType, Epilogue, LossSpec, Op, TensorType, Unary, ValueId, lower, passes, verify::verify,
+};
 
 /// Adds one operation to a case and gives its differentiable result.
 type Build = Box<dyn Fn(&mut Case) -> ValueId>;
@@ -579,6 +581,30 @@ fn what_is_kept_in_bfloat16_is_rounded_once() {
             }
             assert_close("dx", &got, &want, 1e-2);
         }
+    }
+}
+
+/// Every differentiable operation and its gradient, by their definitions alone: values of eight bits change results by
+/// little, and some of them at all.
+#[test]
+fn mixed_precision_stays_near() {
+    for (name, build) in differentiable() {
+        let mut c = Case::new(DType::F32, 4);
+        let y = build(&mut c);
+        let loss = scalar(&mut c, y);
+        let leaves = c.floats.clone();
+        let wrt: Vec<ValueId> = leaves.iter().map(|l| l.1).collect();
+        let grads = gradients(&mut c.g, loss, &wrt).unwrap();
+        for ((leaf, _), g) in leaves.iter().zip(&grads) {
+            c.g.output(&format!("d{leaf}"), *g).unwrap();
+        }
+        let want = c.expected();
+        let mixed = passes::narrow(&passes::optimise(&c.g).unwrap()).unwrap();
+        verify(&mixed).unwrap();
+        let got = evaluate(&mixed, &c.leaves);
+        assert_close(&name, &got, &want, 4e-2);
+        let products = mixed.nodes().iter().any(|n| matches!(n.op, Op::MatMul { .. }));
+        assert!(!products || got != want, "{name}: nothing was rounded");
     }
 }
 

@@ -130,14 +130,17 @@ pub struct Matrix {
     pub cols: usize,
     /// Elements from row to row.
     pub ld: usize,
+    /// Type of the elements.
+    pub dtype: DType,
 }
 
 impl Matrix {
-    /// An operand of 32-bit elements, leading axes as rows.
+    /// An operand, leading axes as rows.
     #[must_use]
     pub fn of(o: &Operand) -> Self {
         let (rows, cols) = (o.ty.shape.rows(), o.ty.shape.cols());
-        Self { place: Place { space: o.space.into(), offset: o.offset }, rows, cols, ld: o.row_stride }
+        let place = Place { space: o.space.into(), offset: o.offset };
+        Self { place, rows, cols, ld: o.row_stride, dtype: o.ty.dtype }
     }
 
     /// Whether rows follow one another without gaps.
@@ -155,20 +158,21 @@ impl Matrix {
     /// `rows × cols` elements without gaps, from element `skip` of this contiguous matrix on.
     #[must_use]
     pub fn part(&self, skip: usize, rows: usize, cols: usize) -> Self {
-        let offset = self.place.offset + 4 * skip;
-        Self { place: Place { offset, ..self.place }, rows, cols, ld: cols }
+        let offset = self.place.offset + self.dtype.size() * skip;
+        Self { place: Place { offset, ..self.place }, rows, cols, ld: cols, ..*self }
     }
 
     /// Rows `from .. from + rows`.
     #[must_use]
     pub fn rows(&self, from: usize, rows: usize) -> Self {
-        let offset = self.place.offset + 4 * from * self.ld;
+        let offset = self.place.offset + self.dtype.size() * from * self.ld;
         Self { place: Place { offset, ..self.place }, rows, ..*self }
     }
 }
 
-/// A matrix product of float32 matrices `y = op(a)·op(b) (+ c) (+ bias)`, all row-major. Shapes: op(a) [M, K], op(b) [K, N], y, c
-/// [M, N], bias [N]. `c` may be `y`'s memory.
+/// A matrix product `y = op(a)·op(b) (+ c) (+ bias)`, all row-major. Shapes: op(a) [M, K], op(b) [K, N], y, c [M, N],
+/// bias [N]. `c` may be `y`'s memory. Factors are of one type, all others of the result's: factors of bfloat16, which
+/// tensor cores take, give either; sums are float32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Product {
     /// First factor, [K, M] if transposed.
@@ -185,8 +189,6 @@ pub struct Product {
     pub bias: Option<Place>,
     /// The result.
     pub y: Matrix,
-    /// Whether factors are rounded to bfloat16, so that tensor cores can take them; sums are float32 either way.
-    pub bf16: bool,
 }
 
 /// One thing that the device does.
@@ -212,18 +214,20 @@ pub struct Program {
     pub outputs: Vec<Port>,
     /// What the values of the inputs must satisfy, checked before they are uploaded: kernels cannot raise errors.
     pub limits: Vec<Limit>,
+    /// The states that it writes, by their index in `Plan::states`.
+    pub written: Vec<usize>,
     /// Whether a global norm that is not finite ends the program: it then sets [`Memory::Halt`].
     pub halts: bool,
 }
 
-/// The records of a plan; with `bf16`, products and attention on tensor cores.
+/// The records of a plan.
 ///
 /// A global norm that is no finite number ends the writing of states there if none was written before, as on the CPU.
 ///
 /// # Errors
 /// When a step has no kernel, a tensor is too large to be counted, or a kernel behind the global norm would write a state
 /// whatever that is.
-pub fn program(plan: &Plan, bf16: bool) -> Result<Program> {
+pub fn program(plan: &Plan) -> Result<Program> {
     let (mut records, mut constants) = (Vec::new(), Vec::new());
     let (mut halts, mut changed) = (false, false);
     for (i, step) in plan.steps.iter().enumerate() {
@@ -240,7 +244,7 @@ pub fn program(plan: &Plan, bf16: bool) -> Result<Program> {
         }
         halts |= step.op == Op::GlobalNorm && !changed;
         let heeds = if step.op == Op::GlobalNorm { !changed } else { halts };
-        match record(step, bf16, heeds, &mut constants) {
+        match record(step, heeds, &mut constants) {
             Ok(made) => records.extend(made.into_iter().map(|r| (i, r))),
             Err(why) => return Err(Error::Unsupported { step: i, op: op(), why }),
         }
@@ -252,6 +256,7 @@ pub fn program(plan: &Plan, bf16: bool) -> Result<Program> {
         inputs: plan.inputs.clone(),
         outputs: plan.outputs.clone(),
         limits: limits(plan),
+        written: (0..plan.states.len()).filter(|&i| plan.states[i].updated).collect(),
         halts,
     })
 }

@@ -1,8 +1,9 @@
 //! The kernel files, each as one self-contained translation unit.
 //!
-//! A unit is `common.cuh`, the header that some files share, then the file, joined by `#line` directives so that compiler messages name the places that
-//! people edit. Nothing is included by name: CuPy's kernel cache keys on the text it is given, so an edited header behind
-//! an `#include` would load a stale binary.
+//! A unit is `common.cuh`, the header that some files share, then the file, joined by `#line` directives so that compiler
+//! messages name the places that people edit. Nothing is included by name: CuPy's kernel cache keys on the text it is
+//! given, so an edited header behind an `#include` would load a stale binary. A file whose kernels take tensors of either
+//! type makes two units; in that of bfloat16, `BF16` is defined and each kernel is renamed.
 
 /// The text in front of every unit.
 const COMMON: &str = include_str!("../../../cuda/common.cuh");
@@ -13,27 +14,30 @@ const ATTENTION: &str = include_str!("../../../cuda/attention.cuh");
 /// Registers and shared memory of each kernel by architecture, as TOML: what estimates of occupancy start from.
 pub const BARS: &str = include_str!("../../../cuda/bars.toml");
 
-/// One file of kernels.
+/// One translation unit.
 #[derive(Clone, Copy, Debug)]
 pub struct Source {
-    /// Its name without extension: `attention`.
+    /// Its name: that of its file without extension, `loss`, and `loss_bf16` for tensors of bfloat16.
     pub name: &'static str,
     /// The `extern "C"` kernels it defines.
     pub kernels: &'static [&'static str],
+    file: &'static str,
     text: &'static str,
 }
 
 macro_rules! source {
-    ($name:literal, $($kernel:literal),+ $(,)?) => {
+    ($name:literal of $file:literal, $($kernel:literal),+ $(,)?) => {
         Source {
             name: $name,
             kernels: &[$($kernel),+],
-            text: include_str!(concat!("../../../cuda/", $name, ".cu")),
+            file: concat!($file, ".cu"),
+            text: include_str!(concat!("../../../cuda/", $file, ".cu")),
         }
     };
+    ($name:literal, $($kernel:literal),+ $(,)?) => { source!($name of $name, $($kernel),+) };
 }
 
-/// All files, by name.
+/// All units, by name.
 pub const SOURCES: &[Source] = &[
     source!(
         "attention",
@@ -100,8 +104,13 @@ pub const SOURCES: &[Source] = &[
         "tanh_backward_f32",
         "tanh_forward_f32",
     ),
+    source!("elementwise_bf16" of "elementwise", "add_forward_bf16", "broadcast_forward_bf16", "div_forward_bf16", "dropout_forward_bf16", "epilogue_forward_bf16", "exp_backward_bf16", "exp_forward_bf16", "fill_forward_bf16", "gated_backward_bf16",
+        "gated_forward_bf16",
+        "gelu_backward_bf16", "gelu_forward_bf16", "gelu_tanh_backward_bf16", "gelu_tanh_forward_bf16", "mish_backward_bf16", "mish_forward_bf16", "mul_forward_bf16", "narrow_forward_bf16", "quick_gelu_backward_bf16", "quick_gelu_forward_bf16", "relu2_backward_bf16", "relu2_forward_bf16", "relu_backward_bf16", "relu_forward_bf16", "scale_forward_bf16", "sigmoid_backward_bf16", "sigmoid_forward_bf16", "sign_backward_bf16", "sign_forward_bf16", "silu_backward_bf16", "silu_forward_bf16", "sqrt_backward_bf16", "sqrt_forward_bf16", "sub_forward_bf16", "tanh_backward_bf16", "tanh_forward_bf16", "widen_forward_bf16"),
     source!("loss", "cross_entropy_backward_f32", "cross_entropy_forward_f32"),
+    source!("loss_bf16" of "loss", "cross_entropy_backward_bf16", "cross_entropy_forward_bf16"),
     source!("norm", "layer_norm_backward_f32", "layer_norm_forward_f32", "layer_norm_weight_backward_f32",),
+    source!("norm_bf16" of "norm", "layer_norm_backward_bf16", "layer_norm_forward_bf16", "layer_norm_weight_backward_bf16"),
     source!("optimizer", "adamw_forward_f32"),
     source!(
         "positions",
@@ -110,6 +119,7 @@ pub const SOURCES: &[Source] = &[
         "rope_forward_f32",
         "rope_table_forward_f32",
     ),
+    source!("positions_bf16" of "positions", "rope_forward_bf16"),
     source!(
         "reduce",
         "clip_factor_forward_f32",
@@ -118,6 +128,7 @@ pub const SOURCES: &[Source] = &[
         "sum_forward_f32",
         "sum_to_forward_f32",
     ),
+    source!("reduce_bf16" of "reduce", "sum_forward_bf16", "sum_to_forward_bf16"),
     source!(
         "relative",
         "relative_attention_dkinds_backward_f32",
@@ -127,9 +138,10 @@ pub const SOURCES: &[Source] = &[
         "relative_attention_forward_f32",
     ),
     source!("rows", "count_labels_forward_f32", "gather_forward_f32", "scatter_add_forward_f32",),
+    source!("rows_bf16" of "rows", "gather_forward_bf16", "gather_narrow_forward_bf16", "scatter_add_forward_bf16"),
 ];
 
-/// The file that defines `kernel`.
+/// The unit that defines `kernel`.
 #[must_use]
 pub fn of_kernel(kernel: &str) -> Option<&'static Source> {
     SOURCES.iter().find(|s| s.kernels.contains(&kernel))
@@ -145,12 +157,29 @@ pub fn dynamic_bytes(kernel: &str) -> usize {
 }
 
 impl Source {
+    /// Whether it is the second unit of its file, for tensors of bfloat16.
+    fn is_bf16(&self) -> bool {
+        self.name.strip_suffix("_bf16").is_some_and(|file| self.file.strip_suffix(".cu") == Some(file))
+    }
+
     /// The text to hand to NVRTC. It includes nothing.
     #[must_use]
     pub fn unit(&self) -> String {
-        let shared = self.name.starts_with("attention");
-        let head = if shared { format!("#line 1 \"attention.cuh\"\n{ATTENTION}") } else { String::new() };
-        format!("#line 1 \"common.cuh\"\n{COMMON}{head}#line 1 \"{}.cu\"\n{}", self.name, self.text)
+        let mut unit = String::new();
+        if self.is_bf16() {
+            unit.push_str("#define BF16\n");
+            for kernel in self.kernels {
+                let stem = kernel.strip_suffix("bf16").unwrap_or(kernel);
+                unit.push_str(&format!("#define {stem}f32 {kernel}\n"));
+            }
+        }
+        let attention = self.file.starts_with("attention").then_some(("attention.cuh", ATTENTION));
+        for (name, text) in
+            [Some(("common.cuh", COMMON)), attention, Some((self.file, self.text))].iter().flatten()
+        {
+            unit.push_str(&format!("#line 1 \"{name}\"\n{text}"));
+        }
+        unit
     }
 
     /// A digest of the unit's text in 16 hexadecimal digits: equal exactly when nothing changed, barring a collision that
@@ -186,7 +215,15 @@ mod tests {
             })
             .collect();
         files.sort();
-        assert_eq!(files, SOURCES.iter().map(|s| s.name).collect::<Vec<_>>());
+        let mut embedded: Vec<&str> = SOURCES.iter().filter(|s| !s.is_bf16()).map(|s| s.name).collect();
+        embedded.sort_unstable();
+        assert_eq!(files, embedded);
+        for source in SOURCES.iter().filter(|s| !s.is_bf16()) {
+            let both =
+                source.text.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "real");
+            let other = format!("{}_bf16", source.name);
+            assert_eq!(both, SOURCES.iter().any(|s| s.name == other && s.is_bf16()), "{other}");
+        }
     }
 
     #[test]
@@ -194,7 +231,18 @@ mod tests {
         // Kernels appear by name, or as the first argument of a macro that appends to it.
         for source in SOURCES {
             let mut defined: Vec<String> = Vec::new();
+            // What only one of a file's units has stands between #ifdef or #ifndef and #endif.
+            let mut left_out = false;
             for line in source.text.lines() {
+                match line {
+                    "#ifdef BF16" => left_out = !source.is_bf16(),
+                    "#ifndef BF16" => left_out = source.is_bf16(),
+                    "#endif" => left_out = false,
+                    _ => {}
+                }
+                if left_out {
+                    continue;
+                }
                 if let Some(name) = line.strip_prefix("UNARY(").and_then(|l| l.split(',').next()) {
                     defined.extend([format!("{name}_forward_f32"), format!("{name}_backward_f32")]);
                 } else if let Some(name) = line.strip_prefix("BINARY(").and_then(|l| l.split(',').next()) {
@@ -206,8 +254,11 @@ mod tests {
                     defined.push(name.to_owned());
                 }
             }
+            if source.is_bf16() {
+                defined = defined.iter().map(|name| name.replace("_f32", "_bf16")).collect();
+            }
             defined.sort();
-            assert_eq!(defined, source.kernels, "{}.cu", source.name);
+            assert_eq!(defined, source.kernels, "{}", source.name);
         }
     }
 
@@ -216,9 +267,9 @@ mod tests {
         for source in SOURCES {
             let unit = source.unit();
             assert!(!unit.contains("#include"), "{}", source.name);
-            let own = unit.split_once(&format!("\n#line 1 \"{}.cu\"\n", source.name)).expect("a #line").1;
+            let own = unit.split_once(&format!("\n#line 1 \"{}\"\n", source.file)).expect("a #line").1;
             assert_eq!(own, source.text);
-            let on_disk = std::fs::read_to_string(folder().join(format!("{}.cu", source.name)));
+            let on_disk = std::fs::read_to_string(folder().join(source.file));
             assert_eq!(own, on_disk.expect("the file"));
         }
     }

@@ -87,7 +87,9 @@ impl Target for Cuda {
             Op::RelativeAttentionGrad(spec) => 5 * inputs[8].shape.elements() * spec.heads,
             Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) | Op::LinearTokenLosses { .. } => {
                 let (rows, classes) = (inputs[0].shape.rows(), inputs[1].shape.0[0]);
-                chunk_rows(rows, classes) * classes + rows + element_parts(rows) + classes
+                let dtype = inputs[0].dtype;
+                let logits = chunk_rows(rows, classes) * logits_ld(classes, dtype) * dtype.size() / 4;
+                logits + rows + element_parts(rows) + classes
             }
             Op::GlobalNorm => inputs.iter().map(|t| t.shape.elements().div_ceil(NORM_CHUNK)).sum(),
             _ => 0,
@@ -97,29 +99,37 @@ impl Target for Cuda {
 }
 
 /// The records of a step, or what is missing for it; with `halts`, it sets the word that ends a program, or heeds it.
-pub(crate) fn record(
-    step: &Step,
-    bf16: bool,
-    halts: bool,
-    constants: &mut Vec<u32>,
-) -> Result<Vec<Record>, String> {
+pub(crate) fn record(step: &Step, halts: bool, constants: &mut Vec<u32>) -> Result<Vec<Record>, String> {
     let heeds = matches!(step.op, Op::Copy | Op::Broadcast | Op::Binary(_) | Op::AdamW { .. });
     if halts && !heeds && step.outputs.iter().any(|o| matches!(o.space, Space::State(_))) {
         return Err("it writes a state behind the global norm, whether that is finite or not".to_owned());
     }
-    let mut r = Recorder { step, bf16, halts, constants, records: Vec::new() };
+    let mut r = Recorder { step, halts, constants, records: Vec::new() };
     r.step()?;
     Ok(r.records)
 }
 
 struct Recorder<'a> {
     step: &'a Step,
-    /// Products and attention are to run on tensor cores.
-    bf16: bool,
     /// The step sets, or heeds, the word that ends a program.
     halts: bool,
     constants: &'a mut Vec<u32>,
     records: Vec<Record>,
+}
+
+/// How names of kernels for tensors of a type end. Where only bits are moved, integers are floats.
+fn suffix(dtype: DType) -> &'static str {
+    if dtype == DType::Bf16 { "bf16" } else { "f32" }
+}
+
+/// Elements in 128 bits.
+fn group(dtype: DType) -> usize {
+    16 / dtype.size()
+}
+
+/// Elements from one row of logits to the next: on a boundary of 128 bits each.
+fn logits_ld(classes: usize, dtype: DType) -> usize {
+    classes.next_multiple_of(group(dtype))
 }
 
 /// Contiguous tensors of one shape as one row each.
@@ -127,8 +137,9 @@ fn flat<const N: usize>(x: [Matrix; N]) -> [Matrix; N] {
     if x.iter().all(Matrix::is_contiguous) { x.map(|m| m.part(0, 1, m.elements())) } else { x }
 }
 
-fn groups(rows: usize, cols: usize) -> [usize; 3] {
-    [(rows * cols.div_ceil(4)).div_ceil(256), 1, 1]
+/// The grid of a kernel with a thread for each group of columns of a matrix that it makes.
+fn groups(y: Matrix) -> [usize; 3] {
+    [(y.rows * y.cols.div_ceil(group(y.dtype))).div_ceil(256), 1, 1]
 }
 
 /// The grid of a kernel with a thread for each of `n` things.
@@ -212,13 +223,13 @@ impl Recorder<'_> {
     /// y = x repeated over leading axes.
     fn repeat(&mut self, x: Matrix, y: Matrix) {
         let args = args![x, y, y.rows, y.cols, x.rows, x.cols, x.ld, y.ld, self.halt()];
-        self.launch("broadcast_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+        self.launch(format!("broadcast_forward_{}", suffix(y.dtype)), groups(y), [256, 1, 1], args);
     }
 
     fn fill(&mut self, y: Matrix, value: f32) {
         let [y] = flat([y]);
         let args = vec![y.into(), y.rows.into(), y.cols.into(), y.ld.into(), Arg::F32(value)];
-        self.launch("fill_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+        self.launch(format!("fill_forward_{}", suffix(y.dtype)), groups(y), [256, 1, 1], args);
     }
 
     /// y [M, C] = x [copies · M, C] summed over copies, by way of `parts`.
@@ -231,7 +242,7 @@ impl Recorder<'_> {
         let mut pass = |x: Matrix, to: Matrix, copies: usize, per: usize| {
             let grid = [blocks, copies.div_ceil(per), 1];
             let args = args![x, to, copies, y.rows, y.cols, x.ld, per];
-            self.launch("sum_to_forward_f32", grid, [32, 8, 1], args);
+            self.launch(format!("sum_to_forward_{}", suffix(x.dtype)), grid, [32, 8, 1], args);
         };
         match parts {
             None => pass(x, y, copies, copies.max(1)),
@@ -248,7 +259,8 @@ impl Recorder<'_> {
         let n = x.elements();
         let mut pass = |x: Matrix, to: Matrix, n: usize, per: usize| {
             let args = args![x, to, n, x.cols, x.ld, per];
-            self.launch("sum_forward_f32", [n.div_ceil(per), 1, 1], [256, 1, 1], args);
+            let kernel = format!("sum_forward_{}", suffix(x.dtype));
+            self.launch(kernel, [n.div_ceil(per), 1, 1], [256, 1, 1], args);
         };
         match parts {
             None => pass(x, y, n, n),
@@ -263,6 +275,12 @@ impl Recorder<'_> {
         let step = self.step;
         match &step.op {
             Op::Copy => self.copy(self.x(0), self.y(0)),
+            Op::Cast(to) => {
+                let [x, y] = flat([self.x(0), self.y(0)]);
+                let kernel = if *to == DType::Bf16 { "narrow_forward_bf16" } else { "widen_forward_bf16" };
+                let grid = groups(Matrix { dtype: DType::Bf16, ..y });
+                self.launch(kernel, grid, [256, 1, 1], args![x, y, y.rows, y.cols, x.ld, y.ld]);
+            }
             Op::Fill { value } => {
                 let integer = step.outputs[0].ty.dtype == DType::I32;
                 // The kernel writes 32 bits, whatever they mean.
@@ -272,7 +290,11 @@ impl Recorder<'_> {
             Op::Gather => {
                 let (table, y) = (self.x(0), self.y(0));
                 let args = args![table, self.x(1), y, table.rows, y.rows, y.cols, table.ld, y.ld];
-                self.launch("gather_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+                let kernel = match (table.dtype, y.dtype) {
+                    (DType::F32, DType::Bf16) => "gather_narrow_forward_bf16".to_owned(),
+                    (_, dtype) => format!("gather_forward_{}", suffix(dtype)),
+                };
+                self.launch(kernel, groups(y), [256, 1, 1], args);
             }
             Op::ScatterAdd { rows } => self.scatter_add(*rows),
             Op::Unary(Unary::Scale(s)) => self.scale(*s, self.x(0)),
@@ -280,19 +302,20 @@ impl Recorder<'_> {
             Op::Unary(f) => {
                 let [x, y] = flat([self.x(0), self.y(0)]);
                 let args = args![x, y, y.rows, y.cols, x.ld, y.ld];
-                self.launch(format!("{}_forward_f32", f.name()), groups(y.rows, y.cols), [256, 1, 1], args);
+                let kernel = format!("{}_forward_{}", f.name(), suffix(y.dtype));
+                self.launch(kernel, groups(y), [256, 1, 1], args);
             }
             Op::UnaryGrad(f) => {
                 let [x, dy, dx] = flat([self.x(0), self.x(1), self.y(0)]);
                 let args = args![x, dy, dx, dx.rows, dx.cols, x.ld, dy.ld, dx.ld];
-                let name = format!("{}_backward_f32", f.name());
-                self.launch(name, groups(dx.rows, dx.cols), [256, 1, 1], args);
+                let kernel = format!("{}_backward_{}", f.name(), suffix(dx.dtype));
+                self.launch(kernel, groups(dx), [256, 1, 1], args);
             }
             Op::Gated(f) => {
                 let [gate, up, y] = flat([self.x(0), self.x(1), self.y(0)]);
                 let mut args = args![gate, up, y, y.rows, y.cols, gate.ld, up.ld, y.ld];
                 args.push(function(Some(*f))?);
-                self.launch("gated_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+                self.launch(format!("gated_forward_{}", suffix(y.dtype)), groups(y), [256, 1, 1], args);
             }
             Op::GatedGrad(f) => {
                 let [dy, gate, up, dgate, dup] =
@@ -300,7 +323,7 @@ impl Recorder<'_> {
                 let mut args = args![dy, gate, up, dgate, dup, dy.rows, dy.cols];
                 args.extend(args![dy.ld, gate.ld, up.ld, dgate.ld, dup.ld]);
                 args.push(function(Some(*f))?);
-                self.launch("gated_backward_f32", groups(dy.rows, dy.cols), [256, 1, 1], args);
+                self.launch(format!("gated_backward_{}", suffix(dy.dtype)), groups(dy), [256, 1, 1], args);
             }
             Op::Binary(f) => self.binary(*f, self.x(0), self.x(1), self.y(0)),
             Op::SumTo => self.sum_to()?,
@@ -309,7 +332,7 @@ impl Recorder<'_> {
                 let [x, y] = flat([self.x(0), self.y(0)]);
                 let mut args = args![x, self.x(1), y, y.rows, y.cols, x.ld, y.ld];
                 args.extend(keep(Some(spec)));
-                self.launch("dropout_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+                self.launch(format!("dropout_forward_{}", suffix(y.dtype)), groups(y), [256, 1, 1], args);
             }
             Op::MatMul { ta, tb, epilogue } => self.matmul(*ta, *tb, epilogue)?,
             Op::LayerNorm { eps, center } => {
@@ -318,7 +341,8 @@ impl Recorder<'_> {
                 let (mean, rstd) = (self.y(1), self.y(2));
                 let args =
                     args![x, self.x(1), bias, y, mean, rstd, y.rows, y.cols, x.ld, y.ld, *eps, *center];
-                self.launch("layer_norm_forward_f32", [y.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
+                let kernel = format!("layer_norm_forward_{}", suffix(y.dtype));
+                self.launch(kernel, [y.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
             }
             Op::LayerNormGrad { center } => self.layer_norm_grad(*center)?,
             Op::Iota { start, step } => {
@@ -332,7 +356,8 @@ impl Recorder<'_> {
                 let (width, half) = (x.cols / heads, table.cols / 2);
                 let sign = if *inverse { -1.0 } else { 1.0 };
                 let args = args![x, table, y, x.rows, *heads, width, half, x.ld, table.ld, y.ld, sign];
-                self.launch("rope_forward_f32", threads(x.rows * heads * (width - half)), [256, 1, 1], args);
+                let kernel = format!("rope_forward_{}", suffix(y.dtype));
+                self.launch(kernel, threads(x.rows * heads * (width - half)), [256, 1, 1], args);
             }
             Op::AlibiBias { slopes, scale, round, .. } => {
                 let (positions, bias) = (self.x(0), self.y(0));
@@ -369,7 +394,7 @@ impl Recorder<'_> {
                     args![p, g, m, v, self.x(4), self.x(5), self.x(6), self.y(0), self.y(1), self.y(2)];
                 args.extend(args![p.rows, p.cols, g.ld, *beta1, *beta2, 1.0 - beta1, 1.0 - beta2]);
                 args.extend(args![beta1.ln(), beta2.ln(), *eps, *weight_decay, self.halt()]);
-                self.launch("adamw_forward_f32", groups(p.rows, p.cols), [256, 1, 1], args);
+                self.launch("adamw_forward_f32", groups(p), [256, 1, 1], args);
             }
             _ => return Err("it has no kernel".to_owned()),
         }
@@ -396,13 +421,14 @@ impl Recorder<'_> {
     fn scale(&mut self, s: f64, x: Matrix) {
         let [x, y] = flat([x, self.y(0)]);
         let args = args![x, y, y.rows, y.cols, x.ld, y.ld, s];
-        self.launch("scale_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+        self.launch(format!("scale_forward_{}", suffix(y.dtype)), groups(y), [256, 1, 1], args);
     }
 
     fn binary(&mut self, f: Binary, a: Matrix, b: Matrix, y: Matrix) {
         let [a, b, y] = if b.elements() == a.elements() { flat([a, b, y]) } else { [a, b, y] };
         let args = args![a, b, y, y.rows, y.cols, b.rows, b.cols, a.ld, b.ld, y.ld, self.halt()];
-        self.launch(format!("{}_forward_f32", f.name()), groups(y.rows, y.cols), [256, 1, 1], args);
+        let kernel = format!("{}_forward_{}", f.name(), suffix(y.dtype));
+        self.launch(kernel, groups(y), [256, 1, 1], args);
     }
 
     fn scatter_add(&mut self, table_rows: usize) {
@@ -416,8 +442,8 @@ impl Recorder<'_> {
             self.fill(y, 0.0);
         }
         let args = args![source, self.x(1), y, table_rows, source.rows, source.cols, source.ld, y.ld];
-        let grid = [source.rows.div_ceil(4), source.cols.div_ceil(128), 1];
-        self.launch("scatter_add_forward_f32", grid, [128, 1, 1], args);
+        let grid = [source.rows.div_ceil(4), source.cols.div_ceil(32 * group(source.dtype)), 1];
+        self.launch(format!("scatter_add_forward_{}", suffix(source.dtype)), grid, [128, 1, 1], args);
     }
 
     fn sum_to(&mut self) -> Result<(), String> {
@@ -445,29 +471,11 @@ impl Recorder<'_> {
         // A transposed factor's rows are the inner dimension, all leading axes together.
         let bias = bias.map(|b| b.place);
         if e.act.is_none() && e.act_grad.is_none() {
-            self.records.push(Record::Product(Product {
-                a,
-                ta,
-                b,
-                tb,
-                c: residual,
-                bias,
-                y,
-                bf16: self.bf16,
-            }));
+            self.records.push(Record::Product(Product { a, ta, b, tb, c: residual, bias, y }));
             return Ok(());
         }
         let product = if e.keep_pre { self.y(1) } else { y };
-        self.records.push(Record::Product(Product {
-            a,
-            ta,
-            b,
-            tb,
-            c: None,
-            bias,
-            y: product,
-            bf16: self.bf16,
-        }));
+        self.records.push(Record::Product(Product { a, ta, b, tb, c: None, bias, y: product }));
         let none = Arg::Pointer(None);
         let ld = |m: Option<Matrix>| Arg::from(m.map_or(0, |m| m.ld));
         let mut args = args![product, none, x, residual, y, none, y.rows, y.cols, product.ld];
@@ -479,7 +487,7 @@ impl Recorder<'_> {
             function(e.act)?,
             function(e.act_grad)?,
         ]);
-        self.launch("epilogue_forward_f32", groups(y.rows, y.cols), [256, 1, 1], args);
+        self.launch(format!("epilogue_forward_{}", suffix(y.dtype)), groups(y), [256, 1, 1], args);
         Ok(())
     }
 
@@ -492,13 +500,14 @@ impl Recorder<'_> {
         let parts = self.scratch(0, 2 * chunks, x.cols)?;
         let args = args![dy, x, mean, rstd, parts, x.rows, x.cols, dy.ld, x.ld, per];
         let grid = [x.cols.div_ceil(32), chunks, 1];
-        self.launch("layer_norm_weight_backward_f32", grid, [32, 8, 1], args);
+        let kernel = |way: &str| format!("layer_norm_{way}_{}", suffix(x.dtype));
+        self.launch(kernel("weight_backward"), grid, [32, 8, 1], args);
         for i in 0..2 {
             self.sum_rows(parts.rows(i * chunks, chunks), self.y(1 + i).part(0, 1, x.cols), None)?;
         }
         let mut args = args![dy, x, weight, mean, rstd, residual, dx, x.rows, x.cols, dy.ld, x.ld];
         args.extend(args![residual.map_or(0, |r| r.ld), dx.ld, center]);
-        self.launch("layer_norm_backward_f32", [x.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
+        self.launch(kernel("backward"), [x.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
         Ok(())
     }
 
@@ -513,7 +522,10 @@ impl Recorder<'_> {
         let (rows, classes) = (x.rows, weight.rows);
         let labels = labels.part(0, rows, 1);
         let chunk = chunk_rows(rows, classes);
-        let mut at = chunk * classes;
+        let ld = logits_ld(classes, x.dtype);
+        let kernel = |way: &str| format!("cross_entropy_{way}_{}", suffix(x.dtype));
+        let mut at = chunk * ld * x.dtype.size() / 4;
+        let all = Matrix { cols: classes, ld, dtype: x.dtype, ..self.scratch(0, 1, at)? };
         let summed = self.step.outputs[0].ty.shape.rank() == 0;
         let losses = if summed { self.scratch(at, rows, 1)? } else { self.y(0).part(0, rows, 1) };
         at += rows;
@@ -523,33 +535,24 @@ impl Recorder<'_> {
         let bias_part = self.scratch(at, 1, classes)?;
         for from in (0..rows).step_by(chunk) {
             let n = chunk.min(rows - from);
-            let (xs, logits) = (x.rows(from, n), self.scratch(0, n, classes)?);
+            let (xs, logits) = (x.rows(from, n), Matrix { rows: n, ..all });
             let (labels, losses) = (labels.rows(from, n), losses.rows(from, n));
-            let product = Product {
-                a: xs,
-                ta: false,
-                b: weight,
-                tb: true,
-                c: None,
-                bias: None,
-                y: logits,
-                bf16: self.bf16,
-            };
+            let product = Product { a: xs, ta: false, b: weight, tb: true, c: None, bias: None, y: logits };
             self.records.push(Record::Product(product));
             if !gradients {
-                let args = [args![logits, bias, labels, losses, classes, classes], tail.clone()].concat();
-                self.launch("cross_entropy_forward_f32", [n, 1, 1], [256, 1, 1], args);
+                let args = [args![logits, bias, labels, losses, classes, ld], tail.clone()].concat();
+                self.launch(kernel("forward"), [n, 1, 1], [256, 1, 1], args);
                 continue;
             }
             let dloss = self.x(3 + usize::from(with_bias));
-            let args = [args![logits, bias, labels, dloss, losses, classes, classes], tail.clone()].concat();
-            self.launch("cross_entropy_backward_f32", [n, 1, 1], [256, 1, 1], args);
+            let args = [args![logits, bias, labels, dloss, losses, classes, ld], tail.clone()].concat();
+            self.launch(kernel("backward"), [n, 1, 1], [256, 1, 1], args);
             let (dx, dw) = (self.y(1).rows(from, n), self.y(2));
             let onto = (from > 0).then_some(dw);
             let a = logits;
             let products = [
-                Product { a, ta: false, b: weight, tb: false, c: None, bias: None, y: dx, bf16: self.bf16 },
-                Product { a, ta: true, b: xs, tb: false, c: onto, bias: None, y: dw, bf16: self.bf16 },
+                Product { a, ta: false, b: weight, tb: false, c: None, bias: None, y: dx },
+                Product { a, ta: true, b: xs, tb: false, c: onto, bias: None, y: dw },
             ];
             self.records.extend(products.map(Record::Product));
             if with_bias {

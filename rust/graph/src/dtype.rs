@@ -32,6 +32,12 @@ impl DType {
         }
     }
 
+    /// The type that sums and statistics of it have: f32 for bf16, its own otherwise.
+    #[must_use]
+    pub fn sums(self) -> Self {
+        if self == Self::Bf16 { Self::F32 } else { self }
+    }
+
     /// Whether it is a floating-point type.
     #[must_use]
     pub fn is_float(self) -> bool {

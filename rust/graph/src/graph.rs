@@ -139,6 +139,14 @@ impl Graph {
         Ok(self.push(op, inputs, Some(&ty))?[0])
     }
 
+    /// As [`Graph::add_as`], with all results; `ty` is the first one's.
+    ///
+    /// # Errors
+    /// As [`Graph::add_as`].
+    pub(crate) fn add_all_as(&mut self, op: Op, inputs: &[ValueId], ty: &TensorType) -> Result<Vec<ValueId>> {
+        self.push(op, inputs, Some(ty))
+    }
+
     /// Declares an input.
     ///
     /// # Errors

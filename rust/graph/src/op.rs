@@ -211,6 +211,9 @@ impl AttentionSpec {
 }
 
 /// An operation. Shapes use the crate's dimension letters; `..` stands for any leading axes.
+///
+/// Floats of an operation are of one type. Where that is bf16, these are f32 all the same: statistics, sums and losses;
+/// weights and biases of norms; biases of losses; gradients of all of those and of tables; key biases, tables of angles.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Op {
@@ -254,7 +257,7 @@ pub enum Op {
     Cast(DType),
 
     // ---- Rows by index -----------------------------------------------------------------------------------------
-    /// `table [R, C], index i32[..] → [.., C]`.
+    /// `table [R, C], index i32[..] → [.., C]`; rows of an f32 table may be declared as bf16.
     Gather,
     /// `source [.., C], index i32[..], (base [R, C]) → [R, C]`: base (or zero) plus each source row at its index, in
     /// the order of the rows.
@@ -282,7 +285,8 @@ pub enum Op {
     Dropout(DropoutSpec),
 
     // ---- Transformer parts -------------------------------------------------------------------------------------
-    /// `a [.., K], b [K, N] → [.., N]`; with `tb`, b is `[N, K]`; with `ta`, a is `[.., M]` and b `[.., N]`, both seen as
+    /// `a [.., K], b [K, N] → [.., N]`, of factors in bf16 in that type or, where declared so, with its operands in f32;
+    /// with `tb`, b is `[N, K]`; with `ta`, a is `[.., M]` and b `[.., N]`, both seen as
     /// rows: `[M, N]`. Then the epilogue's operands in its order: bias, x, residual.
     #[serde(rename = "matmul")]
     MatMul {
@@ -498,7 +502,8 @@ impl Op {
 
     /// The types of the results, or why the operands do not fit.
     ///
-    /// `Input`, `State`, `Fill`, `Reshape`, `SumTo` and `Broadcast` are given their result type: `declared`.
+    /// `Input`, `State`, `Fill`, `Reshape`, `SumTo` and `Broadcast` are given their result type: `declared`; `Gather` and
+    /// `MatMul` may be, where they have a choice.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::DType`], naming the operation and all operand types.
@@ -559,6 +564,13 @@ impl Check<'_> {
         }
         floats.iter().try_for_each(|&i| self.dtype(i, dtype))?;
         ints.iter().try_for_each(|&i| self.dtype(i, DType::I32))?;
+        Ok(dtype)
+    }
+
+    /// Operands `narrow` share one floating-point type, those of `wide` are of the type of its sums, `ints` of i32.
+    fn mixed(&self, narrow: &[usize], wide: &[usize], ints: &[usize]) -> Result<DType> {
+        let dtype = self.dtypes(narrow, ints)?;
+        wide.iter().filter(|&&i| i < self.operands.len()).try_for_each(|&i| self.dtype(i, dtype.sums()))?;
         Ok(dtype)
     }
 
@@ -636,12 +648,15 @@ impl Check<'_> {
                 self.require(self.shape(0).rank() == 2, "table [R, C], index i32[..]")?;
                 let mut dims = self.shape(1).0.clone();
                 dims.push(self.shape(0).cols());
-                Ok(vec![TensorType::new(self.operands[0].dtype, Shape(dims))])
+                let dtype = match (self.operands[0].dtype, declared().map(|t| t.dtype)) {
+                    (DType::F32, Ok(DType::Bf16)) => DType::Bf16,
+                    (dtype, _) => dtype,
+                };
+                Ok(vec![TensorType::new(dtype, Shape(dims))])
             }
             Op::ScatterAdd { rows } => {
                 self.count(2, 3)?;
-                let floats: &[usize] = if self.operands.len() == 3 { &[0, 2] } else { &[0] };
-                let dtype = self.dtypes(floats, &[1])?;
+                let dtype = self.mixed(&[0], &[2], &[1])?.sums();
                 let to = [*rows, self.shape(0).cols()];
                 let fits = self.shape(0).rank() > 0
                     && self.shape(0).leading() == self.shape(1).0
@@ -684,12 +699,13 @@ impl Check<'_> {
                 self.count(1, 1)?;
                 self.dtypes(&[0], &[])?;
                 let to = declared()?;
-                let (small, large) = if *self.op == Op::SumTo {
-                    (&to.shape, self.shape(0))
+                let from = self.operands[0].dtype;
+                let (small, large, dtype) = if *self.op == Op::SumTo {
+                    (&to.shape, self.shape(0), from.sums())
                 } else {
-                    (self.shape(0), &to.shape)
+                    (self.shape(0), &to.shape, from)
                 };
-                let fits = small.is_suffix_of(large) && to.dtype == self.operands[0].dtype;
+                let fits = small.is_suffix_of(large) && to.dtype == dtype;
                 self.require(fits, &format!("a shape that shares its last axes with {to}"))?;
                 Ok(vec![to])
             }
@@ -700,10 +716,10 @@ impl Check<'_> {
                 self.probability(spec)?;
                 Ok(vec![like(0)])
             }
-            Op::MatMul { ta, tb, epilogue } => self.matmul(*ta, *tb, epilogue),
+            Op::MatMul { ta, tb, epilogue } => self.matmul(*ta, *tb, epilogue, declared().ok().as_ref()),
             Op::LayerNorm { .. } => {
                 self.count(2, 3)?;
-                let dtype = self.dtypes(&all, &[])?;
+                let dtype = self.mixed(&[0], &all[1..], &[])?.sums();
                 let c = [self.shape(0).cols()];
                 let fits = self.shape(0).rank() > 0 && (1..all.len()).all(|i| is(i, &c));
                 self.require(fits, "x [.., C], weight [C], bias [C]")?;
@@ -712,7 +728,8 @@ impl Check<'_> {
             }
             Op::LayerNormGrad { .. } => {
                 self.count(5, 6)?;
-                let dtype = self.dtypes(&all, &[])?;
+                let narrow: &[usize] = if all.len() == 6 { &[0, 1, 5] } else { &[0, 1] };
+                let dtype = self.mixed(narrow, &[2, 3, 4], &[])?.sums();
                 let c = [self.shape(1).cols()];
                 let fits = self.shape(0) == self.shape(1)
                     && is(2, &c)
@@ -736,7 +753,7 @@ impl Check<'_> {
             }
             Op::Rope { heads, .. } => {
                 self.count(2, 2)?;
-                self.dtypes(&[0, 1], &[])?;
+                self.mixed(&[0], &[1], &[])?;
                 let (x, table) = (self.shape(0), self.shape(1));
                 let fits = x.rank() > 0
                     && table.rank() > 0
@@ -758,12 +775,12 @@ impl Check<'_> {
             }
             Op::Attention(spec) => {
                 let [b, t] = self.attention(spec, 0, 3)?;
-                let dtype = self.operands[0].dtype;
+                let dtype = self.operands[0].dtype.sums();
                 Ok(vec![like(0), TensorType::new(dtype, [b, spec.heads, t])])
             }
             Op::AttentionGrad(spec) => {
                 let [b, t] = self.attention(spec, 1, 6)?;
-                self.dtypes(&[0, 1, 4, 5], &[])?;
+                self.mixed(&[0, 1, 4], &[5], &[])?;
                 let fits = self.shape(0) == self.shape(1)
                     && self.shape(4) == self.shape(1)
                     && is(5, &[b, spec.heads, t]);
@@ -783,21 +800,22 @@ impl Check<'_> {
             Op::LinearCrossEntropy(spec) => {
                 self.loss_spec(spec)?;
                 self.cross_entropy(spec.bias, 0)?;
-                Ok(vec![TensorType::new(self.operands[0].dtype, Shape::scalar())])
+                Ok(vec![TensorType::new(self.operands[0].dtype.sums(), Shape::scalar())])
             }
             Op::LinearTokenLosses { bias } => {
                 self.cross_entropy(*bias, 0)?;
                 let rows = self.shape(2 + usize::from(*bias)).clone();
-                Ok(vec![TensorType::new(self.operands[0].dtype, rows)])
+                Ok(vec![TensorType::new(self.operands[0].dtype.sums(), rows)])
             }
             Op::LinearCrossEntropyGrad(spec) => {
                 self.loss_spec(spec)?;
                 self.cross_entropy(spec.bias, 1)?;
-                let dtype = self.operands[0].dtype;
+                let dtype = self.operands[0].dtype.sums();
                 let last = self.operands.len() - 1;
                 self.dtype(last, dtype)?;
                 self.require(is(last, &[]), "dloss []")?;
-                let mut types = vec![TensorType::new(dtype, Shape::scalar()), like(0), like(1)];
+                let dweight = TensorType::new(dtype, self.shape(1).clone());
+                let mut types = vec![TensorType::new(dtype, Shape::scalar()), like(0), dweight];
                 if spec.bias {
                     types.push(like(2));
                 }
@@ -878,11 +896,20 @@ impl Check<'_> {
         })
     }
 
-    fn matmul(&self, ta: bool, tb: bool, e: &Epilogue) -> Result<Vec<TensorType>> {
+    fn matmul(
+        &self,
+        ta: bool,
+        tb: bool,
+        e: &Epilogue,
+        declared: Option<&TensorType>,
+    ) -> Result<Vec<TensorType>> {
         let extra = [e.bias, e.act_grad.is_some(), e.residual].iter().filter(|&&x| x).count();
         self.count(2 + extra, 2 + extra)?;
-        let all: Vec<usize> = (0..self.operands.len()).collect();
-        let dtype = self.dtypes(&all, &[])?;
+        let dtype = match (self.dtypes(&[0, 1], &[])?, declared.map(|t| t.dtype)) {
+            (DType::Bf16, Some(DType::F32)) => DType::F32,
+            (dtype, _) => dtype,
+        };
+        (2..self.operands.len()).try_for_each(|i| self.dtype(i, dtype))?;
         let (a, b) = (self.shape(0), self.shape(1));
         self.require(a.rank() > 0 && b.rank() > 0, "matrices")?;
         let shape = match (ta, tb) {
@@ -944,7 +971,7 @@ impl Check<'_> {
             self.require(self.shape(i).0 == [b, t], "segments i32[B, T]")?;
         }
         if let Some(i) = extras.key_bias {
-            self.dtype(i, self.operands[at].dtype)?;
+            self.dtype(i, self.operands[at].dtype.sums())?;
             self.require(self.shape(i).0 == [b, spec.heads, t], "key_bias [B, H, T]")?;
         }
         if let Some(i) = extras.prefix {
@@ -1011,8 +1038,8 @@ impl Check<'_> {
     fn cross_entropy(&self, bias: bool, extra: usize) -> Result<()> {
         let n = 3 + usize::from(bias);
         self.count(n + extra, n + extra)?;
-        let floats: &[usize] = if bias { &[0, 1, 2] } else { &[0, 1] };
-        self.dtypes(floats, &[n - 1])?;
+        let wide: &[usize] = if bias { &[2] } else { &[] };
+        self.mixed(&[0, 1], wide, &[n - 1])?;
         let (x, w, labels) = (self.shape(0), self.shape(1), self.shape(n - 1));
         let fits = x.rank() > 0
             && w.rank() == 2

@@ -176,3 +176,74 @@ fn wrong_operands_are_refused_with_their_types() {
     assert!(g.input("a", f32(&[1])).unwrap_err().to_string().contains("two inputs or states called \"a\""));
     assert_eq!(g.nodes().len(), 4, "a refused operation leaves nothing behind");
 }
+
+#[test]
+fn a_training_step_in_bfloat16_keeps_its_sums_and_masters_in_float32() {
+    let g = passes::narrow(&passes::optimise(&training_graph()).unwrap()).unwrap();
+    verify(&g).unwrap();
+    let expected = r#"%0 = input{"x"} : f32[6,4]
+%1 = input{"labels"} : i32[6]
+%2 = state{"w"} : f32[8,4]
+%3 = state{"b"} : f32[8]
+%4 = state{"v"} : f32[4,8]
+%5 = cast %0 : bf16[6,4]  # mlp
+%6 = cast %2 : bf16[8,4]  # mlp
+%7 = cast %3 : bf16[8]  # mlp
+%8, %9 = matmul{tb, bias, gelu+pre} %5, %6, %7 : bf16[6,8], bf16[6,8]  # mlp
+%10 = cast %4 : bf16[4,8]  # mlp
+%11 = matmul{tb, residual} %8, %10, %5 : bf16[6,4]  # mlp
+%12 = fill{0.25} : f32[]  # head
+%13, %14, %15 = linear_cross_entropy_grad %11, %6, %1, %12 : f32[], bf16[6,4], f32[8,4]  # head
+%16 = scale{0.25} %13 : f32[]  # head
+%17 = matmul{ta} %14, %8 : f32[4,8]  # mlp
+%18 = matmul{gelu'} %14, %10, %9 : bf16[6,8]  # mlp
+%19 = sum_to %18 : f32[8]  # mlp
+%20 = matmul{ta, residual} %18, %5, %15 : f32[8,4]  # mlp
+%21 = scale{-0.1} %20 : f32[8,4]
+%22 = add %2, %21 : f32[8,4]
+%23 = scale{-0.1} %19 : f32[8]
+%24 = add %3, %23 : f32[8]
+%25 = scale{-0.1} %17 : f32[4,8]
+%26 = add %4, %25 : f32[4,8]
+output "loss" = %16
+update "w" <- %22
+update "b" <- %24
+update "v" <- %26
+"#;
+    assert_eq!(g.to_string(), expected);
+    assert!(plan(&g).arena_bytes < plan(&training_graph()).arena_bytes);
+}
+
+#[test]
+fn a_weight_that_is_only_read_is_a_state_in_bfloat16() {
+    let mut g = Graph::new();
+    let ids = g.input("ids", TensorType::new(DType::I32, [2])).unwrap();
+    let table = g.state("table", f32(&[5, 4])).unwrap();
+    let (w, norm) = (g.state("w", f32(&[3, 4])).unwrap(), g.state("norm", f32(&[4])).unwrap());
+    let x = g.add1(Op::Gather, &[table, ids]).unwrap();
+    let y = g.add(Op::LayerNorm { eps: 1e-5, center: false }, &[x, norm]).unwrap()[0];
+    let logits = g.add1(matmul(true), &[y, w]).unwrap();
+    let more = g.add1(matmul(true), &[y, table]).unwrap();
+    let rest = g.add1(Op::Unary(Unary::Tanh), &[more]).unwrap();
+    for (name, v) in [("y", y), ("logits", logits), ("rest", rest)] {
+        g.output(name, v).unwrap();
+    }
+    let g = passes::narrow(&g).unwrap();
+    verify(&g).unwrap();
+    let expected = r#"%0 = input{"ids"} : i32[2]
+%1 = state{"table"} : bf16[5,4]
+%2 = state{"w"} : bf16[3,4]
+%3 = state{"norm"} : f32[4]
+%4 = gather %1, %0 : bf16[2,4]
+%5, %6, %7 = rms_norm{eps=1e-5} %4, %3 : bf16[2,4], f32[2], f32[2]
+%8 = cast %5 : f32[2,4]
+%9 = matmul{tb} %5, %2 : f32[2,3]
+%10 = matmul{tb} %5, %1 : bf16[2,5]
+%11 = cast %10 : f32[2,5]
+%12 = tanh %11 : f32[2,5]
+output "y" = %8
+output "logits" = %9
+output "rest" = %12
+"#;
+    assert_eq!(g.to_string(), expected);
+}

@@ -12,13 +12,12 @@ impl From<pyrformer_cuda::Error> for Failure {
     }
 }
 
-/// The launch records of a plan that was lowered for "cuda", as JSON; with `bf16`, products and attention on tensor cores.
+/// The launch records of a plan that was lowered for "cuda", as JSON.
 #[pyfunction]
-#[pyo3(signature = (plan, bf16=false))]
-pub(crate) fn cuda_program(py: Python<'_>, plan: &Plan, bf16: bool) -> PyResult<String> {
+pub(crate) fn cuda_program(py: Python<'_>, plan: &Plan) -> PyResult<String> {
     let plan = plan.shared();
     enter(py, move || {
-        pyrformer_cuda::launch::program(&plan, bf16)?.to_json().map_err(|e| Failure::new("InternalError", e))
+        pyrformer_cuda::launch::program(&plan)?.to_json().map_err(|e| Failure::new("InternalError", e))
     })
 }
 

@@ -154,6 +154,17 @@ impl Graph {
         Ok(Self { inner: Mutex::new(graph) })
     }
 
+    /// The graph with bfloat16 in memory where that may be: see the pass.
+    fn narrow(&self, py: Python<'_>) -> PyResult<Self> {
+        let graph = self.lock().clone();
+        let graph = enter(py, move || {
+            let graph = passes::narrow(&graph)?;
+            verify(&graph)?;
+            Ok::<_, pyrformer_graph::Error>(graph)
+        })?;
+        Ok(Self { inner: Mutex::new(graph) })
+    }
+
     /// The plan of this graph, as it is, for an executor: "cpu" or "cuda".
     #[pyo3(signature = (target="cpu"))]
     fn lower(&self, py: Python<'_>, target: &str) -> PyResult<Plan> {

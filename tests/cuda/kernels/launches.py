@@ -64,8 +64,9 @@ class Matrix:
         return self.rows[0]
 
 
-def blank(device: Device, shape: tuple[int, ...], layout: Layout = PLAIN, dtype: Any = f32) -> Matrix:
-    """Unwritten rows; the gaps between them do not exist as memory."""
+def blank(device: Device, shape: tuple[int, ...], layout: Layout = PLAIN, dtype: Any = None) -> Matrix:
+    """Unwritten rows; the gaps between them do not exist as memory. By default of what the device stores tensors in."""
+    dtype = dtype or getattr(device, "real", f32)
     rows, cols = int(np.prod(shape[:-1])), shape[-1]
     buffers = device.strided(rows, cols, cols + layout.gap, dtype, layout.skew)
     return Matrix(buffers, cols + layout.gap, shape)
@@ -82,10 +83,10 @@ def from_bf16(x: Array) -> Array:
     return (x.astype(u32) << u32(16)).view(f32)
 
 
-def upload(device: Device, x: Array, layout: Layout = PLAIN, dtype: Any = f32) -> Matrix:
-    """A copy of x [.., C]."""
+def upload(device: Device, x: Array, layout: Layout = PLAIN, dtype: Any = None) -> Matrix:
+    """A copy of x [.., C]; its type as of :func:`blank`."""
     matrix = blank(device, x.shape, layout, dtype)
-    x = to_bf16(x) if dtype == BF16 else np.asarray(x, dtype)
+    x = to_bf16(x) if dtype == BF16 else np.asarray(x, dtype or f32)
     for buffer, row in zip(matrix.rows, x.reshape(-1, x.shape[-1]), strict=True):
         device.write(buffer, row)
     return matrix
@@ -172,6 +173,24 @@ def scale(device: Device, x: Array, s: float, layout: Layout = PLAIN) -> Array:
     return download(device, y)
 
 
+def _cast(device: Device, kernel: str, x: Array, layout: Layout, types: tuple[Any, Any]) -> Array:
+    xs, y = upload(device, x, layout, types[0]), blank(device, x.shape, layout, types[1])
+    sizes = (i32(x.shape[0]), i32(x.shape[1]), ld(xs), ld(y))
+    grid = ceil_div(x.shape[0] * ceil_div(x.shape[1], 8), 256)
+    device.launch(kernel, grid, 256, xs.at, y.at, *sizes)
+    return download(device, y)
+
+
+def narrow(device: Device, x: Array, layout: Layout = PLAIN) -> Array:
+    """x in bfloat16."""
+    return _cast(device, "narrow_forward_bf16", x, layout, (f32, None))
+
+
+def widen(device: Device, x: Array, layout: Layout = PLAIN) -> Array:
+    """x, of bfloat16, in float32."""
+    return _cast(device, "widen_forward_bf16", x, layout, (None, f32))
+
+
 def fill(device: Device, shape: tuple[int, int], value: float, layout: Layout = PLAIN) -> Array:
     """`value` everywhere."""
     y = blank(device, shape, layout)
@@ -194,7 +213,7 @@ def binary(
 
 
 def broadcast(
-    device: Device, x: Array, shape: tuple[int, int], layout: Layout = PLAIN, dtype: Any = f32,
+    device: Device, x: Array, shape: tuple[int, int], layout: Layout = PLAIN, dtype: Any = None,
     halt: Buffer | None = None,
 ) -> Array:  # fmt: skip
     """x [M, C] or [1, 1] repeated to `shape`."""
@@ -314,9 +333,22 @@ def gather(device: Device, table: Array, index: Array, layout: Layout = PLAIN) -
     return download(device, y)
 
 
+def gather_narrow(device: Device, table: Array, index: Array, layout: Layout = PLAIN) -> Array:
+    """table[index], of float32, in bfloat16."""
+    t, n, y = (
+        upload(device, table, layout, f32),
+        device.array(index, i32),
+        blank(device, (len(index), table.shape[1]), layout),
+    )
+    sizes = (i32(table.shape[0]), i32(len(index)), i32(table.shape[1]), ld(t), ld(y))
+    grid = groups(len(index), table.shape[1])
+    device.launch("gather_narrow_forward_bf16", grid, 256, t.at, n, y.at, *sizes)
+    return download(device, y)
+
+
 def scatter_add(device: Device, source: Array, index: Array, base: Array, layout: Layout = PLAIN) -> Array:
     """base with each source row added at its index."""
-    s, n, y = upload(device, source, layout), device.array(index, i32), upload(device, base, layout)
+    s, n, y = upload(device, source, layout), device.array(index, i32), upload(device, base, layout, f32)
     rows, cols = source.shape
     sizes = (i32(base.shape[0]), i32(rows), i32(cols), ld(s), ld(y))
     device.launch(
@@ -455,7 +487,7 @@ def rope(
     in_place: bool = False,
 ) -> Array:  # fmt: skip
     """x [N, H · D] with the pairs of each head turned."""
-    xs, t = upload(device, x, layout), upload(device, table, layout)
+    xs, t = upload(device, x, layout), upload(device, table, layout, f32)
     y = xs if in_place else blank(device, x.shape, layout)
     width, half = x.shape[1] // heads, table.shape[1] // 2
     sizes = (*map(i32, (x.shape[0], heads, width, half)), ld(xs), ld(t), ld(y), f32(-1 if inverse else 1))

@@ -25,14 +25,26 @@ CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space
 
 
 def unit(name: str) -> str:
-    """The translation unit of `cuda/<name>.cu`, as rust/cuda/src/sources.rs assembles it."""
+    """A translation unit as rust/cuda/src/sources.rs assembles it: of `cuda/<name>.cu`, or with _bf16 behind the name,
+    of that file for tensors of bfloat16."""
+    file, head = name, ""
+    if not (KERNELS / f"{name}.cu").exists():
+        file = name.removesuffix("_bf16")
+        text = (KERNELS / f"{file}.cu").read_text()
+        kernels = set(re.findall(r"^(\w+_f32)\(", text, re.MULTILINE))
+        for made in re.findall(r"^(?:UNARY|BINARY)\((\w+),", text, re.MULTILINE):
+            kernels |= {f"{made}_forward_f32", f"{made}_backward_f32"}
+        head = "#define BF16\n" + "".join(f"#define {k} {k[:-3]}bf16\n" for k in sorted(kernels))
     heads = ["common.cuh", *(["attention.cuh"] if name.startswith("attention") else [])]
-    return "".join(f'#line 1 "{file}"\n{(KERNELS / file).read_text()}' for file in (*heads, f"{name}.cu"))
+    texts = (f'#line 1 "{file}"\n{(KERNELS / file).read_text()}' for file in (*heads, f"{file}.cu"))
+    return head + "".join(texts)
 
 
 def files() -> list[str]:
-    """The names of all kernel files."""
-    return sorted(path.stem for path in KERNELS.glob("*.cu"))
+    """The names of all translation units."""
+    names = [path.stem for path in KERNELS.glob("*.cu")]
+    both = [name for name in names if re.search(r"\breal\b", (KERNELS / f"{name}.cu").read_text())]
+    return sorted([*names, *(f"{name}_bf16" for name in both)])
 
 
 @functools.cache
@@ -95,6 +107,6 @@ def ptx(source: str, name: str, arch: int) -> str:
 
 
 def cubin(name: str, arch: int) -> str:
-    """Compiles `cuda/<name>.cu` for sm_<arch>; gives ptxas's report on each kernel."""
+    """Compiles a translation unit for sm_<arch>; gives ptxas's report on each kernel."""
     _, log = build(unit(name), name, (f"-arch=sm_{arch}", "--ptxas-options=-v", *CUPY_OPTIONS))
     return log

@@ -42,6 +42,7 @@ def matrix(
         raise Fault(f"access out of bounds of global memory in {rows} x {cols} at {int(address):#x}")
     if write:
         cut(written)[:] = all_set
+        cut(flags(m.narrow, item)[0])[:] = all_set if item == 2 else 0
     elif not (cut(written) == all_set).all():
         raise Fault(f"read of uninitialised global memory in {rows} x {cols} at {int(address):#x}")
     return cut(data)
@@ -53,17 +54,49 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(f32)
 
 
+def narrowed(x: np.ndarray) -> np.ndarray:
+    """The bits of the nearest bfloat16, ties to even; NaN is 0x7fff."""
+    return np.where(np.isnan(x), 0x7FFF, round_bf16(x).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """The values of bfloat16."""
+    return (bits.astype(np.uint32) << 16).view(f32)
+
+
+STORED = {"f32": f32, "bf16": np.uint16}
+
+
+def real(m: Memory, address: int, rows: int, cols: int, ld: int) -> np.ndarray:
+    """As :func:`matrix`, of what the kernel's tensors are stored in, as float32."""
+    found = matrix(m, address, rows, cols, ld, m.stored)
+    return found if m.stored is f32 else widened(found)
+
+
+def put(m: Memory, address: int, rows: int, cols: int, ld: int, value: Any) -> None:
+    """Writes a tensor, rounded to what it is stored in."""
+    to = matrix(m, address, rows, cols, ld, m.stored, write=True)
+    to[:] = value if m.stored is f32 else narrowed(np.asarray(value, float).astype(f32))
+
+
 def product(m: Memory, p: Any) -> None:
-    """y = op(a)·op(b) + c + bias, of factors rounded to bfloat16 where it says so."""
-    a, b = (matrix(m, x.address, x.rows, x.cols, x.ld) for x in (p.a, p.b))
-    a, b = ((round_bf16(x) if p.bf16 else x).astype(float) for x in (a, b))
+    """y = op(a)·op(b) + c + bias."""
+    m.stored = STORED[p.a.dtype]
+    if (
+        p.b.dtype != p.a.dtype
+        or (p.c and p.c.dtype != p.y.dtype)
+        or (p.a.dtype, p.y.dtype) == ("f32", "bf16")
+    ):
+        raise Fault(f"cuBLASLt has no product of {p}")
+    a, b = (real(m, x.address, x.rows, x.cols, x.ld).astype(float) for x in (p.a, p.b))
     a, b = a.T if p.ta else a, b.T if p.tb else b
+    m.stored = STORED[p.y.dtype]
     y = a @ b
     if p.c:
-        y = y + matrix(m, p.c.address, p.c.rows, p.c.cols, p.c.ld)
+        y = y + real(m, p.c.address, p.c.rows, p.c.cols, p.c.ld)
     if p.bias is not None:
-        y = y + matrix(m, p.bias, 1, p.y.cols, 0)
-    matrix(m, p.y.address, p.y.rows, p.y.cols, p.y.ld, write=True)[:] = y
+        y = y + real(m, p.bias, 1, p.y.cols, 0)
+    put(m, p.y.address, p.y.rows, p.y.cols, p.y.ld, y)
 
 
 # ---- The kernels ----------------------------------------------------------------------------------------------------
@@ -73,7 +106,7 @@ TWINS: dict[str, Callable[..., None]] = {}
 
 def twin(f: Callable[..., None]) -> Callable[..., None]:
     """Enters a function under the kernel's name."""
-    TWINS[f"{f.__name__}_f32"] = f
+    TWINS[f.__name__] = f
     return f
 
 
@@ -81,10 +114,12 @@ def launch(m: Memory, kernel: str, grid: tuple[int, ...], args: tuple[Any, ...])
     """Runs a kernel's twin."""
     values = [x.item() for x in args]
     with np.errstate(all="ignore"):
-        if kernel in TWINS:
-            TWINS[kernel](m, grid, *values)
+        name, kind = kernel.rsplit("_", 1)
+        m.stored = STORED[kind]
+        if name in TWINS:
+            TWINS[name](m, grid, *values)
         else:
-            elementwise(m, kernel.removesuffix("_f32"), *values)
+            elementwise(m, name, *values)
 
 
 def erf(x: np.ndarray) -> np.ndarray:
@@ -148,54 +183,65 @@ def elementwise(m: Memory, name: str, *args: Any) -> None:
         a, b, y, rows, cols, b_rows, b_cols, a_ld, b_ld, y_ld, halt = args
         if halted(m, halt):
             return
-        left = matrix(m, a, rows, cols, a_ld).astype(float)
-        right = np.tile(matrix(m, b, b_rows, b_cols, b_ld), (rows // b_rows, cols // b_cols))
-        matrix(m, y, rows, cols, y_ld, write=True)[:] = BINARY[function](left, right)
+        left = real(m, a, rows, cols, a_ld).astype(float)
+        right = np.tile(real(m, b, b_rows, b_cols, b_ld), (rows // b_rows, cols // b_cols))
+        put(m, y, rows, cols, y_ld, BINARY[function](left, right))
     elif way == "forward":
         x, y, rows, cols, x_ld, y_ld = args
-        value = FUNCTIONS[function](matrix(m, x, rows, cols, x_ld).astype(float))[0]
-        matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+        value = FUNCTIONS[function](real(m, x, rows, cols, x_ld).astype(float))[0]
+        put(m, y, rows, cols, y_ld, value)
     else:
         x, dy, dx, rows, cols, x_ld, dy_ld, dx_ld = args
-        slope = FUNCTIONS[function](matrix(m, x, rows, cols, x_ld).astype(float))[1]
-        slope = slope * matrix(m, dy, rows, cols, dy_ld)
-        matrix(m, dx, rows, cols, dx_ld, write=True)[:] = slope
+        slope = FUNCTIONS[function](real(m, x, rows, cols, x_ld).astype(float))[1]
+        slope = slope * real(m, dy, rows, cols, dy_ld)
+        put(m, dx, rows, cols, dx_ld, slope)
 
 
 @twin
 def gated_forward(m, grid, gate, up, y, rows, cols, gate_ld, up_ld, y_ld, act):
-    value = FUNCTIONS[list(FUNCTIONS)[act]](matrix(m, gate, rows, cols, gate_ld).astype(float))[0]
-    value = value * matrix(m, up, rows, cols, up_ld)
-    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+    value = FUNCTIONS[list(FUNCTIONS)[act]](real(m, gate, rows, cols, gate_ld).astype(float))[0]
+    value = value * real(m, up, rows, cols, up_ld)
+    put(m, y, rows, cols, y_ld, value)
 
 
 @twin
 def gated_backward(
     m, grid, dy, gate, up, dgate, dup, rows, cols, dy_ld, gate_ld, up_ld, dgate_ld, dup_ld, act
 ):
-    value, slope = FUNCTIONS[list(FUNCTIONS)[act]](matrix(m, gate, rows, cols, gate_ld).astype(float))
-    d, up = matrix(m, dy, rows, cols, dy_ld).astype(float), matrix(m, up, rows, cols, up_ld).astype(float)
-    matrix(m, dgate, rows, cols, dgate_ld, write=True)[:] = d * up * slope
-    matrix(m, dup, rows, cols, dup_ld, write=True)[:] = d * value
+    value, slope = FUNCTIONS[list(FUNCTIONS)[act]](real(m, gate, rows, cols, gate_ld).astype(float))
+    d, up = real(m, dy, rows, cols, dy_ld).astype(float), real(m, up, rows, cols, up_ld).astype(float)
+    put(m, dgate, rows, cols, dgate_ld, d * up * slope)
+    put(m, dup, rows, cols, dup_ld, d * value)
 
 
 @twin
 def scale_forward(m, grid, x, y, rows, cols, x_ld, y_ld, s):
-    value = s * matrix(m, x, rows, cols, x_ld)
-    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+    value = s * real(m, x, rows, cols, x_ld)
+    put(m, y, rows, cols, y_ld, value)
 
 
 @twin
 def fill_forward(m, grid, y, rows, cols, y_ld, value):
-    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+    put(m, y, rows, cols, y_ld, value)
 
 
 @twin
 def broadcast_forward(m, grid, x, y, rows, cols, x_rows, x_cols, x_ld, y_ld, halt):
     if halted(m, halt):
         return
-    value = np.tile(matrix(m, x, x_rows, x_cols, x_ld, np.uint32), (rows // x_rows, cols // x_cols))
-    matrix(m, y, rows, cols, y_ld, np.uint32, write=True)[:] = value
+    bits = np.uint32 if m.stored is f32 else np.uint16
+    value = np.tile(matrix(m, x, x_rows, x_cols, x_ld, bits), (rows // x_rows, cols // x_cols))
+    matrix(m, y, rows, cols, y_ld, bits, write=True)[:] = value
+
+
+@twin
+def narrow_forward(m, grid, x, y, rows, cols, x_ld, y_ld):
+    put(m, y, rows, cols, y_ld, matrix(m, x, rows, cols, x_ld))
+
+
+@twin
+def widen_forward(m, grid, x, y, rows, cols, x_ld, y_ld):
+    matrix(m, y, rows, cols, y_ld, write=True)[:] = real(m, x, rows, cols, x_ld)
 
 
 def keep(m: Memory, rng: int, stream: int, p: float, factor: float, elements: int) -> np.ndarray:
@@ -209,8 +255,8 @@ def keep(m: Memory, rng: int, stream: int, p: float, factor: float, elements: in
 @twin
 def dropout_forward(m, grid, x, rng, y, rows, cols, x_ld, y_ld, stream, p, factor):
     factors = keep(m, rng, stream, p, factor, rows * cols).reshape(rows, cols)
-    value = np.where(factors > 0, matrix(m, x, rows, cols, x_ld) * factors, 0)
-    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+    value = np.where(factors > 0, real(m, x, rows, cols, x_ld) * factors, 0)
+    put(m, y, rows, cols, y_ld, value)
 
 
 @twin
@@ -234,28 +280,28 @@ def epilogue_forward(
     act_grad,
 ):
     names = list(FUNCTIONS)
-    value = matrix(m, made, rows, cols, made_ld).astype(float)
+    value = real(m, made, rows, cols, made_ld).astype(float)
     if bias:
-        value = value + matrix(m, bias, 1, cols, 0)
+        value = value + real(m, bias, 1, cols, 0)
     if pre:
-        matrix(m, pre, rows, cols, pre_ld, write=True)[:] = value
+        put(m, pre, rows, cols, pre_ld, value)
     value = FUNCTIONS[names[act]](value)[0]
     if x:
-        value = value * FUNCTIONS[names[act_grad]](matrix(m, x, rows, cols, x_ld).astype(float))[1]
+        value = value * FUNCTIONS[names[act_grad]](real(m, x, rows, cols, x_ld).astype(float))[1]
     if residual:
-        value = value + matrix(m, residual, rows, cols, residual_ld)
-    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+        value = value + real(m, residual, rows, cols, residual_ld)
+    put(m, y, rows, cols, y_ld, value)
 
 
 @twin
 def layer_norm_forward(m, grid, x, weight, bias, y, mean, rstd, rows, cols, x_ld, y_ld, eps, center):
-    xs = matrix(m, x, rows, cols, x_ld).astype(float)
+    xs = real(m, x, rows, cols, x_ld).astype(float)
     average = center * xs.mean(1, keepdims=True)
     inverse = 1 / np.sqrt(((xs - average) ** 2).mean(1, keepdims=True) + eps)
     value = (xs - average) * inverse * matrix(m, weight, 1, cols, 0)
     if bias:
         value = value + matrix(m, bias, 1, cols, 0)
-    matrix(m, y, rows, cols, y_ld, write=True)[:] = value
+    put(m, y, rows, cols, y_ld, value)
     matrix(m, mean, rows, 1, 1, write=True)[:] = average
     matrix(m, rstd, rows, 1, 1, write=True)[:] = inverse
 
@@ -265,19 +311,19 @@ def layer_norm_backward(
     m, grid, dy, x, weight, mean, rstd, residual, dx, rows, cols, dy_ld, x_ld, residual_ld, dx_ld, center
 ):
     inverse = matrix(m, rstd, rows, 1, 1).astype(float)
-    hat = (matrix(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)) * inverse
-    d = matrix(m, dy, rows, cols, dy_ld).astype(float) * matrix(m, weight, 1, cols, 0)
+    hat = (real(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)) * inverse
+    d = real(m, dy, rows, cols, dy_ld).astype(float) * matrix(m, weight, 1, cols, 0)
     value = inverse * (d - center * d.mean(1, keepdims=True) - hat * (d * hat).mean(1, keepdims=True))
     if residual:
-        value = value + matrix(m, residual, rows, cols, residual_ld)
-    matrix(m, dx, rows, cols, dx_ld, write=True)[:] = value
+        value = value + real(m, residual, rows, cols, residual_ld)
+    put(m, dx, rows, cols, dx_ld, value)
 
 
 @twin
 def layer_norm_weight_backward(m, grid, dy, x, mean, rstd, parts, rows, cols, dy_ld, x_ld, per):
-    hat = matrix(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)
+    hat = real(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)
     hat = hat * matrix(m, rstd, rows, 1, 1)
-    d = matrix(m, dy, rows, cols, dy_ld).astype(float)
+    d = real(m, dy, rows, cols, dy_ld).astype(float)
     chunks = range(0, rows, per)
     value = [[(z[r : r + per]).sum(0) for r in chunks] for z in (d * hat, d)]
     matrix(m, parts, 2 * len(chunks), cols, cols, write=True)[:] = np.reshape(value, (-1, cols))
@@ -287,16 +333,26 @@ def layer_norm_weight_backward(m, grid, dy, x, mean, rstd, parts, rows, cols, dy
 def gather_forward(m, grid, table, index, y, table_rows, rows, cols, table_ld, y_ld):
     at = matrix(m, index, rows, 1, 1, i32)[:, 0]
     inside = (at >= 0) & (at < table_rows)
-    to = matrix(m, y, rows, cols, y_ld, np.uint32, write=True)
+    bits, nan = (np.uint32, 0x7FFFFFFF) if m.stored is f32 else (np.uint16, 0x7FFF)
+    to = matrix(m, y, rows, cols, y_ld, bits, write=True)
     for n in range(rows):
-        nan = np.uint32(0x7FFFFFFF)
-        to[n] = matrix(m, table + 4 * int(at[n]) * table_ld, 1, cols, 0, np.uint32)[0] if inside[n] else nan
+        row = table + np.dtype(bits).itemsize * int(at[n]) * table_ld
+        to[n] = matrix(m, row, 1, cols, 0, bits)[0] if inside[n] else nan
+
+
+@twin
+def gather_narrow_forward(m, grid, table, index, y, table_rows, rows, cols, table_ld, y_ld):
+    at = matrix(m, index, rows, 1, 1, i32)[:, 0]
+    value = np.full((rows, cols), np.nan, f32)
+    for n in np.flatnonzero((at >= 0) & (at < table_rows)):
+        value[n] = matrix(m, table + 4 * int(at[n]) * table_ld, 1, cols, 0)[0]
+    put(m, y, rows, cols, y_ld, value)
 
 
 @twin
 def scatter_add_forward(m, grid, source, index, y, table_rows, rows, cols, source_ld, y_ld):
     at = matrix(m, index, rows, 1, 1, i32)[:, 0]
-    x, to = matrix(m, source, rows, cols, source_ld), matrix(m, y, table_rows, cols, y_ld)
+    x, to = real(m, source, rows, cols, source_ld), matrix(m, y, table_rows, cols, y_ld)
     for n in range(rows):
         if 0 <= at[n] < table_rows:
             to[at[n]] += x[n]
@@ -308,7 +364,7 @@ def count_labels_forward(m, grid, labels, y, rows):
 
 
 def _cross_entropy(m, rows, logits, bias, labels, loss, classes, logits_ld, smoothing, z_loss):
-    z = matrix(m, logits, rows, classes, logits_ld).astype(float)
+    z = real(m, logits, rows, classes, logits_ld).astype(float)
     if bias:
         z = z + matrix(m, bias, 1, classes, 0)
     label = matrix(m, labels, rows, 1, 1, i32)[:, 0]
@@ -334,18 +390,18 @@ def cross_entropy_forward(m, grid, *args):
 def cross_entropy_backward(m, grid, logits, bias, labels, dloss, loss, classes, logits_ld, *tail):
     slope = _cross_entropy(m, grid[0], logits, bias, labels, loss, classes, logits_ld, *tail)
     slope = slope * float(matrix(m, dloss, 1, 1, 0)[0, 0])
-    matrix(m, logits, grid[0], classes, logits_ld, write=True)[:] = slope
+    put(m, logits, grid[0], classes, logits_ld, slope)
 
 
 @twin
 def sum_to_forward(m, grid, x, y, copies, result_rows, cols, x_ld, per):
-    value = matrix(m, x, copies * result_rows, cols, x_ld).astype(float).reshape(copies, result_rows, cols)
+    value = real(m, x, copies * result_rows, cols, x_ld).astype(float).reshape(copies, result_rows, cols)
     value = np.stack([value[i : i + per].sum(0) for i in range(0, copies, per)]).reshape(-1, cols)
     matrix(m, y, len(value), cols, cols, write=True)[:] = value
 
 
 def _chunks(m, x, elements, cols, x_ld, per, f):
-    value = f(matrix(m, x, elements // cols, cols, x_ld).astype(float)).reshape(-1)
+    value = f(real(m, x, elements // cols, cols, x_ld).astype(float)).reshape(-1)
     return [value[i : i + per].sum() for i in range(0, elements, per)]
 
 
@@ -414,12 +470,12 @@ def rope_table_forward(m, grid, positions, turns, table, rows, half, table_ld, s
 
 @twin
 def rope_forward(m, grid, x, table, y, rows, heads, width, half, x_ld, table_ld, y_ld, sign):
-    value = matrix(m, x, rows, heads * width, x_ld).astype(float).reshape(rows, heads, width)
+    value = real(m, x, rows, heads * width, x_ld).astype(float).reshape(rows, heads, width)
     angles = matrix(m, table, rows, 2 * half, table_ld).astype(float)[:, None]
     cosine, sine = angles[..., :half], sign * angles[..., half:]
     a, b = value[..., :half].copy(), value[..., half : 2 * half].copy()
     value[..., :half], value[..., half : 2 * half] = a * cosine - b * sine, b * cosine + a * sine
-    matrix(m, y, rows, heads * width, y_ld, write=True)[:] = value.reshape(rows, -1)
+    put(m, y, rows, heads * width, y_ld, value.reshape(rows, -1))
 
 
 @twin
@@ -445,7 +501,7 @@ class Scores:
         self.m, self.scale, self.group = m, scale, h // kv
         heads = (h, kv, kv)
         loaded = [
-            matrix(m, x, b * t, n * d, ld).astype(float).reshape(b, t, n, d)
+            real(m, x, b * t, n * d, ld).astype(float).reshape(b, t, n, d)
             for x, n, ld in zip((q, k, v), heads, strides, strict=True)
         ]
         self.q, self.k, self.v = loaded[0], *(np.repeat(x, self.group, 2) for x in loaded[1:])
@@ -471,12 +527,12 @@ class Scores:
     def load(self, x, ld):
         """[B, T, H, D]."""
         b, t, h, _, d = self.sizes
-        return matrix(self.m, x, b * t, h * d, ld).astype(float).reshape(b, t, h, d)
+        return real(self.m, x, b * t, h * d, ld).astype(float).reshape(b, t, h, d)
 
     def store(self, x, ld, value):
         """[B, T, .., D]."""
         b, t, _, _, d = self.sizes
-        matrix(self.m, x, b * t, value.shape[2] * d, ld, write=True)[:] = value.reshape(b * t, -1)
+        put(self.m, x, b * t, value.shape[2] * d, ld, value.reshape(b * t, -1))
 
     def ds(self, dout, delta):
         """The gradient of the scores."""
@@ -517,7 +573,7 @@ def attention_forward(
 
 @twin
 def attention_delta_backward(m, grid, dout, out, delta, b, t, h, d, dout_ld, out_ld):
-    x, y = (matrix(m, z, b * t, h * d, ld).astype(float) for z, ld in ((dout, dout_ld), (out, out_ld)))
+    x, y = (real(m, z, b * t, h * d, ld).astype(float) for z, ld in ((dout, dout_ld), (out, out_ld)))
     value = (x * y).reshape(b, t, h, d).sum(-1).transpose(0, 2, 1)
     matrix(m, delta, b * h, t, t, write=True)[:] = value.reshape(b * h, t)
 
@@ -567,10 +623,10 @@ def attention_dkv_backward(
         s.store(x, ld, value.reshape(b, t, kv, -1, d).sum(3))
 
 
-# On tensor cores: the same, but for the rounding of factors.
-for _width in (64, 128):
+# On tensor cores: the same, but for the rounding of what goes from one product to the next.
+for _width in (64, 128, 256):
     for _way in ("forward", "dq_backward", "dkv_backward"):
-        TWINS[f"attention{_width}_{_way}_bf16"] = TWINS[f"attention_{_way}_f32"]
+        TWINS[f"attention{_width}_{_way}"] = TWINS[f"attention_{_way}"]
 
 
 @twin

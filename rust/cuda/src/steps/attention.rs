@@ -4,7 +4,7 @@ use pyrformer_graph::op::AttentionExtras;
 use pyrformer_graph::{AttentionSpec, DType, RelativeSpec, TensorType};
 
 use super::{Recorder, groups, keep};
-use crate::launch::Arg;
+use crate::launch::{Arg, Matrix};
 
 /// The widest head that attention over a cache, and relative attention, hold in registers.
 const WIDEST: usize = 256;
@@ -188,7 +188,8 @@ impl Recorder<'_> {
         let (c, n) = (self.dims(0), self.dims(1));
         let mut args = args![new, self.x(2), self.x(3), self.x(4), cache];
         args.extend(args![n[0], n[1], n[2], new.ld, c[0], c[1]]);
-        self.launch("cache_write_forward_f32", groups(n[0] * n[1], n[2]), [256, 1, 1], args);
+        let grid = groups(Matrix { rows: n[0] * n[1], cols: n[2], ..new });
+        self.launch("cache_write_forward_f32", grid, [256, 1, 1], args);
     }
 
     pub(super) fn cached_attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {

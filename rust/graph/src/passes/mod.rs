@@ -5,6 +5,7 @@ mod dce;
 mod early;
 mod fold;
 mod fuse;
+mod narrow;
 mod recompute;
 mod share_loss;
 
@@ -13,6 +14,7 @@ pub use dce::dce;
 pub use early::early;
 pub use fold::fold;
 pub use fuse::fuse;
+pub use narrow::narrow;
 pub use recompute::{layers, recompute};
 pub use share_loss::share_loss;
 
