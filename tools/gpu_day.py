@@ -172,7 +172,9 @@ def _compare(name: str, which: str, device: Device, bf16: bool) -> tuple[float, 
     for step in range(3):
         given = tiny.inputs(cpu, one.plan, rng, step)
         want, got = one(**given), two(**given)
-        worst = max(worst, *(_apart(got[k], want[k]) for k in want)) if want else worst
+        # In bfloat16 two tokens of nearly one logit change places.
+        judged = [k for k in want if not bf16 or want[k].dtype.kind == "f"]
+        worst = max([worst, *(_apart(got[k], want[k]) for k in judged)])
     for state, _, _ in cpu.store.types():
         worst = max(worst, _apart(other.store.get(state), cpu.store.get(state)))
     return worst, ""

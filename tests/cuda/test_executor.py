@@ -163,6 +163,32 @@ def test_every_program_in_bfloat16_is_near_float32(name: str, which: str, rng: n
     assert card.replays == 2
 
 
+def test_copies_in_bfloat16_follow_their_weights(rng: np.random.Generator) -> None:
+    """An evaluation reads copies: behind updates, replayed ones too, and behind a weight that is set. Against the CPU's
+    with the device's weights."""
+    cpu, card = model("gpt2"), Card(None)
+    device = on_card(cpu, card, bf16=True)
+    step = PROGRAMS["train_step"](cpu).lower("cuda", bf16=True).compile(device.store)
+    measure = [PROGRAMS["evaluate"](cpu).lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, device)]
+    same, text = inputs(cpu, step.plan, rng), inputs(cpu, measure[0].plan, rng)
+    losses = []
+    for number in range(4):
+        step(**same | {"step": np.array(number + 1, np.int32), "lr": np.array(0.05, np.float32)})
+        for name, _, _ in cpu.store.types():
+            cpu.store.set(name, device.store.get(name))
+        losses.append([float(program(**text)["loss"]) for program in measure])
+    want, got = np.array(losses).T
+    np.testing.assert_allclose(got, want, rtol=3e-3)
+    assert (np.abs(np.diff(want)) > 1e-2 * want[1:]).all()
+    device.store.set("transformer.wte.weight", np.zeros((37, 12), np.float32))
+    labels = int((text["labels"] >= 0).sum())
+    assert measure[1](**text)["loss"] == pytest.approx(labels * np.log(37), rel=1e-5)
+    narrow = {name for name, dtype, _ in measure[1].plan.states if dtype == "bfloat16"}
+    assert "transformer.wte.weight" in narrow
+    assert "transformer.ln_f.weight" not in narrow
+    assert device.store.get("transformer.wte.weight").dtype == np.float32
+
+
 def test_bfloat16_on_the_cpu_is_refused() -> None:
     with pytest.raises(InputError, match="tensor cores only; use device 'cuda'"):
         model("gpt2", bf16=True)

@@ -84,6 +84,13 @@ def test_programs_are_compared_and_a_wrong_one_is_named(tool: ModuleType) -> Non
     assert stage.text.startswith("1 of 2 programs agree")
 
 
+def test_programs_in_bfloat16_agree_too(tool: ModuleType) -> None:
+    cases = [("llama", "train_step"), ("falcon", "decode_best")]
+    stage = tool.whole_programs(Card(None), cases, bf16=True)
+    assert stage.state == "ok", stage
+    assert all(row[2] > 1e-4 for row in stage.table[1:])
+
+
 def test_replays_take_no_memory_and_give_the_same_bits(tool: ModuleType) -> None:
     stage = tool.replays(Card(None, 1 << 19), 12)
     assert (stage.state, stage.text[:10]) == ("ok", "24 replays")
