@@ -1,5 +1,5 @@
 // What all kernel files share. rust/cuda/src/sources.rs puts this file in front of each of them, so that a translation
-// unit includes nothing: CuPy's kernel cache keys on the text it is given, not on the text of included files.
+// unit includes nothing: binaries are kept by the text that the compiler is given, not by that of included files.
 //
 // Rules of this folder:
 // - Matrices are row-major with a row stride (`x_ld`, in elements) of their own, because a plan's operands are views.
@@ -13,7 +13,7 @@
 // - A kernel that may write a state behind a global norm takes `halt` last, and writes nothing where it is set.
 // - Memory that a result may share with an operand is not __restrict__; each element is read before it is written, by
 //   the same thread.
-// - CuPy compiles with -ftz=true: float32 arithmetic flushes subnormal numbers to zero.
+// - Compiled with -ftz=true: float32 arithmetic flushes subnormal numbers to zero.
 
 #define INFINITY __int_as_float(0x7f800000)
 #define NAN __int_as_float(0x7fffffff)

@@ -66,9 +66,10 @@ def _cpu() -> str:
 
 def _cuda() -> str:
     from pyrformer.executors.cublaslt import load_library
-    from pyrformer.executors.cuda import describe
+    from pyrformer.executors.cuda import compiler, describe
 
     d = describe()
+    compiler()
     return (
         f"{d['device']} ({d['arch']}, {d['multiprocessors']} multiprocessors), {d['free_bytes'] / 2**30:.1f} of "
         f"{d['memory_bytes'] / 2**30:.1f} GiB free, driver for CUDA {d['driver_cuda']}, CuPy {d['cupy']}, "

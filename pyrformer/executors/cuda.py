@@ -1,13 +1,12 @@
 """A CUDA device, by CuPy. The only file that imports it.
 
-CuPy compiles the kernels with NVRTC when they are first launched and keeps the binaries in its cache
-(``CUPY_CACHE_DIR``, keyed by their whole text); it gives memory, streams, events and graphs. Matrix products are
-cuBLASLt's.
+CuPy gives memory, streams, events and graphs, and calls NVRTC, which compiles the kernels when a program first needs
+them; the binaries are kept (:mod:`pyrformer.executors.kernels`). Matrix products are cuBLASLt's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +17,7 @@ from pyrformer import _core
 from pyrformer.errors import DeviceError
 from pyrformer.executors.cublaslt import WORKSPACE, CublasLt
 from pyrformer.executors.device import Bytes, Product
+from pyrformer.executors.kernels import Binaries
 
 #: The oldest architecture that the kernels are compiled and tested for: Turing, compute capability 7.5.
 OLDEST = (7, 5)
@@ -72,12 +72,6 @@ def describe() -> dict[str, Any]:
         raise DeviceError(
             f"[cuda] {name} has compute capability {arch[0]}.{arch[1]}; {need} or newer is needed"
         )
-    try:
-        cupy.cuda.nvrtc.getVersion()
-    except (ImportError, OSError, RuntimeError) as e:
-        raise DeviceError(
-            f"[cuda] NVRTC, which compiles the kernels, does not load ({_first(e)}); {INSTALL}"
-        ) from None
     free, total = runtime.memGetInfo()
     return {
         "cupy": cupy.__version__,
@@ -90,6 +84,43 @@ def describe() -> dict[str, Any]:
         "memory_bytes": int(total),
         "free_bytes": int(free),
     }
+
+
+def compiler() -> Any:
+    """CuPy's NVRTC.
+
+    Raises:
+        DeviceError: it does not load.
+    """
+    nvrtc = _import().cuda.nvrtc
+    try:
+        nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as e:
+        raise DeviceError(
+            f"[cuda] NVRTC, which compiles the kernels, does not load ({_first(e)}); {INSTALL}"
+        ) from None
+    return nvrtc
+
+
+def compile_kernels(name: str, text: str, options: tuple[str, ...], arch: int) -> tuple[bytes, str]:
+    """Compiles a file of kernels for an architecture, 90 for sm_90, or for one that it runs code of, where the compiler
+    is older than the device; the binary, and "cubin" or "ptx".
+
+    Raises:
+        DeviceError: the compiler is missing, or refuses the text.
+    """
+    nvrtc = compiler()
+    nearest = max((a for a in nvrtc.getSupportedArchs() if a <= arch), default=arch)
+    kind, target = ("cubin", f"sm_{arch}") if nearest == arch else ("ptx", f"compute_{nearest}")
+    program = nvrtc.createProgram(text, f"{name}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (f"-arch={target}", *options))
+        return bytes(nvrtc.getCUBIN(program) if kind == "cubin" else nvrtc.getPTX(program)), kind
+    except nvrtc.NVRTCError:
+        log = nvrtc.getProgramLog(program).strip().splitlines() or ["no reason given"]
+        raise DeviceError(f"[cuda] {name}.cu does not compile: {log[0]}") from None
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def _first(e: Exception) -> str:
@@ -115,7 +146,15 @@ class CudaDevice:
         self.runtime = self.cupy.cuda.runtime
         self.pool = self.cupy.cuda.MemoryPool()
         self.kernels: dict[str, Any] = {}
-        self.sources = {kernel: text for _, text, kernels in _core.cuda_sources() for kernel in kernels}
+        self.files = {
+            kernel: (name, text) for name, text, kernels in _core.cuda_sources() for kernel in kernels
+        }
+        arch = 10 * found["capability"][0] + found["capability"][1]
+        self.binaries = Binaries(
+            found["arch"],
+            f"CuPy {found['cupy']} for CUDA {found['runtime_cuda']}",
+            lambda name, text, options: compile_kernels(name, text, options, arch),
+        )
         self.modules: dict[str, Any] = {}
         self.workspace = self.memory(WORKSPACE)
         self.products = CublasLt(self.workspace.address)
@@ -134,8 +173,6 @@ class CudaDevice:
             raise DeviceError(
                 f"[cuda] the device failed: {_first(e)}; this process has lost it, start again"
             ) from None
-        except self.cupy.cuda.compiler.CompileException as e:
-            raise DeviceError(f"[cuda] a kernel does not compile: {_first(e)}") from None
 
     def memory(self, size: int, *, zero: bool = False) -> _Memory:
         with self._calls():
@@ -178,6 +215,13 @@ class CudaDevice:
             with self._calls():
                 self.runtime.memcpyAsync(to, start, size, kind, stream.ptr)
 
+    def prepare(self, kernels: Iterable[str]) -> None:
+        files = sorted({self.files[kernel] for kernel in kernels})
+        new = [file for file in files if file[0] not in self.modules]
+        with self._calls():
+            for (name, _), path in zip(new, self.binaries.get(new), strict=True):
+                self.modules[name] = self.cupy.RawModule(path=str(path))
+
     def launch(
         self, stream: Any, kernel: str, grid: list[int], block: list[int], args: tuple[np.generic, ...]
     ) -> None:
@@ -187,10 +231,9 @@ class CudaDevice:
 
     def _kernel(self, name: str) -> Any:
         if name not in self.kernels:
-            text = self.sources[name]
-            if text not in self.modules:
-                self.modules[text] = self.cupy.RawModule(code=text, options=("--std=c++17",))
-            function, shared = self.modules[text].get_function(name), _core.cuda_dynamic_bytes(name)
+            self.prepare([name])
+            function = self.modules[self.files[name][0]].get_function(name)
+            shared = _core.cuda_dynamic_bytes(name)
             if shared:
                 function.max_dynamic_shared_size_bytes = shared  # beyond 48 KB it must be asked for
             self.kernels[name] = function, shared

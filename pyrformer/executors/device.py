@@ -6,6 +6,7 @@ all work is asynchronous on a stream, and nothing but :meth:`Device.synchronize`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,6 +83,13 @@ class Device(Protocol):
 
     def copy(self, stream: Any, to: int, start: int, size: int) -> None:
         """Copies within the device."""
+
+    def prepare(self, kernels: Iterable[str]) -> None:
+        """Makes kernels ready to be launched: compiles or loads what is missing.
+
+        Raises:
+            DeviceError: they cannot be compiled.
+        """
 
     def launch(
         self, stream: Any, kernel: str, grid: list[int], block: list[int], args: tuple[np.generic, ...]

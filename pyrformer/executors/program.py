@@ -1,8 +1,8 @@
 """Runs plans on a device: states, one arena, launch records, and the whole program captured as one graph.
 
-A program's first run walks its records, which loads every kernel; the second is captured, and replayed from then on.
-Addresses are frozen in a graph, so states and arena are allocated before; a larger program's larger arena makes the
-smaller ones walk and capture once more.
+A program's first run walks its records, which puts every kernel on the device; the second is captured, and replayed
+from then on. Addresses are frozen in a graph, so states and arena are allocated before; a larger program's larger arena
+makes the smaller ones walk and capture once more.
 
 A run uploads its inputs through pinned memory on a second stream while the run before may still compute, and copies its
 outputs into pinned memory without waiting: :meth:`Executor.start` returns at once. Two sets of such memory (slots) take
@@ -311,6 +311,7 @@ class Executor:
         self.outputs, output_bytes = _ports(program["outputs"])
         with store.lock:
             constants = np.array(program["constants"], np.uint32)
+            store.device.prepare({r["launch"]["kernel"] for _, r in self.records if "launch" in r})
             store.reserve(plan, SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE)
             self.states = [store.state(name, dtype, tuple(shape)) for name, dtype, shape in plan.states]
             self.narrow = [name for name, dtype, _ in plan.states if dtype == "bfloat16"]

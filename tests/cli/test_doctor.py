@@ -80,10 +80,6 @@ def test_without_cupy_the_package_to_install_is_named(monkeypatch: pytest.Monkey
         ({"count": -1}, r"driver does not answer \(cudaErrorInsufficientDriver: too old\)"),
         ({"driver": 12040}, r"driver is for CUDA 12, CuPy for CUDA 13; .*pyrformer\[cuda12\]"),
         ({"major": 6, "minor": 1}, "Card has compute capability 6.1; 7.5 or newer"),
-        (
-            {"nvrtc": 0},
-            r"NVRTC, .* does not load \(Failure finding libnvrtc.so.13\); pip install pyrformer\[cuda13\]",
-        ),
     ],
 )
 def test_what_is_missing_is_named(
@@ -101,6 +97,63 @@ def test_cublaslt_is_loaded_and_named_where_it_is_missing(monkeypatch: pytest.Mo
     assert line == (
         "cuda       not available: libcublasLt is missing; pip install pyrformer[cuda13] (or [cuda12])"
     )
+
+
+def test_a_compiler_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cupy(monkeypatch, nvrtc=0)
+    line = CliRunner().invoke(main, ["doctor"]).output.splitlines()[-1]
+    assert line.startswith(
+        "cuda       not available: NVRTC, which compiles the kernels, does not load (Failure finding libnvrtc.so.13); "
+        "pip install pyrformer[cuda13]"
+    )
+
+
+class NVRTCError(RuntimeError):
+    pass
+
+
+def fake_nvrtc() -> SimpleNamespace:
+    """A compiler that knows sm_80 and sm_90, and refuses texts with an error; it keeps texts and the last options."""
+    programs: list[str] = []
+    nvrtc = SimpleNamespace(programs=programs, given=())
+
+    def compile_(program: int, options: tuple[str, ...]) -> None:
+        nvrtc.given = options
+        if "#error" in programs[program]:
+            raise NVRTCError("NVRTC_ERROR_COMPILATION (6)")
+
+    def create(text: str, *_: object) -> int:
+        programs.append(text)
+        return len(programs) - 1
+
+    calls = {
+        "NVRTCError": NVRTCError,
+        "getVersion": lambda: (13, 0),
+        "getSupportedArchs": lambda: (80, 90),
+        "createProgram": create,
+        "compileProgram": compile_,
+        "getProgramLog": lambda _: "a.cu(3): error: #error\nmore\n",
+        "getCUBIN": lambda _: b"cubin",
+        "getPTX": lambda _: b"ptx",
+        "destroyProgram": lambda program: programs.__setitem__(program, ""),
+    }
+    nvrtc.__dict__.update(calls)
+    return nvrtc
+
+
+def test_kernels_are_compiled_for_the_device_or_the_newest_that_the_compiler_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_cupy(monkeypatch)
+    nvrtc = fake_nvrtc()
+    sys.modules["cupy"].cuda.nvrtc = nvrtc
+    assert cuda.compile_kernels("a", "text", ("-x",), 90) == (b"cubin", "cubin")
+    assert nvrtc.given == ("-arch=sm_90", "-x")
+    assert cuda.compile_kernels("a", "text", ("-x",), 100) == (b"ptx", "ptx")
+    assert nvrtc.given == ("-arch=compute_90", "-x")
+    with pytest.raises(DeviceError, match=r"^\[cuda\] a\.cu does not compile: a\.cu\(3\): error: #error$"):
+        cuda.compile_kernels("a", "#error", (), 90)
+    assert nvrtc.programs == ["", "", ""]
 
 
 def missing(name: str) -> None:
@@ -123,7 +176,6 @@ def test_a_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("runtime", "the device failed: cudaErrorLaunchFailure; this process has lost it, start again$"),
         ("driver", "the device failed: CUDA_ERROR_UNKNOWN; this process has lost it, start again$"),
-        ("compiler", "a kernel does not compile: error at line 3$"),
     ],
 )
 def test_what_cuda_raises_becomes_one_line(monkeypatch: pytest.MonkeyPatch, error: str, message: str) -> None:
@@ -133,21 +185,16 @@ def test_what_cuda_raises_becomes_one_line(monkeypatch: pytest.MonkeyPatch, erro
     class CUDADriverError(Exception):
         pass
 
-    class CompileException(Exception):
-        pass
-
     fake_cupy(monkeypatch)
     device = object.__new__(cuda.CudaDevice)
     device.cupy = sys.modules["cupy"]
     device.runtime = device.cupy.cuda.runtime
     device.cupy.cuda.memory = SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
     device.cupy.cuda.driver = SimpleNamespace(CUDADriverError=CUDADriverError)
-    device.cupy.cuda.compiler = SimpleNamespace(CompileException=CompileException)
     raised = {
         "memory": OutOfMemoryError("12 bytes\nmore"),
         "runtime": device.runtime.CUDARuntimeError("cudaErrorLaunchFailure\nmore"),
         "driver": CUDADriverError("CUDA_ERROR_UNKNOWN"),
-        "compiler": CompileException("error at line 3\nmore"),
     }[error]
     with pytest.raises(DeviceError, match=message), device._calls():
         raise raised

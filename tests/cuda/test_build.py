@@ -73,4 +73,4 @@ def test_an_error_names_the_file_and_the_line():
         : (nvrtc.KERNELS / "reduce.cu").read_text().index("*y = factor")
     ].count("\n")
     with pytest.raises(nvrtc.CompileError, match=rf'reduce\.cu"?\({line}\).*error'):
-        nvrtc.build(broken, "reduce", ("-arch=compute_80", *nvrtc.CUPY_OPTIONS))
+        nvrtc.build(broken, "reduce", ("-arch=compute_80", *nvrtc.OPTIONS))

@@ -226,6 +226,7 @@ def test_twenty_steps_follow_the_cpu_and_allocate_nothing(
     np.testing.assert_allclose(got, want, rtol=1e-4)
     assert want[-1] < 0.9 * want[0]
     assert card.allocations == allocations
+    assert card.kernels == card.prepared
     assert card.replays == 19
 
 

@@ -1,4 +1,4 @@
-"""Compiles the kernels with NVRTC, as CuPy does, without a GPU, a driver or a CUDA toolkit.
+"""Compiles the kernels with NVRTC, as the executor does, without a GPU, a driver or a CUDA toolkit.
 
 The library comes from the wheel that requirements.txt pins; ctypes is all that is needed to call it.
 """
@@ -12,16 +12,14 @@ import os
 import re
 from pathlib import Path
 
+from pyrformer.executors.kernels import OPTIONS
+
 #: Whether to test all: both of NVRTC's compilers, every planted bug, every architecture.
 LONG = bool(os.environ.get("PYRFORMER_TEST_LONG"))
 
 HERE = Path(__file__).resolve().parents[1]
 KERNELS = HERE.parents[1] / "cuda"
 REQUIREMENTS = HERE / "requirements.txt"
-
-# What cupy.cuda.compiler passes besides -arch and include folders; the kernels include nothing.
-# Source: CuPy 14.2 cupy/cuda/compiler.py (compile_using_nvrtc, _compile_with_cache_cuda).
-CUPY_OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
 
 
 def unit(name: str) -> str:
@@ -102,11 +100,11 @@ def build(source: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]
 @functools.cache
 def ptx(source: str, name: str, arch: int) -> str:
     """PTX for compute_<arch>, with the lines it comes from."""
-    code, _ = build(source, name, (f"-arch=compute_{arch}", "-lineinfo", *CUPY_OPTIONS))
+    code, _ = build(source, name, (f"-arch=compute_{arch}", "-lineinfo", *OPTIONS))
     return code.decode()
 
 
 def cubin(name: str, arch: int) -> str:
     """Compiles a translation unit for sm_<arch>; gives ptxas's report on each kernel."""
-    _, log = build(unit(name), name, (f"-arch=sm_{arch}", "--ptxas-options=-v", *CUPY_OPTIONS))
+    _, log = build(unit(name), name, (f"-arch=sm_{arch}", "--ptxas-options=-v", *OPTIONS))
     return log

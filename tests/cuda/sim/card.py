@@ -11,7 +11,7 @@ Kernels run on the interpreter or, with `twins`, as the NumPy functions of `twin
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,7 @@ class Card:
         #: Every request for memory, streams, events; launches that ran; graphs replayed.
         self.allocations = self.launches = self.replays = 0
         self.kernels: set[str] = set()
+        self.prepared: set[str] = set()
 
     # -- What may not happen during capture -------------------------------------------------------------------------
 
@@ -209,6 +210,11 @@ class Card:
                 twins.product(self.device.memory, product)
 
         self._captured(stream, work)
+
+    def prepare(self, kernels: Iterable[str]) -> None:
+        """All kernels are there; notes which were asked for."""
+        self._not_captured("loading of kernels")
+        self.prepared.update(kernels)
 
     def launch(self, stream: Stream, kernel: str, grid: Any, block: Any, args: tuple[Any, ...]) -> None:
         """A kernel."""
