@@ -60,6 +60,22 @@ impl Graph {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What a pass makes of the graph, verified.
+    fn after(
+        &self,
+        py: Python<'_>,
+        pass: impl FnOnce(&pyrformer_graph::Graph) -> pyrformer_graph::error::Result<pyrformer_graph::Graph>
+        + Send,
+    ) -> PyResult<Self> {
+        let graph = self.lock().clone();
+        let graph = enter(py, move || {
+            let graph = pass(&graph)?;
+            verify(&graph)?;
+            Ok::<_, pyrformer_graph::Error>(graph)
+        })?;
+        Ok(Self { inner: Mutex::new(graph) })
+    }
+
     fn known(&self, values: &[u32]) -> PyResult<Vec<ValueId>> {
         let count = self.lock().value_count();
         match values.iter().find(|&&v| v as usize >= count) {
@@ -133,9 +149,7 @@ impl Graph {
 
     /// The graph after all passes.
     fn optimise(&self, py: Python<'_>) -> PyResult<Self> {
-        let graph = self.lock().clone();
-        let graph = enter(py, move || passes::optimise(&graph))?;
-        Ok(Self { inner: Mutex::new(graph) })
+        self.after(py, passes::optimise)
     }
 
     /// The scopes of the layers that can be recomputed in the backward pass, in order.
@@ -145,24 +159,17 @@ impl Graph {
 
     /// The graph with the first `count` layers recomputed in the backward pass.
     fn recompute(&self, py: Python<'_>, count: usize) -> PyResult<Self> {
-        let graph = self.lock().clone();
-        let graph = enter(py, move || {
-            let graph = passes::recompute(&graph, count)?;
-            verify(&graph)?;
-            Ok::<_, pyrformer_graph::Error>(graph)
-        })?;
-        Ok(Self { inner: Mutex::new(graph) })
+        self.after(py, |graph| passes::recompute(graph, count))
     }
 
     /// The graph with bfloat16 in memory where that may be: see the pass.
     fn narrow(&self, py: Python<'_>) -> PyResult<Self> {
-        let graph = self.lock().clone();
-        let graph = enter(py, move || {
-            let graph = passes::narrow(&graph)?;
-            verify(&graph)?;
-            Ok::<_, pyrformer_graph::Error>(graph)
-        })?;
-        Ok(Self { inner: Mutex::new(graph) })
+        self.after(py, passes::narrow)
+    }
+
+    /// The graph with what its forward pass leaves to the backward pass kept in bfloat16: see the pass.
+    fn stash(&self, py: Python<'_>) -> PyResult<Self> {
+        self.after(py, passes::stash)
     }
 
     /// The plan of this graph, as it is, for an executor: "cpu" or "cuda".

@@ -8,6 +8,7 @@ mod fuse;
 mod narrow;
 mod recompute;
 mod share_loss;
+mod stash;
 
 pub use cse::cse;
 pub use dce::dce;
@@ -17,6 +18,7 @@ pub use fuse::fuse;
 pub use narrow::narrow;
 pub use recompute::{layers, recompute};
 pub use share_loss::share_loss;
+pub use stash::stash;
 
 use crate::error::Result;
 use crate::graph::Graph;

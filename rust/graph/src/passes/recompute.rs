@@ -24,7 +24,7 @@ fn layer(scope: &str) -> Option<&str> {
 }
 
 /// Where the backward pass begins: the first gradient of a loss.
-fn backward(graph: &Graph) -> usize {
+pub(super) fn backward(graph: &Graph) -> usize {
     let nodes = graph.nodes();
     nodes.iter().position(|n| matches!(n.op, Op::LinearCrossEntropyGrad(_))).unwrap_or(nodes.len())
 }
