@@ -215,7 +215,8 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
 @click.option(
     "--bf16/--no-bf16",
     default=None,
-    help="On cuda: bfloat16 in memory, on tensor cores; weights, sums, losses float32.",
+    help="On cuda: bfloat16 in memory, on tensor cores; weights, sums, losses float32. On cpu: activations are kept in "
+    "bfloat16 for the backward pass.",
 )
 @click.option("--threads", type=int, help="Threads to use.")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the run in --out.")

@@ -113,6 +113,8 @@ class Graph:
     def narrow(self) -> Graph:
         """The graph, in float32, with bfloat16 in memory where that may be: activations, their gradients, and the
         weights that products read."""
+    def stash(self) -> Graph:
+        """The graph, in float32, with what its forward pass leaves to the backward pass kept in bfloat16."""
     def optimise(self) -> Graph:
         """The graph after all passes."""
     def lower(self, target: str = "cpu") -> Plan:

@@ -101,6 +101,10 @@ def load(
     folder = Path(folder)
     if dtype not in (None, "float32", "float64", "bfloat16"):
         raise InputError(f"[load] dtype must be 'float32', 'float64' or 'bfloat16', got {dtype!r}")
+    if dtype == "bfloat16" and device == "cpu":
+        raise InputError(
+            "[load] bfloat16 is computed on tensor cores only; use device 'cuda', or leave out dtype"
+        )
     if load_in_8bit and (device != "cpu" or dtype not in (None, "float32")):
         raise InputError("[load] load_in_8bit computes in float32 on the CPU; leave out dtype and device")
     # The marks are taken before anything is read: what is written meanwhile is seen as a change.

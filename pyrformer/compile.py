@@ -42,7 +42,8 @@ class Traced:
         """Runs the passes and plans memory for "cpu" or "cuda".
 
         Args:
-            bf16: keep activations, their gradients and the weights that products read in bfloat16, for "cuda".
+            bf16: for "cuda", keep activations, their gradients and the weights that products read in bfloat16; for
+                "cpu", what the forward pass leaves to the backward pass.
             recompute: compute what the layers made again in the backward pass instead of keeping it.
             memory: as ``recompute``, for the fewest layers with which states and work memory together take at most so
                 many bytes; 0: no bound.
@@ -79,7 +80,8 @@ class Lowered:
     @classmethod
     def of(cls, name: str, graph: _core.Graph, device: str, bf16: bool, recomputed: int = 0) -> Lowered:
         """The plan of a graph for a device; see :meth:`Traced.lower`."""
-        graph = graph.narrow() if bf16 else graph
+        if bf16:
+            graph = graph.stash() if device == "cpu" else graph.narrow()
         return cls(name, graph, graph.lower(device), recomputed)
 
     @property

@@ -90,7 +90,9 @@ class Model:
         dtype: "float32" or "float64".
         device: "cpu" or "cuda".
         bf16: on "cuda", activations, their gradients and the weights that products read are bfloat16 in memory, and
-            tensor cores compute; weights that are trained, sums, losses and results are float32.
+            tensor cores compute; weights that are trained, sums, losses and results are float32. On "cpu", what the
+            forward pass leaves to the backward pass is kept in bfloat16, and all is computed in float32: losses are
+            the same, gradients those of rounded activations.
         threads: how many to use; None: ``PYRFORMER_NUM_THREADS``, or all the machine has.
     """
 
@@ -120,7 +122,7 @@ class Model:
     def __post_init__(self) -> None:
         if self.threads is not None:
             self.threads = whole("model", "threads", self.threads, 1)
-        if (self.device != "cpu" or self.bf16) and isinstance(self.store, _core.Store):
+        if self.device != "cpu" and isinstance(self.store, _core.Store):
             self.store = open_store(self.device, bf16=self.bf16)
         self._settings = self._current_settings()
         _models.add(self)
@@ -131,7 +133,7 @@ class Model:
         where = f", {self.origin.path}" if self.origin else ""
         return (
             f"Model({config.model_type}: {layers} layers of width {width}, {self.parameter_count:,} parameters, "
-            f"{'bfloat16' if self.bf16 else self.dtype} on {self.device}{where})"
+            f"{'bfloat16' if self.bf16 and self.device != 'cpu' else self.dtype} on {self.device}{where})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

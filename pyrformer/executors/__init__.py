@@ -59,14 +59,12 @@ def begin_get(store: AnyStore, names: Sequence[str]) -> Callable[[], dict[str, A
 
 
 def open_store(device: str, *, bf16: bool = False) -> AnyStore:
-    """An empty store on a device; with ``bf16``, its programs are in mixed precision, on tensor cores.
+    """An empty store on a device; with ``bf16``, one that has tensor cores for it (on the CPU it changes nothing).
 
     Raises:
-        InputError: there is no such device, or bf16 is asked of the CPU.
+        InputError: there is no such device.
         DeviceError: CUDA cannot be used here; the message says what is missing.
     """
-    if device == "cpu" and bf16:
-        raise InputError("[device] bfloat16 is computed on tensor cores only; use device 'cuda'")
     if device == "cpu":
         return _core.Store()
     if device == "cuda":

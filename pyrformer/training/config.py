@@ -76,7 +76,9 @@ class TrainConfig:
         seed: of weights, order, masks and dropout.
         device: "cpu" or "cuda".
         bf16: on "cuda", keep activations, their gradients and the weights that products read in bfloat16, and compute
-            on tensor cores; weights as the optimizer has them, its states, sums and losses are float32.
+            on tensor cores; weights as the optimizer has them, its states, sums and losses are float32. On "cpu", keep
+            in bfloat16 what the forward pass leaves to the backward pass, and compute in float32: less memory, the same
+            losses from the same weights, gradients of rounded activations.
         threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
         overwrite: replace a run that is there.
         resume: go on with a run that is there.
@@ -197,10 +199,6 @@ class TrainConfig:
             0 < self.valid_fraction < 1, f"valid_fraction must be between 0 and 1, got {self.valid_fraction}"
         )
         require(self.device in DEVICES, f"device must be one of {DEVICES}, got {self.device!r}")
-        require(
-            not self.bf16 or self.device == "cuda",
-            "bf16 is computed on tensor cores only; set device to 'cuda'",
-        )
         require(
             self.on_nonfinite in ON_NONFINITE,
             f"on_nonfinite must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}",

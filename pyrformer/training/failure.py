@@ -246,9 +246,12 @@ def replay(folder: str | Path, threads: int = 0) -> tuple[Finding | None, dict[s
 
 def _made_again(path: Path, facts: dict[str, Any], threads: int) -> Finding | None:
     """Makes the update that ``facts`` describe once more."""
-    on_cpu = {"resume": False, "overwrite": False, "device": "cpu", "bf16": False}
-    config = TrainConfig(**{**facts["config"], **on_cpu})
-    model = Model(build(read_json(path / CONFIG)), threads=threads or config.threads or None)
+    given = facts["config"]
+    # In float32, but for what the CPU itself had rounded.
+    rounded = given.get("bf16", False) and given.get("device", "cpu") == "cpu"
+    on_cpu = {"resume": False, "overwrite": False, "device": "cpu", "bf16": rounded}
+    config = TrainConfig(**{**given, **on_cpu})
+    model = Model(build(read_json(path / CONFIG)), threads=threads or config.threads or None, bf16=rounded)
     apply_changes(model, config)
     load_parameters(path, model)
     stored = _core.SafeTensors(path / BATCH)

@@ -779,13 +779,13 @@ class Trainer:
         return lowered.bytes + self.passes.apart(lowered)
 
     def _predict(self) -> None:
-        """Sets what is recomputed, and says what that saves and costs."""
-        c = self.config
-        if not c.recompute and not c.memory:
+        """Sets what is recomputed, and says what that, and rounding what is kept, saves and costs."""
+        c, device, bf16 = self.config, self.model.device, self.model.bf16
+        rounded = bf16 and device == "cpu"
+        if not c.recompute and not c.memory and not rounded:
             return
         traced = self.passes.trace(self.batches.ready(self.step * c.gradient_accumulation_steps))
-        device, bf16 = self.model.device, self.model.bf16
-        plain = traced.lower(device, bf16=bf16)
+        plain = traced.lower(device, bf16=bf16 and not rounded)
         apart = self.passes.apart(plain)
         memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
         self.passes.saving = {"recompute": c.recompute, "memory": memory}
@@ -793,8 +793,8 @@ class Trainer:
         more = chosen.plan.flops / max(1, plain.plan.flops) - 1.0
         what = (
             f"memory: {(chosen.bytes + apart) / 1e6:,.0f} MB predicted with {chosen.recomputed} of "
-            f"{len(plain.graph.layers())} layers recomputed, {(plain.bytes + apart) / 1e6:,.0f} MB without; "
-            f"{100 * more:.1f} % more arithmetic"
+            f"{len(plain.graph.layers())} layers recomputed{' and the rest kept in bfloat16' if rounded else ''}, "
+            f"{(plain.bytes + apart) / 1e6:,.0f} MB without; {100 * more:.1f} % more arithmetic"
         )
         self.on_event("note", {"what": what})
 

@@ -64,7 +64,7 @@ impl Graph {
     fn after(
         &self,
         py: Python<'_>,
-        pass: impl FnOnce(&pyrformer_graph::Graph) -> pyrformer_graph::error::Result<pyrformer_graph::Graph>
+        pass: impl FnOnce(&pyrformer_graph::Graph) -> Result<pyrformer_graph::Graph, pyrformer_graph::Error>
         + Send,
     ) -> PyResult<Self> {
         let graph = self.lock().clone();
