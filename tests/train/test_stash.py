@@ -1,4 +1,4 @@
-"""Activations kept in bfloat16 for the backward pass: less memory, the same loss, gradients that are rounded a little."""
+"""Activations kept in bfloat16 for the backward pass: less memory, the same loss, slightly rounded gradients."""
 
 from __future__ import annotations
 
