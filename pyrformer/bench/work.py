@@ -681,60 +681,98 @@ def best_forward(
 # ---- Relative attention ---------------------------------------------------------------------------------------------
 
 
-def _relative(pairs: int, d: int, rows: float, results: int, flops: float) -> Work:
-    """``pairs`` of query and key, for each of which ``rows`` rows of a head are read, and ``results`` rows written."""
-    return Work(0, int(rows * pairs * _sectors(1, d)) + results * _sectors(1, d), flops * pairs * d)
+def _relative(
+    b: int, h: int, t: int, s: int, u: int, d: int, *, dots: int, products: int, sums: int, spread: int, score: int,
+    meets: float, looks: int,
+) -> Work:  # fmt: skip
+    """All pairs of 64 queries and 64 keys, for queries in the order of their places: ``dots`` products of their rows a
+    pair, ``products`` and ``spread`` of rows and distances, of which a pair has as many tiles as its queries are spread
+    over, with a sum behind the latter; ``sums`` with a result of the head's width; ``score``: FLOPs of one, once for
+    each part of a head; ``meets``: how often a pair looks where its queries stand and multiplies them with kinds, of whose
+    rows each thread reads one; ``looks``: how often at what its keys are and what is hidden."""
+    down, across, slices, parts = _ceil(t, TILE), _ceil(s, TILE), _ceil(d, SLICE), _ceil(d, TILE)
+    distances = 1 + _ceil(min(u, _ceil(TILE * u, t)) - 1, TILE)
+    every = slices * (dots + products * distances)
+    added = sums + spread * distances
+    depth = _ceil(d, RELATIVE_DEPTH) * RELATIVE_DEPTH
+    dot_flops, dot_passes = _multiply(depth)
+    sum_flops, sum_passes = _multiply(TILE)
+    rows = t * across + s * down
+    pairs = b * h * down * across
+    # Into shared memory: both factors of a dot; the weights, cleared and put at their distances; the position's parts.
+    placed = TILE * TILE / 32 * (products * distances * slices * 4 + spread * distances * parts * 5)
+    stores = slices * dots * 2 * TILE * depth / 32 + added * parts * (TILE * TILE / 32 + 256) + placed
+    return Work(
+        0,
+        int(
+            b * h * rows * (2 * every + added / 2) * _sectors(1, d)
+            + pairs * slices * (36 * d * meets + 640 * looks)
+        ),
+        pairs * (every * dot_flops + slices * score * TILE * TILE + added * parts * sum_flops),
+        pairs * (every * dot_passes + added * parts * sum_passes + stores),
+    )
+
+
+#: The step of the inner dimension in ``relative.cu``.
+RELATIVE_DEPTH = 16
 
 
 def _relative_bytes(b: int, h: int, t: int, s: int, u: int, d: int, hidden: Any) -> int:
     floats = b * h * d * (4 * t + 2 * s) + (s + u + 2) * h * d
-    return WORD * (floats + b * (t + u + s) + bool(hidden) * b * u * u)
+    return WORD * (floats + b * (t + u + s) + bool(hidden) * b * min(t, u) * u)
 
 
 @_rule
 def relative_attention_forward(grid: list[int], *a: Any) -> Work:
-    (t, h, b), hidden = grid, a[10]
-    _, s, u, d = a[13:17]
-    pairs = b * h * t * s
-    # Each score reads three rows a side; then every row of v is added up.
-    tiles = _relative(pairs, d, 7, b * h * t, 8)
-    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden), 0, 40 * pairs)
+    (_, h, b), hidden = grid, a[10]
+    t, s, u, d = a[13:17]
+    tiles = _relative(
+        b, h, t, s, u, d, dots=1, products=1, sums=1, spread=0, score=50, meets=1 / _ceil(s, TILE), looks=1
+    )
+    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden), _sectors(b * t * h, d), 0)
 
 
 @_rule
 def relative_attention_dq_backward(grid: list[int], *a: Any) -> Work:
-    (t, h, b), hidden = grid, a[11]
-    _, s, u, d = a[20:24]
-    pairs = b * h * t * s
-    tiles = _relative(pairs, d, 18, 3 * b * h * t, 20)
-    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden) + WORD * 5 * b * h * t, 0, 60 * pairs)
+    (_, h, b), hidden = grid, a[11]
+    t, s, u, d = a[20:24]
+    # Once for the softmax and once for what follows from it.
+    tiles = _relative(
+        b, h, t, s, u, d, dots=4, products=2, sums=1, spread=1, score=90, meets=1 / _ceil(s, TILE), looks=2
+    )
+    unique = _relative_bytes(b, h, t, s, u, d, hidden) + WORD * (3 * d + 5) * b * h * t
+    return tiles + Work(unique, 3 * _sectors(b * t * h, d), 0)
 
 
 @_rule
 def relative_attention_dkv_backward(grid: list[int], *a: Any) -> Work:
-    (s, h, b), hidden = grid, a[11]
-    t, _, u, d = a[18:22]
-    pairs = b * h * t * s
-    tiles = _relative(pairs, d, 10, 2 * b * h * s, 12)
-    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden) + WORD * 3 * b * h * t, 0, 30 * pairs)
+    (_, h, b), hidden = grid, a[11]
+    t, s, u, d = a[18:22]
+    tiles = _relative(b, h, t, s, u, d, dots=2, products=1, sums=2, spread=0, score=20, meets=1, looks=1)
+    unique = _relative_bytes(b, h, t, s, u, d, hidden) + WORD * (2 * d * s + 3 * t) * b * h
+    return tiles + Work(unique, 2 * _sectors(b * s * h, d), 0)
 
 
 @_rule
 def relative_attention_dr_backward(grid: list[int], *a: Any) -> Work:
     h, hidden, b = grid[1], a[11], a[17]
     t, s, u, d = a[18:22]
-    pairs = b * h * t * s
-    # Every distance reads all queries, whether they have a key there or not.
-    tiles = _relative(pairs, d, 8 + (s + u) / s, h * (s + u), 8 + 2 * (s + u) / s)
-    return tiles + Work(_relative_bytes(b, h, t, s, u, d, hidden) + WORD * 3 * b * h * t, 0, 30 * pairs)
+    # A tile of distances meets as many tiles of keys as a tile of keys meets of distances.
+    tiles = _relative(
+        b, h, t, s, u, d, dots=1, products=2, sums=1, spread=0, score=30, meets=(s + u) / s, looks=3
+    )
+    unique = _relative_bytes(b, h, t, s, u, d, hidden) + WORD * ((s + u) * h * d + 3 * b * h * t)
+    return tiles + Work(unique, _sectors((s + u) * h, d), 0)
 
 
 @_rule
 def relative_attention_dkinds_backward(
-    grid: list[int], by_kind: Any, q_s: Any, dkinds: Any, b: int, t: int, d: int, *_: Any
+    grid: list[int], by_kind: Any, q_s: Any, dkinds: Any, b: int, t: int, h: int, d: int, *_: Any
 ) -> Work:
-    h, rows = grid[1], b * t * grid[1]
-    return Work(WORD * (2 * rows + rows * d + 2 * h * d), 2 * rows * (_sectors(1, d) + 1), 4 * rows * d)
+    rows = b * t * h
+    return Work(
+        WORD * (2 * rows + rows * d + 2 * h * d), 2 * rows * (_sectors(1, d) + _ceil(d, 32)), 4 * rows * d
+    )
 
 
 # ---- Records --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import sim
 from click.testing import CliRunner
 from kernels import launches as run
-from kernels.checks import attention_operands
+from kernels.checks import attention_operands, relative_operands
 from kernels.programs import inputs
 from sim.card import Card
 
@@ -132,6 +132,25 @@ def test_rules_say_what_attention_on_tensor_cores_does(
         assert said.flops - said.tensor == pytest.approx(found.flops, rel=0.1), where
         assert found.passes <= 1.1 * found.least_passes, where
         assert found.sectors <= 1.2 * found.least_sectors, where
+
+
+@pytest.mark.parametrize("sizes", [(1, 128, 192, 128, 1, 64), (1, 64, 128, 128, 1, 136)], ids=str)
+def test_rules_say_what_relative_attention_does(
+    programs_80: dict[str, sim.Program], rng: np.random.Generator, sizes: tuple[int, ...]
+) -> None:
+    """Of queries in the order of their places."""
+    device = Watched(programs_80)
+    x = relative_operands(rng, *sizes)
+    batch, tokens, _, places, *_ = sizes
+    x["at"] = np.linspace(0, places - 1, tokens).astype(int)[None].repeat(batch, 0)
+    run.relative_attention(device, x, 0.1, dout=rng.normal(size=x["q_k"].shape).astype(np.float32))
+    assert len(device.launches) == 5
+    for kernel, found, said in device.launches:
+        where = f"{kernel}: {said}"
+        assert said.unique == pytest.approx(found.unique, rel=0.01), where
+        for got, want in ((said.sectors, found.sectors), (said.flops, found.flops)):
+            assert got == pytest.approx(want, rel=0.2), where
+        assert said.passes == pytest.approx(found.passes, rel=0.25) or "dkinds" in kernel, where
 
 
 #: Shares of the tensor cores' peak, by the width of heads, that each launch of attention may reach on paper; what is

@@ -347,6 +347,16 @@ def relative_long(device, rng, close):
     check_relative(device, close, x, normal(rng, 1, 2, 1, 2))
 
 
+def relative_spread(device, rng, close):
+    """Queries anywhere among many places: their tile meets each tile of keys at many distances."""
+    x = relative_operands(rng, 1, 70, 150, 140, 1, 2)
+    check_relative(device, close, x, normal(rng, 1, 70, 1, 2))
+
+
+def relative_wide(device, rng, close):
+    check_relative(device, close, relative_operands(rng, 1, 2, 3, 2, 1, 141), normal(rng, 1, 2, 1, 141))
+
+
 def relative_queries(device, rng, close):
     check_relative(device, close, relative_operands(rng, 1, 130, 3, 2, 1, 2), normal(rng, 1, 130, 1, 2))
 
@@ -370,8 +380,8 @@ CASES = {f.__name__: f for f in (
     global_norm, halt, adamw, attention, attention_grad, blind, tensor_cores,
     blind_tensor_cores, tensor_tiles, wide_tensor_cores, attention_of_wide_heads, best, cache_write, cached,
     cached_spans, cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
-    relative_queries, roots_and_signs, smoothed, in_bfloat16, layer_norm_in_bfloat16, rows_in_bfloat16,
-    loss_in_bfloat16, sums_in_bfloat16, rope_in_bfloat16,
+    relative_queries, relative_spread, relative_wide, roots_and_signs, smoothed, in_bfloat16,
+    layer_norm_in_bfloat16, rows_in_bfloat16, loss_in_bfloat16, sums_in_bfloat16, rope_in_bfloat16,
 )}  # fmt: skip
 
 # ---- The bugs: case, file, kernels to compile, text, replacement ----------------------------------------------------
@@ -435,18 +445,29 @@ MUTANTS = [
     ("smoothed", "loss", "cross_entropy_", "1.f + 2.f * z_loss", "1.f + z_loss"),
     ("smoothed", "loss", "cross_entropy_", "smoothing * (target - mean)", "smoothing * target"),
     # Relative attention.
-    ("relative", "relative", "relative_", "r.row(places - p + j)", "r.row(places + p - j)"),
-    ("relative", "relative", "relative_", "bool itself = sees_itself && own == p;", "bool itself = own == p - 1;"),
-    ("relative", "relative", "relative_", "return p < places ? p : -1;", "return max(p, 0);"),
-    ("relative", "relative", "relative_", "place == 1 ? words.y", "place == 1 ? words.x"),
-    ("relative", "relative", "relative_attention_dq", "if (x.kind(b, p, j)) other += ds;", "if (!x.kind(b, p, j)) other += ds;"),
-    ("relative", "relative", "relative_attention_dq", "expf(x.score(b, i, p, j) - above) * share", "expf(x.score(b, i, p, j) - above)"),
-    ("relative", "relative", "relative_attention_dkv", "weight *= factor;", ""),
-    ("relative", "relative", "relative_attention_dr", "p >= 0 && j >= 0 && j < keys", "p >= 0 && j >= 0"),
-    ("relative_queries", "relative", "relative_attention_dr", "__syncthreads();  // the slopes are used up", ""),
-    ("relative_long", "relative", "relative_attention_forward", "sum.scale(correction);", ""),
-    ("relative_long", "relative", "relative_attention_forward", "sum.scale(correction);\n        __syncthreads();", "sum.scale(correction);"),
-    ("relative_long", "relative", "relative_attention_dq", "along = along * correction + ", "along = along + "),
+    ("relative", "relative", "relative_", 'from + 4 * tx + j - x.places + p - key0', 'from + 4 * tx + j - x.places - p - key0'),
+    ("relative", "relative", "relative_", 'if (sees_itself && own + n == p)', 'if (own + n == p - 1)'),
+    ("relative", "relative", "relative_", 'if (p >= x.places) p = -1;\n        if (kind == 0) shared.places[i] = p,', 'if (kind == 0) shared.places[i] = max(p, 0),'),
+    ("relative", "relative", "relative_attention_forward", 'shared.kinds[i] != kind', 'shared.kinds[i] == kind'),
+    ("relative", "relative", "relative_attention_forward", 'largest[i] == -INFINITY ? 0.f : 1.f / denominator[i]', '1.f / denominator[i]'),
+    ("relative", "relative", "relative_attention_dq", 'other[i] += p[i][j];\n                        else same[i] += p[i][j];', 'same[i] += p[i][j];\n                        else other[i] += p[i][j];'),
+    ("relative", "relative", "relative_attention_dq", 'expf(p[i][j] - above[i]) * total[i]', 'expf(p[i][j] - above[i])'),
+    ("relative", "relative", "relative_attention_dq", 'clear_weights(shared);\n#pragma unroll\n                for (int i = 0; i < 4; ++i) {\n                    int place', '__syncthreads();\n#pragma unroll\n                for (int i = 0; i < 4; ++i) {\n                    int place'),
+    ("relative", "relative", "relative_attention_dkv", 'p[i][j] = weight * factors[i];', 'p[i][j] = weight;'),
+    ("relative_spread", "relative", "relative_attention_dr", 'distance < 0 || distance >= TILE) continue;', 'distance < 0) continue;'),
+    ("relative_queries", "relative", "relative_attention_dkinds", 'n < 8; ++n) sum', 'n < 7; ++n) sum'),
+    ("relative", "relative", "relative_attention_dkinds", '    __syncthreads();\n    if (threadIdx.y', '    if (threadIdx.y'),
+    ("relative_long", "relative", "relative_attention_forward", 'sum[part][i][j] *= correction;', 'sum[part][i][j] *= 1.f;'),
+    ("relative_long", "relative", "relative_attention_dq", 'along[i] = along[i] * correction + ', 'along[i] = along[i] + '),
+    ("relative_queries", "relative", "relative_attention_dkv", '__syncthreads();  // the probabilities are used up', ''),
+    ("relative_queries", "relative", "relative_attention_dq", '__syncthreads();  // the last weights are used up\n    for', '    for'),
+    ("relative_queries", "relative", "relative_attention_dq", 'column != 0 || query0 + 4 * ty + i >= tokens', 'column != 0'),
+    ("relative_spread", "relative", "relative_", 'places - shared.high + key0', 'places - shared.low + key0'),
+    ("relative_spread", "relative", "relative_", 'min(x.places - shared.low + key0 + TILE', 'min(x.places - shared.low + key0'),
+    ("relative_spread", "relative", "relative_attention_dr", 'min(from + TILE - places + shared.high, keys)', 'min(from + TILE - places + shared.low, keys)'),
+    ("relative_spread", "relative", "relative_attention_forward", 'greatest = max(first, second)', 'greatest = 0'),
+    ("relative_wide", "relative", "relative_attention_forward", 'blockIdx.x / tiles * SLICE', '0'),
+    ("relative_wide", "relative", "relative_attention_dq", 'tx != 0 || column != 0 ||', 'tx != 0 ||'),
     # Reductions, optimiser.
     ("sum_to", "reduce", "sum_to_forward_f32", "    __syncthreads();\n    if (threadIdx.y == 0", "    if (threadIdx.y == 0"),
     ("sum_to", "reduce", "sum_to_forward_f32", "int from = blockIdx.y * per, to = min(from + per, copies)", "int from = blockIdx.y * per, to = from + per"),
@@ -470,7 +491,7 @@ MUTANTS = [
     ("attention", "attention", FORWARD, "from + r < x.rows ? x.width - d0 - d : 0", "x.width - d0 - d"),
     ("attention_of_wide_heads", "attention", FORWARD, "from + r < x.rows ? x.width - c0 - c : 0", "x.width - c0 - c"),
     ("attention_of_wide_heads", "attention", FORWARD, "store4(to + (long long)row * ld + c, value, width - c)", "store4(to + (long long)row * ld + c, value, 4)"),
-    ("attention_of_wide_heads", "attention", FORWARD, "struct __align__(16) Shared", "struct Shared"),
+    ("attention_of_wide_heads", "attention", FORWARD, "struct __align__(16) Factors", "struct Factors"),
     ("attention_grad", "attention", DQ, "dp = p * (dp * factor - delta) * scale", "dp = p * (dp - delta) * scale"),
     ("attention_grad", "attention", DKV, "min(tokens, end - 1 + window)", "min(tokens, end - 60 + window)"),
     ("attention_grad", "attention", DKV, "head < (kv_head + 1) * group", "head < kv_head * group + 1"),

@@ -19,9 +19,17 @@ def test_against_the_definition(device, rng, close, sees_itself, layout):
     check(device, close, x, dout, sees_itself=sees_itself, layout=layout)
 
 
-# One of each; more keys, and more queries, than a block has threads; a head wider than a block.
+# One of each; more keys, and more queries, than a tile; a head wider than a block; queries far apart.
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1, 1, 1), (1, 3, 131, 4, 1, 5), (1, 130, 3, 2, 1, 4), (1, 2, 3, 3, 1, 141)], ids=str
+    "sizes",
+    [
+        (1, 1, 1, 1, 1, 1),
+        (1, 3, 131, 4, 1, 5),
+        (1, 130, 3, 2, 1, 4),
+        (1, 2, 3, 3, 1, 141),
+        (2, 67, 210, 200, 1, 4),
+    ],
+    ids=str,
 )
 def test_odd_sizes(device, rng, close, sizes):
     x = operands(rng, *sizes, hidden=sizes[1] != 130)

@@ -11,6 +11,9 @@ const COMMON: &str = include_str!("../../../cuda/common.cuh");
 /// What the files of attention share.
 const ATTENTION: &str = include_str!("../../../cuda/attention.cuh");
 
+/// What the files share that compute by tiles in float32.
+const TILES: &str = include_str!("../../../cuda/tiles.cuh");
+
 /// Registers and shared memory of each kernel by architecture, as TOML: what estimates of occupancy start from.
 pub const BARS: &str = include_str!("../../../cuda/bars.toml");
 
@@ -173,10 +176,10 @@ impl Source {
                 unit.push_str(&format!("#define {stem}f32 {kernel}\n"));
             }
         }
-        let attention = self.file.starts_with("attention").then_some(("attention.cuh", ATTENTION));
-        for (name, text) in
-            [Some(("common.cuh", COMMON)), attention, Some((self.file, self.text))].iter().flatten()
-        {
+        let masks = self.file.starts_with("attention") || self.file == "relative.cu";
+        let tiles = matches!(self.file, "attention.cu" | "relative.cu");
+        let heads = [("common.cuh", COMMON, true), ("attention.cuh", ATTENTION, masks), ("tiles.cuh", TILES, tiles)];
+        for (name, text, _) in heads.into_iter().chain([(self.file, self.text, true)]).filter(|part| part.2) {
             unit.push_str(&format!("#line 1 \"{name}\"\n{text}"));
         }
         unit

@@ -369,7 +369,7 @@ impl Recorder<'_> {
             }
             Op::Attention(spec) => self.attention(spec)?,
             Op::AttentionGrad(spec) => self.attention_grad(spec)?,
-            Op::RelativeAttention(spec) => self.relative_attention(spec)?,
+            Op::RelativeAttention(spec) => self.relative_attention(spec),
             Op::RelativeAttentionGrad(spec) => self.relative_attention_grad(spec)?,
             Op::LinearCrossEntropy(spec) => self.cross_entropy(spec, false)?,
             Op::LinearCrossEntropyGrad(spec) => self.cross_entropy(spec, true)?,

@@ -705,8 +705,9 @@ def relative_attention(
     operands = (*(m.at for m in flat), *integers, rng)
     counts, strides = tuple(map(i32, (tokens, keys, places, width))), [ld(m) for m in flat]
     out, kernel = blank(device, flat[0].shape, layout), "relative_attention_{}_f32"
-    grid = (tokens, heads, batch)
-    device.launch(kernel.format("forward"), grid, 128, *operands, out.at, *counts, *strides, ld(out), *tail)
+    slices = ceil_div(width, 128)
+    grid = (ceil_div(tokens, 64) * slices, heads, batch)
+    device.launch(kernel.format("forward"), grid, 256, *operands, out.at, *counts, *strides, ld(out), *tail)
     results = {"out": download(device, out).reshape(x["q_k"].shape)}
     if dout is None:
         return results
@@ -719,16 +720,16 @@ def relative_attention(
         pointers = (*results, *(made[n].at for n in more))
         lds = (ld(d), *strides, *(ld(made[n]) for n in more))
         name = kernel.format(f"{which}_backward")
-        device.launch(name, grid, 128, d.at, *operands, *pointers, *count, *counts, *lds, *tail)
+        device.launch(name, grid, 256, d.at, *operands, *pointers, *count, *counts, *lds, *tail)
 
     dq = [made[n] for n in ("q_k", "q_r", "q_s")]
     pointers = (*(m.at for m in dq), *rows, by_kind)
     lds = (ld(d), *strides, *(ld(m) for m in dq))
-    device.launch(kernel.format("dq_backward"), grid, 128, d.at, *operands, *pointers, *counts, *lds, *tail)
-    launch("dkv", (keys, heads, batch), rows, ("k", "v"))
-    launch("dr", (keys + places, heads), rows, ("r",), (i32(batch),))
-    sizes = (*map(i32, (batch, tokens, width)), strides[2], ld(made["kinds"]))
-    device.launch(
-        kernel.format("dkinds_backward"), (2, heads), 128, by_kind, flat[2].at, made["kinds"].at, *sizes
-    )
+    device.launch(kernel.format("dq_backward"), grid, 256, d.at, *operands, *pointers, *counts, *lds, *tail)
+    launch("dkv", (ceil_div(keys, 64) * slices, heads, batch), rows, ("k", "v"))
+    launch("dr", (ceil_div(keys + places, 64) * slices, heads), rows, ("r",), (i32(batch),))
+    sizes = (*map(i32, (batch, tokens, heads, width)), strides[2], ld(made["kinds"]))
+    grid = (ceil_div(width, 32), 2, heads)
+    pointers = by_kind, flat[2].at, made["kinds"].at
+    device.launch(kernel.format("dkinds_backward"), grid, (32, 8), *pointers, *sizes)
     return results | {n: download(device, m).reshape(x[n].shape) for n, m in made.items()}

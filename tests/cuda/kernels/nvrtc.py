@@ -33,7 +33,11 @@ def unit(name: str) -> str:
         for made in re.findall(r"^(?:UNARY|BINARY)\((\w+),", text, re.MULTILINE):
             kernels |= {f"{made}_forward_f32", f"{made}_backward_f32"}
         head = "#define BF16\n" + "".join(f"#define {k} {k[:-3]}bf16\n" for k in sorted(kernels))
-    heads = ["common.cuh", *(["attention.cuh"] if name.startswith("attention") else [])]
+    heads = ["common.cuh"]
+    if name.startswith(("attention", "relative")):
+        heads.append("attention.cuh")
+    if name in ("attention", "relative"):
+        heads.append("tiles.cuh")
     texts = (f'#line 1 "{file}"\n{(KERNELS / file).read_text()}' for file in (*heads, f"{file}.cu"))
     return head + "".join(texts)
 

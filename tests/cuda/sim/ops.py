@@ -408,10 +408,10 @@ def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
         f"  t = machine.load({m[1]!r}, {_address(w, a)}, {w.i}, {size}, {len(w.places) - 1}, {kind})"
     )
     for n, register in enumerate(registers):
-        if bits == 16 and w.storage(register).endswith(
-            "32"
-        ):  # a wider register: filled by the sign, or by zeros
-            w.set(register, "u32", f"t[:, {n}]{'.view(int16)' * (m[3] == 's')}.astype(int32).view(uint32)")
+        wide = int(w.storage(register)[1:]) if register != "_" else bits
+        if bits < wide:  # filled by the sign, or by zeros
+            signed = f".view(int{bits})" * (m[3] == "s")
+            w.set(register, f"u{wide}", f"t[:, {n}]{signed}.astype(int{wide}).view(uint{wide})")
         elif bits < 64:
             w.set(register, f"u{bits}", f"t[:, {n}]")
         else:

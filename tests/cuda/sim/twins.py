@@ -807,7 +807,7 @@ def relative_attention_forward(m, grid, *args):
 def relative_attention_dq_backward(m, grid, dout, *args):
     operands, results, rows, sizes = args[:12], args[12:15], args[15:19], args[19:23]
     (dout_ld, *strides), lds, tail = args[23:31], args[31:34], args[34:]
-    batch, heads, tokens = grid[2], grid[1], grid[0]
+    batch, heads, tokens = grid[2], grid[1], sizes[0]
     x = _Relative(m, operands, batch, heads, sizes, strides, *tail)
     found = x.gradient(dout, dout_ld)
     for name, at, ld in zip(("q_k", "q_r", "q_s"), results, lds, strict=True):
@@ -839,9 +839,8 @@ def relative_attention_dr_backward(m, grid, dout, *args):
 
 @twin
 def relative_attention_dkinds_backward(
-    m, grid, by_kind, q_s, dkinds, batch, tokens, width, q_s_ld, dkinds_ld
+    m, grid, by_kind, q_s, dkinds, batch, tokens, heads, width, q_s_ld, dkinds_ld
 ):
-    heads = grid[1]
     sums = (
         matrix(m, by_kind, 2 * batch * heads, tokens, tokens).astype(float).reshape(2, batch, heads, tokens)
     )

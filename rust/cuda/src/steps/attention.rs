@@ -6,7 +6,7 @@ use pyrformer_graph::{AttentionSpec, DType, RelativeSpec, TensorType};
 use super::{Recorder, groups, keep};
 use crate::launch::{Arg, Matrix};
 
-/// The widest head that attention over a cache, and relative attention, hold in registers.
+/// The widest head that attention over a cache holds in registers.
 const WIDEST: usize = 256;
 const NO_WINDOW: usize = i32::MAX as usize;
 /// Decoding reads few tokens at a time, and a query of a head has but one block: its positions are cut into spans of at
@@ -27,6 +27,11 @@ pub(super) fn span_elements(spec: &AttentionSpec, inputs: &[&TensorType]) -> usi
     let (q, slots) = (&inputs[0].shape.0, inputs[1].shape.0[1]);
     let (n, _) = spans(q[1], slots);
     if n > 1 { n * q[0] * q[1] * (q[2] + 2 * spec.heads) } else { 0 }
+}
+
+/// Blocks of relative attention for `rows` of a head of `width` columns: of 64 rows and up to 128 columns.
+fn relative_blocks(rows: usize, width: usize) -> usize {
+    rows.div_ceil(64) * width.div_ceil(128)
 }
 
 /// The arguments that all launches of relative attention share.
@@ -122,12 +127,9 @@ impl Recorder<'_> {
 
     /// Sizes [B, T, S, U, D] of relative attention whose queries are operand `q`, its operands from there on with hidden
     /// and rng null where absent, and the strides of those that have one.
-    fn relative(&self, spec: &RelativeSpec, q: usize) -> Result<Relative, String> {
+    fn relative(&self, spec: &RelativeSpec, q: usize) -> Relative {
         let (queries, keys) = (self.dims(q), self.dims(q + 3));
         let sizes = [queries[0], queries[1], keys[1], self.dims(q + 8)[1], queries[2] / spec.heads];
-        if sizes[4] > WIDEST {
-            return Err(format!("heads of {} columns, its kernels take up to {WIDEST}", sizes[4]));
-        }
         let mut operands: Vec<Arg> = (q..q + 10).map(|i| self.x(i).into()).collect();
         operands.push(Arg::from(spec.hidden.then(|| self.x(q + 10))));
         let rng = q + 10 + usize::from(spec.hidden);
@@ -135,19 +137,19 @@ impl Recorder<'_> {
         let mut tail = args![spec.sees_itself, spec.scale];
         tail.extend(keep(spec.dropout.as_ref()));
         let strides = (q..q + 7).map(|i| self.x(i).ld.into()).collect();
-        Ok(Relative { sizes, operands, strides, tail })
+        Relative { sizes, operands, strides, tail }
     }
 
-    pub(super) fn relative_attention(&mut self, spec: &RelativeSpec) -> Result<(), String> {
-        let at = self.relative(spec, 0)?;
+    pub(super) fn relative_attention(&mut self, spec: &RelativeSpec) {
+        let at = self.relative(spec, 0);
         let ([b, t, ..], out) = (at.sizes, self.y(0));
         let args = [&at.operands[..], &[out.into()], &at.counts(), &at.strides, &[out.ld.into()], &at.tail];
-        self.launch("relative_attention_forward_f32", [t, spec.heads, b], [128, 1, 1], args.concat());
-        Ok(())
+        let grid = [relative_blocks(t, at.sizes[4]), spec.heads, b];
+        self.launch("relative_attention_forward_f32", grid, [256, 1, 1], args.concat());
     }
 
     pub(super) fn relative_attention_grad(&mut self, spec: &RelativeSpec) -> Result<(), String> {
-        let (at, h) = (self.relative(spec, 1)?, spec.heads);
+        let (at, h) = (self.relative(spec, 1), spec.heads);
         let [b, t, s, u, d] = at.sizes;
         let dout = self.x(0);
         let [dq_k, dq_r, dq_s, dk, dv, dr, dkinds] = [0, 1, 2, 3, 4, 5, 6].map(|i| self.y(i));
@@ -162,20 +164,25 @@ impl Recorder<'_> {
         let results = args![dq_k, dq_r, dq_s, largest, inverse, delta, by_kind];
         let more = args![dq_k.ld, dq_r.ld, dq_s.ld];
         let args = [&operands[..], &results, &at.counts(), &strides, &more, &at.tail].concat();
-        self.launch("relative_attention_dq_backward_f32", [t, h, b], [128, 1, 1], args);
+        self.launch("relative_attention_dq_backward_f32", [relative_blocks(t, d), h, b], [256, 1, 1], args);
 
         let (results, more) = (args![dk, dv], args![dk.ld, dv.ld]);
         let args = [&operands[..], &saved, &results, &at.counts(), &strides, &more, &at.tail].concat();
-        self.launch("relative_attention_dkv_backward_f32", [s, h, b], [128, 1, 1], args);
+        self.launch("relative_attention_dkv_backward_f32", [relative_blocks(s, d), h, b], [256, 1, 1], args);
 
         let results = args![dr, b];
         let args =
             [&operands[..], &saved, &results, &at.counts(), &strides, &[dr.ld.into()], &at.tail].concat();
-        self.launch("relative_attention_dr_backward_f32", [s + u, h, 1], [128, 1, 1], args);
+        self.launch(
+            "relative_attention_dr_backward_f32",
+            [relative_blocks(s + u, d), h, 1],
+            [256, 1, 1],
+            args,
+        );
 
         let q_s = self.x(3);
-        let args = args![by_kind, q_s, dkinds, b, t, d, q_s.ld, dkinds.ld];
-        self.launch("relative_attention_dkinds_backward_f32", [2, h, 1], [128, 1, 1], args);
+        let args = args![by_kind, q_s, dkinds, b, t, h, d, q_s.ld, dkinds.ld];
+        self.launch("relative_attention_dkinds_backward_f32", [d.div_ceil(32), 2, h], [32, 8, 1], args);
         Ok(())
     }
 
