@@ -688,8 +688,8 @@ def _relative(
     """All pairs of 64 queries and 64 keys, for queries in the order of their places: ``dots`` products of their rows a
     pair, ``products`` and ``spread`` of rows and distances, of which a pair has as many tiles as its queries are spread
     over, with a sum behind the latter; ``sums`` with a result of the head's width; ``score``: FLOPs of one, once for
-    each part of a head; ``meets``: how often a pair looks where its queries stand and multiplies them with kinds, of whose
-    rows each thread reads one; ``looks``: how often at what its keys are and what is hidden."""
+    each part of a head; ``meets``: how often a pair looks where its queries stand and multiplies them with kinds, of
+    whose rows each thread reads one; ``looks``: how often at what its keys are and what is hidden."""
     down, across, slices, parts = _ceil(t, TILE), _ceil(s, TILE), _ceil(d, SLICE), _ceil(d, TILE)
     distances = 1 + _ceil(min(u, _ceil(TILE * u, t)) - 1, TILE)
     every = slices * (dots + products * distances)

@@ -162,6 +162,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "and.pred": ("pred", ("pred", "pred"), [((1, 1), 1), ((1, 0), 0), ((0, 0), 0)]),
     "or.b32": ("u32", ("b32", "b32"), [((12, 10), 14)]),
     "or.pred": ("pred", ("pred", "pred"), [((1, 1), 1), ((1, 0), 1), ((0, 0), 0)]),
+    "xor.b16": ("u16", ("u16", "u16"), [((0xFF0F, 0x0FF0), 0xF0FF)]),
     "xor.b32": ("u32", ("b32", "b32"), [((12, 10), 6)]),
     "not.b32": ("u32", ("b32",), [((0,), MAX), ((MAX - 5,), 5)]),
     "not.pred": ("pred", ("pred",), [((1,), 0), ((0,), 1)]),
@@ -204,6 +205,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "setp.ne.s64": ("pred", ("s64", "s64"), [((2**40, 2**40), 0), ((2**40, 0), 1)]),
     "setp.ne.b64": ("pred", ("b64", "b64"), [((2**40, 2**40), 0), ((2**40, 0), 1)]),
     "setp.lt.s32": ("pred", ("s32", "s32"), [((-1, 0), 1), ((0, -1), 0)]),
+    "setp.lt.s64": ("pred", ("s64", "s64"), [((-1, 2**40), 1), ((2**40, -1), 0)]),
     "setp.lt.u32": ("pred", ("u32", "u32"), [((MAX, 0), 0), ((0, MAX), 1)]),
     "setp.le.s32": ("pred", ("s32", "s32"), [((-1, -1), 1), ((0, -1), 0)]),
     "setp.le.u32": ("pred", ("u32", "u32"), [((MAX, 0), 0), ((0, 1), 1), ((MAX, MAX), 1)]),
@@ -218,6 +220,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "selp.f32": ("f32", ("f32", "f32", "pred"), [((1.5, 2.5, 1), 1.5), ((1.5, TINY, 0), TINY)]),
     "selp.f64": ("f64", ("f64", "f64", "pred"), [((1.5, 2.5, 1), 1.5), ((1.5, nan, 0), nan)]),
     "selp.u16": ("u16", ("u16", "u16", "pred"), [((3, 65535, 1), 3), ((3, 65535, 0), 65535)]),
+    "selp.b16": ("u16", ("u16", "u16", "pred"), [((3, 65535, 1), 3), ((3, 65535, 0), 65535)]),
     # ---- Moves
     "mov.f32": ("f32", f1, [((TINY,), TINY)]),
     "mov.f64": ("f64", ("f64",), [((1e-310,), 1e-310)]),
@@ -271,6 +274,7 @@ SPECIAL = {
     "ld.shared.u32", "st.shared.u32",
     "ld.shared.v2.f32", "ld.shared.v2.b32",
     "ld.global.nc.v4.u32", "ld.shared.v4.u32", "st.global.v4.u32", "st.shared.v4.u32", "bar.warp.sync",
+    "ld.shared.s32", "ld.shared.v2.u32",
     "cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group",
     "ld.global.v4.u32",
     *(f"{load}.{v}{kind}" for load in ("ld.global", "ld.global.nc", "st.global", "ld.shared", "st.shared")
@@ -367,6 +371,18 @@ def test_halves_of_words(load, kind):
     given = np.array([10, 65535, 12, 13, 14, 15, 16, 17], np.uint16)
     got = run(body, 1, [given], ((6,), np.uint16), ".shared .align 8 .b8 buffer[8];")
     assert got.tolist() == [17, 65535, 65535, 14, 16, 15]
+
+
+@pytest.mark.parametrize(("kind", "want"), [("s32", -2), ("u32", 2**32 - 2), ("b32", 2**32 - 2)])
+def test_words_in_wider_registers(kind, want):
+    body = f"""
+    ld.global.u32 %r1, [%rd0];
+    st.shared.u32 [buffer], %r1;
+    ld.shared.{kind} %rd20, [buffer];
+    st.global.v2.b64 [%rd1], {{%rd20, %rd20}};
+    """
+    got = run(body, 1, [np.array([-2], np.int32)], ((2,), np.int64), ".shared .align 4 .b8 buffer[4];")
+    assert got.tolist() == [want, want]
 
 
 def test_halves_in_wider_registers():
