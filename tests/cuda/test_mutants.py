@@ -511,9 +511,9 @@ MUTANTS = [
     ("both_ways", "attention", FORWARD, "min(last, end - 1 + window)", "min(last, end - TILE + window)"),
     # Attention: barriers.
     ("attention", "attention", FORWARD, "__syncthreads();  // the last users of a and b are done", ""),
-    ("attention", "attention", FORWARD, "        __syncthreads();\n        multiply(product", "        multiply(product"),
+    ("attention", "attention", FORWARD, "        __syncthreads();\n        multiply<S::DEPTH>(product", "        multiply<S::DEPTH>(product"),
     ("attention", "attention", FORWARD, "__syncthreads();  // the weights are written, the last users of b are done", ""),
-    ("attention", "attention", FORWARD, "                __syncthreads();\n                multiply(sum[part]", "                multiply(sum[part]"),
+    ("attention", "attention", FORWARD, "                __syncthreads();\n                multiply<S::DEPTH>(sum[part]", "                multiply<S::DEPTH>(sum[part]"),
     ("attention_grad", "attention", DKV, "__syncthreads();  // the probabilities are used up", ""),
     # Attention on tensor cores.
     ("tensor_cores", "attention_bf16", "attention64_", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
