@@ -40,7 +40,11 @@ def command() -> None:
     type=click.Choice(list(GPUS)),
     help="Measure nothing: what the step would take on this GPU, on paper.",
 )
-@click.option("--bf16", is_flag=True, help="With --estimate: bfloat16 in memory, on tensor cores.")
+@click.option(
+    "--bf16",
+    is_flag=True,
+    help="Keep activations in bfloat16 for the backward pass; with --estimate: bfloat16 in memory, on tensor cores.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def train_step(
     steps: int,
@@ -63,9 +67,7 @@ def train_step(
         else:
             _print_estimate(expected)
         return
-    if bf16:
-        raise click.UsageError("--bf16 needs --estimate.")
-    result = measure(shape, steps=steps, threads=threads, profile=profile, peer=peer is not None)
+    result = measure(shape, steps=steps, threads=threads, profile=profile, peer=peer is not None, bf16=bf16)
     if as_json:
         click.echo(json.dumps(result.to_dict()))
         return

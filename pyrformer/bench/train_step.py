@@ -143,13 +143,20 @@ def bandwidth() -> float:
 
 
 def measure(
-    shape: Shape, *, steps: int = 20, threads: int | None = None, profile: bool = False, peer: bool = False
+    shape: Shape,
+    *,
+    steps: int = 20,
+    threads: int | None = None,
+    profile: bool = False,
+    peer: bool = False,
+    bf16: bool = False,
 ) -> Result:
     """Runs ``steps`` training steps and one that is not counted.
 
     Args:
         profile: also times each operation, on as many further steps.
-        peer: also times the same step in PyTorch, turn by turn in the same run.
+        peer: also times the same step in PyTorch, in float32, turn by turn in the same run.
+        bf16: keep in bfloat16 what the forward pass leaves to the backward pass.
 
     Raises:
         InputError: a size makes no sense, or the peer is not installed.
@@ -158,7 +165,8 @@ def measure(
     ids, labels = shape.tokens()
     batch = model.batch(ids, labels=labels)
     start = time.perf_counter()
-    compiled = programs.train_step(model.family, batch.sizes, AdamW()).lower().compile(model.store, threads)
+    traced = programs.train_step(model.family, batch.sizes, AdamW())
+    compiled = traced.lower(bf16=bf16).compile(model.store, threads)
     compile_ms = 1e3 * (time.perf_counter() - start)
     inputs = {**batch.arrays, **batch.scales, "lr": 1e-4, "step": 1}
     peak, copies = sgemm_peak(), bandwidth()
