@@ -158,6 +158,10 @@ fn main() {
     shapes.push(shape("large", 2048, 3072, 768, false, false));
     shapes.push(shape("large", 2048, 768, 3072, false, true));
     shapes.push(shape("logits", 512, 50257, 768, false, true));
+    // The head of a masked model: logits, gradients of rows and of words.
+    shapes.push(shape("head", 336, 30522, 256, false, true));
+    shapes.push(shape("head", 336, 256, 30522, false, false));
+    shapes.push(shape("head", 30522, 256, 336, true, false));
     shapes.push(shape("gradient", 128, 512, 768, true, false));
     shapes.push(shape("gradient", 384, 1536, 2048, true, false));
     shapes.push(shape("gradient", 768, 3072, 2048, true, false));
