@@ -88,6 +88,8 @@ def test_rules_say_what_the_kernels_do(
             assert said.flops == pytest.approx(found.flops + found.tensor, rel=0.12), where
         elif not kernel.startswith("dropout"):  # whose integers are counted as FLOPs
             assert found.flops / 2 <= said.flops <= 2 * found.flops, where
+        # What memory gives and takes is what the kernel is for: no sectors of which a part is used, but for scalars.
+        assert found.moved <= 1.1 * found.least_moved + 8 * sim.counter.SECTOR, where
 
 
 class Watched(sim.Device):

@@ -20,20 +20,33 @@ class Counter:
     request would fill; ``flops``: float32 operations, a multiply-add as two; ``tensor``: those of tensor cores."""
 
     def __init__(self, memory: Memory) -> None:
-        self.touched = np.zeros(2 * len(memory.data), bool)
+        #: Halves of words of global memory that are read, and that are written.
+        self.touched = np.zeros((2, 2 * len(memory.data)), bool)
         self.sectors = self.least_sectors = self.passes = self.least_passes = self.flops = self.tensor = 0
 
     @property
     def unique(self) -> int:
         """Distinct bytes of global memory."""
+        return int(self.touched.any(0).sum()) * HALF
+
+    @property
+    def least_moved(self) -> int:
+        """Distinct bytes that are read, and distinct bytes that are written."""
         return int(self.touched.sum()) * HALF
 
-    def access(self, memory: Memory, address: np.ndarray, size: int, warps: np.ndarray) -> None:
+    @property
+    def moved(self) -> int:
+        """The bytes of the sectors that hold them: what memory gives and takes where caches keep what is used again."""
+        return int(self.touched.reshape(2, -1, SECTOR // HALF).any(-1).sum()) * SECTOR
+
+    def access(
+        self, memory: Memory, address: np.ndarray, size: int, warps: np.ndarray, write: bool = False
+    ) -> None:
         """One instruction of some threads, `size` bytes each."""
         at = ((address - memory.base) // HALF)[:, None] + np.arange(size // HALF)
         warps = np.broadcast_to(warps[:, None], at.shape)
         if memory.name == "global":
-            self.touched[at] = True
+            self.touched[int(write), at] = True
             per = SECTOR // HALF
             self.sectors += len(np.unique(warps.reshape(-1) * (1 << 40) + at.reshape(-1) // per))
             self.least_sectors += _rows(warps, at, per)

@@ -146,7 +146,7 @@ class Machine:
         data = np.ascontiguousarray(np.stack(columns, axis=1))
         size, at = data.shape[1] * data.itemsize, self._address(space, address, i)
         if self.counter:
-            self.counter.access(self.memories[space], at, size, self.warp_of[i])
+            self.counter.access(self.memories[space], at, size, self.warp_of[i], write=True)
         try:
             self.memories[space].store(at, stamps, data, size)
         except Fault as fault:
