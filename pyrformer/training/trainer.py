@@ -790,11 +790,15 @@ class Trainer:
         memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
         self.passes.saving = {"recompute": c.recompute, "memory": memory}
         chosen = traced.lower(device, bf16=bf16, recompute=c.recompute, memory=memory)
-        more = chosen.plan.flops / max(1, plain.plan.flops) - 1.0
+        ways, cost = [], ""
+        if c.recompute or c.memory:
+            ways.append(f"{chosen.recomputed} of {len(plain.graph.layers())} layers recomputed")
+            cost = f"; {100 * (chosen.plan.flops / max(1, plain.plan.flops) - 1.0):.1f} % more arithmetic"
+        if rounded:
+            ways.append("what waits for the backward pass in bfloat16")
         what = (
-            f"memory: {(chosen.bytes + apart) / 1e6:,.0f} MB predicted with {chosen.recomputed} of "
-            f"{len(plain.graph.layers())} layers recomputed{' and the rest kept in bfloat16' if rounded else ''}, "
-            f"{(plain.bytes + apart) / 1e6:,.0f} MB without; {100 * more:.1f} % more arithmetic"
+            f"memory: {(chosen.bytes + apart) / 1e6:,.0f} MB predicted with {' and '.join(ways)}, "
+            f"{(plain.bytes + apart) / 1e6:,.0f} MB without{cost}"
         )
         self.on_event("note", {"what": what})
 
