@@ -373,6 +373,18 @@ def test_halves_of_words(load, kind):
     assert got.tolist() == [17, 65535, 65535, 14, 16, 15]
 
 
+def test_a_base_below_its_array():
+    body = """
+    mov.u32 %r1, buffer;
+    add.s32 %r2, %r1, -65536;
+    st.shared.u32 [%r2+65536], %r1;
+    ld.shared.u32 %r3, [buffer];
+    sub.s32 %r4, %r3, %r1;
+    st.global.u32 [%rd0], %r4;
+    """
+    assert run(body, 1, [], ((1,), np.uint32), ".shared .align 4 .b8 buffer[4];").tolist() == [0]
+
+
 @pytest.mark.parametrize(("kind", "want"), [("s32", -2), ("u32", 2**32 - 2), ("b32", 2**32 - 2)])
 def test_words_in_wider_registers(kind, want):
     body = f"""

@@ -391,7 +391,8 @@ def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
 def _address(w: Writer, text: str) -> str:
     base, _, offset = text[1:-1].partition("+")
     if base.startswith("%"):
-        kind = w.storage(base)
+        # 32 bits wrap around: a base may lie below its array where the offset brings it back.
+        kind = "s32" if w.storage(base).endswith("32") else w.storage(base)
         return f"{w.get(base, kind)}.astype(int64) + {int(offset or 0)}"
     return f"machine.shared_at[{base!r}].astype(int64) + {int(offset or 0)}"
 
