@@ -172,6 +172,18 @@ __device__ __forceinline__ void store4(float* p, float4 x, int n) {
     if (n > 3) p[3] = x.w;
 }
 
+// The same in bfloat16, in 64 bits.
+__device__ __forceinline__ void store4(bf16* p, float4 x, int n) {
+    if (n >= 4 && (reinterpret_cast<unsigned long long>(p) & 7) == 0) {
+        *reinterpret_cast<uint2*>(p) = make_uint2(narrow(x.x, x.y), narrow(x.z, x.w));
+        return;
+    }
+    if (n > 0) put(p, x.x);
+    if (n > 1) put(p + 1, x.y);
+    if (n > 2) put(p + 2, x.z);
+    if (n > 3) put(p + 3, x.w);
+}
+
 // ---- Sums and maxima in fixed order --------------------------------------------------------------------------------
 
 // The sum over a warp, in every lane. A butterfly: each lane adds the same pairs, so all get the same bits.

@@ -18,14 +18,15 @@ struct Update {
     }
 };
 
-// p, m, v and their successors new_p, new_m, new_v [N, C] contiguous (each may be its predecessor), g [N, C]; clip, lr []
+// p, m, v and their successors new_p, new_m, new_v [N, C] contiguous (each may be its predecessor), g [N, C]; copy [N, C],
+// optional and contiguous: new_p in bfloat16; clip, lr []
 // and step [], which counts from 1. log_beta1, log_beta2: natural logarithms of the betas; one_minus_beta1,
 // one_minus_beta2: 1 - beta, rounded from a wider type. halt: see common.cuh.
 extern "C" __global__ void __launch_bounds__(THREADS)
 adamw_forward_f32(const float* p, const float* g, const float* m, const float* v, const float* clip, const float* lr,
-                  const int* step, float* new_p, float* new_m, float* new_v, int rows, int cols, int g_ld, float beta1,
-                  float beta2, float one_minus_beta1, float one_minus_beta2, float log_beta1, float log_beta2, float eps,
-                  float weight_decay, const int* halt) {
+                  const int* step, float* new_p, float* new_m, float* new_v, bf16* copy, int rows, int cols, int g_ld,
+                  float beta1, float beta2, float one_minus_beta1, float one_minus_beta2, float log_beta1, float log_beta2,
+                  float eps, float weight_decay, const int* halt) {
     unsigned per_row = ((unsigned)cols + 3) / 4;
     unsigned i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= per_row * rows || halted(halt)) return;
@@ -43,6 +44,7 @@ adamw_forward_f32(const float* p, const float* g, const float* m, const float* v
     update(ps.z, gs.z, ms.z, vs.z);
     update(ps.w, gs.w, ms.w, vs.w);
     store4(new_p + at, ps, n);
+    if (copy) store4(copy + at, ps, n);
     store4(new_m + at, ms, n);
     store4(new_v + at, vs, n);
 }

@@ -338,13 +338,14 @@ def clip_factor_forward(grid: Any, norm: Any, y: Any, max_norm: float) -> Work:
 @_rule
 def adamw_forward(
     grid: Any, p: Any, g: Any, m: Any, v: Any, clip: Any, lr: Any, step: Any, new_p: Any, new_m: Any, new_v: Any,
-    rows: int, cols: int, *more: Any,
+    copy: Any, rows: int, cols: int, *more: Any,
 ) -> Work:  # fmt: skip
     operands = len({str(z) for z in (p, g, m, v, new_p, new_m, new_v)})
     scalars = 3 * _ceil(rows * _ceil(cols, 4), 32)
     flops = 28 * rows * cols
     update = Work(WORD * (operands * rows * cols + 3), 7 * _sectors(rows, cols) + scalars, flops)
-    return update + _heeding(more[-1], _warps(rows, cols))
+    narrow = _alike(2, rows, cols, 0, copy)
+    return update + narrow + _heeding(more[-1], _warps(rows, cols))
 
 
 @_rule

@@ -37,7 +37,9 @@ ALIGNMENT = 256
 #: Device memory is given in pieces of so many bytes.
 PIECE = 512
 WORD = 4
-THREADS = 256
+CAST, THREADS = "narrow_forward_bf16", 256
+#: Behind the name of a state whose copy in bfloat16 is meant.
+COPY = "@bf16"
 SLOTS = 2
 
 
@@ -77,6 +79,7 @@ class Store:
     def state(self, name: str, dtype: str, shape: tuple[int, ...]) -> Memory:
         """The memory of a state, or of its copy in bfloat16, made if there is none."""
         if dtype == "bfloat16":
+            name = name.removesuffix(COPY)
             self.state(name, "float32", shape)
             if name not in self._narrow:
                 self._narrow[name] = self.device.memory(SIZES[dtype] * math.prod(shape))
@@ -112,7 +115,7 @@ class Store:
             args = (np.uint64(memory.address), np.uint64(self._narrow[name].address), *ints)
             # A thread has eight elements of one row.
             grid = [-(-elements // (8 * THREADS)), 1, 1]
-            self.device.launch(self.compute, "narrow_forward_bf16", grid, [THREADS, 1, 1], args)
+            self.device.launch(self.compute, CAST, grid, [THREADS, 1, 1], args)
             self._stale.remove(name)
 
     def write(self, memory: Memory, value: Array) -> None:
@@ -196,7 +199,7 @@ class Store:
         missing = sum(
             -(-SIZES[dtype] * math.prod(shape) // PIECE) * PIECE
             for name, dtype, shape in plan.states
-            if name not in (self._narrow if dtype == "bfloat16" else self._states)
+            if name.removesuffix(COPY) not in (self._narrow if dtype == "bfloat16" else self._states)
         )
         grow = plan.arena_bytes if plan.arena_bytes > self.arena.size else 0
         work = grow + own
@@ -309,13 +312,16 @@ class Executor:
         self.limits: list[dict[str, Any]] = program["limits"]
         self.inputs, input_bytes = _ports(program["inputs"])
         self.outputs, output_bytes = _ports(program["outputs"])
+        #: The states that are read as copies, and those whose copies a run leaves behind.
+        self.narrow = [name.removesuffix(COPY) for name, dtype, _ in plan.states if dtype == "bfloat16"]
+        written = [plan.states[i][0] for i in program["written"]]
+        self.written = [name for name in written if name + COPY not in written and not name.endswith(COPY)]
         with store.lock:
             constants = np.array(program["constants"], np.uint32)
-            store.device.prepare({r["launch"]["kernel"] for _, r in self.records if "launch" in r})
+            kernels = {r["launch"]["kernel"] for _, r in self.records if "launch" in r}
+            store.device.prepare(kernels | ({CAST} if self.narrow else set()))
             store.reserve(plan, SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE)
             self.states = [store.state(name, dtype, tuple(shape)) for name, dtype, shape in plan.states]
-            self.narrow = [name for name, dtype, _ in plan.states if dtype == "bfloat16"]
-            self.written = [plan.states[i][0] for i in program["written"]]
             d = store.device
             self.constants = d.memory(constants.nbytes)
             store.write(self.constants, constants)

@@ -72,7 +72,9 @@ def test_rules_say_what_the_kernels_do(
         given["row"] = np.array([0, 1], np.int32)
     executor.run(given)
     launches = [record for _, record in executor.records if "launch" in record]
-    assert len(launches) == len(counted)
+    # Copies in bfloat16 are made before.
+    counted, copies = counted[-len(launches) :], counted[: -len(launches)]
+    assert {kernel for kernel, _ in copies} == ({"narrow_forward_bf16"} if bf16 else set())
     for record, (kernel, found) in zip(launches, counted, strict=True):
         if which == "decode_step" and not kernel.startswith(("best", "cache")):
             continue  # of two rows

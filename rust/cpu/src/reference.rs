@@ -332,7 +332,8 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
                 let (mh, vh) = (m[i] / (1.0 - beta1.powi(step)), v[i] / (1.0 - beta2.powi(step)));
                 p[i] -= lr * mh / (vh.sqrt() + eps);
             }
-            vec![Tensor::Float(p), Tensor::Float(m), Tensor::Float(v)]
+            let copy = (ins.len() == 8).then(|| Tensor::Float(p.clone()));
+            [Tensor::Float(p), Tensor::Float(m), Tensor::Float(v)].into_iter().chain(copy).collect()
         }
     }
 }

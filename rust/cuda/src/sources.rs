@@ -178,7 +178,8 @@ impl Source {
         }
         let masks = self.file.starts_with("attention") || self.file == "relative.cu";
         let tiles = matches!(self.file, "attention.cu" | "relative.cu");
-        let heads = [("common.cuh", COMMON, true), ("attention.cuh", ATTENTION, masks), ("tiles.cuh", TILES, tiles)];
+        let heads =
+            [("common.cuh", COMMON, true), ("attention.cuh", ATTENTION, masks), ("tiles.cuh", TILES, tiles)];
         for (name, text, _) in heads.into_iter().chain([(self.file, self.text, true)]).filter(|part| part.2) {
             unit.push_str(&format!("#line 1 \"{name}\"\n{text}"));
         }

@@ -392,6 +392,7 @@ impl Recorder<'_> {
                 let [p, g, m, v] = flat([self.x(0), self.x(1), self.x(2), self.x(3)]);
                 let mut args =
                     args![p, g, m, v, self.x(4), self.x(5), self.x(6), self.y(0), self.y(1), self.y(2)];
+                args.push(Arg::from((step.inputs.len() == 8).then(|| self.y(3))));
                 args.extend(args![p.rows, p.cols, g.ld, *beta1, *beta2, 1.0 - beta1, 1.0 - beta2]);
                 args.extend(args![beta1.ln(), beta2.ln(), *eps, *weight_decay, self.halt()]);
                 self.launch("adamw_forward_f32", groups(p), [256, 1, 1], args);

@@ -59,6 +59,8 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
         // Only the rows that are asked for move.
         Op::Gather => 2 * bytes(outputs) + inputs[1].bytes() as u64,
         Op::CacheWrite => 2 * inputs[1].bytes() as u64,
+        // The old copy is not read.
+        Op::AdamW { .. } if inputs.len() == 8 => moved - inputs[7].bytes() as u64,
         Op::ScatterAdd { .. } if inputs.len() == 3 => 3 * inputs[0].bytes() as u64,
         _ => moved,
     };

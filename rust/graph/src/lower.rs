@@ -122,7 +122,7 @@ impl<'a> Lowering<'a> {
             .op
             .in_place()
             .into_iter()
-            .any(|(i, o)| node.outputs[o] == v && node.inputs.get(i) == Some(&state));
+            .any(|(i, o)| node.outputs.get(o) == Some(&v) && node.inputs.get(i) == Some(&state));
         let once = node.inputs.iter().filter(|&&x| x == state).count() == 1;
         pair && once && self.last_use[state.0 as usize] == at
     }

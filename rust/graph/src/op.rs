@@ -402,8 +402,9 @@ pub enum Op {
         /// The bound on the global norm.
         max_norm: f64,
     },
-    /// `p, g, m, v, clip [], lr [], step i32[] → p, m, v`; step counts from 1. Source: Loshchilov and Hutter 2019,
-    /// algorithm 2, in torch.optim.AdamW's order (decay by lr·weight_decay first).
+    /// `p, g, m, v, clip [], lr [], step i32[], (copy) → p, m, v, (copy)`; step counts from 1; the copy is the new p in
+    /// bf16, whatever the old one is. Source: Loshchilov and Hutter 2019, algorithm 2, in torch.optim.AdamW's order (decay
+    /// by lr·weight_decay first).
     #[serde(rename = "adamw")]
     AdamW {
         /// Decay of the first moment.
@@ -495,7 +496,7 @@ impl Op {
             Self::MatMul { epilogue: e, .. } if e.residual && e.act.is_none() && e.act_grad.is_none() => {
                 vec![(2 + usize::from(e.bias), 0)]
             }
-            Self::AdamW { .. } => vec![(0, 0), (2, 1), (3, 2)],
+            Self::AdamW { .. } => vec![(0, 0), (2, 1), (3, 2), (7, 3)],
             _ => vec![],
         }
     }
@@ -877,11 +878,13 @@ impl Check<'_> {
                 Ok(vec![like(0)])
             }
             Op::AdamW { .. } => {
-                self.count(7, 7)?;
+                self.count(7, 8)?;
                 self.dtypes(&[0, 1, 2, 3, 4, 5], &[6])?;
-                let fits = (1..4).all(|i| self.shape(i) == self.shape(0)) && (4..7).all(|i| is(i, &[]));
-                self.require(fits, "p, g, m, v of one shape, clip [], lr [], step i32[]")?;
-                Ok(vec![like(0), like(2), like(3)])
+                let fits = (1..4).chain(7..all.len()).all(|i| self.shape(i) == self.shape(0))
+                    && (4..7).all(|i| is(i, &[]));
+                self.require(fits, "p, g, m, v, copy of one shape, clip [], lr [], step i32[]")?;
+                (7..all.len()).try_for_each(|i| self.dtype(i, DType::Bf16))?;
+                Ok([0, 2, 3].into_iter().chain(7..all.len()).map(like).collect())
             }
         }
     }

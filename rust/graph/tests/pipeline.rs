@@ -231,8 +231,8 @@ fn a_weight_that_is_only_read_is_a_state_in_bfloat16() {
     let g = passes::narrow(&g).unwrap();
     verify(&g).unwrap();
     let expected = r#"%0 = input{"ids"} : i32[2]
-%1 = state{"table"} : bf16[5,4]
-%2 = state{"w"} : bf16[3,4]
+%1 = state{"table@bf16"} : bf16[5,4]
+%2 = state{"w@bf16"} : bf16[3,4]
 %3 = state{"norm"} : f32[4]
 %4 = gather %1, %0 : bf16[2,4]
 %5, %6, %7 = rms_norm{eps=1e-5} %4, %3 : bf16[2,4], f32[2], f32[2]
@@ -246,4 +246,36 @@ output "logits" = %9
 output "rest" = %12
 "#;
     assert_eq!(g.to_string(), expected);
+}
+
+#[test]
+fn adamw_writes_the_copy_that_products_read() {
+    let mut g = Graph::new();
+    let x = g.input("x", f32(&[6, 4])).unwrap();
+    let [w, m, v] = ["w", "m", "v"].map(|n| g.state(n, f32(&[4, 4])).unwrap());
+    let y = g.add1(matmul(true), &[x, w]).unwrap();
+    let loss = g.add_as(Op::SumTo, &[y], f32(&[])).unwrap();
+    let grad = gradients(&mut g, loss, &[w]).unwrap()[0];
+    let [clip, lr] = ["clip", "lr"].map(|n| g.input(n, f32(&[])).unwrap());
+    let step = g.input("step", TensorType::new(DType::I32, [])).unwrap();
+    let op = Op::AdamW { beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0 };
+    let new = g.add(op, &[w, grad, m, v, clip, lr, step]).unwrap();
+    for (state, value) in [w, m, v].into_iter().zip(new) {
+        g.update(state, value).unwrap();
+    }
+    g.output("loss", loss).unwrap();
+    let g = passes::narrow(&passes::optimise(&g).unwrap()).unwrap();
+    verify(&g).unwrap();
+    let p = lower(&g, &NoScratch).unwrap();
+    let states: Vec<(&str, DType, bool)> =
+        p.states.iter().map(|s| (&s.name[..], s.ty.dtype, s.updated)).collect();
+    let wide = ["w", "m", "v"].map(|n| (n, DType::F32, true));
+    assert_eq!(states, [wide[0], ("w@bf16", DType::Bf16, true), wide[1], wide[2]]);
+    let product = p.steps.iter().find(|s| matches!(s.op, Op::MatMul { .. })).unwrap();
+    assert_eq!(product.inputs[1].space, Space::State(1));
+    let adamw = p.steps.iter().find(|s| matches!(s.op, Op::AdamW { .. })).unwrap();
+    let spaces: Vec<Space> = adamw.outputs.iter().map(|o| o.space).collect();
+    assert_eq!(spaces, [0, 2, 3, 1].map(Space::State));
+    assert_eq!(adamw.cost.bytes, 16 * (7 * 4 + 2) + 12);
+    assert!(p.steps.iter().all(|s| s.op != Op::Copy));
 }

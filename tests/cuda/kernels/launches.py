@@ -443,9 +443,9 @@ def clip_factor(device: Device, norm: Buffer, max_norm: float) -> Buffer:
 def adamw(
     device: Device, p: Array, g: Array, m: Array, v: Array, clip: float, lr: float, step: int,
     betas: tuple[float, float], eps: float, decay: float, layout: Layout = PLAIN, in_place: bool = True,
-    halt: Buffer | None = None,
+    halt: Buffer | None = None, copy: bool = False,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """p, m, v after one update."""
+    """p, m, v after one update, and with `copy` p in bfloat16."""
     old = [device.array(z) for z in (p, m, v)]
     new = old if in_place else [device.empty(p.shape) for _ in range(3)]
     gs = upload(device, g, layout)
@@ -455,8 +455,10 @@ def adamw(
     )
     sizes = (i32(p.shape[0]), i32(p.shape[1]), ld(gs))
     inputs = (old[0], gs.at, old[1], old[2], *scalars)
-    device.launch("adamw_forward_f32", groups(*p.shape), 256, *inputs, *new, *sizes, *hyper, halt)
-    return tuple(device.read(z) for z in new)
+    narrow = device.empty(p.shape, BF16) if copy else None
+    device.launch("adamw_forward_f32", groups(*p.shape), 256, *inputs, *new, narrow, *sizes, *hyper, halt)
+    found = [device.read(z) for z in new]
+    return tuple([*found, from_bf16(device.read(narrow))] if narrow else found)
 
 
 # ---- positions.cu ---------------------------------------------------------------------------------------------------

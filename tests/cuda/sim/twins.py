@@ -432,7 +432,7 @@ def clip_factor_forward(m, grid, norm, y, max_norm):
 
 @twin
 def adamw_forward(
-    m, grid, p, g, first, second, clip, lr, step, new_p, new_first, new_second, rows, cols, g_ld, beta1, beta2,
+    m, grid, p, g, first, second, clip, lr, step, new_p, new_first, new_second, copy, rows, cols, g_ld, beta1, beta2,
     one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay, halt,
 ):  # fmt: skip
     if halted(m, halt):
@@ -447,6 +447,8 @@ def adamw_forward(
     new = old[0] * (1 - rate * decay) - rate / bias1 * one / (np.sqrt(two / bias2) + eps)
     for z, value in ((new_p, new), (new_first, one), (new_second, two)):
         matrix(m, z, rows, cols, cols, write=True)[:] = value
+    if copy:
+        matrix(m, copy, rows, cols, cols, np.uint16, write=True)[:] = narrowed(new.astype(f32))
 
 
 # ---- Positions ------------------------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
 //! Mixed precision: activations, their gradients, and the weights that products read become bfloat16, where the operations
 //! that make and read them have a choice. Sums, statistics, losses, gradients of weights and all that an optimizer
-//! computes stay float32, and so do the weights that a program updates: each is cast when it is first read. A weight
-//! that a program only multiplies by, or takes rows of, is a state in bfloat16. Source: Micikevicius et al. 2018,
-//! "Mixed Precision Training", section 3.1; losses need no scaling here, for bfloat16 has float32's exponents.
+//! computes stay float32, and so do the weights that a program updates. Source: Micikevicius et al. 2018, "Mixed
+//! Precision Training", section 3.1; losses need no scaling here, for bfloat16 has float32's exponents.
+//!
+//! A weight that a program only multiplies by, or takes rows of, is a state in bfloat16. One that AdamW updates has such a
+//! state beside it, with `@bf16` behind its name, which AdamW writes along with it. Others are cast when they are first read.
 //!
 //! The pass comes last: rules of derivatives and fusion are those of one type.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::dtype::{DType, TensorType};
 use crate::error::Result;
-use crate::graph::{Graph, Node, ValueId};
+use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::op::{AttentionSpec, Op};
 
 /// Keeps in bfloat16 what may be, of a graph in float32. Inputs, outputs and what a run updates keep their types.
@@ -158,7 +160,29 @@ impl Casts {
     }
 }
 
-/// Makes bfloat16 states of those that are not updated and only cast, or read by rows that are.
+/// The name of the state that is a state's copy in bfloat16.
+fn copy_of(name: &str) -> String {
+    format!("{name}@bf16")
+}
+
+/// The states that are cast and updated by AdamW, by the node that does.
+fn kept_twice(graph: &Graph) -> HashMap<NodeId, ValueId> {
+    let cast: HashSet<ValueId> =
+        graph.nodes().iter().filter(|n| n.op == Op::Cast(DType::Bf16)).map(|n| n.inputs[0]).collect();
+    let by_adamw = |v: ValueId| {
+        let value = graph.value(v);
+        (matches!(graph.node(value.node).op, Op::AdamW { .. }) && value.slot == 0).then_some(value.node)
+    };
+    graph
+        .updates()
+        .iter()
+        .filter(|(state, _)| cast.contains(state))
+        .filter_map(|&(state, v)| Some((by_adamw(v)?, state)))
+        .collect()
+}
+
+/// Makes bfloat16 states of those that are not updated and only cast, or read by rows that are, and beside those that
+/// AdamW updates.
 fn store(graph: &Graph) -> Result<Graph> {
     let mut narrow = vec![false; graph.value_count()];
     for node in graph.nodes().iter().filter(|n| matches!(n.op, Op::State { .. })) {
@@ -176,12 +200,33 @@ fn store(graph: &Graph) -> Result<Graph> {
         }
     }
     ends(graph).for_each(|v| narrow[v.0 as usize] = false);
-    graph.rewrite(|rw, _, node| match &node.op {
+    let twice = kept_twice(graph);
+    let mut copies: HashMap<ValueId, ValueId> = HashMap::new();
+    let mut updates = Vec::new();
+    let mut stored = graph.rewrite(|rw, id, node| match &node.op {
+        Op::State { name } if twice.values().any(|&v| v == node.outputs[0]) => {
+            let made = rw.copy(node)?;
+            let shape = graph.ty(node.outputs[0]).shape.clone();
+            let copy = rw.to.state(&copy_of(name), TensorType::new(DType::Bf16, shape))?;
+            copies.insert(node.outputs[0], copy);
+            Ok(Some(made))
+        }
+        Op::Cast(_) if copies.contains_key(&node.inputs[0]) => Ok(Some(vec![copies[&node.inputs[0]]])),
+        Op::AdamW { .. } if twice.contains_key(&id) => {
+            let copy = copies[&twice[&id]];
+            let mut operands = rw.operands(node)?;
+            operands.push(copy);
+            let made = rw.to.add(node.op.clone(), &operands)?;
+            updates.push((copy, made[3]));
+            Ok(Some(made))
+        }
         Op::State { name } if narrow[node.outputs[0].0 as usize] => {
             let shape = graph.ty(node.outputs[0]).shape.clone();
-            Ok(Some(vec![rw.to.state(name, TensorType::new(DType::Bf16, shape))?]))
+            Ok(Some(vec![rw.to.state(&copy_of(name), TensorType::new(DType::Bf16, shape))?]))
         }
         Op::Cast(_) if narrow[node.inputs[0].0 as usize] => Ok(Some(vec![rw.get(node.inputs[0])?])),
         _ => Ok(None),
-    })
+    })?;
+    updates.into_iter().try_for_each(|(copy, value)| stored.update(copy, value))?;
+    Ok(stored)
 }
