@@ -25,18 +25,7 @@
 #define LOG2_E 1.44269504f
 #define LN_2 0.693147181f
 
-typedef unsigned short bf16;
-
 // ---- Tensor cores --------------------------------------------------------------------------------------------------
-
-// Two floats as bfloat16, the first in the lower half.
-__device__ __forceinline__ unsigned pack(float low, float high) {
-    unsigned both = 0;
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-    return both;
-}
 
 // Four 8 x 8 tiles of bfloat16; lane l gives the address of row l % 8 of tile l / 8. Turned, a lane gets columns.
 template <bool TURNED>
@@ -173,8 +162,8 @@ struct Weights {
         for (int m = 0; m < M; ++m) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                words[m][n][0] = pack(x[m][n][0], x[m][n][1]);
-                words[m][n][1] = pack(x[m][n][2], x[m][n][3]);
+                words[m][n][0] = narrow(x[m][n][0], x[m][n][1]);
+                words[m][n][1] = narrow(x[m][n][2], x[m][n][3]);
             }
         }
     }
@@ -232,7 +221,7 @@ __device__ __forceinline__ void store_sum(bf16* to, int ld, int rows, int width,
 #pragma unroll
             for (int n = 0; n < C; ++n) {
                 unsigned* p = reinterpret_cast<unsigned*>(tile.chunk(row + 16 * m + 8 * r + g, n));
-                p[t] = pack(sum[m][n][2 * r] * factor[m][r], sum[m][n][2 * r + 1] * factor[m][r]);
+                p[t] = narrow(sum[m][n][2 * r] * factor[m][r], sum[m][n][2 * r + 1] * factor[m][r]);
             }
         }
     }
