@@ -169,6 +169,22 @@ def test_every_program_in_bfloat16_is_near_float32(name: str, which: str, rng: n
     assert card.replays == 2
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_twenty_steps_in_bfloat16_follow_the_cpu(name: str, rng: np.random.Generator) -> None:
+    cpu = model(name)
+    device = on_card(cpu, Card(None), bf16=True)
+    traced = train_step(cpu.family, sizes(cpu), OPTIMIZER)
+    one, two = (traced.lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, device))
+    same = inputs(cpu, one.plan, rng)
+    losses = []
+    for step in range(20):
+        own = {k: v for k, v in inputs(cpu, one.plan, rng, step).items() if k in ("step", "rng")}
+        losses.append([float(program(**same | own)["loss"]) for program in (one, two)])
+    want, got = np.array(losses).T
+    np.testing.assert_allclose(got, want, rtol=1.5e-2)
+    assert want[-1] < 0.9 * want[0]
+
+
 def test_copies_in_bfloat16_follow_their_weights(rng: np.random.Generator) -> None:
     """An evaluation reads copies: behind updates, replayed ones too, and behind a weight that is set. Against the CPU's
     with the device's weights."""
