@@ -3,35 +3,35 @@
 // Dimensions: B sequences of T tokens; a cache of R rows of S slots of C elements; H query heads, K key-value heads, D head
 // width (at most 256), C = K * D.
 // Launch:
-//   cache_write_forward_f32         block = 256, grid = ceil(B * T * ceil(C / 4) / 256): a thread has four columns.
+//   cache_write_forward_f32         block = 256, grid = ceil(B * T * ceil(C / COLUMNS) / 256): a thread has a group of columns.
 //   cached_attention_forward_f32    block = 128, grid = (N * T, H, B): a block has a span of the positions of one query of
 //                                   one head; with N = 1, all of them.
 //   cached_attention_join_forward_f32   block = 128, grid = (T, H, B), where N > 1: a block has one query of one head.
-// Shared memory: static, 4.1 KB in cached_attention_forward_f32, 0.3 KB in cached_attention_join_forward_f32.
+// Shared memory: static, 5.6 KB in cached_attention_forward_f32, 0.3 KB in cached_attention_join_forward_f32.
 //
 // Rows and positions are checked by whoever uploads them. Those that are out of range all the same are left out.
 
 #define THREADS 256
-#define WARPS 4
+#define BLOCK 128
 #define MAX_WIDTH 256
-#define PARTS (MAX_WIDTH / (4 * WARP))
+#define PARTS (MAX_WIDTH / (COLUMNS * WARP))
 #define MAX_SPANS 64
 
 // cache[row[b], start[b] + t] = source[b, t] for t < count[b]. source [B, T, C] with source_ld elements from token to
 // token, row, start, count [B], cache [R, S, C] contiguous.
 extern "C" __global__ void __launch_bounds__(THREADS)
-cache_write_forward_f32(const float* __restrict__ source, const int* __restrict__ row, const int* __restrict__ start,
-                        const int* __restrict__ count, float* __restrict__ cache, int sequences, int tokens, int cols,
+cache_write_forward_f32(const real* __restrict__ source, const int* __restrict__ row, const int* __restrict__ start,
+                        const int* __restrict__ count, real* __restrict__ cache, int sequences, int tokens, int cols,
                         int source_ld, int cache_rows, int slots) {
-    unsigned per_token = ((unsigned)cols + 3) / 4;
+    unsigned per_token = ((unsigned)cols + COLUMNS - 1) / COLUMNS;
     unsigned i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= per_token * tokens * sequences) return;
-    int c = 4 * (int)(i % per_token), token = (int)(i / per_token);
+    int c = COLUMNS * (int)(i % per_token), token = (int)(i / per_token);
     int b = token / tokens, t = token % tokens;
     int r = row[b], slot = start[b] + t;
     if (t >= count[b] || r < 0 || r >= cache_rows || slot < 0 || slot >= slots) return;
-    float4 value = load4(source + (long long)token * source_ld + c, cols - c);
-    store4(cache + ((long long)r * slots + slot) * cols + c, value, cols - c);
+    Values value = load(source + (long long)token * source_ld + c, cols - c);
+    store(cache + ((long long)r * slots + slot) * cols + c, value, cols - c);
 }
 
 struct Rescale {
@@ -52,22 +52,22 @@ __device__ __forceinline__ Rescale join(float largest, float score) {
 // rows [B, S], start, count [B]; queries from count[b] on give zeros. The optional key_bias [H, S] is added to the scaled
 // scores.
 //
-// Each warp takes every fourth position and keeps a running softmax; the four are joined in order.
+// A team of as many lanes as a row of a head has groups, a power of two, takes every n-th position of n teams and keeps a
+// running softmax; the teams are joined in their order.
 //
 // Where the positions are cut into N spans of `span`, out is null. A block then writes what it summed with its own maximum,
 // sums [B, T, H, N, D], and that maximum with its denominator, bounds [B, T, H, N, 2], for the launch that joins them. A span
 // without positions writes bounds only, whose denominator is 0. Spans begin at multiples of `span`, so that the order of
 // additions depends on the cache's size alone.
-extern "C" __global__ void __launch_bounds__(WARPS * WARP)
-cached_attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
+extern "C" __global__ void __launch_bounds__(BLOCK)
+cached_attention_forward_f32(const real* __restrict__ q, const real* __restrict__ k, const real* __restrict__ v,
                              const int* __restrict__ rows, const int* __restrict__ start, const int* __restrict__ count,
-                             const float* __restrict__ key_bias, float* __restrict__ out, float* __restrict__ sums,
+                             const float* __restrict__ key_bias, real* __restrict__ out, float* __restrict__ sums,
                              float* __restrict__ bounds, int tokens, int heads, int kv_heads, int width, int q_ld,
                              int out_ld, int cache_rows, int slots, int window, float scale, int spans, int span) {
-    __shared__ __align__(16) float warp_sums[WARPS][MAX_WIDTH];
-    __shared__ float largests[WARPS], denominators[WARPS];
+    __shared__ float thread_sums[BLOCK][PARTS * COLUMNS];
+    __shared__ float largests[BLOCK], denominators[BLOCK], factors[BLOCK];
     int t = blockIdx.x % tokens, part_of = blockIdx.x / tokens, head = blockIdx.y, b = blockIdx.z;
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int cols = kv_heads * width, col = head / (heads / kv_heads) * width;
     long long token = (long long)b * tokens + t;
     long long place = (token * heads + head) * spans + part_of;
@@ -79,64 +79,73 @@ cached_attention_forward_f32(const float* __restrict__ q, const float* __restric
     }
     q += token * q_ld + (long long)head * width;
 
-    float4 query[PARTS], sum[PARTS];
+    int lanes = 1;
+    while (lanes < WARP && lanes * COLUMNS < width) lanes *= 2;
+    int teams = BLOCK / lanes, team = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    Values query[PARTS], sum[PARTS];
     float largest = -INFINITY, denominator = 0.f;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
-        int c = 4 * (part * WARP + lane);
-        query[part] = load4(q + c, width - c);
-        sum[part] = make_float4(0.f, 0.f, 0.f, 0.f);
+        int c = COLUMNS * (part * WARP + lane);
+        query[part] = load(q + c, width - c);
+        sum[part] = all_of(0.f);
     }
-    for (int p = first + warp; p < last; p += WARPS) {
-        int row = rows[(long long)b * slots + p];
-        if (row < 0 || row >= cache_rows) continue;
-        long long at = ((long long)row * slots + p) * cols + col;
+    // All teams of a warp make as many rounds: their lanes meet in shuffles.
+    for (int from = first; from < last; from += teams) {
+        int p = from + team;
+        int row = p < last ? rows[(long long)b * slots + p] : -1;
+        bool there = row >= 0 && row < cache_rows;
+        long long at = there ? ((long long)row * slots + p) * cols + col : 0;
         float score = 0.f;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
-            int c = 4 * (part * WARP + lane);
-            float4 key = load4(k + at + c, width - c), x = query[part];
-            score += (x.x * key.x + x.y * key.y) + (x.z * key.z + x.w * key.w);
+            int c = COLUMNS * (part * WARP + lane);
+            Values key = load(k + at + c, there ? width - c : 0), x = query[part];
+#pragma unroll
+            for (int i = 0; i < COLUMNS; ++i) x.x[i] *= key.x[i];
+            score += sum_of(x);
         }
-        float bias = key_bias ? key_bias[(long long)head * slots + p] : 0.f;
-        Rescale next = join(largest, warp_sum(score) * scale + bias);
+        for (int step = lanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(ALL_LANES, score, step);
+        float bias = there && key_bias ? key_bias[(long long)head * slots + p] : 0.f;
+        Rescale next = join(largest, there ? score * scale + bias : -INFINITY);
         largest = next.largest;
         denominator = denominator * next.keep + next.add;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
-            int c = 4 * (part * WARP + lane);
-            float4 value = load4(v + at + c, width - c), s = sum[part];
-            sum[part] = make_float4(s.x * next.keep + value.x * next.add, s.y * next.keep + value.y * next.add,
-                                    s.z * next.keep + value.z * next.add, s.w * next.keep + value.w * next.add);
+            int c = COLUMNS * (part * WARP + lane);
+            Values value = load(v + at + c, there ? width - c : 0);
+#pragma unroll
+            for (int i = 0; i < COLUMNS; ++i) {
+                sum[part].x[i] = sum[part].x[i] * next.keep + value.x[i] * next.add;
+            }
         }
     }
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
-        *reinterpret_cast<float4*>(&warp_sums[warp][4 * (part * WARP + lane)]) = sum[part];
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) thread_sums[threadIdx.x][part * COLUMNS + i] = sum[part].x[i];
     }
     if (lane == 0) {
-        largests[warp] = largest;
-        denominators[warp] = denominator;
+        largests[team] = largest;
+        denominators[team] = denominator;
     }
     __syncthreads();
 
-    float above = largests[0];
-#pragma unroll
-    for (int w = 1; w < WARPS; ++w) above = fmaxf(above, largests[w]);
+    float above = -INFINITY;
+    for (int w = 0; w < teams; ++w) above = fmaxf(above, largests[w]);
     float shift = above == -INFINITY ? 0.f : above;
-    float factors[WARPS], total = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-        factors[w] = expf(largests[w] - shift);
-        total += denominators[w] * factors[w];
-    }
-    float* to = out ? out + token * out_ld + (long long)head * width : sums + place * width;
-    float factor = !out ? 1.f : total == 0.f ? 0.f : 1.f / total;
-    for (int c = threadIdx.x; c < width; c += WARPS * WARP) {
+    if (threadIdx.x < teams) factors[threadIdx.x] = expf(largests[threadIdx.x] - shift);
+    __syncthreads();
+
+    float total = 0.f;
+    for (int w = 0; w < teams; ++w) total += denominators[w] * factors[w];
+    float factor = total == 0.f ? 0.f : 1.f / total;
+    for (int c = threadIdx.x; c < width; c += BLOCK) {
+        int of = c / COLUMNS % WARP, place_of = c / (COLUMNS * WARP) * COLUMNS + c % COLUMNS;
         float value = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) value += warp_sums[w][c] * factors[w];
-        to[c] = value * factor;
+        for (int w = 0; w < teams; ++w) value += thread_sums[w * lanes + of][place_of] * factors[w];
+        if (out) put(out + token * out_ld + (long long)head * width + c, value * factor);
+        else sums[place * width + c] = value;
     }
     if (!out && threadIdx.x == 0) {
         bounds[2 * place] = above;
@@ -146,8 +155,8 @@ cached_attention_forward_f32(const float* __restrict__ q, const float* __restric
 
 // out [B, T, H * D] of what N spans wrote: sums [B, T, H, N, D] and bounds [B, T, H, N, 2], added in their order; N is at most
 // 64. Spans whose denominator is 0 have nothing in sums.
-extern "C" __global__ void __launch_bounds__(WARPS * WARP)
-cached_attention_join_forward_f32(const float* __restrict__ sums, const float* __restrict__ bounds, float* __restrict__ out,
+extern "C" __global__ void __launch_bounds__(BLOCK)
+cached_attention_join_forward_f32(const float* __restrict__ sums, const float* __restrict__ bounds, real* __restrict__ out,
                                   int tokens, int heads, int width, int out_ld, int spans) {
     __shared__ float factors[MAX_SPANS];
     int t = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
@@ -164,11 +173,11 @@ cached_attention_join_forward_f32(const float* __restrict__ sums, const float* _
     for (int s = 0; s < spans; ++s) total += bounds[2 * s + 1] * factors[s];
     float inverse = total == 0.f ? 0.f : 1.f / total;
     out += token * out_ld + (long long)head * width;
-    for (int c = threadIdx.x; c < width; c += WARPS * WARP) {
+    for (int c = threadIdx.x; c < width; c += BLOCK) {
         float value = 0.f;
         for (int s = 0; s < spans; ++s) {
             if (bounds[2 * s + 1] != 0.f) value += sums[s * width + c] * factors[s];
         }
-        out[c] = value * inverse;
+        put(out + c, value * inverse);
     }
 }

@@ -631,36 +631,52 @@ def _delta_bf16(grid: Any, dout: Any, out: Any, delta: Any, b: int, t: int, h: i
 RULES["attention_delta_backward_bf16"] = _delta_bf16
 
 
-@_rule
+@_stored
 def cache_write_forward(
-    grid: Any, source: Any, row: Any, start: Any, count: Any, cache: Any, b: int, t: int, cols: int, *_: Any
+    size: int,
+    grid: Any,
+    source: Any,
+    row: Any,
+    start: Any,
+    count: Any,
+    cache: Any,
+    b: int,
+    t: int,
+    cols: int,
+    *_: Any,
 ) -> Work:
-    return _streams([(b * t, cols), (3, b)], [(b * t, cols)], 0)
+    moved = 2 * b * t * cols
+    return Work(size * moved + WORD * 3 * b, 2 * _sectors(b * t, cols, size) + _sectors(3, b), 0)
 
 
-@_rule
+@_stored
 def cached_attention_forward(
-    grid: Any, q: Any, k: Any, v: Any, rows: Any, start: Any, count: Any, key_bias: Any, out: Any, sums: Any,
-    bounds: Any, t: int, h: int, kv: int, d: int, q_ld: int, out_ld: int, cache_rows: int, slots: int, window: int,
-    scale: Any, spans: int, span: int,
+    size: int, grid: Any, q: Any, k: Any, v: Any, rows: Any, start: Any, count: Any, key_bias: Any, out: Any,
+    sums: Any, bounds: Any, t: int, h: int, kv: int, d: int, q_ld: int, out_ld: int, cache_rows: int, slots: int,
+    window: int, scale: Any, spans: int, span: int,
 ) -> Work:  # fmt: skip
     # At most: every slot of the cache is filled.
     b, seen, queries = grid[2], min(slots, window), grid[2] * t * h
-    unique = WORD * (queries * (d + spans * (d + 2 * (spans > 1))) + b * seen * (2 * kv * d + 1) + 2 * b)
-    sectors = 2 * _sectors(queries * seen, d) + (1 + spans) * _sectors(queries, d)
-    # A warp has a position, and room for the widest head whatever the width.
-    return Work(unique, sectors, 32 * 76 * queries * seen)
+    kept = WORD * queries * spans * (d + 2) if spans > 1 else size * queries * d
+    unique = size * queries * d + kept + b * seen * (size * 2 * kv * d + WORD) + WORD * 2 * b
+    sectors = 2 * _sectors(queries * seen, d, size) + (1 + spans) * _sectors(queries, d)
+    # A team of lanes has a position.
+    lanes = 1
+    while lanes < 32 and lanes * 16 // size < d:
+        lanes *= 2
+    return Work(unique, sectors, 76 * lanes * queries * seen)
 
 
-@_rule
+@_stored
 def cached_attention_join_forward(
-    grid: Any, sums: Any, bounds: Any, out: Any, t: int, h: int, d: int, out_ld: int, spans: int
+    size: int, grid: Any, sums: Any, bounds: Any, out: Any, t: int, h: int, d: int, out_ld: int, spans: int
 ) -> Work:
     rows = grid[2] * t * h
-    unique = WORD * rows * (spans * (d + 2) + d)
+    unique = WORD * rows * spans * (d + 2) + size * rows * d
     # Each of four warps reads all bounds twice, and again for each row of columns.
     edges = rows * (spans * (8 + _ceil(d, 32)) + 1)
-    return Work(unique, (1 + spans) * _sectors(rows, d) + edges, rows * spans * (3 * 128 + 2 * d))
+    moved = spans * _sectors(rows, d) + _sectors(rows, d, size)
+    return Work(unique, moved + edges, rows * spans * (3 * 128 + 2 * d))
 
 
 @_rule

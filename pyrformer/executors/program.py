@@ -9,7 +9,8 @@ outputs into pinned memory without waiting: :meth:`Executor.start` returns at on
 turns; a slot is used again when its run has ended.
 
 A state has one type, float32 or int32, and perhaps a copy in bfloat16 beside it, which programs read that have it in
-that type. The copy is made again in front of the first such program after the state has changed.
+that type. The copy is made again in front of the first such program after the state has changed. A state that programs
+write in bfloat16, a cache of keys or values, has that type alone.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from pyrformer.executors.device import Bytes, Device, Matrix, Memory, Product
 Array = npt.NDArray[Any]
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32)}
 SIZES = {"float32": 4, "int32": 4, "bfloat16": 2}
+#: What NumPy has in the place of a type that it lacks.
+HELD = {"bfloat16": "uint16"}
 #: Offsets of inputs and outputs in pinned memory are multiples of this.
 ALIGNMENT = 256
 #: Device memory is given in pieces of so many bytes.
@@ -76,9 +79,10 @@ class Store:
         """Name, dtype and shape of each state."""
         return [(name, dtype, list(shape)) for name, (dtype, shape, _) in self._states.items()]
 
-    def state(self, name: str, dtype: str, shape: tuple[int, ...]) -> Memory:
-        """The memory of a state, or of its copy in bfloat16, made if there is none."""
-        if dtype == "bfloat16":
+    def state(self, name: str, dtype: str, shape: tuple[int, ...], *, own: bool = False) -> Memory:
+        """The memory of a state, or of its copy in bfloat16, made if there is none. With ``own``, the state itself is of
+        bfloat16."""
+        if dtype == "bfloat16" and not own and self._states.get(name, ("",))[0] != dtype:
             name = name.removesuffix(COPY)
             self.state(name, "float32", shape)
             if name not in self._narrow:
@@ -86,7 +90,7 @@ class Store:
                 self._stale.add(name)
             return self._narrow[name]
         if name not in self._states:
-            size = np.dtype(dtype).itemsize * int(np.prod(shape))
+            size = SIZES[dtype] * math.prod(shape)
             self._states[name] = (dtype, shape, self.device.memory(size, zero=True))
         has = self._states[name]
         if has[:2] != (dtype, shape):
@@ -131,7 +135,7 @@ class Store:
 
     def begin_get(self, names: Sequence[str]) -> Callable[[], dict[str, Array]]:
         """Begins to copy states behind all runs so far; calling what it gives waits for the copies, and for no run that
-        was begun later.
+        was begun later. What is in bfloat16 comes as float32.
 
         Raises:
             StateError: there is no such state.
@@ -144,14 +148,14 @@ class Store:
                 dtype, shape, memory = self._states[name]
                 host = self.device.pinned(memory.size)
                 self.device.download(self.compute, host, memory.address)
-                copies[name] = host.view(dtype).reshape(shape)
+                copies[name] = host.view(HELD.get(dtype, dtype)).reshape(shape)
             copied = self.device.event()
             self.device.record(copied, self.compute)
 
         def wait() -> dict[str, Array]:
             with self.lock:
                 self.device.synchronize(copied)
-            return {name: np.array(copy) for name, copy in copies.items()}
+            return {name: _widened(copy) for name, copy in copies.items()}
 
         return wait
 
@@ -199,7 +203,8 @@ class Store:
         missing = sum(
             -(-SIZES[dtype] * math.prod(shape) // PIECE) * PIECE
             for name, dtype, shape in plan.states
-            if name.removesuffix(COPY) not in (self._narrow if dtype == "bfloat16" else self._states)
+            if not (dtype == "bfloat16" and name.removesuffix(COPY) in self._narrow)
+            and self._states.get(name, ("",))[0] != dtype
         )
         grow = plan.arena_bytes if plan.arena_bytes > self.arena.size else 0
         work = grow + own
@@ -216,6 +221,14 @@ class Store:
             self.arena = self.device.memory(0)  # lets go of the old one first
             self.arena = self.device.memory(grow)
             self.generation += 1
+
+
+def _widened(copy: Array) -> Array:
+    """A copy of an array; of the bits of bfloat16, their values."""
+    if copy.dtype != np.uint16:
+        return np.array(copy)
+    wide: Array = (copy.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return wide
 
 
 def _size(n: int) -> str:
@@ -313,15 +326,20 @@ class Executor:
         self.inputs, input_bytes = _ports(program["inputs"])
         self.outputs, output_bytes = _ports(program["outputs"])
         #: The states that are read as copies, and those whose copies a run leaves behind.
-        self.narrow = [name.removesuffix(COPY) for name, dtype, _ in plan.states if dtype == "bfloat16"]
+        narrow = [name for name, dtype, _ in plan.states if dtype == "bfloat16"]
         written = [plan.states[i][0] for i in program["written"]]
+        # What is written in bfloat16 and is no copy is a cache.
+        own = {name for name in narrow if name in written and not name.endswith(COPY)}
+        self.narrow = [name.removesuffix(COPY) for name in narrow if name not in own]
         self.written = [name for name in written if name + COPY not in written and not name.endswith(COPY)]
         with store.lock:
             constants = np.array(program["constants"], np.uint32)
             kernels = {r["launch"]["kernel"] for _, r in self.records if "launch" in r}
             store.device.prepare(kernels | ({CAST} if self.narrow else set()))
             store.reserve(plan, SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE)
-            self.states = [store.state(name, dtype, tuple(shape)) for name, dtype, shape in plan.states]
+            self.states = [
+                store.state(name, dtype, tuple(shape), own=name in own) for name, dtype, shape in plan.states
+            ]
             d = store.device
             self.constants = d.memory(constants.nbytes)
             store.write(self.constants, constants)

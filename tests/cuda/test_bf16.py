@@ -124,6 +124,34 @@ def test_layer_norm_gradient(narrow, rng, close, center, layout):
 
 
 @LAYOUTS
+@pytest.mark.parametrize("cols", [8, 10])
+def test_cache_write(narrow, rng, cols, layout):
+    cache, source = normal(rng, 5, 7, cols), normal(rng, 3, 4, cols)
+    row, start, count = np.array([4, 0, 2]), np.array([0, 3, 6]), np.array([2, 4, 1])
+    want = cache.copy()
+    for b in range(3):
+        want[row[b], start[b] : start[b] + count[b]] = source[b, : count[b]]
+    np.testing.assert_array_equal(run.cache_write(narrow, cache, source, row, start, count, layout), want)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("span", [None, 3], ids=["whole", "3"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"), [(1, 1, 1), (4, 2, 64), (3, 3, 37), (2, 1, 136), (1, 1, 256)]
+)
+def test_cached_attention(narrow, rng, heads, kv_heads, width, span, layout):
+    q = normal(rng, 3, 2, heads, width)
+    k, v = (normal(rng, 4, 13, kv_heads, width) for _ in range(2))
+    place = rng.integers(4, size=(3, 13)), np.array([0, 11, 5]), np.array([2, 2, 1])
+    bias = rng.normal(size=(heads, 13)).astype(np.float32)
+    for window, key_bias in ((None, bias), (3, None)):
+        got = run.cached_attention(
+            narrow, q, k, v, *place, width**-0.5, window, layout, key_bias=key_bias, span=span
+        )
+        near(got, reference.cached_attention(q, k, v, *place, width**-0.5, window, key_bias))
+
+
+@LAYOUTS
 @pytest.mark.parametrize("cols", [1, 7, 64])
 def test_gather(narrow, rng, cols, layout):
     table, index = rng.normal(size=(5, cols)).astype(np.float32), np.array([4, 0, 3, 3, 5, -1])

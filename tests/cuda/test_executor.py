@@ -85,14 +85,20 @@ def test_decoding_far_into_a_text_by_the_compiled_kernels(
     programs: dict[str, sim.Program], rng: np.random.Generator
 ) -> None:
     """Attention over the cache is cut into spans, which a second launch joins."""
-    cpu = model("llama")
-    card = Card(programs, how="both")
-    one, two = (PROGRAMS["decode_far"](m).lower(m.device).compile(m.store) for m in (cpu, on_card(cpu, card)))
-    for step in range(3):
-        given = inputs(cpu, one.plan, rng, step)
-        given["start"] = np.array([step, 297 + step], np.int32)
-        assert_close(two(**given), one(**given))
-    assert "cached_attention_join_forward_f32" in card.kernels
+    for bf16 in (False, True):
+        cpu, card = model("llama"), Card(programs, how="both")
+        device = on_card(cpu, card, bf16=bf16)
+        one, two = (
+            PROGRAMS["decode_far"](m).lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, device)
+        )
+        for step in range(3):
+            given = inputs(cpu, one.plan, rng, step)
+            given["start"] = np.array([step, 297 + step], np.int32)
+            assert_close(two(**given), one(**given), 3e-2 if bf16 else TOLERANCE)
+        kind = "bf16" if bf16 else "f32"
+        assert f"cached_attention_join_forward_{kind}" in card.kernels
+        caches = [dtype for name, dtype, _ in device.store.types() if name.startswith("far.")]
+        assert caches == ["bfloat16" if bf16 else "float32"] * 4
 
 
 #: Heads of 16 columns: tensor cores take multiples of 8.
@@ -295,6 +301,19 @@ def test_beam_search_and_sampling_give_the_cpu_s_tokens() -> None:
         assert one.ids == two.ids
         if one.scores[0] is not None:
             np.testing.assert_allclose(two.scores, one.scores, rtol=1e-4)
+
+
+def test_generation_in_bfloat16_keeps_its_cache_in_it() -> None:
+    cpu = model("gpt2")
+    device = on_card(cpu, Card(None, 1 << 19), bf16=True)
+    for options in ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}):
+        one, two = (m.generate([[1, 2, 3], [4]], max_new_tokens=6, seed=1, **options) for m in (cpu, device))
+        assert [len(ids) for ids in two.ids] == [len(ids) for ids in one.ids]
+        # The first token of each, whatever followed.
+        for a, b in zip(one.token_logprobs, two.token_logprobs, strict=True):
+            np.testing.assert_allclose(b[0], a[0], atol=5e-2)
+    kinds = {name.split(".")[0]: dtype for name, dtype, _ in device.store.types() if name.endswith("key")}
+    assert set(kinds.values()) == {"bfloat16"}
 
 
 class Counting(Card):

@@ -253,8 +253,9 @@ def cache_write(device, rng, close):
 
 
 def cached(device, rng, close):
-    q, k, v = normal(rng, 2, 2, 2, 36), normal(rng, 3, 9, 1, 36), normal(rng, 3, 9, 1, 36)
-    operands = q, k, v, rng.integers(3, size=(2, 9)), np.array([0, 7]), np.array([1, 2]), 0.3, 6
+    # More positions than teams.
+    q, k, v = normal(rng, 2, 2, 2, 36), normal(rng, 3, 31, 1, 36), normal(rng, 3, 31, 1, 36)
+    operands = q, k, v, rng.integers(3, size=(2, 31)), np.array([0, 29]), np.array([1, 2]), 0.3, 25
     close(run.cached_attention(device, *operands), reference.cached_attention(*operands))
 
 
@@ -589,10 +590,13 @@ MUTANTS = [
     ("cached", "cache", "cached_attention_forward_f32", "max(0, end - window)", "max(0, end - window - 1)"),
     ("cached", "cache", "cached_attention_forward_f32", "    __syncthreads();\n\n    float above", "    float above"),
     ("cached", "cache", "cached_attention_forward_f32", "denominators[w] * factors[w]", "denominators[w]"),
-    ("cached", "cache", "cached_attention_forward_f32", "s.z * next.keep", "s.z"),
+    ("cached", "cache", "cached_attention_forward_f32", "sum[part].x[i] * next.keep", "sum[part].x[i]"),
     ("cached_spans", "cache", "cached_attention_forward_f32", "min(end, (part_of + 1) * span)", "end"),
-    ("cached_spans", "cache", "cached_attention_forward_f32", "!out ? 1.f : ", ""),
+    ("cached_spans", "cache", "cached_attention_forward_f32", "sums[place * width + c] = value;", "sums[place * width + c] = value * factor;"),
     ("cached_spans", "cache", "cached_attention_forward_f32", "if (threadIdx.x < 2) bounds", "if (threadIdx.x < 1) bounds"),
+    ("cached", "cache", "cached_attention_forward_f32", "= expf(largests[threadIdx.x] - shift);\n    __syncthreads();", "= expf(largests[threadIdx.x] - shift);"),
+    ("cached", "cache", "cached_attention_forward_f32", "thread_sums[w * lanes + of]", "thread_sums[w * lanes]"),
+    ("cached", "cache", "cached_attention_forward_f32", "from += teams", "from += teams - 1"),
     ("cached_spans", "cache", "cached_attention_join", "    __syncthreads();\n\n    float total", "    float total"),
     ("cached_spans", "cache", "cached_attention_join", "sums[s * width + c] * factors[s]", "sums[s * width + c]"),
     ("cached_spans", "cache", "cached_attention_join", "if (bounds[2 * s + 1] != 0.f) ", ""),

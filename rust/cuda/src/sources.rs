@@ -70,6 +70,12 @@ pub const SOURCES: &[Source] = &[
         "cached_attention_join_forward_f32"
     ),
     source!(
+        "cache_bf16" of "cache",
+        "cache_write_forward_bf16",
+        "cached_attention_forward_bf16",
+        "cached_attention_join_forward_bf16"
+    ),
+    source!(
         "elementwise",
         "add_forward_f32",
         "broadcast_forward_f32",

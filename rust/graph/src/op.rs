@@ -849,8 +849,10 @@ impl Check<'_> {
             }
             Op::CachedAttention(spec) => {
                 self.count(6 + usize::from(spec.key_bias), 6 + usize::from(spec.key_bias))?;
-                let floats: &[usize] = if spec.key_bias { &[0, 1, 2, 6] } else { &[0, 1, 2] };
-                self.dtypes(floats, &[3, 4, 5])?;
+                let dtype = self.dtypes(&[0, 1, 2], &[3, 4, 5])?;
+                if spec.key_bias {
+                    self.dtype(6, dtype.sums())?;
+                }
                 let (q, cache) = (self.shape(0), self.shape(1));
                 let fits = q.rank() == 3
                     && cache.rank() == 3

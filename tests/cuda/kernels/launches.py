@@ -612,12 +612,12 @@ def cache_write(
     layout: Layout = PLAIN,
 ) -> Array:
     """cache [R, S, C] with source [B, T, C] written into it."""
-    c, s = device.array(cache), upload(device, source, layout)
+    c, s = upload(device, cache.reshape(1, -1)), upload(device, source, layout)
     batch, tokens, cols = source.shape
     numbers = [device.array(x, i32) for x in (row, start, count)]
     sizes = (*map(i32, (batch, tokens, cols)), ld(s), i32(cache.shape[0]), i32(cache.shape[1]))
-    device.launch("cache_write_forward_f32", groups(batch * tokens, cols), 256, s.at, *numbers, c, *sizes)
-    return device.read(c)
+    device.launch("cache_write_forward_f32", groups(batch * tokens, cols), 256, s.at, *numbers, c.at, *sizes)
+    return download(device, c).reshape(cache.shape)
 
 
 def cached_attention(
@@ -630,7 +630,10 @@ def cached_attention(
         f(device, x, layout)
         for f, x in ((upload, q.reshape(batch, tokens, -1)), (blank, (batch, tokens, heads * width)))
     )
-    caches, numbers = [device.array(x) for x in (k, v)], [device.array(x, i32) for x in (rows, start, count)]
+    caches, numbers = (
+        [upload(device, x.reshape(1, -1)).at for x in (k, v)],
+        [device.array(x, i32) for x in (rows, start, count)],
+    )
     sizes = (*map(i32, (tokens, heads, k.shape[2], width)), ld(qs), ld(out), i32(k.shape[0]), i32(k.shape[1]))
     grid, slots = (tokens, heads, batch), k.shape[1]
     spans = ceil_div(slots, span or slots)

@@ -636,9 +636,9 @@ def cache_write_forward(m, grid, source, row, start, count, cache, b, t, cols, s
     rows, starts, counts = (matrix(m, x, 1, b, 0, i32)[0].tolist() for x in (row, start, count))
     for n in range(b):
         if counts[n] > 0 and 0 <= rows[n] < cache_rows:
-            x = matrix(m, source + 4 * n * t * source_ld, counts[n], cols, source_ld)
-            to = cache + 4 * (rows[n] * slots + starts[n]) * cols
-            matrix(m, to, counts[n], cols, cols, write=True)[:] = x
+            size = np.dtype(m.stored).itemsize
+            x = real(m, source + size * n * t * source_ld, counts[n], cols, source_ld)
+            put(m, cache + size * (rows[n] * slots + starts[n]) * cols, counts[n], cols, cols, x)
 
 
 @twin
@@ -668,10 +668,10 @@ def cached_attention_forward(
     spans,
     span,
 ):
-    b, group = grid[2], h // kv
+    b, group, size = grid[2], h // kv, np.dtype(m.stored).itemsize
     places = matrix(m, rows, b, slots, slots, i32)
     starts, counts = (matrix(m, x, 1, b, 0, i32)[0].tolist() for x in (start, count))
-    qs = matrix(m, q, b * t, h * d, q_ld).astype(float).reshape(b, t, h, d)
+    qs = real(m, q, b * t, h * d, q_ld).astype(float).reshape(b, t, h, d)
     if sums:
         edges = matrix(m, bounds, b * t * h, 2 * spans, 2 * spans, write=True).reshape(b, t, h, spans, 2)
         edges[..., 0], edges[..., 1] = -np.inf, 0
@@ -684,7 +684,7 @@ def cached_attention_forward(
                 continue
             tokens = [int(places[n, s]) * slots + int(s) for s in p]
             keys, values = (
-                np.stack([matrix(m, x + 4 * token * kv * d, kv, d, d) for token in tokens])
+                np.stack([real(m, x + size * token * kv * d, kv, d, d) for token in tokens])
                 .astype(float)
                 .repeat(group, 1)
                 for x in (k, v)
@@ -700,7 +700,7 @@ def cached_attention_forward(
                 first = sums + 4 * ((n * t + i) * h * spans + part) * d
                 matrix(m, first, h, d, spans * d, write=True)[:] = summed
     if out:
-        matrix(m, out, b * t, h * d, out_ld, write=True)[:] = result.reshape(b * t, -1)
+        put(m, out, b * t, h * d, out_ld, result.reshape(b * t, -1))
 
 
 @twin
@@ -714,7 +714,7 @@ def cached_attention_join_forward(m, grid, sums, bounds, out, t, h, d, out_ld, s
     for row, part in np.argwhere(edges[..., 1]).tolist():
         summed = matrix(m, sums + 4 * (row * spans + part) * d, 1, d, d)[0]
         result[row] += factors[row, part] / total[row] * summed
-    matrix(m, out, rows // h, h * d, out_ld, write=True)[:] = result.reshape(rows // h, -1)
+    put(m, out, rows // h, h * d, out_ld, result.reshape(rows // h, -1))
 
 
 @twin

@@ -3,7 +3,7 @@
 use pyrformer_graph::op::AttentionExtras;
 use pyrformer_graph::{AttentionSpec, DType, RelativeSpec, TensorType};
 
-use super::{Recorder, groups, keep};
+use super::{Recorder, groups, keep, suffix};
 use crate::launch::{Arg, Matrix};
 
 /// The widest head that attention over a cache holds in registers.
@@ -196,7 +196,7 @@ impl Recorder<'_> {
         let mut args = args![new, self.x(2), self.x(3), self.x(4), cache];
         args.extend(args![n[0], n[1], n[2], new.ld, c[0], c[1]]);
         let grid = groups(Matrix { rows: n[0] * n[1], cols: n[2], ..new });
-        self.launch("cache_write_forward_f32", grid, [256, 1, 1], args);
+        self.launch(format!("cache_write_forward_{}", suffix(new.dtype)), grid, [256, 1, 1], args);
     }
 
     pub(super) fn cached_attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {
@@ -217,10 +217,11 @@ impl Recorder<'_> {
         args.extend(args![whole, sums, bounds]);
         args.extend(args![tokens, heads, spec.kv_heads, width, q.ld, out.ld, slots[0], slots[1]]);
         args.extend(args![spec.window.unwrap_or(NO_WINDOW), spec.scale, n, span]);
-        self.launch("cached_attention_forward_f32", [n * tokens, heads, batch], [128, 1, 1], args);
+        let kernel = |what: &str| format!("cached_attention{what}_forward_{}", suffix(q.dtype));
+        self.launch(kernel(""), [n * tokens, heads, batch], [128, 1, 1], args);
         if n > 1 {
             let args = args![sums, bounds, out, tokens, heads, width, out.ld, n];
-            self.launch("cached_attention_join_forward_f32", [tokens, heads, batch], [128, 1, 1], args);
+            self.launch(kernel("_join"), [tokens, heads, batch], [128, 1, 1], args);
         }
         Ok(())
     }

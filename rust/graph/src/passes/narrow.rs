@@ -3,8 +3,9 @@
 //! computes stay float32, and so do the weights that a program updates. Source: Micikevicius et al. 2018, "Mixed
 //! Precision Training", section 3.1; losses need no scaling here, for bfloat16 has float32's exponents.
 //!
-//! A weight that a program only multiplies by, or takes rows of, is a state in bfloat16. One that AdamW updates has such a
-//! state beside it, with `@bf16` behind its name, which AdamW writes along with it. Others are cast when they are first read.
+//! A weight that a program only multiplies by, or takes rows of, is a state in bfloat16, and so is a cache of keys or
+//! values. A weight that AdamW updates has such a state beside it, with `@bf16` behind its name, which AdamW writes along
+//! with it. Others are cast when they are first read.
 //!
 //! The pass comes last: rules of derivatives and fusion are those of one type.
 
@@ -22,10 +23,16 @@ use crate::op::{AttentionSpec, Op};
 pub fn narrow(graph: &Graph) -> Result<Graph> {
     let wide = wide(graph);
     let mut casts = Casts::default();
-    let ends: Vec<ValueId> = ends(graph).collect();
+    let caches = caches(graph);
+    let ends: Vec<ValueId> = ends(graph).filter(|v| !matches!(writer(graph, *v), Op::CacheWrite)).collect();
     let mixed = graph.rewrite(|rw, _, node| {
-        if node.op.is_leaf() {
-            return Ok(None);
+        match &node.op {
+            Op::State { name } if caches.contains(&node.outputs[0]) => {
+                let shape = graph.ty(node.outputs[0]).shape.clone();
+                return Ok(Some(vec![rw.to.state(name, TensorType::new(DType::Bf16, shape))?]));
+            }
+            op if op.is_leaf() => return Ok(None),
+            _ => {}
         }
         let mut x = rw.operands(node)?;
         let (narrow, to) = types(&rw.to, node, &x, wide[node.outputs[0].0 as usize]);
@@ -50,6 +57,16 @@ pub fn narrow(graph: &Graph) -> Result<Graph> {
         Ok(Some(made))
     })?;
     store(&mixed)
+}
+
+fn writer(graph: &Graph, v: ValueId) -> &Op {
+    &graph.producer(v).op
+}
+
+/// The states that keys or values are written into, and that nothing else is done with.
+fn caches(graph: &Graph) -> Vec<ValueId> {
+    let writes = graph.updates().iter().filter(|(_, v)| matches!(writer(graph, *v), Op::CacheWrite));
+    writes.map(|(state, _)| *state).collect()
 }
 
 /// Outputs and updates.
@@ -120,6 +137,8 @@ fn types(to: &Graph, node: &Node, x: &[ValueId], wide: bool) -> (Vec<usize>, DTy
         }
         Op::LayerNorm { .. } | Op::Rope { .. } => (vec![0], DType::Bf16),
         Op::LayerNormGrad { .. } => (vec![0, 1, 5], DType::Bf16),
+        Op::CacheWrite => (vec![0, 1], DType::Bf16),
+        Op::CachedAttention(_) => (vec![0, 1, 2], DType::Bf16),
         Op::Attention(spec) if fits(to.ty(x[0]), spec) => (vec![0, 1, 2], DType::Bf16),
         Op::AttentionGrad(spec) if fits(to.ty(x[0]), spec) => (vec![0, 1, 2, 3, 4], DType::Bf16),
         Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) | Op::LinearTokenLosses { .. } => {
