@@ -89,7 +89,7 @@ impl PartialEq for Candidate {
 impl Eq for Candidate {}
 
 /// How many tokens top-h considers. Source: transformers 5.23, `TopHLogitsWarper.top_n`.
-const TOP_H_TOKENS: usize = 100;
+pub(crate) const TOP_H_TOKENS: usize = 100;
 
 impl Filters {
     /// Checks every setting's range.
@@ -174,42 +174,62 @@ impl Filters {
         }
     }
 
-    /// Makes the tokens −∞ that the filters but temperature remove. With `mass`, `row` is a part of the tokens and all
-    /// of them have this sum of exp(x − largest): it stands until a filter has removed the others.
-    pub(crate) fn remove(&self, row: &mut [f32], mut mass: Option<f64>) {
+    /// Makes the tokens −∞ that the filters but temperature remove. With `others`, `row` is a part of the tokens: whether
+    /// the first filter that acts removes the others; where that is not certain, `row` is as it was.
+    pub(crate) fn remove(&self, row: &mut [f32], mut others: Option<Others>) -> bool {
         let (temperature, min_tokens_to_keep) = (self.temperature, self.min_tokens_to_keep);
         if *self == (Self { temperature, min_tokens_to_keep, ..Self::default() }) {
-            return;
+            return others.is_none();
         }
         let mut candidates: Vec<_> = (0..row.len())
             .filter(|&token| row[token] > f32::NEG_INFINITY)
             .map(|token| Candidate { token, logit: f64::from(row[token]), probability: 0.0 })
             .collect();
+        let mass = |others: &Option<Others>| others.map(|o| o.mass);
         if let Some(fraction) = self.top_h {
             top_h(&mut candidates, fraction);
-            mass = None;
+            if !are_gone(&mut others, &candidates) {
+                return false;
+            }
         }
         if self.top_k > 0 {
             let threshold = kth_largest(&candidates, self.top_k.max(self.min_tokens_to_keep));
             candidates.retain(|c| c.logit >= threshold);
-            mass = None;
+            if !are_gone(&mut others, &candidates) {
+                return false;
+            }
         }
         if self.top_p < 1.0 {
-            top_p(&mut candidates, self.top_p, self.min_tokens_to_keep, mass.take());
+            top_p(&mut candidates, self.top_p, self.min_tokens_to_keep, mass(&others));
+            if !are_gone(&mut others, &candidates) {
+                return false;
+            }
         }
         if self.min_p > 0.0 {
-            normalize(&mut candidates, mass.take());
+            normalize(&mut candidates, mass(&others));
             let largest = candidates.iter().map(|c| c.probability).fold(0.0, f64::max);
             at_least(&mut candidates, self.min_p * largest, self.min_tokens_to_keep);
+            if !are_gone(&mut others, &candidates) {
+                return false;
+            }
         }
         if self.typical_p < 1.0 {
+            if others.is_some() {
+                return false;
+            }
             typical(&mut candidates, self.typical_p, self.min_tokens_to_keep);
         }
         if self.epsilon_cutoff > 0.0 {
-            normalize(&mut candidates, mass.take());
+            normalize(&mut candidates, mass(&others));
             at_least(&mut candidates, self.epsilon_cutoff, self.min_tokens_to_keep);
+            if !are_gone(&mut others, &candidates) {
+                return false;
+            }
         }
         if self.eta_cutoff > 0.0 {
+            if others.is_some() {
+                return false;
+            }
             let entropy = normalize(&mut candidates, None);
             let eta = self.eta_cutoff.min(self.eta_cutoff.sqrt() * (-entropy).exp());
             at_least(&mut candidates, eta, self.min_tokens_to_keep);
@@ -222,7 +242,22 @@ impl Filters {
                 *x = f32::NEG_INFINITY;
             }
         }
+        true
     }
+}
+
+/// What is known of the tokens that a row lacks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Others {
+    /// The sum of exp(x − largest) over all tokens, these and those in the row.
+    pub(crate) mass: f64,
+    /// No logit of theirs is greater.
+    pub(crate) floor: f64,
+}
+
+/// Whether a filter, the first that acts, has removed what might be among the others: all that is left is above them.
+fn are_gone(others: &mut Option<Others>, left: &[Candidate]) -> bool {
+    others.take().is_none_or(|o| left.iter().all(|c| c.logit > o.floor))
 }
 
 /// The filtered, renormalised distribution of one row of logits `[V]`.

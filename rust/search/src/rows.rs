@@ -4,6 +4,7 @@
 //! beams, and draws that filters restrict to them, look at; whether they suffice is checked where they are used, and what
 //! comes of them is what comes of the whole row.
 
+use crate::filters::{Others, TOP_H_TOKENS};
 use crate::sample::log_sum_exp;
 use crate::search::Setup;
 use crate::{Error, GenerationOptions, Result};
@@ -59,7 +60,7 @@ impl Known {
 
 /// Whether options look at nothing but the best `count` of each row, as long as these suffice, and the temperature at
 /// which they are weighed.
-pub(crate) fn wants_best(options: &GenerationOptions, count: usize) -> Option<f32> {
+pub(crate) fn wants_best(options: &GenerationOptions, count: usize, vocab_size: usize) -> Option<f32> {
     // What changes scores may bring any token to the top.
     let plain = GenerationOptions {
         max_new_tokens: options.max_new_tokens,
@@ -83,7 +84,12 @@ pub(crate) fn wants_best(options: &GenerationOptions, count: usize) -> Option<f3
         || f.min_p > 0.0
         || (f.typical_p == 1.0 && f.epsilon_cutoff > 0.0);
     let restricted = !options.do_sample || (options.num_beams == 1 && first);
-    let wanted = if options.num_beams > 1 { options.beam_candidates() } else { f.top_k.max(1) };
+    let wanted = match f.top_h {
+        _ if options.num_beams > 1 => options.beam_candidates(),
+        // Its budget is an entropy of so many.
+        Some(_) => TOP_H_TOKENS.min(vocab_size),
+        None => f.top_k.max(1),
+    };
     let can = *options == plain && restricted && wanted <= count;
     can.then_some(if options.do_sample { f.divisor() } else { 1.0 })
 }
@@ -139,8 +145,7 @@ impl Setup {
         }
         filters.scale(scores);
         let floor = scores.iter().copied().fold(f32::INFINITY, f32::min);
-        filters.remove(scores, Some(rest.mass));
-        scores.iter().all(|&x| x == f32::NEG_INFINITY || x > floor)
+        filters.remove(scores, Some(Others { mass: rest.mass, floor: f64::from(floor) }))
     }
 }
 
@@ -237,6 +242,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
         #[test]
         fn the_best_give_what_whole_rows_give(
             seed in any::<u32>(),
@@ -251,10 +257,11 @@ mod tests {
             min_p in prop::sample::select(vec![0.0, 0.1]),
             typical_p in prop::sample::select(vec![1.0, 0.8]),
             epsilon_cutoff in prop::sample::select(vec![0.0, 0.02]),
+            eta_cutoff in prop::sample::select(vec![0.0, 0.05]),
             keep in 1_usize..4,
         ) {
             let filters = Filters {
-                temperature, top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: 0.0,
+                temperature, top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff,
                 min_tokens_to_keep: keep,
             };
             let sampled = GenerationOptions {
@@ -297,6 +304,8 @@ mod tests {
         );
         assert_eq!(wants(&sampled), None, "draws from all tokens");
         assert_eq!(wants(&|o| o.num_beams = 7), None, "14 candidates");
+        let top_h = |o: &mut GenerationOptions| (o.do_sample, o.filters.top_h) = (true, Some(0.5));
+        assert_eq!(wants(&top_h), None, "an entropy of 40 tokens, all there are");
         assert_eq!(wants(&|o| o.repetition_penalty = 1.1), None);
         assert_eq!(wants(&|o| o.min_new_tokens = Some(2)), None);
         assert_eq!(wants(&|o| o.remove_invalid_values = true), None);

@@ -165,7 +165,7 @@ impl Search {
     pub fn wants_best(&self, count: usize) -> Option<f32> {
         let Hooks { allowed_tokens, processor, .. } = &self.setup.hooks;
         let changed = allowed_tokens.is_some() || processor.is_some();
-        if changed { None } else { wants_best(&self.setup.options, count) }
+        if changed { None } else { wants_best(&self.setup.options, count, self.setup.vocab_size) }
     }
 
     /// As [`Search::advance`], with whole rows or the best of them. Gives the numbers of those whose best do not suffice;
