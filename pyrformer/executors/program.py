@@ -80,8 +80,8 @@ class Store:
         return [(name, dtype, list(shape)) for name, (dtype, shape, _) in self._states.items()]
 
     def state(self, name: str, dtype: str, shape: tuple[int, ...], *, own: bool = False) -> Memory:
-        """The memory of a state, or of its copy in bfloat16, made if there is none. With ``own``, the state itself is of
-        bfloat16."""
+        """The memory of a state, or of its copy in bfloat16, made if there is none. With ``own``, the state itself is
+        of bfloat16."""
         if dtype == "bfloat16" and not own and self._states.get(name, ("",))[0] != dtype:
             name = name.removesuffix(COPY)
             self.state(name, "float32", shape)
