@@ -17,6 +17,7 @@ from pyrformer.generation import decoder, strategies
 from pyrformer.model import Model
 from pyrformer.optimizers import OPTIMIZERS
 from pyrformer.programs import train_step
+from pyrformer.serve.engine import Completion, Engine
 
 # float32 sums of some hundred terms in another order, after a few layers.
 TOLERANCE = 2e-5
@@ -386,6 +387,36 @@ def counted(rows: Any, asked: list[int]) -> Any:
         return rows(self, name, wanted)
 
     return go
+
+
+def test_a_server_s_requests_together_get_what_each_gets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that see the best of each row beside one that wants probabilities and those that see whole rows."""
+    cpu = Model.from_config(WORDY, seed=3)
+    wanted: list[dict[str, Any]] = [
+        {}, {"do_sample": True, "top_k": 20, "temperature": 0.7}, {"do_sample": True, "temperature": 1.2}, {},
+        {"repetition_penalty": 1.3}, {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2},
+    ]  # fmt: skip
+    asked: list[int] = []
+    monkeypatch.setattr(Store, "rows", counted(Store.rows, asked))
+    told: list[list[Any]] = [[] for _ in wanted]
+    engine = Engine(on_card(cpu, Card(None, 1 << 19)), rows=8, slots=24, waiting=9)
+    engine.submit(
+        [
+            Completion(
+                [1, 2, 3 + i], {"max_new_tokens": 5, "seed": 4, **options}, [], 0, 3 * (i == 3), 60.0, told[i].append
+            )
+            for i, options in enumerate(wanted)
+        ]
+    )  # fmt: skip
+    engine.stop()
+    for i, options in enumerate(wanted):
+        alone = cpu.generate([[1, 2, 3 + i]], max_new_tokens=5, seed=4, **options)
+        *parts, reasons = told[i]
+        assert reasons == ["length"] * len(alone.ids)
+        tokens = [token for part in parts for token in part]
+        for number, ids in enumerate(alone.ids):
+            assert [t.id for t in tokens if t.sequence == number] == ids[-5:], options
+    assert asked
 
 
 def test_rows_that_are_no_logits_are_an_error_of_a_device_too() -> None:
