@@ -171,6 +171,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "shr.u32": ("u32", ("u32", "u32"), [((2**31, 31), 1), ((MAX, 32), 0)]),
     "shr.s32": ("s32", ("s32", "u32"), [((-8, 1), -4), ((-8, 40), -1)]),
     "shr.u64": ("u64", ("u64", "u32"), [((2**63, 63), 1), ((2**63, 64), 0)]),
+    "popc.b32": ("u32", ("b32",), [((0,), 0), ((MAX,), 32), ((0x8000F00D,), 8)]),
     "brev.b32": ("u32", ("b32",), [((1,), 2**31), ((0x0000F00D,), 0xB00F0000)]),
     "bfind.shiftamt.u32": ("u32", ("u32",), [((1,), 31), ((2**31,), 0), ((0xFFFF,), 16), ((0,), MAX)]),
     "or.b64": ("u64", ("b64", "b64"), [((2**40 + 12, 2**40 + 10), 2**40 + 14)]),
@@ -269,7 +270,7 @@ SPECIAL = {
     # Tested by name below.
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "st.global.v2.f32", "st.shared.v2.u32",
-    "ld.global.nc.v2.b32", "st.global.v2.b32", "st.shared.v2.b32",
+    "ld.global.nc.v2.b32", "st.global.v2.b32", "st.global.v2.u32", "st.shared.v2.b32",
     "bfi.b64", "ld.shared.b64", "ld.shared.f64", "st.shared.b64", "st.shared.f64",
     "ld.shared.u32", "st.shared.u32",
     "ld.shared.v2.f32", "ld.shared.v2.b32",
@@ -421,7 +422,7 @@ def test_pairs_through_shared_memory(kind):
     mov.b32 %f1, %r3;
     mov.b32 %f2, %r4;
     st.global.v2.f32 [%rd1], {{%f1, %f2}};
-    st.global.v2.b32 [%rd1+8], {{%r3, %r3}};
+    st.global.v2.{kind} [%rd1+8], {{%r3, %r3}};
     """
     given = np.array([1.5, -2], np.float32).view(np.uint32)
     got = run(body, 1, [given], ((4,), np.float32), ".shared .align 8 .b8 buffer[8];")

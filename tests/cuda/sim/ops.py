@@ -66,11 +66,23 @@ def divide(a: np.ndarray, b: np.ndarray, remainder: bool) -> np.ndarray:
     return (wide_a - quotient * wide_b if remainder else quotient).astype(np.result_type(a, b))
 
 
+#: Halves of ever wider groups of bits: how far apart, and the lower ones.
+HALVES = ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF))
+
+
 def reverse_bits(x: np.ndarray) -> np.ndarray:
     """Bit 0 becomes bit 31."""
-    for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
+    for shift, mask in HALVES:
         m = np.uint32(mask)
         x = ((x >> np.uint32(shift)) & m) | ((x & m) << np.uint32(shift))
+    return x
+
+
+def count_bits(x: np.ndarray) -> np.ndarray:
+    """How many bits are set."""
+    for shift, mask in HALVES:
+        m = np.uint32(mask)
+        x = ((x >> np.uint32(shift)) & m) + (x & m)
     return x
 
 
@@ -285,6 +297,11 @@ def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
 @rule(r"brev\.b32")
 def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
     w.set(d, "u32", f"reverse_bits({w.get(a, 'u32')})")
+
+
+@rule(r"popc\.b32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "u32", f"count_bits({w.get(a, 'u32')})")
 
 
 @rule(r"bfind\.shiftamt\.u32")
