@@ -25,8 +25,8 @@ ALL = slice(None)
 Dim = tuple[int, int, int]
 HELPERS = {
     **{n: getattr(ops, n) for n in
-       ("flush", "fma_down", "fma64", "divide", "reverse_bits", "count_bits", "leading_zeros", "insert_bits", "shift", "to_integer",
-        "round_bf16")},
+       ("flush", "fma_down", "fma64", "divide", "reverse_bits", "count_bits", "leading_zeros", "insert_bits", "shift",
+        "to_integer", "round_bf16")},
     **{n: getattr(np, n) for n in ("float32", "float64", "int16", "int32", "int64", "uint16", "uint32", "uint64")},
     "np": np, "one": np.ones(1, np.float32), "zero": np.zeros(1, np.float32),
 }  # fmt: skip
