@@ -39,21 +39,13 @@ const TOGETHER: usize = 4;
 /// How many rows ahead memory is asked for what is copied: nothing foresees a row that is pages away.
 const ROWS_AHEAD: usize = 8;
 
-/// Transposes one panel: `lanes` rows of memory, `stride` apart, into `depth` steps of `width` lanes, zeros beyond. What is
-/// read behind it begins at `next`, which need not be readable.
+/// Transposes one panel: `lanes` rows of memory, `stride` apart, into `depth` steps of `width` lanes, zeros beyond.
 ///
 /// # Safety
 /// * the rows are readable, and the panel is writable by nobody else;
 /// * `lanes ≤ width`.
-pub(super) type Transpose<T> = unsafe fn(
-    from: *const T,
-    stride: usize,
-    lanes: usize,
-    depth: usize,
-    width: usize,
-    panel: *mut T,
-    next: *const T,
-);
+pub(super) type Transpose<T> =
+    unsafe fn(from: *const T, stride: usize, lanes: usize, depth: usize, width: usize, panel: *mut T);
 
 /// Packs `lanes` lanes from `first` and `depth` steps from `step` into panels of `width`.
 ///
@@ -86,11 +78,10 @@ pub(super) unsafe fn pack<T: Real>(
     }
     for lane in (0..lanes).step_by(width) {
         let count = width.min(lanes - lane);
-        let from = source.at(first + lane, step);
-        // Behind a panel comes the next one; behind a single one the same lanes' next steps.
-        let next = from.wrapping_add(if lanes > width { width * source.stride } else { depth });
         // SAFETY: the caller's promise; `lane` is a multiple of the width, so panels before it take `lane · depth`.
-        unsafe { transpose(from, source.stride, count, depth, width, to.add(lane * depth), next) };
+        unsafe {
+            transpose(source.at(first + lane, step), source.stride, count, depth, width, to.add(lane * depth))
+        };
     }
 }
 
@@ -166,7 +157,6 @@ pub(super) unsafe fn transpose<T: Real>(
     depth: usize,
     width: usize,
     panel: *mut T,
-    _next: *const T,
 ) {
     for lane in 0..width {
         for p in 0..depth {
@@ -185,7 +175,7 @@ pub(super) mod x86 {
 
     use crate::gemm::micro::prefetch;
 
-    /// How many steps ahead of what is read the next is asked for.
+    /// How far ahead of what is read the next is asked for.
     const AHEAD: usize = 128;
 
     /// [`super::Transpose`] by blocks of 8 × 8 in registers, for widths made of groups of 8, 6 and 4 lanes.
@@ -200,24 +190,18 @@ pub(super) mod x86 {
         depth: usize,
         width: usize,
         panel: *mut f32,
-        next: *const f32,
     ) {
         debug_assert!(matches!(width % 8, 0 | 4 | 6), "width {width}");
         let whole = depth - depth % 8;
-        let ahead = AHEAD.min(depth);
         for p in (0..whole).step_by(8) {
-            let soon = match p + ahead {
-                p if p < depth => from.wrapping_add(p),
-                p => next.wrapping_add(p - depth),
-            };
             for group in (0..width).step_by(8) {
                 let mut rows = [_mm256_setzero_ps(); 8];
                 for (l, row) in rows.iter_mut().enumerate() {
                     if group + l < lanes {
-                        let lane = (group + l) * stride;
+                        let at = (group + l) * stride + p;
                         // SAFETY: the lane exists, and so do steps `p..p + 8`.
-                        *row = unsafe { _mm256_loadu_ps(from.add(lane + p)) };
-                        prefetch(soon.wrapping_add(lane));
+                        *row = unsafe { _mm256_loadu_ps(from.add(at)) };
+                        prefetch(from.wrapping_add(at + AHEAD));
                     }
                 }
                 let steps = transpose_8x8(rows);
@@ -250,7 +234,6 @@ pub(super) mod x86 {
                     depth - whole,
                     width,
                     panel.add(whole * width),
-                    next,
                 );
             }
         }
