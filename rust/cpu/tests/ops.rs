@@ -475,6 +475,14 @@ fn scalar(c: &mut Case, y: ValueId) -> ValueId {
     c.as_shape(Op::SumTo, product, &[])
 }
 
+/// Adds the gradients of the floating-point inputs to a case's outputs, each by the name of its input behind a d.
+fn output_gradients(c: &mut Case, loss: ValueId) {
+    let (names, wrt): (Vec<String>, Vec<ValueId>) = c.floats.iter().cloned().unzip();
+    for (name, d) in names.iter().zip(gradients(&mut c.g, loss, &wrt).unwrap()) {
+        c.g.output(&format!("d{name}"), d).unwrap();
+    }
+}
+
 #[test]
 fn gradients_match_central_differences() {
     for (name, build) in differentiable() {
@@ -483,12 +491,8 @@ fn gradients_match_central_differences() {
         let loss = scalar(&mut c, y);
         c.g.output("loss", loss).unwrap();
         let forward = c.g.clone();
-        let leaves: Vec<(String, ValueId)> = c.floats.clone();
-        let wrt: Vec<ValueId> = leaves.iter().map(|l| l.1).collect();
-        let grads = gradients(&mut c.g, loss, &wrt).unwrap();
-        for ((leaf, _), g) in leaves.iter().zip(&grads) {
-            c.g.output(&format!("d{leaf}"), *g).unwrap();
-        }
+        let leaves = c.floats.clone();
+        output_gradients(&mut c, loss);
         let got = c.computed(true, 2);
         assert_close(&name, &got, &c.expected(), 1e-11);
         for (leaf, _) in &leaves {
@@ -518,12 +522,7 @@ fn gradients_in_single_precision_stay_close() {
         let mut c = Case::new(DType::F32, 5);
         let y = build(&mut c);
         let loss = scalar(&mut c, y);
-        let leaves = c.floats.clone();
-        let wrt: Vec<ValueId> = leaves.iter().map(|l| l.1).collect();
-        let grads = gradients(&mut c.g, loss, &wrt).unwrap();
-        for ((leaf, _), g) in leaves.iter().zip(&grads) {
-            c.g.output(&format!("d{leaf}"), *g).unwrap();
-        }
+        output_gradients(&mut c, loss);
         let one = c.computed(true, 1);
         assert_close(&name, &one, &c.expected(), 5e-6);
         assert_eq!(one, c.computed(true, 2), "{name}: bits depend on the number of threads");
@@ -592,12 +591,7 @@ fn mixed_precision_stays_near() {
         let mut c = Case::new(DType::F32, 4);
         let y = build(&mut c);
         let loss = scalar(&mut c, y);
-        let leaves = c.floats.clone();
-        let wrt: Vec<ValueId> = leaves.iter().map(|l| l.1).collect();
-        let grads = gradients(&mut c.g, loss, &wrt).unwrap();
-        for ((leaf, _), g) in leaves.iter().zip(&grads) {
-            c.g.output(&format!("d{leaf}"), *g).unwrap();
-        }
+        output_gradients(&mut c, loss);
         let want = c.expected();
         let mixed = passes::narrow(&passes::optimise(&c.g).unwrap()).unwrap();
         verify(&mixed).unwrap();
@@ -630,12 +624,8 @@ fn block(c: &mut Case) {
     let y = c.op1(Op::Binary(Binary::Add), &[x, y]);
     let rows = c.as_shape(Op::Reshape, y, &[b * t, width]);
     let loss = c.op1(Op::LinearCrossEntropy(LossSpec::default()), &[rows, head, labels]);
-    let wrt: Vec<ValueId> = c.floats.iter().map(|f| f.1).collect();
-    let names: Vec<String> = c.floats.iter().map(|f| format!("d{}", f.0)).collect();
     c.g.output("loss", loss).unwrap();
-    for (name, d) in names.iter().zip(gradients(&mut c.g, loss, &wrt).unwrap()) {
-        c.g.output(name, d).unwrap();
-    }
+    output_gradients(c, loss);
 }
 
 #[test]
