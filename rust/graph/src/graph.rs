@@ -104,6 +104,11 @@ impl Graph {
         &self.updates
     }
 
+    /// What a run gives out and writes: the values of outputs and of updates.
+    pub fn ends(&self) -> impl Iterator<Item = ValueId> {
+        self.outputs.iter().map(|o| o.1).chain(self.updates.iter().map(|u| u.1))
+    }
+
     /// The input or state of this name.
     #[must_use]
     pub fn leaf(&self, name: &str) -> Option<ValueId> {

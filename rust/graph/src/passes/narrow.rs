@@ -24,7 +24,7 @@ pub fn narrow(graph: &Graph) -> Result<Graph> {
     let wide = wide(graph);
     let mut casts = Casts::default();
     let caches = caches(graph);
-    let ends: Vec<ValueId> = ends(graph).filter(|v| !matches!(writer(graph, *v), Op::CacheWrite)).collect();
+    let ends: Vec<ValueId> = graph.ends().filter(|v| !matches!(writer(graph, *v), Op::CacheWrite)).collect();
     let mixed = graph.rewrite(|rw, _, node| {
         match &node.op {
             Op::State { name } if caches.contains(&node.outputs[0]) => {
@@ -67,11 +67,6 @@ fn writer(graph: &Graph, v: ValueId) -> &Op {
 fn caches(graph: &Graph) -> Vec<ValueId> {
     let writes = graph.updates().iter().filter(|(_, v)| matches!(writer(graph, *v), Op::CacheWrite));
     writes.map(|(state, _)| *state).collect()
-}
-
-/// Outputs and updates.
-fn ends(graph: &Graph) -> impl Iterator<Item = ValueId> {
-    graph.outputs().iter().map(|o| o.1).chain(graph.updates().iter().map(|u| u.1))
 }
 
 /// Whether an operation takes whatever types its operands are kept in.
@@ -218,7 +213,7 @@ fn store(graph: &Graph) -> Result<Graph> {
             narrow[v.0 as usize] &= cast;
         }
     }
-    ends(graph).for_each(|v| narrow[v.0 as usize] = false);
+    graph.ends().for_each(|v| narrow[v.0 as usize] = false);
     let twice = kept_twice(graph);
     let mut copies: HashMap<ValueId, ValueId> = HashMap::new();
     let mut updates = Vec::new();

@@ -67,7 +67,7 @@ pub fn recompute(graph: &Graph, count: usize) -> Result<Graph> {
             }
         }
     }
-    for v in graph.outputs().iter().map(|o| o.1).chain(graph.updates().iter().map(|u| u.1)) {
+    for v in graph.ends() {
         if let Some(slot) = dropped.get_mut(graph.value(v).node.0 as usize) {
             *slot = false;
         }

@@ -67,16 +67,11 @@ fn kept(graph: &Graph, begin: usize) -> Vec<ValueId> {
             }
         }
     }
-    for &(_, v) in graph.outputs() {
-        exact[source(graph, v).0 as usize] = true;
-    }
-    for &(_, v) in graph.updates() {
-        exact[source(graph, v).0 as usize] = true;
-    }
-    let all: Vec<ValueId> = (0..wanted.len() as u32).map(ValueId).filter(|v| wanted[v.0 as usize]).collect();
+    graph.ends().for_each(|v| exact[source(graph, v).0 as usize] = true);
     let may = |v: ValueId| !exact[v.0 as usize] && is_activation(graph, v);
-    all.iter()
-        .copied()
+    (0..wanted.len() as u32)
+        .map(ValueId)
+        .filter(|v| wanted[v.0 as usize])
         .filter(|&v| {
             let node = graph.producer(v);
             // Parts of one tensor are one piece of memory: it goes only if nobody waits for any of them.
