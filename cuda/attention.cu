@@ -59,31 +59,14 @@ attention_forward_f32(const float* __restrict__ q, const float* __restrict__ k, 
         dot_tiles(p, shared, qs, query0, ks, key0, ty, tx);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float above = largest[i];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 int key = key0 + 4 * tx + j;
                 bool seen = mask.sees(query0 + 4 * ty + i, key);
                 float bias = seen && key_bias ? key_bias[((long long)b * heads + head) * tokens + key] : 0.f;
                 p[i][j] = seen ? p[i][j] * scale + bias : -INFINITY;
-                above = fmaxf(above, p[i][j]);
             }
-            above = row_max(above);
-            // A row that has seen nothing yet: exp(-inf - 0) = 0 throughout.
-            float shift = above == -INFINITY ? 0.f : above;
-            float correction = expf(largest[i] - shift), total = 0.f;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                p[i][j] = expf(p[i][j] - shift);
-                total += p[i][j];
-            }
-            denominator[i] = denominator[i] * correction + row_sum(total);
-            largest[i] = above;
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sum[part][i][j] *= correction;
-            }
+            take_scores(p, sum, largest, denominator, i);
             if (rng) {
                 float4 factor = keep4(keep, (row0 + i) * tokens + key0 + 4 * tx);
                 p[i][0] *= factor.x, p[i][1] *= factor.y, p[i][2] *= factor.z, p[i][3] *= factor.w;

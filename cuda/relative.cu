@@ -184,27 +184,12 @@ relative_attention_forward_f32(const float* __restrict__ q_k, const float* __res
         for (int i = 0; i < 4; ++i) {
             int query = 4 * ty + i, place = shared.places[query];
             Four hides = x.hides(place, key0 + 4 * tx);
-            float above = largest[i];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 bool meets = place >= 0 && key0 + 4 * tx + j < keys;
                 p[i][j] = meets ? x.score(shared, query, hides.x[j], kind.x[j], p[i][j], shared.scores[query][4 * tx + j]) : -INFINITY;
-                above = fmaxf(above, p[i][j]);
             }
-            above = row_max(above);
-            float shift = above == -INFINITY ? 0.f : above, correction = expf(largest[i] - shift), total = 0.f;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                p[i][j] = expf(p[i][j] - shift);
-                total += p[i][j];
-            }
-            denominator[i] = denominator[i] * correction + row_sum(total);
-            largest[i] = above;
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sum[part][i][j] *= correction;
-            }
+            take_scores(p, sum, largest, denominator, i);
             if (rng) {
                 float4 factor = keep4(keep, (row0 + i) * keys + key0 + 4 * tx);
                 p[i][0] *= factor.x, p[i][1] *= factor.y, p[i][2] *= factor.z, p[i][3] *= factor.w;

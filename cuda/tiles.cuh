@@ -146,3 +146,28 @@ __device__ __forceinline__ float row_max(float x) {
     for (int step = 8; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
     return x;
 }
+
+// Takes row i of a tile of scores, -INFINITY where nothing is seen, into the online softmax: scores become exponentials
+// beside the largest so far, and what was summed up before is made comparable. All threads of a row take part.
+__device__ __forceinline__ void take_scores(float (&p)[4][4], float (&sum)[PARTS][4][4], float (&largest)[4],
+                                            float (&denominator)[4], int i) {
+    float above = largest[i];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) above = fmaxf(above, p[i][j]);
+    above = row_max(above);
+    // A row that has seen nothing yet: exp(-inf - 0) = 0 throughout.
+    float shift = above == -INFINITY ? 0.f : above;
+    float correction = expf(largest[i] - shift), total = 0.f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        p[i][j] = expf(p[i][j] - shift);
+        total += p[i][j];
+    }
+    denominator[i] = denominator[i] * correction + row_sum(total);
+    largest[i] = above;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[part][i][j] *= correction;
+    }
+}
