@@ -2,9 +2,9 @@
 
 Development has none, so kernels and programs are proven without one (docs/cuda.md). This checks what remains, in the
 order in which a failure would explain the next ones, and goes on behind failures: versions; every test of a kernel,
-run on the device; every program against the CPU; compute-sanitizer's four tools; thousands of replays without an
-allocation; times of steps and kernels beside the estimate and beside PyTorch. ``report.md`` and ``report.json`` are
-written after each stage. Exit code 1 if a stage failed, 2 if there is no device.
+run on the device; every program against the CPU; thousands of replays without an allocation; times of steps and kernels
+beside the estimate and beside PyTorch; compute-sanitizer's four tools, which take longest. ``report.md`` and
+``report.json`` are written after each stage. Exit code 1 if a stage failed, 2 if there is no device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(TESTS))  # tiny models and their inputs
 from kernels import programs as tiny
 
 from pyrformer import programs
-from pyrformer.bench.estimate import GAP, bars, cost, estimate
+from pyrformer.bench.estimate import GAP, PRODUCTS, bars, cost, estimate
 from pyrformer.bench.gpus import GPUS, Gpu
 from pyrformer.bench.train_step import Shape, times
 from pyrformer.doctor import examine
@@ -44,7 +44,11 @@ from pyrformer.optimizers import AdamW
 
 #: The files whose tests launch one kernel each.
 KERNEL_TESTS = (
-    "attention", "cache", "elementwise", "loss", "norm", "optimizer", "positions", "reduce", "relative", "rows",
+    "attention", "best", "bf16", "cache", "elementwise", "loss", "norm", "optimizer", "positions", "reduce", "relative",
+    "rows",
+)  # fmt: skip
+STAGES = (
+    "doctor", "kernels", "programs", "bfloat16", "replays", "step times", "kernel times", "sanitizer",
 )  # fmt: skip
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 #: Relative and absolute, between programs on the device and float32 programs on the CPU.
@@ -290,7 +294,24 @@ def _torch(shape: Shape, steps: int, bf16: bool) -> float | str:
 
 def kernel_times(device: Device, gpu: Gpu | None, shape: Shape = SHAPES[0], repeats: int = 20) -> Stage:
     """The time of each kernel and matrix product of one step, launched again and again, beside the estimate."""
-    compiled, inputs = _training(shape, device)
+    rows: list[list[Any]] = []
+    texts: list[str] = []
+    for bf16 in (False, True) if gpu and gpu.bf16 else (False,):
+        kind = "bfloat16" if bf16 else "float32"
+        found = _kernel_times(device, gpu, shape, repeats, bf16)
+        rows += [[name, kind, *row] for name, *row in found]
+        texts.append(
+            f"{sum(row[2] for row in found) + 1e3 * GAP * sum(row[1] for row in found):.2f} ms in {kind}"
+        )
+    head = ["kernel", "program", "count", "ms", "on paper", "measured / paper"]
+    return Stage(
+        "kernel times", "ok", f"kernels of one {shape.family} step: {', '.join(texts)}", [head, *rows]
+    )
+
+
+def _kernel_times(device: Device, gpu: Gpu | None, shape: Shape, repeats: int, bf16: bool) -> list[list[Any]]:
+    """Name, count, milliseconds, those on paper and their quotient, by time."""
+    compiled, inputs = _training(shape, device, bf16)
     compiled(**inputs)
     executor, compiled_bars = compiled.executor, bars()
     store = executor.store
@@ -301,19 +322,14 @@ def kernel_times(device: Device, gpu: Gpu | None, shape: Shape = SHAPES[0], repe
         if key not in timed:
             timed[key] = _one(device, store, call, repeats)
         costed = cost(record, gpu, compiled_bars) if gpu else None
-        name = costed.name if costed else record.get("launch", {}).get("kernel", "matrix products")
+        name = costed.name if costed else record.get("launch", {}).get("kernel", PRODUCTS)
         row = found.setdefault(name, [0, 0.0, 0.0])
         for i, value in enumerate((1, timed[key], costed.taken if costed else 0.0)):
             row[i] += value
     rows = [
         [name, int(n), 1e3 * s, 1e3 * p if p else "", s / p if p else ""] for name, (n, s, p) in found.items()
     ]
-    rows.sort(key=lambda row: -row[2])
-    total = 1e3 * sum(s + GAP * n for n, s, _ in found.values())
-    text = f"kernels of one {shape.family} step: {total:.2f} ms together"
-    return Stage(
-        "kernel times", "ok", text, [["kernel", "count", "ms", "on paper", "measured / paper"], *rows]
-    )
+    return sorted(rows, key=lambda row: -row[2])
 
 
 def _sizes(record: dict[str, Any]) -> Any:
@@ -385,7 +401,10 @@ def day(out: Path, work: dict[str, Callable[[], Stage]]) -> list[Stage]:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("gpu-day"), show_default=True)
 @click.option("--replays", "steps", type=click.IntRange(1), default=REPLAYS, show_default=True)
-def main(out: Path, steps: int) -> None:
+@click.option(
+    "--stage", "chosen", multiple=True, type=click.Choice(STAGES), help="This one, and others so named."
+)
+def main(out: Path, steps: int, chosen: tuple[str, ...]) -> None:
     """Check and time on this machine's GPU all that cannot be checked without one; write a report."""
     from pyrformer.executors.cuda import BF16, CudaDevice, describe
 
@@ -406,12 +425,12 @@ def main(out: Path, steps: int) -> None:
             if facts["capability"] >= BF16
             else Stage("bfloat16", "skipped", "the device has none")
         ),
-        "sanitizer": lambda: sanitizer(out),
         "replays": lambda: replays(device, steps),
         "step times": lambda: step_times(device, gpu),
         "kernel times": lambda: kernel_times(device, gpu),
+        "sanitizer": lambda: sanitizer(out),
     }
-    stages = day(out, work)
+    stages = day(out, {name: work[name] for name in STAGES if name in (chosen or STAGES)})
     sys.exit(1 if any(stage.state == "failed" for stage in stages) else 0)
 
 

@@ -1,9 +1,9 @@
 """What a few GPUs can do at most: the numbers that an estimate divides by.
 
 Sources: NVIDIA's whitepapers "Turing GPU Architecture" (T4), "A100 Tensor Core GPU Architecture", "Ada GPU
-Architecture" (RTX 4090), "H100 Tensor Core GPU Architecture", and the T4 and H100 SXM data sheets for clocks and
-memory; limits of a multiprocessor from the CUDA C++ Programming Guide, table "Technical Specifications per Compute
-Capability". Tensor-core rates are dense, with float32 accumulation.
+Architecture" (RTX 4090), "H100 Tensor Core GPU Architecture", and the data sheets of T4, H100 SXM and H200 SXM for
+clocks and memory; limits of a multiprocessor from the CUDA C++ Programming Guide, table "Technical Specifications per
+Compute Capability". Tensor-core rates are dense, with float32 accumulation.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Gpu:
 
 GPUS = {
     "h100": Gpu("H100 SXM", "sm_90", 132, 1.98e9, 128, 128, 3.35e12, 989e12, 80e9, 64, 32, 228 << 10, 1024),
+    "h200": Gpu("H200 SXM", "sm_90", 132, 1.98e9, 128, 128, 4.8e12, 989e12, 141e9, 64, 32, 228 << 10, 1024),
     "a100": Gpu("A100 SXM", "sm_80", 108, 1.41e9, 64, 128, 2.04e12, 312e12, 80e9, 64, 32, 164 << 10, 1024),
     "rtx4090": Gpu(
         "RTX 4090", "sm_89", 128, 2.52e9, 128, 128, 1.008e12, 165e12, 24e9, 48, 24, 100 << 10, 1024

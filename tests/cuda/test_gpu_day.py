@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_the_tests_of_kernels_run_on_any_device(
         close(got, gradient)
     x = rng.normal(size=(3, 9)).astype(np.float32)
     close(launches.unary(device.fresh(), "gelu", x, launches.LAYOUTS["crooked"]), reference.UNARY["gelu"](x))
+
+
+def test_every_test_of_a_kernel_is_run_on_a_device(tool: ModuleType) -> None:
+    """Those are the ones that take a device, or one with tensors of another type, and nothing of the interpreter's."""
+    takes = re.compile(r"^def test_\w+\((?:[^)]*\b)?(?:device|narrow)\b", re.MULTILINE)
+    found = {
+        p.stem.removeprefix("test_") for p in tool.TESTS.glob("test_*.py") if takes.search(p.read_text())
+    }
+    assert set(tool.KERNEL_TESTS) == found - {"estimate", "mutants"}
 
 
 def test_a_write_beside_an_array_is_found(programs_80: dict[str, sim.Program]) -> None:
@@ -114,9 +124,16 @@ def test_times_stand_beside_the_estimate(tool: ModuleType) -> None:
     stage = tool.kernel_times(Card(None, 1 << 19), GPUS["t4"], TINY, repeats=1)
     named = {row[0]: row for row in stage.table[1:]}
     assert {"matrix products", "attention_dkv_backward_f32", "adamw_forward_f32"} <= named.keys()
-    assert all(row[2] > 0 and row[3] > 0 for row in named.values())
+    assert all(row[1] == "float32" and row[3] > 0 and row[4] > 0 for row in named.values())
     assert tool.kernel_times(Card(None, 1 << 19), None, TINY, repeats=1).state == "ok"
+    stage = tool.kernel_times(Card(None, 1 << 19), GPUS["h200"], TINY, repeats=1)
+    assert {
+        ("matrix products", "float32"), ("matrix products", "bfloat16"),
+        ("attention64_dkv_backward_bf16", "bfloat16"), ("attention_forward_f32", "float32"),
+    } <= {tuple(row[:2]) for row in stage.table[1:]}  # fmt: skip
+    assert " in float32, " in stage.text
     assert tool.gpu_of("NVIDIA H100 80GB HBM3") is GPUS["h100"]
+    assert tool.gpu_of("NVIDIA H200") is GPUS["h200"]
     assert tool.gpu_of("NVIDIA GeForce RTX 4090") is GPUS["rtx4090"]
     assert tool.gpu_of("Quadro P400") is None
 
@@ -190,7 +207,7 @@ def test_without_a_device_there_is_one_line(tmp_path: Path) -> None:
         why = str(e)
     else:
         pytest.skip("there is a device here")
-    command = [sys.executable, str(TOOL), "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(TOOL), "--out", str(tmp_path / "out"), "--stage", "kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"gpu_day: error: {why}\n"
