@@ -26,8 +26,9 @@ from pathlib import Path
 WORKER = """
 import json, sys, time
 import pyrformer as pf
-from pyrformer.training import trainer
+from dataclasses import replace
 from pyrformer.training.sharing import Sharing
+from pyrformer.training.updates import Updates
 spent = [0.0]
 def timed(owner, name):
     inner = getattr(owner, name)
@@ -39,15 +40,16 @@ def timed(owner, name):
             spent[0] += time.perf_counter() - began
     setattr(owner, name, outer)
 timed(Sharing, "end_round")
-timed(trainer.Trainer, "_shared_end")
-compute = trainer.Trainer.compute
+timed(Updates, "_shared_end")
+begin = Updates.begin
 rows = []
 def watched(self, step, lr):
     spent[0] = 0.0
-    numbers = compute(self, step, lr)
+    begun = begin(self, step, lr)
+    numbers = begun.numbers()
     rows.append((numbers["tokens_per_s"], spent[0]))
-    return numbers
-trainer.Trainer.compute = watched
+    return replace(begun, numbers=lambda: numbers)
+Updates.begin = watched
 options, out = json.loads(sys.argv[1]), sys.argv[2]
 run = pf.train(pf.TrainConfig(**options))
 if "PMI_RANK" not in __import__("os").environ or __import__("os").environ["PMI_RANK"] == "0":

@@ -13,7 +13,7 @@ from pyrformer.errors import ConfigError
 from pyrformer.executors import DEVICES
 from pyrformer.fields import check_types
 from pyrformer.optimizers import Optimizer, make_optimizer
-from pyrformer.schedules import SCHEDULES, check_settings
+from pyrformer.schedules import SCHEDULES, check_settings, learning_rate
 
 OBJECTIVES = ("ar", "prefix", "mlm", "mlm+nsp", "plm", "sentence", "tokens")
 ON_NONFINITE = ("stop", "skip", "rollback")
@@ -234,6 +234,18 @@ class TrainConfig:
             weight_decay_groups=self.weight_decay_groups,
             max_grad_norm=self.max_grad_norm,
             ema_decay=self.ema_decay,
+        )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        return learning_rate(
+            step,
+            kind=self.lr_scheduler_type,
+            peak=self.learning_rate,
+            floor=min(self.min_learning_rate, self.learning_rate),
+            warmup_steps=self.warmup_steps,
+            total_steps=self.max_steps,
+            settings=self.lr_scheduler_kwargs,
         )
 
     def comparable(self) -> dict[str, Any]:

@@ -170,6 +170,28 @@ def rows_of(tokenizer: Tokenizer, batch: Batch, documents: Sequence[Sequence[int
     return out
 
 
+def look(
+    what: str, folder: Path, passes: Passes, failure: Failure, numbers: dict[str, Any]
+) -> tuple[str, bool]:
+    """Finds where an update fails, and keeps it.
+
+    Args:
+        what: is wrong with it.
+        numbers: loss and gradient norm, as text.
+
+    Returns:
+        ``what`` with all that was found, and where it is kept; whether weights or states were not finite before.
+    """
+    finding = examine(passes, failure)
+    path = keep(folder, passes, failure, finding, numbers)
+    known = list(dict.fromkeys(n for row in failure.rows for n in row["documents"]))
+    texts = ", ".join(map(str, known[:8])) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+    states = {name for name, _, _ in passes.model.store.types()}
+    before = finding is not None and any(v.nonfinite and v.name in states for v in finding.inputs)
+    said = f"{what}: {finding}" if finding else what
+    return f"{said}; the batch holds documents {texts}; kept in {path}", before
+
+
 def keep(
     folder: Path, passes: Passes, failure: Failure, finding: Finding | None, numbers: dict[str, Any]
 ) -> Path:

@@ -63,7 +63,7 @@ def find_learning_rate(
     with _trainer(config, on_event) as trainer:
         for step in range(updates):
             rate = low * (high / low) ** (step / (updates - 1))
-            loss = float(trainer.begin(step, rate).numbers()["loss"])
+            loss = float(trainer.updates.begin(step, rate).numbers()["loss"])
             average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
             smooth = average / (1.0 - SMOOTHING ** (step + 1))
             if not math.isfinite(smooth) or (losses and smooth > DIVERGED * min(losses)):
@@ -89,11 +89,13 @@ def find_batch_size(config: TrainConfig, memory: str, on_event: Event | None = N
 
 
 def _most_rows(trainer: Trainer, budget: int) -> tuple[int, int]:
+    passes, batch = trainer.updates.passes, trainer.batches.ready(0)
+
     def fits(rows: int) -> bool:
-        return trainer.predicted_bytes(rows) <= budget
+        return passes.predicted_bytes(batch, rows) <= budget
 
     if not fits(1):
-        needed = trainer.predicted_bytes(1) / 1e6
+        needed = passes.predicted_bytes(batch, 1) / 1e6
         raise ConfigError(
             f"[find-batch-size] one row takes {needed:,.0f} MB; lower seq_len or the model's sizes"
         )
@@ -103,7 +105,7 @@ def _most_rows(trainer: Trainer, budget: int) -> tuple[int, int]:
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good, trainer.predicted_bytes(good)
+    return good, passes.predicted_bytes(batch, good)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from pyrformer import programs
 from pyrformer.batch import Batch
+from pyrformer.checkpoint import parsed_size
 from pyrformer.compile import Array, Compiled, Lowered, Traced
 from pyrformer.model import Model
 from pyrformer.training.config import TrainConfig
@@ -119,6 +121,38 @@ class Passes:
         for name, dtype, shape in self.model.store.types():
             if name.startswith(SUM):
                 self.model.store.set(name, np.zeros(shape, dtype))
+
+    def predicted_bytes(self, batch: Batch, rows: int) -> int:
+        """The memory that a pass takes, states included, over a batch like this one, but of so many rows."""
+        labelled = math.ceil(batch.sizes.labelled * rows / batch.sizes.batch)
+        sizes = replace(batch.sizes, batch=rows, labelled=labelled)
+        traced, model = self.trace(replace(batch, arrays={}, sizes=sizes)), self.model
+        lowered = traced.lower(model.device, bf16=model.bf16, recompute=self.config.recompute)
+        return lowered.bytes + self.apart(lowered)
+
+    def predict(self, batch: Callable[[], Batch]) -> str | None:
+        """Sets what is recomputed in passes over batches like this one; what that, and rounding what is kept, saves and
+        costs, in words."""
+        c, device, bf16 = self.config, self.model.device, self.model.bf16
+        rounded = bf16 and device == "cpu"
+        if not c.recompute and not c.memory and not rounded:
+            return None
+        traced = self.trace(batch())
+        plain = traced.lower(device, bf16=bf16 and not rounded)
+        apart = self.apart(plain)
+        memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
+        self.saving = {"recompute": c.recompute, "memory": memory}
+        chosen = traced.lower(device, bf16=bf16, recompute=c.recompute, memory=memory)
+        ways, cost = [], ""
+        if c.recompute or c.memory:
+            ways.append(f"{chosen.recomputed} of {len(plain.graph.layers())} layers recomputed")
+            cost = f"; {100 * (chosen.plan.flops / max(1, plain.plan.flops) - 1.0):.1f} % more arithmetic"
+        if rounded:
+            ways.append("what waits for the backward pass in bfloat16")
+        return (
+            f"memory: {(chosen.bytes + apart) / 1e6:,.0f} MB predicted with {' and '.join(ways)}, "
+            f"{(plain.bytes + apart) / 1e6:,.0f} MB without{cost}"
+        )
 
     def apart(self, lowered: Lowered) -> int:
         """Bytes of the states that a pass does not touch, but the update that follows: they are there, too."""

@@ -298,3 +298,12 @@ class Growing:
     def ready(self, step: int) -> Batch:
         """The batch of a step."""
         return self._of(step).ready(step)
+
+
+def counted(batches: Any, evaluation: Any) -> dict[str, int]:
+    """How many tokens there are to learn from and to measure on, once all text that was to be tokenized is."""
+    both = {"train_tokens": batches, "valid_tokens": evaluation}
+    growing = {name: b for name, b in both.items() if isinstance(b, Growing)}
+    if not any(b.known for b in growing.values()):
+        return {}
+    return {name: b.count() for name, b in growing.items()}

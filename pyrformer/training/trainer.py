@@ -12,7 +12,6 @@ The batch of a step is a pure function of (seed, step), so going on gives the bi
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -22,43 +21,38 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-from pyrformer import _core, programs
+from pyrformer import programs
 from pyrformer.batch import Batch
-from pyrformer.checkpoint import CONFIG, parsed_size, read_json, save_config, write_json
-from pyrformer.compile import Compiled
+from pyrformer.checkpoint import CONFIG, read_json, write_json
 from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, DeviceError, Error, FileError, NonFiniteError, Stopped
-from pyrformer.executors import AnyRun, Ended
 from pyrformer.fields import checked
 from pyrformer.model import Model
 from pyrformer.models import build
 from pyrformer.optimizers import AVERAGES
-from pyrformer.schedules import learning_rate
 from pyrformer.tokenizers import Tokenizer
 from pyrformer.training.checkpoints import Checkpoints, Snapshot, read_state
 from pyrformer.training.comm import Comm, Mpi, share, world
 from pyrformer.training.config import OBJECTIVES, TrainConfig, seconds, steps_or_seconds
-from pyrformer.training.failure import Failure, examine, keep, rows_of
+from pyrformer.training.failure import Failure, look, rows_of
 from pyrformer.training.folder import METRICS, OPTIONS, SAMPLES
 from pyrformer.training.initial import apply_changes, check_model, initial_model
-from pyrformer.training.passes import GRADIENT, SUM, Passes, Update
+from pyrformer.training.measuring import Measuring
+from pyrformer.training.opening import first_step, open_folder
 from pyrformer.training.rows import Callback, Callbacks, Metrics, Rows
 from pyrformer.training.sampling import check_prompts, samples
-from pyrformer.training.sharing import Sharing, moments
+from pyrformer.training.sharing import moments
 from pyrformer.training.signals import Signals
 from pyrformer.training.source import Source
 from pyrformer.training.tensorboard import FOLDER, TensorBoard
-from pyrformer.training.tokens import Growing, Interrupted, Place
-from pyrformer.training.watch import Clock, Spikes, UpdateRatio, resident_bytes
+from pyrformer.training.tokens import Interrupted, Place, counted
+from pyrformer.training.updates import Updates
+from pyrformer.training.watch import Clock, Spikes, resident_bytes
 
 __all__ = ["OBJECTIVES", "Callback", "Event", "Run", "TrainConfig", "train"]
 
@@ -91,23 +85,6 @@ class Run:
     train_loss: float
     valid_loss: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Begun:
-    """An update that was begun.
-
-    Attributes:
-        step: its number from 0.
-        under_way: whether a device goes on with it by itself.
-        numbers: waits for it and gives its numbers; raises what kept it from being begun.
-        ratio: for updates that are logged, waits for it and gives ‖change‖ / ‖weights‖.
-    """
-
-    step: int
-    under_way: bool
-    numbers: Callable[[], dict[str, Any]]
-    ratio: Callable[[], float] | None = None
 
 
 @checked("train")
@@ -163,7 +140,7 @@ class Trainer:
         self.on_event: Event = on_event if self.leads else lambda _kind, _numbers: None
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(self.folder, config.save_total_limit)
-        self.start = share(comm, self._prepare_folder)
+        self.start = share(comm, lambda: first_step(config, self.checkpoints, self._note))
         if not self.start:
             check_model(config)
         before = self.checkpoints.path(self.start) if self.start else None
@@ -186,68 +163,32 @@ class Trainer:
         self.batches, self.evaluation, self.data = self.source.batches(seq_len)
         first = self.start * config.gradient_accumulation_steps
         share(comm, lambda: (self.batches.ready(first), None)[1])
-        self.sharing: Sharing | None = None
-        if comm.size > 1:
-            shapes = {p.name: p.shape for p in programs.trainable(self.model.family)}
-            self.sharing = Sharing(comm, shapes)
-        self.passes = Passes(self.model, config, owned=self.sharing.owned if self.sharing else None)
+        self.updates = Updates(config, comm, self.model, self.batches)
+        self.measuring = Measuring(config, self.updates, self.evaluation)
         self._check_groups()
         check_prompts(self.model, config.sample_prompts, config.objective)
-        self.ratio = UpdateRatio(self.model)
         #: Updates in the newest checkpoint, and when it was begun.
         self.saved, self.saved_at = self.start, 0.0
         #: Whether waiting and measuring are to end; what is to be raised once all is saved.
         self.interrupted: Callable[[], bool] = lambda: False
         self.interrupt: KeyboardInterrupt | None = None
-        #: The update behind the one that is waited for, where it was begun.
-        self.ahead: Begun | None = None
         #: Updates left out since one was made, or rollbacks; and the last update that was made.
         self.lost, self.made = 0, -1
         self._set_state({})
         if before:
             self._restore(self.start)
-        self._predict()
+        if what := self.updates.passes.predict(self._first_batch):
+            self._note(what)
         if not before and config.ema_decay > 0:
-            for name in self._mine():
+            for name in self.updates.mine():
                 self.model.store.set(AVERAGES + name, self.model.store.get(name))
 
-    # -- The run folder ---------------------------------------------------------------------------------------------
+    def _note(self, what: str) -> None:
+        self.on_event("note", {"what": what})
 
-    def _prepare_folder(self) -> int:
-        """Checks the run folder; gives the step of the checkpoint to go on from, or 0."""
-        c, folder = self.config, self.folder
-        if not folder.exists() or not any(folder.iterdir() if folder.is_dir() else [1]):
-            if c.resume:
-                raise FileError(f"[train] there is no run at {folder} to resume")
-            return 0
-        if not folder.is_dir():
-            raise FileError(f"[train] {folder} is a file; choose another --out")
-        if (c.overwrite or c.resume) and not (folder / OPTIONS).is_file():
-            raise FileError(
-                f"[train] {folder} is not a run folder, so it is neither overwritten nor resumed; choose another one"
-            )
-        if c.overwrite:
-            return 0
-        if not c.resume:
-            raise FileError(
-                f"[train] {folder} exists; give --resume to go on with it or --overwrite to replace it"
-            )
-        step, skipped = self.checkpoints.newest()
-        for what in skipped:
-            self.on_event("note", {"what": f"{what}; skipped"})
-        if step is None:
-            self.on_event("note", {"what": f"{folder} has no checkpoint yet; starting from step 0"})
-            state = {"config": read_json(folder / OPTIONS)}
-        else:
-            state = read_state(self.checkpoints.path(step))
-            self.on_event("note", {"what": f"going on from {self.checkpoints.path(step)}"})
-        before, now = state["config"], json.loads(json.dumps(c.comparable()))
-        changed = sorted(k for k in now if before.get(k) != now[k])
-        if changed:
-            raise ConfigError(
-                f"[train] {folder} was trained with another {', '.join(changed)}; use the same to resume"
-            )
-        return step or 0
+    def _first_batch(self) -> Batch:
+        """The first batch of the next update."""
+        return self.batches.ready(self.updates.batches_of(self.step)[0])
 
     def _model(self, before: Path | None) -> Model:
         c, tokenizer = self.config, self.source.tokenizer
@@ -258,19 +199,6 @@ class Trainer:
         apply_changes(model, c)
         return model
 
-    def _open_folder(self) -> None:
-        """Makes the folder ready for this run."""
-        try:
-            if self.start:
-                self.checkpoints.clean()
-                write_json(self.folder / OPTIONS, self._facts())
-            else:
-                self._create_folder()
-        except OSError as e:
-            if isinstance(e, FileError):
-                raise
-            raise FileError(f"[train] {self.folder}: {e.strerror or e}") from None
-
     def _check_groups(self) -> None:
         names = [p.name for p in programs.trainable(self.model.family)]
         for pattern in self.config.weight_decay_groups:
@@ -279,44 +207,23 @@ class Trainer:
                     f"[train] weight_decay_groups: no parameter matches {pattern!r}; the first is {names[0]!r}"
                 )
 
+    def _counted(self) -> dict[str, int]:
+        return counted(self.batches, self.evaluation)
+
     def _facts(self) -> dict[str, Any]:
         """What ``training.json`` holds: all options, the text, the machine."""
         c = self.config
         data = {**self.data, **self._counted()}
         return {**dataclasses.asdict(c), "data": data, "environment": environment(c.device)}
 
-    def _counted(self) -> dict[str, int]:
-        """How many tokens there are, once all text that was to be tokenized is."""
-        both = {"train_tokens": self.batches, "valid_tokens": self.evaluation}
-        growing = {name: b for name, b in both.items() if isinstance(b, Growing)}
-        if not any(b.known for b in growing.values()):
-            return {}
-        return {name: b.count() for name, b in growing.items()}
-
-    def _create_folder(self) -> None:
-        """Makes the folder of a new run appear at once, with all but weights and numbers."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if self.folder.is_dir() and any(
-            self.folder.iterdir()
-        ):  # to be overwritten, or killed before any checkpoint
-            aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
-            self.folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-        directory = _core.AtomicDir(self.folder)
-        path = Path(directory.path or "")
-        try:
-            save_config(self.model, path)
-            write_json(path / OPTIONS, self._facts())
-            (path / METRICS).touch()
-            with self.place.moving(path, self.folder):
-                directory.commit(replace=True)
-        finally:
-            directory.discard()
+    def _open_folder(self) -> None:
+        open_folder(self.checkpoints, self.start, self.model, self._facts(), self.place)
 
     def run(self) -> Run:
+        """The run, to its end."""
         if self.comm.size == 1 and self.step < self.config.max_steps:
             try:
-                self.passes.make(self.batches.ready(self.step * self.config.gradient_accumulation_steps))
+                self.updates.passes.make(self._first_batch())
             except BaseException:
                 self.place.close()
                 raise
@@ -357,31 +264,24 @@ class Trainer:
 
     def _set_state(self, state: dict[str, Any]) -> None:
         """Sets what changes from step to step beside weights and moments, from a checkpoint's or for a new run."""
-        self.step, self.seconds = int(state.get("step", 0)), float(state.get("seconds", 0.0))
+        self.step, self.updates.seconds = int(state.get("step", 0)), float(state.get("seconds", 0.0))
         #: Seconds that training waited for checkpoints.
         self.stall = float(state.get("save_stall_seconds", 0.0))
         self.recent: deque[float] = deque(state.get("recent", []), maxlen=100)
-        self.best = math.inf if state.get("best") is None else float(state["best"])
-        self.best_step = int(state.get("best_step", 0))
-        #: The step that was evaluated last, and its loss.
-        self.measured = -1, math.nan
-        self.judged, self.patience_used = int(state.get("judged", 0)), int(state.get("patience_used", 0))
-        self.left_out = set(state.get("left_out", []))
+        self.measuring.set_state(state)
+        self.updates.left_out = set(state.get("left_out", []))
         watched = state.get("spikes", {})
         self.spikes = {name: Spikes(*watched.get(name, ())) for name in ("loss", "grad_norm")}
 
     def _state(self) -> dict[str, Any]:
         return {
-            "seconds": self.seconds,
+            "seconds": self.updates.seconds,
             "save_stall_seconds": self.stall,
             "config": self.config.comparable(),
             "data": self.data,
             "recent": list(self.recent),
-            "best": self.best if self.best_step else None,
-            "best_step": self.best_step,
-            "judged": self.judged,
-            "patience_used": self.patience_used,
-            "left_out": sorted(self.left_out),
+            **self.measuring.state(),
+            "left_out": sorted(self.updates.left_out),
             "spikes": {name: [list(s.values), s.count] for name, s in self.spikes.items()},
         }
 
@@ -395,32 +295,24 @@ class Trainer:
         self._load(step)
         self._set_state(state)
 
-    def _mine(self) -> list[str]:
-        """The trained parameters that this process updates: all, where it is alone."""
-        names = [p.name for p in programs.trainable(self.model.family)]
-        return [n for n in names if n in self.sharing.owned] if self.sharing else names
-
     def _load(self, step: int) -> None:
         """Sets the weights, and the states of the parameters that this process updates, from a checkpoint."""
-        self.checkpoints.load(step, self.model, self.sharing.mine if self.sharing else lambda _: True)
+        sharing = self.updates.sharing
+        self.checkpoints.load(step, self.model, sharing.mine if sharing else lambda _: True)
 
     def _save(self) -> None:
         """Begins to write a checkpoint of this step, unless it is there."""
         if self.saved == self.step:
             return
         began = time.perf_counter()
-        store = self.model.store
-        found = (
-            self.sharing.states(self.model)
-            if self.sharing
-            else {n: store.get(n) for n in moments(self.model)}
-        )
+        store, sharing = self.model.store, self.updates.sharing
+        found = sharing.states(self.model) if sharing else {n: store.get(n) for n in moments(self.model)}
         self.saved, self.saved_at = self.step, time.monotonic()
         if not self.leads:
             return
         self.checkpoints.wait()
         snapshot = Snapshot(self.step, self.model.state_dict(), dict(sorted(found.items())), self._state())
-        keep = self.best_step if self.config.load_best_model_at_end else 0
+        keep = self.measuring.best_step if self.config.load_best_model_at_end else 0
         self.checkpoints.save(snapshot, self.model, keep, self._sync)
         self.saved_at = time.monotonic()
         self.stall += time.perf_counter() - began
@@ -438,8 +330,7 @@ class Trainer:
         c = self.config
         departure = self.model.family.config.departure
         if departure:
-            what = f"note: {departure}; transformers opens the run, but computes something else"
-            self.on_event("note", {"what": what})
+            self._note(f"note: {departure}; transformers opens the run, but computes something else")
         self.on_event(
             "start",
             {
@@ -467,7 +358,7 @@ class Trainer:
                 # What a signal kept from being done.
                 with suppress(Interrupted):
                     self._look()
-            while self.step < c.max_steps and not over and not self._stalled():
+            while self.step < c.max_steps and not over and not self.measuring.stalled:
                 with suppress(Interrupted):
                     numbers = self._update()
                     if numbers is None:
@@ -477,7 +368,7 @@ class Trainer:
                     except KeyboardInterrupt as e:
                         self.interrupt = e
                     self._look()
-                if self.ahead is None:
+                if not self.updates.ahead:
                     # Signals and clocks differ between processes; all go by the first that has something.
                     told, ended, due = zip(*self.comm.gather(self._asked(signals.first)), strict=True)
                     over = any(ended)
@@ -492,8 +383,7 @@ class Trainer:
             if over and self.step < c.max_steps:
                 # Saved first: measuring may take long, and is no part of what the run goes on from.
                 self._save()
-                what = f"step {self.step}: {c.max_time} are over; {self.folder} goes on with --resume"
-                self.on_event("note", {"what": what})
+                self._note(f"step {self.step}: {c.max_time} are over; {self.folder} goes on with --resume")
             try:
                 valid_loss = self._evaluate()
             except Interrupted:
@@ -502,21 +392,22 @@ class Trainer:
             self._save()
             self.checkpoints.wait()
             self._tell_saved()
-            if c.load_best_model_at_end and self.best_step not in (0, self.step):
+            best = self.measuring.best_step
+            if c.load_best_model_at_end and best not in (0, self.step):
                 share(self.comm, lambda: None)  # the checkpoint is on disk
-                self._load(self.best_step)
-                self._exchange()
+                self._load(best)
+                self.measuring.exchange()
                 if self.leads:
                     self.model.save(self.folder)
-                valid_loss = self.best
+                valid_loss = self.measuring.best
             else:
-                self._exchange()
+                self.measuring.exchange()
         train_loss = statistics.fmean(self.recent) if self.recent else math.nan
-        run = Run(self.folder, self.model, self.step, train_loss, valid_loss, self.seconds)
+        run = Run(self.folder, self.model, self.step, train_loss, valid_loss, self.updates.seconds)
         numbers = {
             "train_loss": train_loss,
             "valid_loss": valid_loss,
-            "seconds": self.seconds,
+            "seconds": self.updates.seconds,
             "steps": self.step,
             "save_stall_seconds": self.stall,
         }
@@ -537,12 +428,18 @@ class Trainer:
         late = bool(self.pause) and now - self.saved_at >= self.pause
         return told or (signal.SIGINT if self.interrupt else 0), now >= self.end, late
 
+    def _busy(self, step: int) -> bool:
+        """Whether something is to be done behind the update of a step, counted from 1, before the next is begun."""
+        c = self.config
+        counts = (c.eval_every, c.sample_every, self.every)
+        return any(n and step % n == 0 for n in counts) or any(self._asked(self.interrupted()))
+
     def _look(self) -> None:
         """Evaluates and samples where that is due after an update, unless it was done."""
         c, step = self.config, self.step
         if step == c.max_steps:
             return
-        if c.eval_every and step % c.eval_every == 0 and step > self.judged:
+        if c.eval_every and step % c.eval_every == 0 and step > self.measuring.judged:
             self._evaluate()
         if c.sample_every and step % c.sample_every == 0:
             self._sample()
@@ -550,11 +447,10 @@ class Trainer:
     def _update(self) -> dict[str, Any] | None:
         """One update and its row; None where it was left out."""
         c = self.config
-        if self.step in self.left_out:
+        if self.step in self.updates.left_out:
             self.step += 1
             return None
-        begun = self.ahead or self._begin_step(self.step)
-        self.ahead = self._go_ahead(begun) if begun.under_way else None
+        begun = self.updates.next(self.step, self._busy)
         numbers = begun.numbers()
         loss, norm = numbers["loss"], numbers["grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -567,7 +463,7 @@ class Trainer:
         self.recent.append(loss)
         for name, spikes in self.spikes.items():
             if spikes.add(numbers[name]):
-                self.on_event("note", {"what": f"step {self.step}: {name} {numbers[name]:.4g} is a spike"})
+                self._note(f"step {self.step}: {name} {numbers[name]:.4g} is a spike")
         if begun.ratio:
             numbers |= {
                 "update_ratio": begun.ratio(),
@@ -582,60 +478,19 @@ class Trainer:
             self._log(numbers)
         return numbers
 
-    def _begin_step(self, step: int) -> Begun:
-        """Begins the update of a step, and the copies that its row needs."""
-        if not (self.leads and self.config.log_every and (step + 1) % self.config.log_every == 0):
-            return self.begin(step, self._rate(step))
-        before = self.ratio.weights()
-        begun = self.begin(step, self._rate(step))
-        after = self.ratio.weights()
-        return replace(begun, ratio=lambda: self.ratio.between(before(), after()))
-
-    def _go_ahead(self, begun: Begun) -> Begun | None:
-        """Begins the update behind one that is under way, unless something is to be done between the two. It waits for
-        nothing and changes nothing that the one before is looked at by; where that is not finite, it does nothing."""
-        c, step = self.config, begun.step + 1
-        counts = (c.eval_every, c.sample_every, self.every)
-        busy = any(count and step % count == 0 for count in counts) or any(self._asked(self.interrupted()))
-        while step in self.left_out:
-            step += 1
-        if busy or step >= c.max_steps:
-            return None
-        try:
-            return self._begin_step(step)
-        except Interrupted:
-            return None
-        except Exception as e:
-            return Begun(step, False, partial(_raise, e))
-
-    def _drop_ahead(self) -> None:
-        """Waits for the update that was begun behind one that failed, and forgets it."""
-        if self.ahead is not None:
-            with suppress(Error):
-                self.ahead.numbers()
-        self.ahead = None
-
     def _nonfinite(self, loss: float, norm: float) -> None:
         """Keeps the update and says where it fails; then stops, leaves it out, or goes back and leaves it out."""
-        c, bad = self.config, self.step
+        c, bad, updates = self.config, self.step, self.updates
         if not math.isfinite(norm):
-            self._drop_ahead()
-        self.passes.clear()
+            updates.drop()
+        updates.passes.clear()
         what = f"step {bad + 1}: the loss is {loss} and the gradient norm {norm}"
 
         def kept() -> tuple[str, int | None, bool]:
-            failure = self._failure(bad)
-            finding = examine(self.passes, failure)
-            numbers = {"loss": repr(loss), "grad_norm": repr(norm), "left_out": sorted(self.left_out)}
-            path = keep(self.folder, self.passes, failure, finding, numbers)
+            numbers = {"loss": repr(loss), "grad_norm": repr(norm), "left_out": sorted(updates.left_out)}
+            said, before = look(what, self.folder, updates.passes, self._failure(bad), numbers)
             with suppress(NonFiniteError):  # a checkpoint of weights that are spoiled already
                 self.checkpoints.wait()
-            known = list(dict.fromkeys(n for row in failure.rows for n in row["documents"]))
-            texts = ", ".join(map(str, known[:8])) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-            said = f"{what}: {finding}" if finding else what
-            states = {name for name, _, _ in self.model.store.types()}
-            before = finding is not None and any(v.nonfinite and v.name in states for v in finding.inputs)
-            said = f"{said}; the batch holds documents {texts}; kept in {path}"
             return said, self.checkpoints.newest()[0], before
 
         what, newest, before = share(self.comm, kept)
@@ -647,9 +502,9 @@ class Trainer:
                 f"[train] {what}; lower learning_rate or raise warmup_steps; `pyrformer replay` makes the update again"
             )
         self.lost += 1
-        left_out = self.left_out | {bad}
+        left_out = updates.left_out | {bad}
         if not skips and newest is not None:
-            self._drop_ahead()
+            updates.drop()
             self._restore(newest)
             self.saved = -1
             if self.leads:
@@ -657,203 +512,48 @@ class Trainer:
                 if c.sample_prompts:
                     self.samples.cut(newest)
             what = f"{what}; back to step {newest}"
-        self.left_out = left_out
-        self.on_event("note", {"what": f"{what}; going on without update {bad + 1}"})
+        updates.left_out = left_out
+        self._note(f"{what}; going on without update {bad + 1}")
 
     def _failure(self, step: int) -> Failure:
         """All that the update of a step is made of."""
-        parts = self.config.gradient_accumulation_steps
-        batches = [(i, self.batches.ready(i)) for i in range(step * parts, (step + 1) * parts)]
-        labels = sum(b.labels for _, b in batches), sum(b.sentence_labels for _, b in batches)
+        update, batches = self.updates.update_of(step)
         rows = []
         for i, (draw, batch) in enumerate(batches):
             documents = [[*map(self.source.number, row)] for row in self.batches.documents(draw)]
             rows += [{"batch": i, **row} for row in rows_of(self.source.tokenizer, batch, documents)]
-        return Failure(Update(step, self._rate(step), self.passes.counts(*labels)), batches, rows)
-
-    def _rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        c = self.config
-        return learning_rate(
-            step,
-            kind=c.lr_scheduler_type,
-            peak=c.learning_rate,
-            floor=min(c.min_learning_rate, c.learning_rate),
-            warmup_steps=c.warmup_steps,
-            total_steps=c.max_steps,
-            settings=c.lr_scheduler_kwargs,
-        )
-
-    def begin(self, step: int, lr: float) -> Begun:
-        """Begins the update of a step: on the CPU, and beside other processes, it is over when this returns."""
-        c, began = self.config, time.perf_counter()
-        parts = c.gradient_accumulation_steps
-        # Batch i is that of process i modulo their number.
-        mine = range(step * parts + self.comm.rank, (step + 1) * parts, self.comm.size)
-        batches = [self.batches.ready(i) for i in mine]
-        loaded = time.perf_counter()
-        update = Update(step, lr, self._counts(batches))
-        runs: list[AnyRun] = []
-        for i, batch in zip(mine, batches, strict=True):
-            program, inputs = self.passes.ready(batch, i, update)
-            runs.append(self._shared_pass(program, inputs) if self.sharing else program.start(**inputs))
-        if self.sharing:
-            last: AnyRun = Ended({"grad_norm": np.float32(self._shared_end(update))})
-        elif self.passes.several:
-            program, inputs = self.passes.end(update)
-            last = program.start(**inputs)
-        else:
-            last = runs[-1]
-        took = time.perf_counter() - began
-        rows = sum(b.sizes.batch * b.sizes.tokens for b in batches)
-
-        def numbers() -> dict[str, Any]:
-            waited = time.perf_counter()
-            outputs = [run.result() for run in runs]
-            norm = float(last.result()["grad_norm"])
-            spent = took + time.perf_counter() - waited
-            self.seconds += spent
-            losses = [{name: float(out[name]) for name in self.passes.losses} for out in outputs]
-            tokens = sum(self.comm.gather(rows))
-            return {
-                "loss": sum(self._means(losses, update.counts).values()),
-                "learning_rate": lr,
-                "grad_norm": norm,
-                "tokens_per_s": tokens / spent,
-                "seconds": self.seconds,
-                "loader_wait_seconds": loaded - began,
-            }
-
-        return Begun(step, last.under_way, numbers)
-
-    def _shared_pass(self, program: Compiled, inputs: dict[str, Any]) -> Ended:
-        """A pass whose gradients are sent to their owners while it goes on; its other outputs."""
-        assert self.sharing is not None
-        sharing = self.sharing
-        out: dict[str, Any] = {}
-
-        def tell(name: str, value: Any) -> None:
-            if name.startswith(GRADIENT):
-                sharing.add(name.removeprefix(GRADIENT), value)
-            else:
-                out[name] = value
-
-        program.tell(tell, **inputs)
-        sharing.end_round()
-        return Ended(out)
-
-    def _shared_end(self, update: Update) -> float:
-        """The owners' updates, and everyone's new weights; the norm of the gradient. One that is not finite changes
-        nothing anywhere: all have the same norm."""
-        assert self.sharing is not None
-        sums, norm = self.sharing.take()
-        if math.isfinite(norm):
-            if sums:
-                for name, total in sums.items():
-                    self.model.store.set(SUM + name, total)
-                program, inputs = self.passes.end(update, norm)
-                program(**inputs)
-            self.sharing.publish(self.model)
-        return norm
-
-    def _counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """How many labels each loss of all processes' batches is summed over, at least 1."""
-        mine = (sum(b.labels for b in batches), sum(b.sentence_labels for b in batches))
-        labels, sentences = map(sum, zip(*self.comm.gather(mine), strict=True))
-        return self.passes.counts(labels, sentences)
-
-    def _means(self, losses: list[dict[str, float]], counts: dict[str, int]) -> dict[str, float]:
-        """The means of summed losses, added over all processes' batches in the order of the batches."""
-        rounds = zip_longest(*self.comm.gather(losses))
-        every = [one for some in rounds for one in some if one is not None]
-        return {name: sum(one[name] for one in every) / counts[name] for name in self.passes.losses}
-
-    def predicted_bytes(self, rows: int) -> int:
-        """The memory that a pass over a batch of so many rows takes, states included."""
-        batch = self.batches.ready(0)
-        labelled = math.ceil(batch.sizes.labelled * rows / batch.sizes.batch)
-        sizes = replace(batch.sizes, batch=rows, labelled=labelled)
-        traced = self.passes.trace(replace(batch, arrays={}, sizes=sizes))
-        model = self.model
-        lowered = traced.lower(model.device, bf16=model.bf16, recompute=self.config.recompute)
-        return lowered.bytes + self.passes.apart(lowered)
-
-    def _predict(self) -> None:
-        """Sets what is recomputed, and says what that, and rounding what is kept, saves and costs."""
-        c, device, bf16 = self.config, self.model.device, self.model.bf16
-        rounded = bf16 and device == "cpu"
-        if not c.recompute and not c.memory and not rounded:
-            return
-        traced = self.passes.trace(self.batches.ready(self.step * c.gradient_accumulation_steps))
-        plain = traced.lower(device, bf16=bf16 and not rounded)
-        apart = self.passes.apart(plain)
-        memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
-        self.passes.saving = {"recompute": c.recompute, "memory": memory}
-        chosen = traced.lower(device, bf16=bf16, recompute=c.recompute, memory=memory)
-        ways, cost = [], ""
-        if c.recompute or c.memory:
-            ways.append(f"{chosen.recomputed} of {len(plain.graph.layers())} layers recomputed")
-            cost = f"; {100 * (chosen.plan.flops / max(1, plain.plan.flops) - 1.0):.1f} % more arithmetic"
-        if rounded:
-            ways.append("what waits for the backward pass in bfloat16")
-        what = (
-            f"memory: {(chosen.bytes + apart) / 1e6:,.0f} MB predicted with {' and '.join(ways)}, "
-            f"{(plain.bytes + apart) / 1e6:,.0f} MB without{cost}"
-        )
-        self.on_event("note", {"what": what})
+        return Failure(update, batches, rows)
 
     def _evaluate(self) -> float:
-        """Measures the loss over the whole held-out text, always the same batches; once for each step.
+        """Measures the loss over the whole held-out text, and tells of it; once for each step.
 
         Raises:
             Interrupted: a signal came.
         """
-        step, loss = self.measured
-        if step == self.step:
-            return loss
-        runs: list[AnyRun] = []
-        batches = []
-        self._exchange()
-        try:
-            for i in range(self.comm.rank, self.evaluation.batches_per_pass, self.comm.size):
-                if self.interrupted():
-                    raise Interrupted
-                batch = self.evaluation.ready(i)
-                make = partial(programs.evaluate, self.model.family, batch.sizes)
-                run = self.model.program(("evaluate", batch.sizes), make)
-                runs.append(run.start(**self.passes.arrays(batch)))
-                batches.append(replace(batch, arrays={}))
-        finally:
-            self._exchange()
-        losses = [{name: float(run.result()[name]) for name in self.passes.losses} for run in runs]
-        counts = self._counts(batches)
-        means = self._means(losses, counts)
-        loss = sum(means.values())
-        self.measured = self.step, loss
-        numbers = {"step": self.step, "valid_loss": loss, "valid_labels": counts[self.passes.losses[0]]}
-        if len(means) > 1:
-            numbers |= {f"valid_{name}": mean for name, mean in means.items() if name != "loss"}
-        self._log(numbers)
-        self._tell_counted()
-        self.callbacks.tell("evaluate", self.step, numbers)
-        self.on_event("eval", numbers)
-        self._judge(loss)
-        if loss < self.best:
-            self.best, self.best_step = loss, self.step
-            if self.config.load_best_model_at_end:
+        measuring = self.measuring
+        if measuring.measured[0] != self.step:
+            numbers = measuring.measure(self.step, self.interrupted)
+            self._log(numbers)
+            self._tell_counted()
+            self.callbacks.tell("evaluate", self.step, numbers)
+            self.on_event("eval", numbers)
+            if measuring.judge():
+                used = measuring.patience_used
+                self._note(f"step {self.step}: no better held-out loss in {used} evaluations; stopping")
+            if measuring.improved() and self.config.load_best_model_at_end:
                 self._save()
-        return loss
+        return measuring.measured[1]
 
     def _tell_counted(self) -> None:
         """Says how many tokens the text has, once that is known."""
-        if self.told or not (counted := self._counted()):
+        if self.told or not (found := self._counted()):
             return
         self.told = True
-        known = {name.removesuffix("_tokens"): f"{count:,}" for name, count in counted.items()}
+        known = {name.removesuffix("_tokens"): f"{count:,}" for name, count in found.items()}
         what = f"{known['train']} tokens to learn from"
         if "valid" in known:
             what += f", {known['valid']} held out"
-        self.on_event("note", {"what": f"all text is tokenized: {what}"})
+        self._note(f"all text is tokenized: {what}")
         if self.leads:
             write_json(self.folder / OPTIONS, self._facts())
 
@@ -868,9 +568,8 @@ class Trainer:
         prompts = self.config.sample_prompts
         if not prompts or share(self.comm, lambda: self.step in self.samples.steps):
             return
-        self._exchange()
-        texts = samples(self.model, prompts, self.config.seed) if self.leads else []
-        self._exchange()
+        with self.measuring.averages():
+            texts = samples(self.model, prompts, self.config.seed) if self.leads else []
         if not self.leads:
             return
         made = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
@@ -884,35 +583,3 @@ class Trainer:
         while self.checkpoints.written:
             step = self.checkpoints.written.popleft()
             self.callbacks.tell("save", step, self.checkpoints.path(step))
-
-    def _exchange(self) -> None:
-        """Exchanges the weights with their running average, if there is one."""
-        if self.config.ema_decay > 0:
-            store = self.model.store
-            for name in self._mine():
-                weights, average = store.get(name), store.get(AVERAGES + name)
-                store.set(name, average)
-                store.set(AVERAGES + name, weights)
-            if self.sharing:
-                self.sharing.publish(self.model)
-
-    def _judge(self, loss: float) -> None:
-        """Counts the evaluations, one every ``eval_every`` updates, since the loss was last lower than the best by more
-        than the threshold."""
-        c = self.config
-        if c.eval_every and self.step % c.eval_every == 0 and self.step > self.judged:
-            self.judged = self.step
-            better = self.best - loss > c.early_stopping_threshold
-            self.patience_used = 0 if better else self.patience_used + 1
-            if self._stalled():
-                what = (
-                    f"step {self.step}: no better held-out loss in {self.patience_used} evaluations; stopping"
-                )
-                self.on_event("note", {"what": what})
-
-    def _stalled(self) -> bool:
-        return 0 < self.config.early_stopping_patience <= self.patience_used
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error

@@ -18,7 +18,7 @@ from pyrformer.errors import DeviceError, NonFiniteError
 from pyrformer.executors import cuda
 from pyrformer.training.failure import replay
 from pyrformer.training.passes import Passes, Update
-from pyrformer.training.trainer import Trainer
+from pyrformer.training.updates import Updates
 
 LOST = "[cuda] the device failed: cudaErrorIllegalAddress; this process has lost it, start again"
 
@@ -180,16 +180,16 @@ def everything(run: Path) -> dict[str, Any]:
 def waiting() -> Iterator[None]:
     """Training that waits for each update before it begins the next one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_go_ahead", lambda _self, _begun: None)
+        patch.setattr(Updates, "_go_ahead", lambda _self, _begun, _busy: None)
         yield
 
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """When updates were begun and waited for."""
-    begin, seen = Trainer.begin, []
+    begin, seen = Updates.begin, []
 
-    def noted(self: Trainer, step: int, lr: float) -> Any:
+    def noted(self: Updates, step: int, lr: float) -> Any:
         seen.append(("begin", step + 1))
         made = begin(self, step, lr)
 
@@ -199,7 +199,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
         return dataclasses.replace(made, numbers=numbers)
 
-    monkeypatch.setattr(Trainer, "begin", noted)
+    monkeypatch.setattr(Updates, "begin", noted)
     return seen
 
 
@@ -247,10 +247,14 @@ def test_a_failure_one_update_ahead_leaves_what_one_that_waits_leaves(
 ) -> None:
     """Also where only the sum of losses is not finite, so that the update and the one behind it were made."""
     if what == "loss":
-        means = Trainer._means
-        monkeypatch.setattr(
-            Trainer, "_means", lambda self, *given: {"loss": np.inf if self.step == 4 else means(self, *given)["loss"]}
-        )  # fmt: skip
+        begin = Updates.begin
+
+        def spoiled(self: Updates, step: int, lr: float) -> Any:
+            begun = begin(self, step, lr)
+            more = {"loss": np.inf} if step == 4 else {}
+            return dataclasses.replace(begun, numbers=lambda: begun.numbers() | more)
+
+        monkeypatch.setattr(Updates, "begin", spoiled)
     else:
         poison(4)
     options = {

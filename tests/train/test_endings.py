@@ -204,12 +204,8 @@ def test_bad_times(text: Path, value: str) -> None:
 
 def test_nonfinite_goes_back(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One update of which the weights would be destroyed is left out; the rest is made."""
-    from pyrformer.training import trainer
-
-    rate = trainer.learning_rate
-    monkeypatch.setattr(
-        trainer, "learning_rate", lambda step, **o: float("nan") if step == 6 else rate(step, **o)
-    )
+    rate = pf.TrainConfig.rate
+    monkeypatch.setattr(pf.TrainConfig, "rate", lambda c, step: float("nan") if step == 6 else rate(c, step))
     notes: list[str] = []
     run = pf.train(
         config(text, on_nonfinite="rollback", max_grad_norm=0.0),

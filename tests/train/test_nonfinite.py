@@ -14,7 +14,6 @@ from recipes import OBJECTIVES, TEXT, write_text
 
 import pyrformer as pf
 from pyrformer.cli import main
-from pyrformer.training import trainer
 from pyrformer.training.comm import Alone
 from pyrformer.training.failure import Failure, examine, replay
 from pyrformer.training.passes import Passes, Update
@@ -165,8 +164,8 @@ def test_nothing_is_found_in_a_sound_update(tmp_path: Path, name: str) -> None:
     run = Trainer(config(tmp_path, name), lambda _kind, _numbers: None, (), Alone())
     batches = [(i, run.batches.ready(i)) for i in range(1)]
     labels = sum(b.labels for _, b in batches), sum(b.sentence_labels for _, b in batches)
-    update = Update(0, 1e-3, run.passes.counts(*labels))
-    assert examine(run.passes, Failure(update, batches, [])) is None
+    update = Update(0, 1e-3, run.updates.passes.counts(*labels))
+    assert examine(run.updates.passes, Failure(update, batches, [])) is None
     # And each row's documents are known.
     documents = run.batches.documents(0)
     assert len(documents) == len(batches[0][1].arrays["input_ids"])
@@ -174,8 +173,8 @@ def test_nothing_is_found_in_a_sound_update(tmp_path: Path, name: str) -> None:
 
 def test_spoiled_weights_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last update makes the weights no numbers; its own loss and gradient are finite."""
-    rate = trainer.learning_rate
-    monkeypatch.setattr(trainer, "learning_rate", lambda step, **o: np.nan if step == 3 else rate(step, **o))
+    rate = pf.TrainConfig.rate
+    monkeypatch.setattr(pf.TrainConfig, "rate", lambda c, step: np.nan if step == 3 else rate(c, step))
     with pytest.raises(pf.Error, match=r"after update 4 .*not finite; it is not saved"):
         pf.train(config(tmp_path, max_steps=4))
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -36,12 +36,12 @@ SMALL = {"seq_len": 16, "batch_size": 2, "gradient_accumulation_steps": 4, "max_
 SCRIPT = """
 import json, os, pathlib, sys
 import pyrformer as pf
-from pyrformer.training import trainer
+from pyrformer.training.updates import Updates
 from pyrformer.errors import Error
 from pyrformer.training import comm
 rank, comm.PATIENCE = comm.launched_rank(), 1.0
 options, fault = json.loads(sys.argv[1]), sys.argv[2]
-begin = trainer.Trainer.begin
+begin = Updates.begin
 def faulty(self, step, lr):
     place = pathlib.Path(options["out"], f"pid-{rank}")
     if not place.exists():
@@ -50,7 +50,7 @@ def faulty(self, step, lr):
     if rank == 1 and step == 3 and fault:
         eval(fault)
     return begin(self, step, lr)
-trainer.Trainer.begin = faulty
+Updates.begin = faulty
 try:
     pf.train(pf.TrainConfig(**options))
 except Error as e:
