@@ -45,6 +45,7 @@ def command() -> None:
     is_flag=True,
     help="Keep activations in bfloat16 for the backward pass; with --estimate: bfloat16 in memory, on tensor cores.",
 )
+@click.option("--fp16", is_flag=True, help="With --estimate: float16 in memory, on tensor cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def train_step(
     steps: int,
@@ -53,21 +54,29 @@ def train_step(
     peer: str | None,
     gpu: str | None,
     bf16: bool,
+    fp16: bool,
     as_json: bool,
     **sizes: object,
 ) -> None:
     """Time one training step of a freshly made model on random tokens: forward, backward, clipping, AdamW."""
+    if bf16 and fp16:
+        raise click.UsageError("--bf16 and --fp16 exclude each other.")
+    if fp16 and gpu is None:
+        raise click.UsageError("--fp16 is for --estimate: the CPU does not compute in float16.")
+    precision = "bfloat16" if bf16 else "float16" if fp16 else "float32"
     shape = Shape(**sizes)  # type: ignore[arg-type]
     if gpu is not None:
         if profile or peer:
             raise click.UsageError("--estimate runs nothing: leave out --profile and --peer.")
-        expected = estimate(shape, GPUS[gpu], bf16=bf16)
+        expected = estimate(shape, GPUS[gpu], precision=precision)
         if as_json:
             click.echo(json.dumps(expected.to_dict()))
         else:
             _print_estimate(expected)
         return
-    result = measure(shape, steps=steps, threads=threads, profile=profile, peer=peer is not None, bf16=bf16)
+    result = measure(
+        shape, steps=steps, threads=threads, profile=profile, peer=peer is not None, precision=precision
+    )
     if as_json:
         click.echo(json.dumps(result.to_dict()))
         return

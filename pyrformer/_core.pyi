@@ -110,9 +110,9 @@ class Graph:
         """The scopes of the layers that can be recomputed in the backward pass, in order."""
     def recompute(self, count: int) -> Graph:
         """The graph with the first ``count`` layers recomputed in the backward pass."""
-    def narrow(self) -> Graph:
-        """The graph, in float32, with bfloat16 in memory where that may be: activations, their gradients, and the
-        weights that products read."""
+    def narrow(self, to: str) -> Graph:
+        """The graph, in float32, with "bfloat16" or "float16" in memory where that may be: activations, their
+        gradients, and the weights that products read."""
     def stash(self) -> Graph:
         """The graph, in float32, with what its forward pass leaves to the backward pass kept in bfloat16."""
     def optimise(self) -> Graph:

@@ -82,8 +82,9 @@ def load(
         folder: holds ``config.json`` and safetensors in any of float32, float16, bfloat16, float64; or a GGUF file, see
             :mod:`pyrformer.gguf.layouts`.
         device: "cpu", or "cuda" for an NVIDIA GPU (`pip install pyrformer[cuda13]`).
-        dtype: "float32" (the default) or "float64", for computing; on "cuda" also "bfloat16": activations and what
-            products read of weights are bfloat16, tensor cores compute, sums and results are float32.
+        dtype: "float32" (the default) or "float64", for computing; on "cuda" also "bfloat16" or "float16":
+            activations and what products read of weights are of that type, tensor cores compute, sums and results are
+            float32. float16 is for GPUs older than compute capability 8.0, and holds numbers up to 65504.
         threads: how many to use; default: ``PYRFORMER_NUM_THREADS``, or all the machine has.
         load_in_8bit: keep the weights of products in 8 bits, with a scale for each output feature: a quarter of the
             memory and faster decoding, for a small loss (see docs/generation.md). Such a model generates, scores and
@@ -99,20 +100,21 @@ def load(
         DeviceError: CUDA is asked for and cannot be used; the message says what is missing.
     """
     folder = Path(folder)
-    if dtype not in (None, "float32", "float64", "bfloat16"):
-        raise InputError(f"[load] dtype must be 'float32', 'float64' or 'bfloat16', got {dtype!r}")
-    if dtype == "bfloat16" and device == "cpu":
+    halves = ("bfloat16", "float16")
+    if dtype not in (None, "float32", "float64", *halves):
+        raise InputError(f"[load] dtype must be 'float32', 'float64', 'bfloat16' or 'float16', got {dtype!r}")
+    if dtype in halves and device == "cpu":
         raise InputError(
-            "[load] bfloat16 is computed on tensor cores only; use device 'cuda', or leave out dtype"
+            f"[load] {dtype} is computed on tensor cores only; use device 'cuda', or leave out dtype"
         )
     if load_in_8bit and (device != "cpu" or dtype not in (None, "float32")):
         raise InputError("[load] load_in_8bit computes in float32 on the CPU; leave out dtype and device")
     # The marks are taken before anything is read: what is written meanwhile is seen as a change.
     origin = Origin.of(folder, device=device, dtype=dtype, threads=threads, load_in_8bit=load_in_8bit)
-    bf16 = dtype == "bfloat16"
-    kept = "float32" if dtype is None or bf16 else dtype
+    precision = dtype if dtype in halves else "float32"
+    kept = "float64" if dtype == "float64" else "float32"
     if folder.suffix == ".gguf" and folder.is_file():
-        model = _load_gguf(folder, kept, threads, device, origin, bf16)
+        model = _load_gguf(folder, kept, threads, device, origin, precision)
         if load_in_8bit:
             model.quantise()
         return model
@@ -126,7 +128,9 @@ def load(
 
         tokenizer = Tokenizer.load(folder)
     loaded: dict[str, Any] = {"generation_config": generation, "pooling": _pooling(folder)}
-    model = Model(family, tokenizer, kept, threads, device=device, bf16=bf16, origin=origin, **loaded)
+    model = Model(
+        family, tokenizer, kept, threads, device=device, precision=precision, origin=origin, **loaded
+    )
     copy_into(model, *_tensors(folder, family), mmap=mmap)
     if load_in_8bit:
         model.quantise()
@@ -147,7 +151,9 @@ def copy_into(model: Model, stored: _core.SafeTensors, names: dict[str, str], *,
         model.store.set(name, stored.get(there).astype(model.dtype, copy=False))
 
 
-def _load_gguf(path: Path, dtype: str, threads: int | None, device: str, origin: Origin, bf16: bool) -> Model:
+def _load_gguf(
+    path: Path, dtype: str, threads: int | None, device: str, origin: Origin, precision: str
+) -> Model:
     file = Gguf(path)
     config = config_of(file)
     family = build(config)
@@ -157,7 +163,7 @@ def _load_gguf(path: Path, dtype: str, threads: int | None, device: str, origin:
         from pyrformer.tokenizers import Tokenizer
 
         tokenizer = Tokenizer.load(path)
-    model = Model(family, tokenizer, dtype, threads, device=device, bf16=bf16, origin=origin)
+    model = Model(family, tokenizer, dtype, threads, device=device, precision=precision, origin=origin)
     for name, parameter in family.named_parameters():
         if name not in names and name.startswith(POOLER):
             model.store.set(name, np.zeros(parameter.shape, dtype))

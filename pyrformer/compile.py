@@ -37,29 +37,30 @@ class Traced:
         return self.trace.graph
 
     def lower(
-        self, device: str = "cpu", *, bf16: bool = False, recompute: bool = False, memory: int = 0
+        self, device: str = "cpu", *, precision: str = "float32", recompute: bool = False, memory: int = 0
     ) -> Lowered:
         """Runs the passes and plans memory for "cpu" or "cuda".
 
         Args:
-            bf16: for "cuda", keep activations, their gradients and the weights that products read in bfloat16; for
-                "cpu", what the forward pass leaves to the backward pass.
+            precision: "float32"; or "bfloat16" or "float16", in which are kept, for "cuda", activations, their
+                gradients and the weights that products read; for "cpu", in "bfloat16" alone, what the forward pass
+                leaves to the backward pass.
             recompute: compute what the layers made again in the backward pass instead of keeping it.
             memory: as ``recompute``, for the fewest layers with which states and work memory together take at most so
                 many bytes; 0: no bound.
 
         Raises:
-            InputError: even with all layers recomputed it takes more memory.
+            InputError: even with all layers recomputed it takes more memory; or "float16" is asked of the CPU.
         """
         graph = self.trace.graph.optimise()
         layers = len(graph.layers())
         if recompute:
             graph = graph.recompute(layers)
-        lowered = Lowered.of(self.name, graph, device, bf16)
+        lowered = Lowered.of(self.name, graph, device, precision)
         for count in range(1, layers + 1):
             if not memory or recompute or lowered.bytes <= memory:
                 break
-            lowered = Lowered.of(self.name, graph.recompute(count), device, bf16, count)
+            lowered = Lowered.of(self.name, graph.recompute(count), device, precision, count)
         if memory and lowered.bytes > memory:
             raise InputError(
                 f"[memory] {self.name} takes {lowered.bytes / 1e6:,.0f} MB with {layers} layers recomputed, more than "
@@ -78,10 +79,12 @@ class Lowered:
     recomputed: int = 0
 
     @classmethod
-    def of(cls, name: str, graph: _core.Graph, device: str, bf16: bool, recomputed: int = 0) -> Lowered:
+    def of(cls, name: str, graph: _core.Graph, device: str, precision: str, recomputed: int = 0) -> Lowered:
         """The plan of a graph for a device; see :meth:`Traced.lower`."""
-        if bf16:
-            graph = graph.stash() if device == "cpu" else graph.narrow()
+        if precision == "float16" and device == "cpu":
+            raise InputError("[precision] float16 is computed on CUDA only; use device 'cuda', or float32")
+        if precision != "float32":
+            graph = graph.stash() if device == "cpu" else graph.narrow(precision)
         return cls(name, graph, graph.lower(device), recomputed)
 
     @property

@@ -89,10 +89,11 @@ class Model:
         tokenizer: None where the folder has none.
         dtype: "float32" or "float64".
         device: "cpu" or "cuda".
-        bf16: on "cuda", activations, their gradients and the weights that products read are bfloat16 in memory, and
-            tensor cores compute; weights that are trained, sums, losses and results are float32. On "cpu", what the
-            forward pass leaves to the backward pass is kept in bfloat16, and all is computed in float32: losses are
-            the same, gradients those of rounded activations.
+        precision: "float32", or "bfloat16" or "float16". On "cuda", activations, their gradients and the weights that
+            products read are then of this type in memory, and tensor cores compute; weights that are trained, sums,
+            losses and results are float32. On "cpu", which takes "bfloat16" only, what the forward pass leaves to the
+            backward pass is kept in it, and all is computed in ``dtype``: losses are the same, gradients those of
+            rounded activations.
         threads: how many to use; None: ``PYRFORMER_NUM_THREADS``, or all the machine has.
     """
 
@@ -106,7 +107,7 @@ class Model:
     device: str = "cpu"
     #: Whether the weights of products are kept in 8 bits.
     in_8bit: bool = False
-    bf16: bool = False
+    precision: str = "float32"
     #: States by name, on the device; made unless given.
     store: AnyStore = field(default_factory=_core.Store)
     #: Where it was opened, while it is as it was then.
@@ -123,7 +124,7 @@ class Model:
         if self.threads is not None:
             self.threads = whole("model", "threads", self.threads, 1)
         if self.device != "cpu" and isinstance(self.store, _core.Store):
-            self.store = open_store(self.device, bf16=self.bf16)
+            self.store = open_store(self.device, precision=self.precision)
         self._settings = self._current_settings()
         _models.add(self)
 
@@ -131,9 +132,10 @@ class Model:
         config = self.family.config
         layers, width = (getattr(config, config.SIZES[size], "?") for size in ("layers", "width"))
         where = f", {self.origin.path}" if self.origin else ""
+        shown = self.dtype if self.device == "cpu" else self.precision
         return (
             f"Model({config.model_type}: {layers} layers of width {width}, {self.parameter_count:,} parameters, "
-            f"{'bfloat16' if self.bf16 and self.device != 'cpu' else self.dtype} on {self.device}{where})"
+            f"{shown} on {self.device}{where})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -298,7 +300,9 @@ class Model:
                 traced = trace()
                 if not traced.trace.updated.isdisjoint(name for name, _ in self.family.named_parameters()):
                     self.origin = None
-                lowered = traced.lower(self.device, bf16=self.bf16, recompute=recompute, memory=memory)
+                lowered = traced.lower(
+                    self.device, precision=self.precision, recompute=recompute, memory=memory
+                )
                 self._programs[key] = lowered.compile(self.store, self.threads, **kept)
             return self._programs[key]
 

@@ -44,7 +44,7 @@ from pyrformer.optimizers import AdamW
 
 #: The files whose tests launch one kernel each.
 KERNEL_TESTS = (
-    "attention", "best", "bf16", "cache", "elementwise", "loss", "norm", "optimizer", "positions", "reduce", "relative",
+    "attention", "best", "cache", "elementwise", "halves", "loss", "norm", "optimizer", "positions", "reduce", "relative",
     "rows",
 )  # fmt: skip
 STAGES = (
@@ -127,12 +127,12 @@ def kernels(out: Path, run: Run = subprocess.run) -> Stage:
     return Stage("kernels", "failed" if failed else "ok", text, [["test", "what"], *failed] if failed else [])
 
 
-def on_device(cpu: Model, device: Device, *, bf16: bool = False) -> Model:
+def on_device(cpu: Model, device: Device, *, precision: str = "float32") -> Model:
     """The same model, its states copied."""
     store = Store(device)
     for name, _, _ in cpu.store.types():
         store.set(name, cpu.store.get(name))
-    return Model(cpu.family, device="cuda", bf16=bf16, store=store)
+    return Model(cpu.family, device="cuda", precision=precision, store=store)
 
 
 def _apart(got: np.ndarray, want: np.ndarray) -> float:
@@ -146,38 +146,38 @@ def _apart(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def whole_programs(
-    device: Device, cases: list[tuple[str, str]] | None = None, *, bf16: bool = False
+    device: Device, cases: list[tuple[str, str]] | None = None, *, precision: str = "float32"
 ) -> Stage:
     """Every program of every family, walked, captured and replayed, against the CPU: outputs and states."""
-    allowed = BF16_TOLERANCE if bf16 else TOLERANCE
+    allowed = TOLERANCE if precision == "float32" else BF16_TOLERANCE
     rows: list[list[Any]] = []
     for name, which in cases or tiny.cases():
         try:
-            rows.append([name, which, *_compare(name, which, device, bf16)])
+            rows.append([name, which, *_compare(name, which, device, precision)])
         except Exception as e:
             rows.append([name, which, float("nan"), f"{type(e).__name__}: {e}"])
     bad = [row for row in rows if row[3] or not row[2] <= allowed]
     worst = max((row[2] for row in rows if not row[3]), default=float("nan"))
     text = f"{len(rows) - len(bad)} of {len(rows)} programs agree with the CPU; largest error {worst:.1e}"
     return Stage(
-        "bfloat16" if bf16 else "programs",
+        "programs" if precision == "float32" else precision,
         "failed" if bad else "ok",
         text,
         [["family", "program", "error", "what"], *rows],
     )
 
 
-def _compare(name: str, which: str, device: Device, bf16: bool) -> tuple[float, str]:
+def _compare(name: str, which: str, device: Device, precision: str) -> tuple[float, str]:
     cpu, rng = tiny.model(name), np.random.default_rng(20)
-    other = on_device(cpu, device, bf16=bf16)
+    other = on_device(cpu, device, precision=precision)
     traced = tiny.PROGRAMS[which](cpu)
-    one, two = (traced.lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, other))
+    one, two = (traced.lower(m.device, precision=m.precision).compile(m.store) for m in (cpu, other))
     worst = 0.0
     for step in range(3):
         given = tiny.inputs(cpu, one.plan, rng, step)
         want, got = one(**given), two(**given)
-        # In bfloat16 two tokens of nearly one logit change places.
-        judged = [k for k in want if not bf16 or want[k].dtype.kind == "f"]
+        # In half precision two tokens of nearly one logit change places.
+        judged = [k for k in want if precision == "float32" or want[k].dtype.kind == "f"]
         worst = max([worst, *(_apart(got[k], want[k]) for k in judged)])
     for state, _, _ in cpu.store.types():
         worst = max(worst, _apart(other.store.get(state), cpu.store.get(state)))
@@ -248,20 +248,20 @@ def gpu_of(device_name: str) -> Gpu | None:
 def step_times(device: Device, gpu: Gpu | None, shapes: tuple[Shape, ...] = SHAPES, steps: int = 20) -> Stage:
     """The time of whole training steps, beside the estimate and beside PyTorch."""
     rows: list[list[Any]] = []
-    both = [(shape, bf16) for shape in shapes for bf16 in ((False, True) if gpu and gpu.bf16 else (False,))]
-    for shape, bf16 in both:
+    kinds = gpu.precisions if gpu else ("float32",)
+    for shape, precision in [(shape, kind) for shape in shapes for kind in kinds]:
         name = f"{shape.family} {shape.layers}x{shape.width}, {shape.batch}x{shape.seq}"
-        row: list[Any] = [f"{name}, {'bfloat16' if bf16 else 'float32'}"]
+        row: list[Any] = [f"{name}, {precision}"]
         try:
-            compiled, inputs = _training(shape, device, bf16)
+            compiled, inputs = _training(shape, device, precision)
             compiled(**inputs)  # walks; the next is captured
             row.append(1e3 * float(np.median(times(lambda c=compiled, i=inputs: c(**i), steps))))
             del compiled
         except DeviceError as e:
             rows.append([*row, str(e), "", ""])
             continue
-        row.append(estimate(shape, gpu, bf16=bf16).ms_per_step if gpu else "")
-        rows.append([*row, _torch(shape, steps, bf16)])
+        row.append(estimate(shape, gpu, precision=precision).ms_per_step if gpu else "")
+        rows.append([*row, _torch(shape, steps, precision)])
     numbers = [row for row in rows if isinstance(row[1], float)]
     state = "ok" if numbers else "failed"
     text = f"{len(numbers)} of {len(rows)} steps timed" + (
@@ -270,23 +270,23 @@ def step_times(device: Device, gpu: Gpu | None, shapes: tuple[Shape, ...] = SHAP
     return Stage("step times", state, text, [["step", "ms", "on paper", "PyTorch"], *rows])
 
 
-def _training(shape: Shape, device: Device, bf16: bool = False) -> tuple[Any, dict[str, Any]]:
-    model = on_device(Model.from_config(shape.config()), device, bf16=bf16)
+def _training(shape: Shape, device: Device, precision: str = "float32") -> tuple[Any, dict[str, Any]]:
+    model = on_device(Model.from_config(shape.config()), device, precision=precision)
     ids, labels = shape.tokens()
     batch = model.batch(ids, labels=labels)
-    lowered = programs.train_step(model.family, batch.sizes, AdamW()).lower("cuda", bf16=bf16)
+    lowered = programs.train_step(model.family, batch.sizes, AdamW()).lower("cuda", precision=precision)
     compiled = lowered.compile(model.store)
     return compiled, {**batch.arrays, **batch.scales, "lr": 1e-4, "step": 1}
 
 
-def _torch(shape: Shape, steps: int, bf16: bool) -> float | str:
+def _torch(shape: Shape, steps: int, precision: str) -> float | str:
     try:
         from pyrformer.bench.torch_peer import training_step
     except ImportError:
         return "not installed"
     try:
         return 1e3 * float(
-            np.median(times(training_step(shape, os.cpu_count() or 1, "cuda", bf16=bf16), steps))
+            np.median(times(training_step(shape, os.cpu_count() or 1, "cuda", precision=precision), steps))
         )
     except (RuntimeError, AssertionError) as e:
         return str(e).splitlines()[0]
@@ -296,9 +296,8 @@ def kernel_times(device: Device, gpu: Gpu | None, shape: Shape = SHAPES[0], repe
     """The time of each kernel and matrix product of one step, launched again and again, beside the estimate."""
     rows: list[list[Any]] = []
     texts: list[str] = []
-    for bf16 in (False, True) if gpu and gpu.bf16 else (False,):
-        kind = "bfloat16" if bf16 else "float32"
-        found = _kernel_times(device, gpu, shape, repeats, bf16)
+    for kind in gpu.precisions if gpu else ("float32",):
+        found = _kernel_times(device, gpu, shape, repeats, kind)
         rows += [[name, kind, *row] for name, *row in found]
         texts.append(
             f"{sum(row[2] for row in found) + 1e3 * GAP * sum(row[1] for row in found):.2f} ms in {kind}"
@@ -309,9 +308,9 @@ def kernel_times(device: Device, gpu: Gpu | None, shape: Shape = SHAPES[0], repe
     )
 
 
-def _kernel_times(device: Device, gpu: Gpu | None, shape: Shape, repeats: int, bf16: bool) -> list[list[Any]]:
+def _kernel_times(device: Device, gpu: Gpu | None, shape: Shape, repeats: int, precision: str) -> list[list[Any]]:
     """Name, count, milliseconds, those on paper and their quotient, by time."""
-    compiled, inputs = _training(shape, device, bf16)
+    compiled, inputs = _training(shape, device, precision)
     compiled(**inputs)
     executor, compiled_bars = compiled.executor, bars()
     store = executor.store
@@ -421,7 +420,7 @@ def main(out: Path, steps: int, chosen: tuple[str, ...]) -> None:
         "kernels": lambda: kernels(out),
         "programs": lambda: whole_programs(device),
         "bfloat16": lambda: (
-            whole_programs(device, bf16=True)
+            whole_programs(device, precision="bfloat16")
             if facts["capability"] >= BF16
             else Stage("bfloat16", "skipped", "the device has none")
         ),

@@ -136,8 +136,8 @@ def cost(record: dict[str, Any], gpu: Gpu, compiled: dict[str, dict[str, Any]]) 
     return Costed(name, w, seconds, taken, registers, held * -(-x * y * z // 32) / gpu.warps)
 
 
-def plan_of(shape: Shape, *, bf16: bool = False) -> _core.Plan:
-    """The plan of a training step for a device, with ``bf16`` in mixed precision. Nothing is allocated.
+def plan_of(shape: Shape, *, precision: str = "float32") -> _core.Plan:
+    """The plan of a training step for a device, in a model's ``precision``. Nothing is allocated.
 
     Raises:
         InputError: a size makes no sense.
@@ -146,21 +146,22 @@ def plan_of(shape: Shape, *, bf16: bool = False) -> _core.Plan:
     masked = round(MASKED * shape.batch * shape.seq) if family.objective != "ar" else 0
     return (
         programs.train_step(family, programs.Sizes(shape.batch, shape.seq, masked), AdamW())
-        .lower("cuda", bf16=bf16)
+        .lower("cuda", precision=precision)
         .plan
     )
 
 
-def estimate(shape: Shape, gpu: Gpu, *, bf16: bool = False) -> Estimate:
-    """A training step of ``shape`` on a GPU, with ``bf16`` on its tensor cores. Nothing is allocated and nothing runs.
+def estimate(shape: Shape, gpu: Gpu, *, precision: str = "float32") -> Estimate:
+    """A training step of ``shape`` on a GPU, in "bfloat16" or "float16" on its tensor cores. Nothing is allocated and
+    nothing runs.
 
     Raises:
         InputError: a size makes no sense, or the GPU has no bfloat16.
         DeviceError: an operation has no kernel.
     """
-    if bf16 and not gpu.bf16:
-        raise InputError(f"[bench] {gpu.name} has no bfloat16")
-    plan = plan_of(shape, bf16=bf16)
+    if precision not in gpu.precisions:
+        raise InputError(f"[bench] {gpu.name} has no bfloat16; use --fp16")
+    plan = plan_of(shape, precision=precision)
     compiled = bars()
     groups: dict[str, list[Costed]] = {}
     for _, record in json.loads(_core.cuda_program(plan))["records"]:

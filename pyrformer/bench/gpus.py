@@ -46,9 +46,10 @@ class Gpu:
         return 2 * self.multiprocessors * self.lanes * self.clock
 
     @property
-    def bf16(self) -> bool:
-        """Whether its tensor cores take bfloat16: compute capability 8.0 and later."""
-        return int(self.arch.removeprefix("sm_")) >= 80
+    def precisions(self) -> tuple[str, ...]:
+        """What it computes in; bfloat16 from compute capability 8.0 on."""
+        half = ("bfloat16",) if int(self.arch.removeprefix("sm_")) >= 80 else ()
+        return ("float32", *half, "float16")
 
     def occupancy(self, threads: int, registers: int, shared: int) -> int:
         """How many blocks of a kernel one multiprocessor holds: the least that warps, registers, shared memory and the

@@ -107,7 +107,7 @@ class Twin(nn.Module):
 
 
 def training_step(
-    shape: Shape, threads: int, device: str = "cpu", *, bf16: bool = False
+    shape: Shape, threads: int, device: str = "cpu", *, precision: str = "float32"
 ) -> Callable[[], object]:
     """One step of the twin: forward, backward, clipping, fused AdamW where there is one."""
     torch.set_num_threads(threads)
@@ -117,7 +117,7 @@ def training_step(
     ids, labels = (torch.from_numpy(x).to(device) for x in shape.tokens())
 
     def step() -> object:
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = model(ids, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -149,14 +149,14 @@ def measure(
     threads: int | None = None,
     profile: bool = False,
     peer: bool = False,
-    bf16: bool = False,
+    precision: str = "float32",
 ) -> Result:
     """Runs ``steps`` training steps and one that is not counted.
 
     Args:
         profile: also times each operation, on as many further steps.
         peer: also times the same step in PyTorch, in float32, turn by turn in the same run.
-        bf16: keep in bfloat16 what the forward pass leaves to the backward pass.
+        precision: what the forward pass leaves to the backward pass is kept in.
 
     Raises:
         InputError: a size makes no sense, or the peer is not installed.
@@ -166,7 +166,7 @@ def measure(
     batch = model.batch(ids, labels=labels)
     start = time.perf_counter()
     traced = programs.train_step(model.family, batch.sizes, AdamW())
-    compiled = traced.lower(bf16=bf16).compile(model.store, threads)
+    compiled = traced.lower(precision=precision).compile(model.store, threads)
     compile_ms = 1e3 * (time.perf_counter() - start)
     inputs = {**batch.arrays, **batch.scales, "lr": 1e-4, "step": 1}
     peak, copies = sgemm_peak(), bandwidth()

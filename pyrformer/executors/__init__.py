@@ -58,8 +58,8 @@ def begin_get(store: AnyStore, names: Sequence[str]) -> Callable[[], dict[str, A
     return store.begin_get(names)
 
 
-def open_store(device: str, *, bf16: bool = False) -> AnyStore:
-    """An empty store on a device; with ``bf16``, one that has tensor cores for it (on the CPU it changes nothing).
+def open_store(device: str, *, precision: str = "float32") -> AnyStore:
+    """An empty store on a device; one that computes in ``precision`` (on the CPU it changes nothing).
 
     Raises:
         InputError: there is no such device.
@@ -71,5 +71,5 @@ def open_store(device: str, *, bf16: bool = False) -> AnyStore:
         from pyrformer.executors.cuda import CudaDevice
         from pyrformer.executors.program import Store
 
-        return Store(CudaDevice(bf16=bf16))
+        return Store(CudaDevice(precision=precision))
     raise InputError(f"[device] device must be one of {DEVICES}, got {device!r}")

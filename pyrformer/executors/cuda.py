@@ -137,11 +137,13 @@ class _Memory:
 class CudaDevice:
     """The current CUDA device behind :class:`pyrformer.executors.device.Device`."""
 
-    def __init__(self, *, bf16: bool = False) -> None:
-        """Raises DeviceError: CUDA, or bfloat16 if asked for, cannot be used here; the message says what is missing."""
+    def __init__(self, *, precision: str = "float32") -> None:
+        """Raises DeviceError: CUDA, or this precision, cannot be used here; the message says what is missing."""
         found = describe()
-        if bf16 and found["capability"] < BF16:
-            raise DeviceError(f"[cuda] {found['device']} ({found['arch']}) has no bfloat16; use float32")
+        if precision == "bfloat16" and found["capability"] < BF16:
+            raise DeviceError(
+                f"[cuda] {found['device']} ({found['arch']}) has no bfloat16; use float16, or float32"
+            )
         self.cupy = _import()
         self.runtime = self.cupy.cuda.runtime
         self.pool = self.cupy.cuda.MemoryPool()

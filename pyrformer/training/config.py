@@ -223,6 +223,11 @@ class TrainConfig:
             parsed_size(self.memory, "[train] memory")
         require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
 
+    @property
+    def precision(self) -> str:
+        """What activations are kept in: :attr:`pyrformer.model.Model.precision`."""
+        return "bfloat16" if self.bf16 else "float32"
+
     def optimizer(self) -> Optimizer:
         """The optimizer that ``optim`` names."""
         return make_optimizer(

@@ -273,7 +273,11 @@ def _made_again(path: Path, facts: dict[str, Any], threads: int) -> Finding | No
     rounded = given.get("bf16", False) and given.get("device", "cpu") == "cpu"
     on_cpu = {"resume": False, "overwrite": False, "device": "cpu", "bf16": rounded}
     config = TrainConfig(**{**given, **on_cpu})
-    model = Model(build(read_json(path / CONFIG)), threads=threads or config.threads or None, bf16=rounded)
+    model = Model(
+        build(read_json(path / CONFIG)),
+        threads=threads or config.threads or None,
+        precision=config.precision,
+    )
     apply_changes(model, config)
     load_parameters(path, model)
     stored = _core.SafeTensors(path / BATCH)

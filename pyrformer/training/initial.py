@@ -103,7 +103,7 @@ def _fresh(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mode
         tokenizer=tokenizer,
         threads=config.threads or None,
         device=config.device,
-        bf16=config.bf16,
+        precision=config.precision,
     )
 
 
@@ -131,7 +131,7 @@ def _fields(
 
 def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Model:
     """The model of ``init_from``, with the fields of ``model`` on top; a classifier gets a fresh head."""
-    dtype = "bfloat16" if config.bf16 and config.device != "cpu" else None
+    dtype = config.precision if config.device != "cpu" else None
     base = load(config.init_from, threads=config.threads or None, device=config.device, dtype=dtype)
     if base.family.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
@@ -144,7 +144,7 @@ def _opened(config: TrainConfig, tokenizer: Tokenizer, labels: list[str]) -> Mod
         threads=base.threads,
         generation_config=base.generation_config,
         device=base.device,
-        bf16=config.bf16,
+        precision=config.precision,
         store=base.store,
     )
     parameters = dict(model.family.named_parameters())

@@ -127,22 +127,22 @@ class Passes:
         labelled = math.ceil(batch.sizes.labelled * rows / batch.sizes.batch)
         sizes = replace(batch.sizes, batch=rows, labelled=labelled)
         traced, model = self.trace(replace(batch, arrays={}, sizes=sizes)), self.model
-        lowered = traced.lower(model.device, bf16=model.bf16, recompute=self.config.recompute)
+        lowered = traced.lower(model.device, precision=model.precision, recompute=self.config.recompute)
         return lowered.bytes + self.apart(lowered)
 
     def predict(self, batch: Callable[[], Batch]) -> str | None:
         """Sets what is recomputed in passes over batches like this one; what that, and rounding what is kept, saves and
         costs, in words."""
-        c, device, bf16 = self.config, self.model.device, self.model.bf16
-        rounded = bf16 and device == "cpu"
+        c, device, precision = self.config, self.model.device, self.model.precision
+        rounded = precision != "float32" and device == "cpu"
         if not c.recompute and not c.memory and not rounded:
             return None
         traced = self.trace(batch())
-        plain = traced.lower(device, bf16=bf16 and not rounded)
+        plain = traced.lower(device, precision="float32" if rounded else precision)
         apart = self.apart(plain)
         memory = max(1, parsed_size(c.memory) - apart) if c.memory else 0
         self.saving = {"recompute": c.recompute, "memory": memory}
-        chosen = traced.lower(device, bf16=bf16, recompute=c.recompute, memory=memory)
+        chosen = traced.lower(device, precision=precision, recompute=c.recompute, memory=memory)
         ways, cost = [], ""
         if c.recompute or c.memory:
             ways.append(f"{chosen.recomputed} of {len(plain.graph.layers())} layers recomputed")
@@ -161,7 +161,7 @@ class Passes:
         there = {name for name, _, _ in lowered.plan.states}
         apply = (
             programs.apply_step(self.model.family, self.optimizer, owned=self.owned)
-            .lower(self.model.device, bf16=self.model.bf16)
+            .lower(self.model.device, precision=self.model.precision)
             .plan
         )
         return 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)

@@ -195,7 +195,7 @@ class Trainer:
         if before is None:
             return initial_model(c, tokenizer, self.source.labels)
         family = build(read_json(before / CONFIG))
-        model = Model(family, tokenizer, threads=c.threads or None, device=c.device, bf16=c.bf16)
+        model = Model(family, tokenizer, threads=c.threads or None, device=c.device, precision=c.precision)
         apply_changes(model, c)
         return model
 

@@ -23,13 +23,13 @@ from pyrformer.serve.engine import Completion, Engine
 TOLERANCE = 2e-5
 
 
-def on_card(cpu: Model, card: Card, *, bf16: bool = False) -> Model:
+def on_card(cpu: Model, card: Card, *, precision: str = "float32") -> Model:
     """The same model on a card, without the caches of generations, which each model names for itself."""
     store = Store(card)
     for name, _, _ in cpu.store.types():
         if not name.startswith("cache"):
             store.set(name, cpu.store.get(name))
-    return Model(cpu.family, device="cuda", bf16=bf16, store=store)
+    return Model(cpu.family, device="cuda", precision=precision, store=store)
 
 
 def assert_close(
@@ -86,20 +86,20 @@ def test_decoding_far_into_a_text_by_the_compiled_kernels(
     programs: dict[str, sim.Program], rng: np.random.Generator
 ) -> None:
     """Attention over the cache is cut into spans, which a second launch joins."""
-    for bf16 in (False, True):
+    for precision, kind in (("float32", "f32"), ("bfloat16", "bf16")):
         cpu, card = model("llama"), Card(programs, how="both")
-        device = on_card(cpu, card, bf16=bf16)
+        device = on_card(cpu, card, precision=precision)
         one, two = (
-            PROGRAMS["decode_far"](m).lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, device)
+            PROGRAMS["decode_far"](m).lower(m.device, precision=m.precision).compile(m.store)
+            for m in (cpu, device)
         )
         for step in range(3):
             given = inputs(cpu, one.plan, rng, step)
             given["start"] = np.array([step, 297 + step], np.int32)
-            assert_close(two(**given), one(**given), 3e-2 if bf16 else TOLERANCE)
-        kind = "bf16" if bf16 else "f32"
+            assert_close(two(**given), one(**given), TOLERANCE if kind == "f32" else 3e-2)
         assert f"cached_attention_join_forward_{kind}" in card.kernels
         caches = [dtype for name, dtype, _ in device.store.types() if name.startswith("far.")]
-        assert caches == ["bfloat16" if bf16 else "float32"] * 4
+        assert caches == [precision] * 4
 
 
 #: Heads of 16 columns: tensor cores take multiples of 8.
@@ -121,8 +121,12 @@ def test_bfloat16_on_tensor_cores(
     card = Card(programs, 1 << 19, how="both")
     one = train_step(cpu.family, sizes(cpu), OPTIMIZER).lower("cpu").compile(cpu.store)
     for steps in (1, 20):
-        device = on_card(cpu, card, bf16=True)
-        two = train_step(cpu.family, sizes(cpu), OPTIMIZER).lower("cuda", bf16=True).compile(device.store)
+        device = on_card(cpu, card, precision="bfloat16")
+        two = (
+            train_step(cpu.family, sizes(cpu), OPTIMIZER)
+            .lower("cuda", precision="bfloat16")
+            .compile(device.store)
+        )
         given = inputs(cpu, one.plan, rng)
         losses = []
         for step in range(steps):
@@ -158,9 +162,9 @@ def test_every_program_in_bfloat16_is_near_float32(name: str, which: str, rng: n
     given."""
     cpu = model(name)
     card = Card(None)
-    device = on_card(cpu, card, bf16=True)
+    device = on_card(cpu, card, precision="bfloat16")
     traced = PROGRAMS[which](cpu)
-    one, two = (traced.lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, device))
+    one, two = (traced.lower(m.device, precision=m.precision).compile(m.store) for m in (cpu, device))
     for step in range(3):
         given = inputs(cpu, one.plan, rng, step)
         want, got = one(**given), two(**given)
@@ -179,9 +183,9 @@ def test_every_program_in_bfloat16_is_near_float32(name: str, which: str, rng: n
 @pytest.mark.parametrize("name", FAMILIES)
 def test_twenty_steps_in_bfloat16_follow_the_cpu(name: str, rng: np.random.Generator) -> None:
     cpu = model(name)
-    device = on_card(cpu, Card(None), bf16=True)
+    device = on_card(cpu, Card(None), precision="bfloat16")
     traced = train_step(cpu.family, sizes(cpu), OPTIMIZER)
-    one, two = (traced.lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, device))
+    one, two = (traced.lower(m.device, precision=m.precision).compile(m.store) for m in (cpu, device))
     same = inputs(cpu, one.plan, rng)
     losses = []
     for step in range(20):
@@ -196,9 +200,12 @@ def test_copies_in_bfloat16_follow_their_weights(rng: np.random.Generator) -> No
     """An evaluation reads copies: behind updates, replayed ones too, and behind a weight that is set. Against the CPU's
     with the device's weights."""
     cpu, card = model("gpt2"), Card(None)
-    device = on_card(cpu, card, bf16=True)
-    step = PROGRAMS["train_step"](cpu).lower("cuda", bf16=True).compile(device.store)
-    measure = [PROGRAMS["evaluate"](cpu).lower(m.device, bf16=m.bf16).compile(m.store) for m in (cpu, device)]
+    device = on_card(cpu, card, precision="bfloat16")
+    step = PROGRAMS["train_step"](cpu).lower("cuda", precision="bfloat16").compile(device.store)
+    measure = [
+        PROGRAMS["evaluate"](cpu).lower(m.device, precision=m.precision).compile(m.store)
+        for m in (cpu, device)
+    ]
     same, text = inputs(cpu, step.plan, rng), inputs(cpu, measure[0].plan, rng)
     losses = []
     for number in range(4):
@@ -306,7 +313,7 @@ def test_beam_search_and_sampling_give_the_cpu_s_tokens() -> None:
 
 def test_generation_in_bfloat16_keeps_its_cache_in_it() -> None:
     cpu = model("gpt2")
-    device = on_card(cpu, Card(None, 1 << 19), bf16=True)
+    device = on_card(cpu, Card(None, 1 << 19), precision="bfloat16")
     for options in ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}):
         one, two = (m.generate([[1, 2, 3], [4]], max_new_tokens=6, seed=1, **options) for m in (cpu, device))
         assert [len(ids) for ids in two.ids] == [len(ids) for ids in one.ids]

@@ -96,7 +96,7 @@ def test_programs_are_compared_and_a_wrong_one_is_named(tool: ModuleType) -> Non
 
 def test_programs_in_bfloat16_agree_too(tool: ModuleType) -> None:
     cases = [("llama", "train_step"), ("falcon", "decode_best")]
-    stage = tool.whole_programs(Card(None), cases, bf16=True)
+    stage = tool.whole_programs(Card(None), cases, precision="bfloat16")
     assert stage.state == "ok", stage
     assert all(row[2] > 1e-4 for row in stage.table[1:])
 

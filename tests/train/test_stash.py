@@ -107,7 +107,7 @@ def test_weights_to_begin_with_may_come_from_a_folder(tmp_path: Path) -> None:
 def test_gradients_of_a_model_that_keeps_bfloat16(tmp_path: Path) -> None:
     train(config(tmp_path, "run", "llama", max_steps=2))
     exact = pf.load(tmp_path / "run")
-    rounded = pf.Model.from_config(exact.config, bf16=True)
+    rounded = pf.Model.from_config(exact.config, precision="bfloat16")
     for name, _ in exact.family.named_parameters():
         rounded.store.set(name, exact.store.get(name))
     ids = np.arange(24).reshape(2, 12) % exact.family.config.vocab_size

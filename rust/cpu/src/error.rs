@@ -1,5 +1,7 @@
 //! What can go wrong while a plan runs.
 
+use pyrformer_graph::DType;
+
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -21,11 +23,9 @@ pub enum Error {
     /// A state that is missing or of another type.
     #[error("[state] {0}")]
     State(String),
-    /// A step that computes in bfloat16.
-    #[error(
-        "[cpu] {0} computes in bfloat16, which the CPU only keeps and casts; use float32, or device \"cuda\""
-    )]
-    Unsupported(&'static str),
+    /// A step that computes in a 16-bit float.
+    #[error("[cpu] {0} is in {1}, in which the CPU does not compute; use float32, or device \"cuda\"")]
+    Unsupported(&'static str, DType),
     /// Memory that cannot be had.
     #[error("[memory] {0}")]
     Memory(String),

@@ -186,14 +186,14 @@ impl CpuExecutor {
     ///
     /// # Errors
     /// When a state has another type, the memory cannot be had, or the plan computes in bfloat16, which the CPU keeps
-    /// and casts only.
+    /// and casts only, or has float16.
     pub fn new(plan: Arc<Plan>, store: Arc<Store>, pool: Arc<Pool>) -> Result<Self> {
-        let computes = |s: &&Step| {
-            let narrow = s.inputs.iter().chain(&s.outputs).any(|o| o.ty.dtype == DType::Bf16);
-            narrow && !matches!(s.op, Op::Cast(_) | Op::Copy)
-        };
-        if let Some(step) = plan.steps.iter().find(computes) {
-            return Err(Error::Unsupported(step.op.name()));
+        for step in &plan.steps {
+            let moved = matches!(step.op, Op::Cast(_) | Op::Copy);
+            let narrow = |d: &DType| d.is_half() && !(moved && *d == DType::Bf16);
+            if let Some(d) = step.inputs.iter().chain(&step.outputs).map(|o| o.ty.dtype).find(narrow) {
+                return Err(Error::Unsupported(step.op.name(), d));
+            }
         }
         let states = store.link(&plan)?;
         Work::fit(&mut store.work(), plan.arena_bytes, pool.threads(), worker_bytes(&plan))?;
@@ -345,7 +345,7 @@ impl CpuExecutor {
                 DType::F32 => run.floats::<f32>()?,
                 DType::F64 => run.floats::<f64>()?,
                 // Of what else the plan may hold in bfloat16, only copies are steps.
-                DType::Bf16 => elementwise::copy::<u16>(run.pool, run.x(0), run.y(0)),
+                DType::Bf16 | DType::F16 => elementwise::copy::<u16>(run.pool, run.x(0), run.y(0)),
             }
             changed |= step.outputs.iter().any(|o| matches!(o.space, Space::State(_)));
             let spoiled = !changed && step.op == Op::GlobalNorm && !run.is_finite();
@@ -524,7 +524,7 @@ impl<'a> Run<'a> {
         match o.ty.dtype {
             DType::F32 => self.memory.mat::<f32>(o).row(0)[0].is_finite(),
             DType::F64 => self.memory.mat::<f64>(o).row(0)[0].is_finite(),
-            DType::I32 | DType::Bf16 => true,
+            DType::I32 | DType::Bf16 | DType::F16 => true,
         }
     }
 

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use pyrformer_graph::{DType, Op, Operand, Space, Step, TensorType};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::executor::{CpuExecutor, Memory, Moment};
 use crate::kernels::cast::widened;
 use crate::real::Real;
@@ -115,6 +115,7 @@ fn summary(memory: &Memory<'_>, o: &Operand, name: String, void: bool) -> Result
             None => range::<f32>(memory.mat(o), void),
         },
         DType::F64 => range::<f64>(memory.mat(o), void),
+        DType::F16 => return Err(Error::Unsupported("a value", DType::F16)),
         DType::Bf16 => {
             let view: Mat<'_, u16> = memory.mat(o);
             let floats: Vec<f32> = (0..view.rows).flat_map(|r| view.row(r)).map(|&x| widened(x)).collect();

@@ -13,7 +13,7 @@ use pyrformer_cpu::{Cpu, CpuExecutor, Store};
 use pyrformer_graph::autodiff::gradients;
 use pyrformer_graph::op::{AttentionSpec, DropoutSpec, RelativeSpec};
 use pyrformer_graph::{
-    Binary, DType, Epilogue, LossSpec, Op, TensorType, Unary, ValueId, lower, passes, verify::verify,
+    Binary, DType, Epilogue, Graph, LossSpec, Op, TensorType, Unary, ValueId, lower, passes, verify::verify,
 };
 
 /// Adds one operation to a case and gives its differentiable result.
@@ -593,7 +593,7 @@ fn mixed_precision_stays_near() {
         let loss = scalar(&mut c, y);
         output_gradients(&mut c, loss);
         let want = c.expected();
-        let mixed = passes::narrow(&passes::optimise(&c.g).unwrap()).unwrap();
+        let mixed = passes::narrow(&passes::optimise(&c.g).unwrap(), DType::Bf16).unwrap();
         verify(&mixed).unwrap();
         let got = evaluate(&mixed, &c.leaves);
         assert_close(&name, &got, &want, 4e-2);
@@ -660,7 +660,7 @@ fn stashed_activations_change_gradients_by_their_rounding_and_nothing_else() {
 }
 
 #[test]
-fn states_may_be_bfloat16_and_products_of_them_are_refused() {
+fn states_may_be_bfloat16_and_arithmetic_on_16_bits_is_refused() {
     let mut c = Case::new(DType::Bf16, 2);
     let p = c.state("p", &[5, 4]);
     let wide = c.op1(Op::Cast(DType::F32), &[p]);
@@ -670,9 +670,16 @@ fn states_may_be_bfloat16_and_products_of_them_are_refused() {
     assert_eq!(c.computed(true, 2), c.expected());
     let scaled = c.op1(Op::Unary(Unary::Scale(2.0)), &[p]);
     c.g.output("scaled", scaled).unwrap();
-    let plan = Arc::new(lower(&c.g, &Cpu).unwrap());
-    let refused = CpuExecutor::new(plan, Arc::new(Store::new()), Arc::new(Pool::new(1))).err().unwrap();
-    assert!(refused.to_string().contains("scale computes in bfloat16"), "{refused}");
+    let refused = |g: &Graph| {
+        let plan = Arc::new(lower(g, &Cpu).unwrap());
+        CpuExecutor::new(plan, Arc::new(Store::new()), Arc::new(Pool::new(1))).err().unwrap().to_string()
+    };
+    assert!(refused(&c.g).starts_with("[cpu] scale is in bf16, "), "{}", refused(&c.g));
+    let mut g = Graph::new();
+    let p = g.state("p", TensorType::new(DType::F16, [5])).unwrap();
+    let wide = g.add1(Op::Cast(DType::F32), &[p]).unwrap();
+    g.output("wide", wide).unwrap();
+    assert!(refused(&g).starts_with("[cpu] cast is in f16, "), "{}", refused(&g));
 }
 
 #[test]

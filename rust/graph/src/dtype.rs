@@ -17,6 +17,8 @@ pub enum DType {
     F64,
     /// bfloat16, the upper half of a 32-bit float: what activations and weights may be kept in. Sums are made in `F32`.
     Bf16,
+    /// IEEE 754 binary16: for the same; above 65504 it is infinite.
+    F16,
     /// 32-bit signed integer: token ids, indices, masks, random keys.
     I32,
 }
@@ -26,16 +28,22 @@ impl DType {
     #[must_use]
     pub fn size(self) -> usize {
         match self {
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::F16 => 2,
             Self::F32 | Self::I32 => 4,
             Self::F64 => 8,
         }
     }
 
-    /// The type that sums and statistics of it have: f32 for bf16, its own otherwise.
+    /// Whether it is one of the 16-bit floats.
+    #[must_use]
+    pub fn is_half(self) -> bool {
+        matches!(self, Self::Bf16 | Self::F16)
+    }
+
+    /// The type that sums and statistics of it have: f32 for a 16-bit float, its own otherwise.
     #[must_use]
     pub fn sums(self) -> Self {
-        if self == Self::Bf16 { Self::F32 } else { self }
+        if self.is_half() { Self::F32 } else { self }
     }
 
     /// Whether it is a floating-point type.
@@ -51,6 +59,7 @@ impl fmt::Display for DType {
             Self::F32 => "f32",
             Self::F64 => "f64",
             Self::Bf16 => "bf16",
+            Self::F16 => "f16",
             Self::I32 => "i32",
         })
     }

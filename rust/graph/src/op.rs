@@ -212,7 +212,7 @@ impl AttentionSpec {
 
 /// An operation. Shapes use the crate's dimension letters; `..` stands for any leading axes.
 ///
-/// Floats of an operation are of one type. Where that is bf16, these are f32 all the same: statistics, sums and losses;
+/// Floats of an operation are of one type. Where that is bf16 or f16, these are f32 all the same: statistics, sums and losses;
 /// weights and biases of norms; biases of losses; gradients of all of those and of tables; key biases, tables of angles.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -253,11 +253,12 @@ pub enum Op {
     Concat,
     /// The same elements in memory of their own; put in by lowering.
     Copy,
-    /// The same values in another type, f32 and bf16: narrowing rounds to the nearest, ties to even.
+    /// The same values in another type, f32 and bf16 or f16: narrowing rounds to the nearest, ties to even; beyond the largest
+    /// number it is infinite.
     Cast(DType),
 
     // ---- Rows by index -----------------------------------------------------------------------------------------
-    /// `table [R, C], index i32[..] → [.., C]`; rows of an f32 table may be declared as bf16.
+    /// `table [R, C], index i32[..] → [.., C]`; rows of an f32 table may be declared as bf16 or f16.
     Gather,
     /// `source [.., C], index i32[..], (base [R, C]) → [R, C]`: base (or zero) plus each source row at its index, in
     /// the order of the rows.
@@ -285,7 +286,7 @@ pub enum Op {
     Dropout(DropoutSpec),
 
     // ---- Transformer parts -------------------------------------------------------------------------------------
-    /// `a [.., K], b [K, N] → [.., N]`, of factors in bf16 in that type or, where declared so, with its operands in f32;
+    /// `a [.., K], b [K, N] → [.., N]`, of factors in bf16 or f16 in that type or, where declared so, with its operands in f32;
     /// with `tb`, b is `[N, K]`; with `ta`, a is `[.., M]` and b `[.., N]`, both seen as
     /// rows: `[M, N]`. Then the epilogue's operands in its order: bias, x, residual.
     #[serde(rename = "matmul")]
@@ -403,7 +404,7 @@ pub enum Op {
         max_norm: f64,
     },
     /// `p, g, m, v, clip [], lr [], step i32[], (copy) → p, m, v, (copy)`; step counts from 1; the copy is the new p in
-    /// bf16, whatever the old one is. Source: Loshchilov and Hutter 2019, algorithm 2, in torch.optim.AdamW's order (decay
+    /// bf16 or f16, whatever the old one is. Source: Loshchilov and Hutter 2019, algorithm 2, in torch.optim.AdamW's order (decay
     /// by lr·weight_decay first).
     #[serde(rename = "adamw")]
     AdamW {
@@ -617,8 +618,8 @@ impl Check<'_> {
             Op::Cast(to) => {
                 self.count(1, 1)?;
                 let from = self.operands[0].dtype;
-                if !matches!((from, to), (DType::F32, DType::Bf16) | (DType::Bf16, DType::F32)) {
-                    let message = format!("f32 and bf16 become each other, not {from} {to}");
+                if !((from == DType::F32 && to.is_half()) || (from.is_half() && *to == DType::F32)) {
+                    let message = format!("f32 and a 16-bit float become each other, not {from} {to}");
                     return Err(Error::DType { op: self.op.name().to_owned(), message });
                 }
                 Ok(vec![TensorType::new(*to, self.shape(0).clone())])
@@ -650,7 +651,7 @@ impl Check<'_> {
                 let mut dims = self.shape(1).0.clone();
                 dims.push(self.shape(0).cols());
                 let dtype = match (self.operands[0].dtype, declared().map(|t| t.dtype)) {
-                    (DType::F32, Ok(DType::Bf16)) => DType::Bf16,
+                    (DType::F32, Ok(to)) if to.is_half() => to,
                     (dtype, _) => dtype,
                 };
                 Ok(vec![TensorType::new(dtype, Shape(dims))])
@@ -885,7 +886,8 @@ impl Check<'_> {
                 let fits = (1..4).chain(7..all.len()).all(|i| self.shape(i) == self.shape(0))
                     && (4..7).all(|i| is(i, &[]));
                 self.require(fits, "p, g, m, v, copy of one shape, clip [], lr [], step i32[]")?;
-                (7..all.len()).try_for_each(|i| self.dtype(i, DType::Bf16))?;
+                let half = self.operands.get(7).map_or(DType::Bf16, |copy| copy.dtype);
+                self.require(half.is_half(), "a copy in bf16 or f16")?;
                 Ok([0, 2, 3].into_iter().chain(7..all.len()).map(like).collect())
             }
         }
@@ -911,7 +913,7 @@ impl Check<'_> {
         let extra = [e.bias, e.act_grad.is_some(), e.residual].iter().filter(|&&x| x).count();
         self.count(2 + extra, 2 + extra)?;
         let dtype = match (self.dtypes(&[0, 1], &[])?, declared.map(|t| t.dtype)) {
-            (DType::Bf16, Some(DType::F32)) => DType::F32,
+            (from, Some(DType::F32)) if from.is_half() => DType::F32,
             (dtype, _) => dtype,
         };
         (2..self.operands.len()).try_for_each(|i| self.dtype(i, dtype))?;

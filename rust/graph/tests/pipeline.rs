@@ -179,7 +179,7 @@ fn wrong_operands_are_refused_with_their_types() {
 
 #[test]
 fn a_training_step_in_bfloat16_keeps_its_sums_and_masters_in_float32() {
-    let g = passes::narrow(&passes::optimise(&training_graph()).unwrap()).unwrap();
+    let g = passes::narrow(&passes::optimise(&training_graph()).unwrap(), DType::Bf16).unwrap();
     verify(&g).unwrap();
     let expected = r#"%0 = input{"x"} : f32[6,4]
 %1 = input{"labels"} : i32[6]
@@ -215,7 +215,7 @@ update "v" <- %26
 }
 
 #[test]
-fn a_weight_that_is_only_read_is_a_state_in_bfloat16() {
+fn a_weight_that_is_only_read_is_a_state_in_the_narrow_type() {
     let mut g = Graph::new();
     let ids = g.input("ids", TensorType::new(DType::I32, [2])).unwrap();
     let table = g.state("table", f32(&[5, 4])).unwrap();
@@ -228,8 +228,6 @@ fn a_weight_that_is_only_read_is_a_state_in_bfloat16() {
     for (name, v) in [("y", y), ("logits", logits), ("rest", rest)] {
         g.output(name, v).unwrap();
     }
-    let g = passes::narrow(&g).unwrap();
-    verify(&g).unwrap();
     let expected = r#"%0 = input{"ids"} : i32[2]
 %1 = state{"table@bf16"} : bf16[5,4]
 %2 = state{"w@bf16"} : bf16[3,4]
@@ -245,7 +243,12 @@ output "y" = %8
 output "logits" = %9
 output "rest" = %12
 "#;
-    assert_eq!(g.to_string(), expected);
+    for half in [DType::Bf16, DType::F16] {
+        let narrow = passes::narrow(&g, half).unwrap();
+        verify(&narrow).unwrap();
+        assert_eq!(narrow.to_string(), expected.replace("bf16", &half.to_string()));
+    }
+    assert!(passes::narrow(&g, DType::F64).is_err());
 }
 
 #[test]
@@ -264,18 +267,22 @@ fn adamw_writes_the_copy_that_products_read() {
         g.update(state, value).unwrap();
     }
     g.output("loss", loss).unwrap();
-    let g = passes::narrow(&passes::optimise(&g).unwrap()).unwrap();
-    verify(&g).unwrap();
-    let p = lower(&g, &NoScratch).unwrap();
-    let states: Vec<(&str, DType, bool)> =
-        p.states.iter().map(|s| (&s.name[..], s.ty.dtype, s.updated)).collect();
-    let wide = ["w", "m", "v"].map(|n| (n, DType::F32, true));
-    assert_eq!(states, [wide[0], ("w@bf16", DType::Bf16, true), wide[1], wide[2]]);
-    let product = p.steps.iter().find(|s| matches!(s.op, Op::MatMul { .. })).unwrap();
-    assert_eq!(product.inputs[1].space, Space::State(1));
-    let adamw = p.steps.iter().find(|s| matches!(s.op, Op::AdamW { .. })).unwrap();
-    let spaces: Vec<Space> = adamw.outputs.iter().map(|o| o.space).collect();
-    assert_eq!(spaces, [0, 2, 3, 1].map(Space::State));
-    assert_eq!(adamw.cost.bytes, 16 * (7 * 4 + 2) + 12);
-    assert!(p.steps.iter().all(|s| s.op != Op::Copy));
+    let optimised = passes::optimise(&g).unwrap();
+    for half in [DType::Bf16, DType::F16] {
+        let copy = format!("w@{half}");
+        let g = passes::narrow(&optimised, half).unwrap();
+        verify(&g).unwrap();
+        let p = lower(&g, &NoScratch).unwrap();
+        let states: Vec<(&str, DType, bool)> =
+            p.states.iter().map(|s| (&s.name[..], s.ty.dtype, s.updated)).collect();
+        let wide = ["w", "m", "v"].map(|n| (n, DType::F32, true));
+        assert_eq!(states, [wide[0], (&copy[..], half, true), wide[1], wide[2]]);
+        let product = p.steps.iter().find(|s| matches!(s.op, Op::MatMul { .. })).unwrap();
+        assert_eq!(product.inputs[1].space, Space::State(1));
+        let adamw = p.steps.iter().find(|s| matches!(s.op, Op::AdamW { .. })).unwrap();
+        let spaces: Vec<Space> = adamw.outputs.iter().map(|o| o.space).collect();
+        assert_eq!(spaces, [0, 2, 3, 1].map(Space::State));
+        assert_eq!(adamw.cost.bytes, 16 * (7 * 4 + 2) + 12);
+        assert!(p.steps.iter().all(|s| s.op != Op::Copy));
+    }
 }

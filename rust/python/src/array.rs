@@ -4,6 +4,7 @@ use numpy::{PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedA
 use pyo3::prelude::*;
 use pyrformer_cpu::kernels::cast::widened;
 use pyrformer_cpu::room;
+use pyrformer_files::f16_to_f32;
 use pyrformer_graph::{DType, Shape, TensorType};
 
 use crate::enter::Failure;
@@ -58,7 +59,7 @@ impl<'py> Given<'py> {
     }
 }
 
-/// A new array of this type and these bytes; of float32 for bfloat16, which NumPy does not have.
+/// A new array of this type and these bytes; of float32 for 16-bit floats.
 pub(crate) fn to_numpy<'py>(py: Python<'py>, ty: &TensorType, bytes: &[u8]) -> PyResult<Bound<'py, PyAny>> {
     fn make<'py, T: numpy::Element>(
         py: Python<'py>,
@@ -72,6 +73,7 @@ pub(crate) fn to_numpy<'py>(py: Python<'py>, ty: &TensorType, bytes: &[u8]) -> P
         DType::F32 => make(py, dims, items(bytes, f32::from_ne_bytes)?)?.into_any(),
         DType::F64 => make(py, dims, items(bytes, f64::from_ne_bytes)?)?.into_any(),
         DType::Bf16 => make(py, dims, items(bytes, |x| widened(u16::from_ne_bytes(x)))?)?.into_any(),
+        DType::F16 => make(py, dims, items(bytes, |x| f16_to_f32(u16::from_ne_bytes(x)))?)?.into_any(),
         DType::I32 => make(py, dims, items(bytes, i32::from_ne_bytes)?)?.into_any(),
     })
 }

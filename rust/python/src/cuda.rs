@@ -23,8 +23,8 @@ pub(crate) fn cuda_program(py: Python<'_>, plan: &Plan) -> PyResult<String> {
 
 /// Each file of kernels: its name, its text for NVRTC, the kernels in it.
 #[pyfunction]
-pub(crate) fn cuda_sources() -> Vec<(&'static str, String, Vec<&'static str>)> {
-    SOURCES.iter().map(|s| (s.name, s.unit(), s.kernels.to_vec())).collect()
+pub(crate) fn cuda_sources() -> Vec<(String, String, Vec<String>)> {
+    SOURCES.iter().map(|s| (s.name.clone(), s.unit(), s.kernels.clone())).collect()
 }
 
 /// Bytes of shared memory that launches of a kernel ask for, beside what it declares.

@@ -56,7 +56,7 @@ impl From<pyrformer_cpu::Error> for Failure {
         let class = match e {
             E::Index { .. } | E::Input(_) => "InputError",
             E::State(_) => "StateError",
-            E::Unsupported(_) => "DeviceError",
+            E::Unsupported(..) => "DeviceError",
             E::Memory(_) => "ResourceError",
             E::Internal(_) => "InternalError",
         };

@@ -264,6 +264,7 @@ pub(crate) fn write_safetensors(
                 DType::F64 => Stored::F64,
                 DType::I32 => Stored::I32,
                 DType::Bf16 => Stored::BF16,
+                DType::F16 => Stored::F16,
             };
             let bytes = Cow::Borrowed(g.bytes().unwrap_or_default());
             (name.as_str(), TensorView { dtype, shape: Cow::Borrowed(&ty.shape.0[..]), bytes })

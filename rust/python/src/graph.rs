@@ -20,10 +20,11 @@ fn dtype(name: &str) -> PyResult<DType> {
         "float32" => Ok(DType::F32),
         "float64" => Ok(DType::F64),
         "bfloat16" => Ok(DType::Bf16),
+        "float16" => Ok(DType::F16),
         "int32" => Ok(DType::I32),
         _ => Err(Failure::new(
             "ShapeError",
-            format!("[graph] unknown dtype {name:?}; use float32, float64, bfloat16 or int32"),
+            format!("[graph] unknown dtype {name:?}; use float32, float64, bfloat16, float16 or int32"),
         )
         .into()),
     }
@@ -34,6 +35,7 @@ fn dtype_name(dtype: DType) -> &'static str {
         DType::F32 => "float32",
         DType::F64 => "float64",
         DType::Bf16 => "bfloat16",
+        DType::F16 => "float16",
         DType::I32 => "int32",
     }
 }
@@ -162,9 +164,10 @@ impl Graph {
         self.after(py, |graph| passes::recompute(graph, count))
     }
 
-    /// The graph with bfloat16 in memory where that may be: see the pass.
-    fn narrow(&self, py: Python<'_>) -> PyResult<Self> {
-        self.after(py, passes::narrow)
+    /// The graph with a narrow type in memory where that may be: see the pass.
+    fn narrow(&self, py: Python<'_>, to: &str) -> PyResult<Self> {
+        let to = dtype(to)?;
+        self.after(py, |graph| passes::narrow(graph, to))
     }
 
     /// The graph with what its forward pass leaves to the backward pass kept in bfloat16: see the pass.

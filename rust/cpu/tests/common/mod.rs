@@ -126,6 +126,7 @@ fn tensor(ty: &TensorType, raw: &[u8]) -> Tensor {
             Tensor::Float(raw.as_chunks().0.iter().map(value).collect())
         }
         DType::I32 => Tensor::Int(raw.as_chunks().0.iter().map(|&c| i32::from_ne_bytes(c)).collect()),
+        DType::F16 => panic!("float16 on the CPU"),
     }
 }
 

@@ -1,47 +1,51 @@
-//! Mixed precision: activations, their gradients, and the weights that products read become bfloat16, where the operations
-//! that make and read them have a choice. Sums, statistics, losses, gradients of weights and all that an optimizer
-//! computes stay float32, and so do the weights that a program updates. Source: Micikevicius et al. 2018, "Mixed
-//! Precision Training", section 3.1; losses need no scaling here, for bfloat16 has float32's exponents.
+//! Mixed precision: activations, their gradients, and the weights that products read become a narrow type, bfloat16 or
+//! float16, where the operations that make and read them have a choice. Sums, statistics, losses, gradients of weights and
+//! all that an optimizer computes stay float32, and so do the weights that a program updates. Source: Micikevicius et al.
+//! 2018, "Mixed Precision Training", section 3.1. Scaling losses, as float16 asks for, is the program's.
 //!
-//! A weight that a program only multiplies by, or takes rows of, is a state in bfloat16, and so is a cache of keys or
-//! values. A weight that AdamW updates has such a state beside it, with `@bf16` behind its name, which AdamW writes along
-//! with it. Others are cast when they are first read.
+//! A weight that a program only multiplies by, or takes rows of, is a state in the narrow type, and so is a cache of keys or
+//! values. A weight that AdamW updates has such a state beside it, with `@bf16` or `@f16` behind its name, which AdamW
+//! writes along with it. Others are cast when they are first read.
 //!
 //! The pass comes last: rules of derivatives and fusion are those of one type.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::dtype::{DType, TensorType};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::op::{AttentionSpec, Op};
 
-/// Keeps in bfloat16 what may be, of a graph in float32. Inputs, outputs and what a run updates keep their types.
+/// Keeps in `half` what may be, of a graph in float32. Inputs, outputs and what a run updates keep their types.
 ///
 /// # Errors
-/// Internal errors only.
-pub fn narrow(graph: &Graph) -> Result<Graph> {
+/// [`Error::DType`] where `half` is no 16-bit float.
+pub fn narrow(graph: &Graph, half: DType) -> Result<Graph> {
+    if !half.is_half() {
+        let message = format!("activations are kept in bf16 or f16, not {half}");
+        return Err(Error::DType { op: "narrow".to_owned(), message });
+    }
     let wide = wide(graph);
-    let mut casts = Casts::default();
+    let mut casts = Casts { half, known: HashMap::new() };
     let caches = caches(graph);
     let ends: Vec<ValueId> = graph.ends().filter(|v| !matches!(writer(graph, *v), Op::CacheWrite)).collect();
     let mixed = graph.rewrite(|rw, _, node| {
         match &node.op {
             Op::State { name } if caches.contains(&node.outputs[0]) => {
                 let shape = graph.ty(node.outputs[0]).shape.clone();
-                return Ok(Some(vec![rw.to.state(name, TensorType::new(DType::Bf16, shape))?]));
+                return Ok(Some(vec![rw.to.state(name, TensorType::new(half, shape))?]));
             }
             op if op.is_leaf() => return Ok(None),
             _ => {}
         }
         let mut x = rw.operands(node)?;
-        let (narrow, to) = types(&rw.to, node, &x, wide[node.outputs[0].0 as usize]);
+        let (narrow, to) = types(&rw.to, node, &x, wide[node.outputs[0].0 as usize], half);
         for (i, x) in x.iter_mut().enumerate() {
             let dtype = match &node.op {
                 // What a product adds is of its result's type; a table is read as it is.
                 Op::MatMul { .. } if i > 1 => to,
                 Op::Gather if i == 0 => continue,
-                _ if narrow.contains(&i) => DType::Bf16,
+                _ if narrow.contains(&i) => half,
                 _ => DType::F32,
             };
             *x = casts.cast(&mut rw.to, *x, dtype)?;
@@ -56,7 +60,7 @@ pub fn narrow(graph: &Graph) -> Result<Graph> {
         }
         Ok(Some(made))
     })?;
-    store(&mixed)
+    store(&mixed, half)
 }
 
 fn writer(graph: &Graph, v: ValueId) -> &Op {
@@ -99,11 +103,10 @@ fn wide(graph: &Graph) -> Vec<bool> {
     wide
 }
 
-/// Whether a value is kept in bfloat16, or was cast from such.
+/// Whether a value is kept in the narrow type, or was cast from such.
 fn is_narrow(to: &Graph, v: ValueId) -> bool {
     let from = to.producer(v);
-    to.ty(v).dtype == DType::Bf16
-        || matches!(from.op, Op::Cast(_)) && to.ty(from.inputs[0]).dtype == DType::Bf16
+    to.ty(v).dtype.is_half() || matches!(from.op, Op::Cast(_)) && to.ty(from.inputs[0]).dtype.is_half()
 }
 
 /// Whether a value has no type of its own: a weight, or a constant.
@@ -111,11 +114,11 @@ fn is_neutral(to: &Graph, v: ValueId) -> bool {
     matches!(to.producer(v).op, Op::State { .. } | Op::Fill { .. })
 }
 
-/// Which operands of an operation are to be bfloat16, and the type of its result where there is a choice. `x`: the new
+/// Which operands of an operation are to be `half`, and the type of its result where there is a choice. `x`: the new
 /// operands as they are; `wide`: the result is to be float32.
-fn types(to: &Graph, node: &Node, x: &[ValueId], wide: bool) -> (Vec<usize>, DType) {
+fn types(to: &Graph, node: &Node, x: &[ValueId], wide: bool, half: DType) -> (Vec<usize>, DType) {
     let narrow = |i: usize| is_narrow(to, x[i]);
-    let result = |wide: bool| if wide { DType::F32 } else { DType::Bf16 };
+    let result = |wide: bool| if wide { DType::F32 } else { half };
     match &node.op {
         // The gradient of a weight: a sum over all rows.
         Op::MatMul { ta, .. } => (vec![0, 1], result(*ta || wide)),
@@ -128,14 +131,14 @@ fn types(to: &Graph, node: &Node, x: &[ValueId], wide: bool) -> (Vec<usize>, DTy
             let floats = || (0..x.len()).filter(|&i| to.ty(x[i]).dtype.is_float());
             let all = floats().all(|i| narrow(i) || is_neutral(to, x[i]));
             let any = floats().any(narrow);
-            if any && all && !wide { ((0..x.len()).collect(), DType::Bf16) } else { (vec![], DType::F32) }
+            if any && all && !wide { ((0..x.len()).collect(), half) } else { (vec![], DType::F32) }
         }
-        Op::LayerNorm { .. } | Op::Rope { .. } => (vec![0], DType::Bf16),
-        Op::LayerNormGrad { .. } => (vec![0, 1, 5], DType::Bf16),
-        Op::CacheWrite => (vec![0, 1], DType::Bf16),
-        Op::CachedAttention(_) => (vec![0, 1, 2], DType::Bf16),
-        Op::Attention(spec) if fits(to.ty(x[0]), spec) => (vec![0, 1, 2], DType::Bf16),
-        Op::AttentionGrad(spec) if fits(to.ty(x[0]), spec) => (vec![0, 1, 2, 3, 4], DType::Bf16),
+        Op::LayerNorm { .. } | Op::Rope { .. } => (vec![0], half),
+        Op::LayerNormGrad { .. } => (vec![0, 1, 5], half),
+        Op::CacheWrite => (vec![0, 1], half),
+        Op::CachedAttention(_) => (vec![0, 1, 2], half),
+        Op::Attention(spec) if fits(to.ty(x[0]), spec, half) => (vec![0, 1, 2], half),
+        Op::AttentionGrad(spec) if fits(to.ty(x[0]), spec, half) => (vec![0, 1, 2, 3, 4], half),
         Op::LinearCrossEntropy(_) | Op::LinearCrossEntropyGrad(_) | Op::LinearTokenLosses { .. } => {
             (vec![0, 1], DType::F32)
         }
@@ -143,46 +146,49 @@ fn types(to: &Graph, node: &Node, x: &[ValueId], wide: bool) -> (Vec<usize>, DTy
     }
 }
 
-/// Whether tensor cores take heads of this width: pieces of 128 bits, and results in registers.
-fn fits(q: &TensorType, spec: &AttentionSpec) -> bool {
+/// Whether tensor cores take heads of this width: pieces of 128 bits, and results in registers. float16 is for GPUs, too,
+/// whose shared memory does not hold wider ones.
+fn fits(q: &TensorType, spec: &AttentionSpec, half: DType) -> bool {
     let width = q.shape.cols() / spec.heads;
-    width.is_multiple_of(8) && width <= 256
+    width.is_multiple_of(8) && width <= if half == DType::F16 { 128 } else { 256 }
 }
 
 /// Values in their other type: each is cast once.
-#[derive(Default)]
-struct Casts(HashMap<ValueId, ValueId>);
+struct Casts {
+    half: DType,
+    known: HashMap<ValueId, ValueId>,
+}
 
 impl Casts {
     fn cast(&mut self, to: &mut Graph, v: ValueId, dtype: DType) -> Result<ValueId> {
         let (has, from) = (to.ty(v).clone(), to.producer(v));
-        if has.dtype == dtype || !matches!(has.dtype, DType::F32 | DType::Bf16) {
+        if has.dtype == dtype || (has.dtype != DType::F32 && has.dtype != self.half) {
             return Ok(v);
         }
-        if let (Op::Cast(DType::F32), DType::Bf16) = (&from.op, dtype) {
+        if from.op == Op::Cast(DType::F32) && dtype == self.half {
             return Ok(from.inputs[0]);
         }
-        if let Some(known) = self.0.get(&v) {
+        if let Some(known) = self.known.get(&v) {
             return Ok(*known);
         }
         let made = match from.op {
             Op::Fill { .. } => to.add_as(from.op.clone(), &[], TensorType::new(dtype, has.shape))?,
             _ => to.add1(Op::Cast(dtype), &[v])?,
         };
-        self.0.insert(v, made);
+        self.known.insert(v, made);
         Ok(made)
     }
 }
 
-/// The name of the state that is a state's copy in bfloat16.
-fn copy_of(name: &str) -> String {
-    format!("{name}@bf16")
+/// The name of the state that is a state's copy in the narrow type.
+fn copy_of(name: &str, half: DType) -> String {
+    format!("{name}@{half}")
 }
 
 /// The states that are cast and updated by AdamW, by the node that does.
-fn kept_twice(graph: &Graph) -> HashMap<NodeId, ValueId> {
+fn kept_twice(graph: &Graph, half: DType) -> HashMap<NodeId, ValueId> {
     let cast: HashSet<ValueId> =
-        graph.nodes().iter().filter(|n| n.op == Op::Cast(DType::Bf16)).map(|n| n.inputs[0]).collect();
+        graph.nodes().iter().filter(|n| n.op == Op::Cast(half)).map(|n| n.inputs[0]).collect();
     let by_adamw = |v: ValueId| {
         let value = graph.value(v);
         (matches!(graph.node(value.node).op, Op::AdamW { .. }) && value.slot == 0).then_some(value.node)
@@ -195,9 +201,9 @@ fn kept_twice(graph: &Graph) -> HashMap<NodeId, ValueId> {
         .collect()
 }
 
-/// Makes bfloat16 states of those that are not updated and only cast, or read by rows that are, and beside those that
+/// Makes states in `half` of those that are not updated and only cast, or read by rows that are, and beside those that
 /// AdamW updates.
-fn store(graph: &Graph) -> Result<Graph> {
+fn store(graph: &Graph, half: DType) -> Result<Graph> {
     let mut narrow = vec![false; graph.value_count()];
     for node in graph.nodes().iter().filter(|n| matches!(n.op, Op::State { .. })) {
         let v = node.outputs[0];
@@ -207,21 +213,21 @@ fn store(graph: &Graph) -> Result<Graph> {
         for (i, v) in node.inputs.iter().enumerate() {
             let cast = match node.op {
                 Op::Cast(_) => true,
-                Op::Gather => i == 0 && graph.ty(node.outputs[0]).dtype == DType::Bf16,
+                Op::Gather => i == 0 && graph.ty(node.outputs[0]).dtype == half,
                 _ => false,
             };
             narrow[v.0 as usize] &= cast;
         }
     }
     graph.ends().for_each(|v| narrow[v.0 as usize] = false);
-    let twice = kept_twice(graph);
+    let twice = kept_twice(graph, half);
     let mut copies: HashMap<ValueId, ValueId> = HashMap::new();
     let mut updates = Vec::new();
     let mut stored = graph.rewrite(|rw, id, node| match &node.op {
         Op::State { name } if twice.values().any(|&v| v == node.outputs[0]) => {
             let made = rw.copy(node)?;
             let shape = graph.ty(node.outputs[0]).shape.clone();
-            let copy = rw.to.state(&copy_of(name), TensorType::new(DType::Bf16, shape))?;
+            let copy = rw.to.state(&copy_of(name, half), TensorType::new(half, shape))?;
             copies.insert(node.outputs[0], copy);
             Ok(Some(made))
         }
@@ -236,7 +242,7 @@ fn store(graph: &Graph) -> Result<Graph> {
         }
         Op::State { name } if narrow[node.outputs[0].0 as usize] => {
             let shape = graph.ty(node.outputs[0]).shape.clone();
-            Ok(Some(vec![rw.to.state(&copy_of(name), TensorType::new(DType::Bf16, shape))?]))
+            Ok(Some(vec![rw.to.state(&copy_of(name, half), TensorType::new(half, shape))?]))
         }
         Op::Cast(_) if narrow[node.inputs[0].0 as usize] => Ok(Some(vec![rw.get(node.inputs[0])?])),
         _ => Ok(None),
