@@ -1,36 +1,58 @@
-// Attention on tensor cores, with bfloat16 in memory: q, k, v, out and their gradients are bfloat16, lse and delta float32.
-// Products are of bfloat16 factors, to which probabilities and their gradients are rounded too, and add up in float32.
-// Masks, dropout and what optional operands mean are those of attention.cu.
+// Attention on tensor cores, with 16-bit floats in memory: q, k, v, out and their gradients are bfloat16 or float16, lse and
+// delta float32. Products are of such factors, to which probabilities and their gradients are rounded too, and add up in
+// float32. Masks, dropout and what optional operands mean are those of attention.cu.
 //
-// Needs compute capability 8.0; D a multiple of 8; rows of every bfloat16 operand at multiples of 16 bytes. The number in a
-// kernel's name is the widest head it takes.
+// bfloat16 needs compute capability 8.0, float16 7.5; D a multiple of 8; rows of every 16-bit operand at multiples of 16
+// bytes. The number in a kernel's name is the widest head it takes; float16 has no kernels for heads of more than 128
+// columns, whose tiles do not fit into what Turing gives a block.
 //
 // Launch: block = 128, with tiles(n) = ceil(T / n):
-//   attention64_forward_bf16, attention64_dq_backward_bf16, and those of 128    grid = (tiles(128), H, B).
-//   attention256_forward_bf16, attention256_dq_backward_bf16                    grid = (tiles(64), H, B).
-//   attention64_dkv_backward_bf16                                               grid = (tiles(128), K, B).
-//   attention128_dkv_backward_bf16                                              grid = (tiles(64), K, B).
-//   attention256_dkv_backward_bf16                                              grid = (tiles(64), K, 2 B).
-//   attention_delta_backward_bf16                                               grid = ceil(B * T * H / 16).
-// Shared memory: dynamic; a word <kernel>_shared beside each kernel says how many bytes. At most 99 KB.
+//   attention64_forward, attention64_dq_backward, and those of 128             grid = (tiles(128), H, B);
+//                                                  attention128_dq_backward_f16     grid = (tiles(64), H, B).
+//   attention256_forward, attention256_dq_backward                              grid = (tiles(64), H, B).
+//   attention64_dkv_backward                                                    grid = (tiles(128), K, B).
+//   attention128_dkv_backward                                                   grid = (tiles(64), K, B).
+//   attention256_dkv_backward                                                   grid = (tiles(64), K, 2 B).
+//   attention_delta_backward                                                    grid = ceil(B * T * H / 16).
+// Shared memory: dynamic; a word <kernel>_shared beside each kernel says how many bytes. At most 99 KB, in float16 64 KB.
 //
-// A warp has M times 16 rows of the result. Products are mma.m16n8k16: a lane (g, t) = (lane / 4, lane % 4) holds columns
-// 2 t and 2 t + 1 of rows g and g + 8 of each 16 x 8 result, so that a row belongs to four lanes, and two neighbouring
-// results are the first factor of the next product as they lie. A second factor is read once for all M pieces. The block's
-// own rows stay in shared memory; the others pass through two stages, of which one fills while the other is used.
-// Source: PTX ISA, "Matrix Fragments for mma.m16n8k16", and Dao 2023, "FlashAttention-2", section 3.3.
+// A warp has M times 16 rows of the result. Products are mma.m16n8k16, before compute capability 8.0 two of mma.m16n8k8,
+// which have its halves: a lane (g, t) = (lane / 4, lane % 4) holds columns 2 t and 2 t + 1 of rows g and g + 8 of each
+// 16 x 8 result, so that a row belongs to four lanes, and two neighbouring results are the first factor of the next product
+// as they lie. A second factor is read once for all M pieces. The block's own rows stay in shared memory; the others pass
+// through two stages, of which one fills while the other is used.
+// Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8", and Dao 2023, "FlashAttention-2", section 3.3.
 
 #define THREADS 128
 #define WARPS (THREADS / WARP)
 #define LOG2_E 1.44269504f
 #define LN_2 0.693147181f
 
+#ifdef F16
+#define FACTORS ".f32.f16.f16.f32 "
+#else
+#define FACTORS ".f32.bf16.bf16.f32 "
+#endif
+
+// From compute capability 8.0 on: products of 16 columns, and copies to shared memory that go on by themselves.
+#define AMPERE (__CUDA_ARCH__ >= 800)
+
+// Rows of the tiles of heads of up to 128 columns. Turing keeps longer copies and addresses in registers, which the sums of
+// more scores would need; what a block of float16 has fits into its 64 KB.
+#define FORWARD_KEYS (AMPERE ? 32 : 16)
+#ifdef F16
+#define DQ_PIECES 1
+#define DKV_QUERIES 16
+#else
+#define DQ_PIECES 2
+#define DKV_QUERIES 32
+#endif
+
 // ---- Tensor cores --------------------------------------------------------------------------------------------------
 
-// Four 8 x 8 tiles of bfloat16; lane l gives the address of row l % 8 of tile l / 8. Turned, a lane gets columns.
+// Four 8 x 8 tiles of 16-bit floats; lane l gives the address of row l % 8 of tile l / 8. Turned, a lane gets columns.
 template <bool TURNED>
 __device__ __forceinline__ void load_tiles(unsigned (&to)[4], unsigned at) {
-#if __CUDA_ARCH__ >= 800
     if (TURNED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
@@ -38,38 +60,52 @@ __device__ __forceinline__ void load_tiles(unsigned (&to)[4], unsigned at) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
     }
-#endif
 }
+
+#if defined(F16) && !AMPERE
+// sum [16, 8] += a [16, 8] . b [8, 8].
+__device__ __forceinline__ void multiply(float (&sum)[4], unsigned a0, unsigned a1, unsigned b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col" FACTORS "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+#endif
 
 // sum [16, 8] += a [16, 16] . b [16, 8].
 __device__ __forceinline__ void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#if AMPERE
+    asm volatile("mma.sync.aligned.m16n8k16.row.col" FACTORS "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif defined(F16)
+    multiply(sum, a[0], a[1], b0);
+    multiply(sum, a[2], a[3], b1);
 #endif
 }
 
-// ---- Copies that go on by themselves -------------------------------------------------------------------------------
+// ---- Copies to shared memory, which go on by themselves where that exists -----------------------------------------
 
 // 16 bytes of global memory, or 16 zeros.
 __device__ __forceinline__ void copy16(void* to, const void* from, bool inside) {
-#if __CUDA_ARCH__ >= 800
+#if AMPERE
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
                  "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0) : "memory");
+#else
+    *reinterpret_cast<uint4*>(to) = inside ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 
 __device__ __forceinline__ void copy4(void* to, const void* from, bool inside) {
-#if __CUDA_ARCH__ >= 800
+#if AMPERE
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
                  "l"(__cvta_generic_to_global(from)), "r"(inside ? 4 : 0) : "memory");
+#else
+    *reinterpret_cast<float*>(to) = inside ? *reinterpret_cast<const float*>(from) : 0.f;
 #endif
 }
 
 // Until all copies of this thread have arrived.
 __device__ __forceinline__ void arrive() {
-#if __CUDA_ARCH__ >= 800
+#if AMPERE
     asm volatile("cp.async.commit_group;" ::: "memory");
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 #endif
@@ -88,8 +124,9 @@ struct Tile {
 
     // Begins to copy rows from .. of x, 0 outside.
     template <int ROWS>
-    __device__ __forceinline__ void fetch(const Rows<bf16>& x, int from) const {
-#pragma unroll 1  // addresses of more copies would take the registers of the sums
+    __device__ __forceinline__ void fetch(const Rows<real>& x, int from) const {
+        constexpr int AT_ONCE = AMPERE ? 1 : 2;  // addresses of more copies would take the registers of the sums
+#pragma unroll AT_ONCE
         for (int n = threadIdx.x; n < ROWS * CHUNKS; n += THREADS) {
             int r = n / CHUNKS, c = n % CHUNKS;
             bool inside = from + r < x.rows && 8 * c < x.width;
@@ -151,7 +188,7 @@ __device__ __forceinline__ void dot_rows(float (&product)[M][N][4], const Tile<W
     }
 }
 
-// A result [16 M, 8 N] as bfloat16, two columns to a word.
+// A result [16 M, 8 N] in 16 bits, two columns to a word.
 template <int M, int N>
 struct Weights {
     unsigned words[M][N][2];
@@ -170,7 +207,7 @@ struct Weights {
 
     __device__ __forceinline__ float at(int m, int n, int e) const {
         unsigned word = words[m][n][e / 2];
-        return __uint_as_float(e % 2 ? word & 0xffff0000u : word << 16);
+        return e % 2 ? high_of(word) : low_of(word);
     }
 };
 
@@ -210,7 +247,7 @@ __device__ __forceinline__ void clear(float (&sum)[M][C][4]) {
 // to[from + r][col + c] = sum[r][c] * factor[r] for the warp's 16 M rows, inside the head. They pass through the warp's rows
 // of `tile`, from `row` on, which no other warp may use any more.
 template <int M, int C, int WIDTH>
-__device__ __forceinline__ void store_sum(bf16* to, int ld, int rows, int width, int from, int col, const float (&sum)[M][C][4],
+__device__ __forceinline__ void store_sum(real* to, int ld, int rows, int width, int from, int col, const float (&sum)[M][C][4],
                                           const float (&factor)[M][2], const Tile<WIDTH>& tile, int row) {
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     __syncwarp();
@@ -280,18 +317,28 @@ __device__ __forceinline__ Weights<M, N> only(const Weights<M, N>& x, const unsi
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
+// The name of the word that says how many bytes of shared memory a kernel is launched with.
+#define WORD(kernel) WORD_OF(kernel)
+#define WORD_OF(kernel) kernel##_shared
+
 // The bytes of `own` tiles of `rows` rows, and of two stages of two tiles of `others` rows.
 template <int WIDTH>
 constexpr unsigned tiles_bytes(int own, int rows, int others) {
     return 2 * WIDTH * (own * rows + 4 * others);
 }
 
+#define FORWARD_PARAMETERS                                                                                             \
+    const real* __restrict__ q, const real* __restrict__ k, const real* __restrict__ v,                                \
+    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,              \
+    const int* __restrict__ rng, real* __restrict__ out, float* __restrict__ lse, int batch, int tokens, int heads,    \
+    int kv_heads, int width, int q_ld, int k_ld, int v_ld, int out_ld, int causal, int window, float scale,            \
+    unsigned stream, float dropout_p, float dropout_scale
+#define FORWARD_ARGUMENTS                                                                                              \
+    q, k, v, segments, key_bias, prefix, rng, out, lse, batch, tokens, heads, kv_heads, width, q_ld, k_ld, v_ld,       \
+    out_ld, causal, window, scale, stream, dropout_p, dropout_scale
+
 template <int WIDTH, int M, int KEYS>
-__device__ __forceinline__ void forward(
-    const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ out,
-    float* __restrict__ lse, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld, int v_ld, int out_ld,
-    int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+__device__ __forceinline__ void forward(FORWARD_PARAMETERS) {
     extern __shared__ __align__(128) uint4 shared[];
     constexpr int ROWS = 16 * M * WARPS, N = KEYS / 8, SIDE = KEYS * WIDTH / 8;
     Tile<WIDTH> queries = {shared};
@@ -300,7 +347,7 @@ __device__ __forceinline__ void forward(
     // The last queries see the most keys: begin with them.
     int query0 = (gridDim.x - 1 - blockIdx.x) * ROWS;
     int head = blockIdx.y, kv_head = head / (heads / kv_heads), b = blockIdx.z;
-    Rows<bf16> ks = head_rows(k, k_ld, b, kv_head, tokens, width), vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Rows<real> ks = head_rows(k, k_ld, b, kv_head, tokens, width), vs = head_rows(v, v_ld, b, kv_head, tokens, width);
     Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
     int own = 16 * M * warp, row0 = query0 + own;
     long long head0 = ((long long)b * heads + head) * tokens;
@@ -431,43 +478,30 @@ __device__ __forceinline__ void forward(
             if (t == 0 && row < tokens) lse[head0 + row] = empty ? -INFINITY : largest[m][r] * LN_2 + logf(whole);
         }
     }
-    bf16* to = out + (long long)b * tokens * out_ld + (long long)head * width;
+    real* to = out + (long long)b * tokens * out_ld + (long long)head * width;
     store_sum(to, out_ld, tokens, width, row0, 0, sum, factor, queries, own);
 }
 
 // out = softmax(scale * q . k) * v, lse = log of the softmax's denominator.
-extern "C" __device__ unsigned attention64_forward_bf16_shared = tiles_bytes<64>(1, 16 * 2 * WARPS, 64);
+extern "C" __device__ unsigned WORD(attention64_forward_f32) = tiles_bytes<64>(1, 16 * 2 * WARPS, 64);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention64_forward_bf16(
-    const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ out,
-    float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld, int v_ld,
-    int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    forward<64, 2, 64>(q, k, v, segments, key_bias, prefix, rng, out, lse, tokens, heads, kv_heads, width, q_ld, k_ld, v_ld,
-    out_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention64_forward_f32(FORWARD_PARAMETERS) {
+    forward<64, 2, 64>(FORWARD_ARGUMENTS);
 }
 
-extern "C" __device__ unsigned attention128_forward_bf16_shared = tiles_bytes<128>(1, 16 * 2 * WARPS, 32);
+extern "C" __device__ unsigned WORD(attention128_forward_f32) = tiles_bytes<128>(1, 16 * 2 * WARPS, 32);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention128_forward_bf16(
-    const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ out,
-    float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld, int v_ld,
-    int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    forward<128, 2, 32>(q, k, v, segments, key_bias, prefix, rng, out, lse, tokens, heads, kv_heads, width, q_ld, k_ld, v_ld,
-    out_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention128_forward_f32(FORWARD_PARAMETERS) {
+    forward<128, 2, FORWARD_KEYS>(FORWARD_ARGUMENTS);
 }
 
-extern "C" __device__ unsigned attention256_forward_bf16_shared = tiles_bytes<256>(1, 16 * 1 * WARPS, 32);
+#ifndef F16
+extern "C" __device__ unsigned WORD(attention256_forward_f32) = tiles_bytes<256>(1, 16 * 1 * WARPS, 32);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention256_forward_bf16(
-    const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ out,
-    float* __restrict__ lse, int batch, int tokens, int heads, int kv_heads, int width, int q_ld, int k_ld, int v_ld,
-    int out_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    forward<256, 1, 32>(q, k, v, segments, key_bias, prefix, rng, out, lse, tokens, heads, kv_heads, width, q_ld, k_ld, v_ld,
-    out_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention256_forward_f32(FORWARD_PARAMETERS) {
+    forward<256, 1, 32>(FORWARD_ARGUMENTS);
 }
+#endif
 
 // ---- Backward ------------------------------------------------------------------------------------------------------
 
@@ -477,15 +511,15 @@ __device__ __forceinline__ float dot8(uint4 a, uint4 b) {
     float sum = 0.f;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-        sum += __uint_as_float(x[n] << 16) * __uint_as_float(y[n] << 16);
-        sum += __uint_as_float(x[n] & 0xffff0000u) * __uint_as_float(y[n] & 0xffff0000u);
+        sum += low_of(x[n]) * low_of(y[n]);
+        sum += high_of(x[n]) * high_of(y[n]);
     }
     return sum;
 }
 
 // delta[b, h, i] = dout[b, i, h] . out[b, i, h], which is the sum over j of p[i, j] * dp[i, j]. Eight lanes have a row.
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_delta_backward_bf16(const bf16* __restrict__ dout, const bf16* __restrict__ out, float* __restrict__ delta, int batch,
+attention_delta_backward_f32(const real* __restrict__ dout, const real* __restrict__ out, float* __restrict__ delta, int batch,
                               int tokens, int heads, int width, int dout_ld, int out_ld) {
     int n = blockIdx.x * (THREADS / 8) + threadIdx.x / 8, b = n / tokens / heads, head = n / tokens % heads;
     long long row = (long long)b * tokens + n % tokens;
@@ -500,15 +534,21 @@ attention_delta_backward_bf16(const bf16* __restrict__ dout, const bf16* __restr
     if (b < batch && threadIdx.x % 8 == 0) delta[n] = sum;
 }
 
+#define DQ_PARAMETERS                                                                                                  \
+    const real* __restrict__ dout, const real* __restrict__ q, const real* __restrict__ k,                             \
+    const real* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,                        \
+    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,              \
+    const int* __restrict__ rng, real* __restrict__ dq, int batch, int tokens, int heads, int kv_heads, int width,     \
+    int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld, int causal, int window, float scale, unsigned stream,        \
+    float dropout_p, float dropout_scale
+#define DQ_ARGUMENTS                                                                                                   \
+    dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, batch, tokens, heads, kv_heads, width, dout_ld,    \
+    q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale
+
 // dq = scale * sum over j of p * (dp * keep - delta) * k[j]. A query that sees nothing is in no tile that all see, and its
 // probabilities, which depend on no score, are hidden there.
 template <int WIDTH, int M, int KEYS>
-__device__ __forceinline__ void dq_backward(
-    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dq,
-    int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld, int causal, int window,
-    float scale, unsigned stream, float dropout_p, float dropout_scale) {
+__device__ __forceinline__ void dq_backward(DQ_PARAMETERS) {
     extern __shared__ __align__(128) uint4 shared[];
     constexpr int ROWS = 16 * M * WARPS, N = KEYS / 8, SIDE = KEYS * WIDTH / 8;
     Tile<WIDTH> queries = {shared}, douts = {shared + ROWS * WIDTH / 8};
@@ -516,7 +556,7 @@ __device__ __forceinline__ void dq_backward(
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     int query0 = (gridDim.x - 1 - blockIdx.x) * ROWS;
     int head = blockIdx.y, kv_head = head / (heads / kv_heads), b = blockIdx.z;
-    Rows<bf16> ks = head_rows(k, k_ld, b, kv_head, tokens, width), vs = head_rows(v, v_ld, b, kv_head, tokens, width);
+    Rows<real> ks = head_rows(k, k_ld, b, kv_head, tokens, width), vs = head_rows(v, v_ld, b, kv_head, tokens, width);
     Mask mask = {segments ? segments + (long long)b * tokens : nullptr, tokens, causal, window, prefix ? prefix[b] : 0};
     int own = 16 * M * warp, row0 = query0 + own;
     long long head0 = ((long long)b * heads + head) * tokens;
@@ -594,56 +634,46 @@ __device__ __forceinline__ void dq_backward(
         add_weighted(sum, Weights<M, N>(x), keys);
     }
     arrive();
-    bf16* to = dq + (long long)b * tokens * dq_ld + (long long)head * width;
+    real* to = dq + (long long)b * tokens * dq_ld + (long long)head * width;
     store_sum(to, dq_ld, tokens, width, row0, 0, sum, factor, queries, own);
 }
 
-extern "C" __device__ unsigned attention64_dq_backward_bf16_shared = tiles_bytes<64>(2, 16 * 2 * WARPS, 32);
+extern "C" __device__ unsigned WORD(attention64_dq_backward_f32) = tiles_bytes<64>(2, 16 * 2 * WARPS, 32);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention64_dq_backward_bf16(
-    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dq,
-    int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld,
-    int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    dq_backward<64, 2, 32>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, tokens, heads, kv_heads, width,
-    dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention64_dq_backward_f32(DQ_PARAMETERS) {
+    dq_backward<64, 2, 32>(DQ_ARGUMENTS);
 }
 
-extern "C" __device__ unsigned attention128_dq_backward_bf16_shared = tiles_bytes<128>(2, 16 * 2 * WARPS, 32);
+extern "C" __device__ unsigned WORD(attention128_dq_backward_f32) = tiles_bytes<128>(2, 16 * DQ_PIECES * WARPS, 32);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention128_dq_backward_bf16(
-    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dq,
-    int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld,
-    int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    dq_backward<128, 2, 32>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, tokens, heads, kv_heads, width,
-    dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention128_dq_backward_f32(DQ_PARAMETERS) {
+    dq_backward<128, DQ_PIECES, 32>(DQ_ARGUMENTS);
 }
 
-extern "C" __device__ unsigned attention256_dq_backward_bf16_shared = tiles_bytes<256>(2, 16 * 1 * WARPS, 16);
+#ifndef F16
+extern "C" __device__ unsigned WORD(attention256_dq_backward_f32) = tiles_bytes<256>(2, 16 * 1 * WARPS, 16);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention256_dq_backward_bf16(
-    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dq,
-    int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld,
-    int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
-    dq_backward<256, 1, 16>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, tokens, heads, kv_heads, width,
-    dout_ld, q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention256_dq_backward_f32(DQ_PARAMETERS) {
+    dq_backward<256, 1, 16>(DQ_ARGUMENTS);
 }
+#endif
+
+#define DKV_PARAMETERS                                                                                                 \
+    const real* __restrict__ dout, const real* __restrict__ q, const real* __restrict__ k,                             \
+    const real* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,                        \
+    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,              \
+    const int* __restrict__ rng, real* __restrict__ dk, real* __restrict__ dv, int batch, int tokens, int heads,       \
+    int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window,  \
+    float scale, unsigned stream, float dropout_p, float dropout_scale
+#define DKV_ARGUMENTS                                                                                                  \
+    dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads, kv_heads, width,         \
+    dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale
 
 // dk = scale * sum over i of p * (dp * keep - delta) * q[i], dv = sum over i of p * keep * dout[i], over all query heads of a
 // key-value head. Rows of a tile are keys here, columns queries. A block has COLS columns of the result, and scores anew for
 // each such part of a head.
 template <int WIDTH, int COLS, int M, int QUERIES>
-__device__ __forceinline__ void dkv_backward(
-    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dk,
-    bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld,
-    int dk_ld, int dv_ld, int causal, int window, float scale, unsigned stream, float dropout_p, float dropout_scale) {
+__device__ __forceinline__ void dkv_backward(DKV_PARAMETERS) {
     extern __shared__ __align__(128) uint4 shared[];
     constexpr int ROWS = 16 * M * WARPS, N = QUERIES / 8, SIDE = QUERIES * WIDTH / 8;
     Tile<WIDTH> keys = {shared}, values = {shared + ROWS * WIDTH / 8};
@@ -748,7 +778,7 @@ __device__ __forceinline__ void dkv_backward(
     arrive();
     // Queries that see nothing: every key has a share of them, wherever it lies.
     for (int head = kv_head * group; segments && head < (kv_head + 1) * group; ++head) {
-        Rows<bf16> dos = head_rows(dout, dout_ld, b, head, tokens, width);
+        Rows<real> dos = head_rows(dout, dout_ld, b, head, tokens, width);
         long long head0 = ((long long)b * heads + head) * tokens;
         Tile<WIDTH> douts = {stages};
         Keep keep;
@@ -781,41 +811,22 @@ __device__ __forceinline__ void dkv_backward(
     store_sum(dv + (long long)b * tokens * dv_ld + (long long)kv_head * width, dv_ld, tokens, width, row0, col0, dvs, kept_scales, values, own);
 }
 
-extern "C" __device__ unsigned attention64_dkv_backward_bf16_shared = tiles_bytes<64>(2, 16 * 2 * WARPS, 32) + 16 * 32;
+extern "C" __device__ unsigned WORD(attention64_dkv_backward_f32) = tiles_bytes<64>(2, 16 * 2 * WARPS, 32) + 16 * 32;
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention64_dkv_backward_bf16(
-    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dk,
-    bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld,
-    int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
-    float dropout_scale) {
-    dkv_backward<64, 64, 2, 32>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads,
-    kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention64_dkv_backward_f32(DKV_PARAMETERS) {
+    dkv_backward<64, 64, 2, 32>(DKV_ARGUMENTS);
 }
 
-extern "C" __device__ unsigned attention128_dkv_backward_bf16_shared = tiles_bytes<128>(2, 16 * 1 * WARPS, 32) + 16 * 32;
+extern "C" __device__ unsigned WORD(attention128_dkv_backward_f32) = tiles_bytes<128>(2, 16 * 1 * WARPS, DKV_QUERIES) + 16 * DKV_QUERIES;
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention128_dkv_backward_bf16(
-    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dk,
-    bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld,
-    int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
-    float dropout_scale) {
-    dkv_backward<128, 128, 1, 32>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads,
-    kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention128_dkv_backward_f32(DKV_PARAMETERS) {
+    dkv_backward<128, 128, 1, DKV_QUERIES>(DKV_ARGUMENTS);
 }
 
-extern "C" __device__ unsigned attention256_dkv_backward_bf16_shared = tiles_bytes<256>(2, 16 * 1 * WARPS, 16) + 16 * 16;
+#ifndef F16
+extern "C" __device__ unsigned WORD(attention256_dkv_backward_f32) = tiles_bytes<256>(2, 16 * 1 * WARPS, 16) + 16 * 16;
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention256_dkv_backward_bf16(
-    const bf16* __restrict__ dout, const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-    const float* __restrict__ lse, const float* __restrict__ delta, const int* __restrict__ segments,
-    const float* __restrict__ key_bias, const int* __restrict__ prefix, const int* __restrict__ rng, bf16* __restrict__ dk,
-    bf16* __restrict__ dv, int batch, int tokens, int heads, int kv_heads, int width, int dout_ld, int q_ld, int k_ld,
-    int v_ld, int dk_ld, int dv_ld, int causal, int window, float scale, unsigned stream, float dropout_p,
-    float dropout_scale) {
-    dkv_backward<256, 128, 1, 16>(dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads,
-    kv_heads, width, dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale);
+attention256_dkv_backward_f32(DKV_PARAMETERS) {
+    dkv_backward<256, 128, 1, 16>(DKV_ARGUMENTS);
 }
+#endif

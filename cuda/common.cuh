@@ -5,8 +5,9 @@
 // - Matrices are row-major with a row stride (`x_ld`, in elements) of their own, because a plan's operands are views.
 //   A plain vector or a contiguous tensor is a matrix of one row. Every tensor has fewer than 2^31 elements.
 // - A pointer that the description calls optional is null when absent.
-// - A file whose kernels have operands of type `real` is compiled twice: for tensors of float32, and for tensors of
-//   bfloat16, where each kernel's name ends in _bf16. What is `float` there is float32 in both. Arithmetic is float32.
+// - A file whose kernels have operands of type `real` is compiled for tensors of each type: float32, bfloat16 where BF16 is
+//   defined, float16 where F16 is. There each kernel's name ends in _bf16 or _f16. What is `float` is float32 in all of
+//   them. Arithmetic is float32.
 // - Results depend on shapes alone: no atomics, no order that depends on timing.
 // - Step-dependent scalars (learning rate, step, clip factor, random state) are read from device memory, so that a
 //   captured graph stays valid from step to step.
@@ -22,19 +23,46 @@
 
 // ---- What tensors are stored in ------------------------------------------------------------------------------------
 
-// A bfloat16: the upper half of a float32.
-typedef unsigned short bf16;
-
-#ifdef BF16
-typedef bf16 real;
+#if defined(BF16) || defined(F16)
+#define HALF
+typedef unsigned short real;  // its bits
 #else
 typedef float real;
 #endif
 
 __device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(bf16 x) { return __uint_as_float((unsigned)x << 16); }
+__device__ __forceinline__ void put(float* p, float x) { *p = x; }
 
-// Two floats as bfloat16, ties to even, `low` in the lower half.
+#ifdef HALF
+// The floats in the halves of a word, and two floats as such, `low` in the lower half: ties to even, infinite beyond the
+// largest number.
+#ifdef F16
+__device__ __forceinline__ float widen(real x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+__device__ __forceinline__ float low_of(unsigned word) { return widen((real)word); }
+__device__ __forceinline__ float high_of(unsigned word) { return widen((real)(word >> 16)); }
+
+__device__ __forceinline__ unsigned narrow(float low, float high) {
+    unsigned both;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+    real a, b;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(a) : "f"(low));
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(high));
+    both = a | (unsigned)b << 16;
+#endif
+    return both;
+}
+#else
+// A bfloat16 is the upper half of a float32.
+__device__ __forceinline__ float low_of(unsigned word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float high_of(unsigned word) { return __uint_as_float(word & 0xffff0000u); }
+__device__ __forceinline__ float widen(real x) { return low_of(x); }
+
 __device__ __forceinline__ unsigned narrow(float low, float high) {
     unsigned both;
 #if __CUDA_ARCH__ >= 800
@@ -47,9 +75,10 @@ __device__ __forceinline__ unsigned narrow(float low, float high) {
 #endif
     return both;
 }
+#endif
 
-__device__ __forceinline__ void put(float* p, float x) { *p = x; }
-__device__ __forceinline__ void put(bf16* p, float x) { *p = (bf16)narrow(x, 0.f); }
+__device__ __forceinline__ void put(real* p, float x) { *p = (real)narrow(x, 0.f); }
+#endif
 
 // ---- A group of a row: as many elements as 128 bits hold of `real` -------------------------------------------------
 
@@ -59,7 +88,7 @@ struct Values {
     float x[COLUMNS];
 };
 
-// One 128-bit access (two for float32 beside bfloat16) where the address allows it, single ones at the end of a row or of
+// One 128-bit access (two for float32 beside 16 bits) where the address allows it, single ones at the end of a row or of
 // an unaligned view.
 __device__ __forceinline__ bool group_fits(const void* p, int n) {
     return n >= COLUMNS && (reinterpret_cast<unsigned long long>(p) & 15) == 0;
@@ -102,21 +131,21 @@ __device__ __forceinline__ void store(float* p, const Values& v, int n) {
     }
 }
 
-#ifdef BF16
-__device__ __forceinline__ Values load(const bf16* p, int n) {
+#ifdef HALF
+__device__ __forceinline__ Values load(const real* p, int n) {
     if (!group_fits(p, n)) return load_singly(p, n);
     uint4 four = *reinterpret_cast<const uint4*>(p);
     unsigned words[4] = {four.x, four.y, four.z, four.w};
     Values v;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        v.x[2 * i] = __uint_as_float(words[i] << 16);
-        v.x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        v.x[2 * i] = low_of(words[i]);
+        v.x[2 * i + 1] = high_of(words[i]);
     }
     return v;
 }
 
-__device__ __forceinline__ void store(bf16* p, const Values& v, int n) {
+__device__ __forceinline__ void store(real* p, const Values& v, int n) {
     if (group_fits(p, n)) {
         *reinterpret_cast<uint4*>(p) =
             make_uint4(narrow(v.x[0], v.x[1]), narrow(v.x[2], v.x[3]), narrow(v.x[4], v.x[5]), narrow(v.x[6], v.x[7]));
@@ -172,8 +201,9 @@ __device__ __forceinline__ void store4(float* p, float4 x, int n) {
     if (n > 3) p[3] = x.w;
 }
 
-// The same in bfloat16, in 64 bits.
-__device__ __forceinline__ void store4(bf16* p, float4 x, int n) {
+#ifdef HALF
+// The same in 64 bits.
+__device__ __forceinline__ void store4(real* p, float4 x, int n) {
     if (n >= 4 && (reinterpret_cast<unsigned long long>(p) & 7) == 0) {
         *reinterpret_cast<uint2*>(p) = make_uint2(narrow(x.x, x.y), narrow(x.z, x.w));
         return;
@@ -183,6 +213,7 @@ __device__ __forceinline__ void store4(bf16* p, float4 x, int n) {
     if (n > 2) put(p + 2, x.z);
     if (n > 3) put(p + 3, x.w);
 }
+#endif
 
 // ---- Sums and maxima in fixed order --------------------------------------------------------------------------------
 

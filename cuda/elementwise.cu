@@ -190,10 +190,10 @@ fill_forward_f32(real* y, int rows, int cols, int y_ld, float value) {
     store(at(y, g.row, y_ld, g.col), all_of(value), g.n);
 }
 
-#ifdef BF16
-// y = x in bfloat16, ties to even. x, y [N, C].
+#ifdef HALF
+// y = x in 16 bits, ties to even. x, y [N, C].
 extern "C" __global__ void __launch_bounds__(THREADS)
-narrow_forward_f32(const float* __restrict__ x, bf16* __restrict__ y, int rows, int cols, int x_ld, int y_ld) {
+narrow_forward_f32(const float* __restrict__ x, real* __restrict__ y, int rows, int cols, int x_ld, int y_ld) {
     Group g = my_group(rows, cols);
     if (g.n == 0) return;
     store(at(y, g.row, y_ld, g.col), load(at(x, g.row, x_ld, g.col), g.n), g.n);
@@ -201,7 +201,7 @@ narrow_forward_f32(const float* __restrict__ x, bf16* __restrict__ y, int rows, 
 
 // y = x in float32. x, y [N, C].
 extern "C" __global__ void __launch_bounds__(THREADS)
-widen_forward_f32(const bf16* __restrict__ x, float* __restrict__ y, int rows, int cols, int x_ld, int y_ld) {
+widen_forward_f32(const real* __restrict__ x, float* __restrict__ y, int rows, int cols, int x_ld, int y_ld) {
     Group g = my_group(rows, cols);
     if (g.n == 0) return;
     store(at(y, g.row, y_ld, g.col), load(at(x, g.row, x_ld, g.col), g.n), g.n);

@@ -19,12 +19,12 @@ struct Update {
 };
 
 // p, m, v and their successors new_p, new_m, new_v [N, C] contiguous (each may be its predecessor), g [N, C]; copy [N, C],
-// optional and contiguous: new_p in bfloat16; clip, lr []
+// optional and contiguous: new_p in 16 bits, absent where tensors are float32; clip, lr []
 // and step [], which counts from 1. log_beta1, log_beta2: natural logarithms of the betas; one_minus_beta1,
 // one_minus_beta2: 1 - beta, rounded from a wider type. halt: see common.cuh.
 extern "C" __global__ void __launch_bounds__(THREADS)
 adamw_forward_f32(const float* p, const float* g, const float* m, const float* v, const float* clip, const float* lr,
-                  const int* step, float* new_p, float* new_m, float* new_v, bf16* copy, int rows, int cols, int g_ld,
+                  const int* step, float* new_p, float* new_m, float* new_v, real* copy, int rows, int cols, int g_ld,
                   float beta1, float beta2, float one_minus_beta1, float one_minus_beta2, float log_beta1, float log_beta2,
                   float eps, float weight_decay, const int* halt) {
     unsigned per_row = ((unsigned)cols + 3) / 4;

@@ -10,7 +10,7 @@
 
 #define THREADS 256
 
-#ifndef BF16
+#ifndef HALF
 // y[n] = start + step * n.
 extern "C" __global__ void __launch_bounds__(THREADS)
 iota_forward_f32(int* __restrict__ y, int rows, int start, int step) {
@@ -61,7 +61,7 @@ rope_forward_f32(const real* x, const float* __restrict__ table, real* y, int ro
     put(y + half + c, b * cosine + a * sine);
 }
 
-#ifndef BF16
+#ifndef HALF
 // To the nearest bfloat16, ties to even.
 __device__ __forceinline__ float round_bf16(float x) {
     unsigned bits = __float_as_uint(x);

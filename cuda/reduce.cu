@@ -53,7 +53,7 @@ sum_forward_f32(const real* __restrict__ x, float* __restrict__ y, int elements,
     if (threadIdx.x == 0) y[blockIdx.x] = sum;
 }
 
-#ifndef BF16
+#ifndef HALF
 // The same of the squares: one launch for each gradient, each into its own part of the array of parts.
 extern "C" __global__ void __launch_bounds__(THREADS)
 global_norm_parts_forward_f32(const float* __restrict__ x, float* __restrict__ parts, int elements, int cols, int x_ld,

@@ -32,10 +32,10 @@ gather_forward_f32(const real* __restrict__ table, const int* __restrict__ index
     gather(table, index, y, table_rows, rows, cols, table_ld, y_ld);
 }
 
-#ifdef BF16
+#ifdef HALF
 // The same of a table in float32.
 extern "C" __global__ void __launch_bounds__(THREADS)
-gather_narrow_forward_f32(const float* __restrict__ table, const int* __restrict__ index, bf16* __restrict__ y,
+gather_narrow_forward_f32(const float* __restrict__ table, const int* __restrict__ index, real* __restrict__ y,
                           int table_rows, int rows, int cols, int table_ld, int y_ld) {
     gather(table, index, y, table_rows, rows, cols, table_ld, y_ld);
 }
@@ -72,7 +72,7 @@ scatter_add_forward_f32(const real* __restrict__ source, const int* __restrict__
     store(to, sum, cols - c);
 }
 
-#ifndef BF16
+#ifndef HALF
 // y = how many labels are 0 or more. labels [N], y [].
 extern "C" __global__ void __launch_bounds__(THREADS)
 count_labels_forward_f32(const int* __restrict__ labels, float* __restrict__ y, int rows) {

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 WORD = 4
-BYTES = {"f32": 4, "bf16": 2}
+BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+HALVES = ("bf16", "f16")
 SECTOR = 32
 #: FLOPs of one value of each function of ``elementwise.cu``, by its number there, and of its slope.
 FUNCTION_FLOPS = (0, 8, 14, 12, 1, 22, 24, 12, 13, 2, 24, 1, 2)
@@ -98,8 +99,8 @@ def _rule(f: Rule) -> Rule:
 
 
 def _enter(name: str, f: Rule) -> None:
-    """The rule of a kernel and of its twin for bfloat16."""
-    RULES[f"{name}_f32"], RULES[f"{name}_bf16"] = partial(f, 4), partial(f, 2)
+    """The rule of a kernel for tensors of each type."""
+    RULES.update({f"{name}_{of}": partial(f, size) for of, size in BYTES.items()})
 
 
 def _stored(f: Rule) -> Rule:
@@ -148,7 +149,7 @@ def _cast(grid: Any, x: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
     return Work(6 * rows * cols, _beside(rows, cols, 2) + _sectors(rows, cols, 2), 0)
 
 
-RULES["narrow_forward_bf16"] = RULES["widen_forward_bf16"] = _cast
+RULES.update({f"{way}_forward_{half}": _cast for way in ("narrow", "widen") for half in HALVES})
 
 
 @_stored
@@ -255,8 +256,8 @@ def _gather(
     return Work(read + size * rows * cols, sectors, 0)
 
 
-RULES["gather_forward_f32"], RULES["gather_forward_bf16"] = partial(_gather, 4, 4), partial(_gather, 2, 2)
-RULES["gather_narrow_forward_bf16"] = partial(_gather, 2, 4)
+RULES.update({f"gather_forward_{of}": partial(_gather, size, size) for of, size in BYTES.items()})
+RULES.update({f"gather_narrow_forward_{half}": partial(_gather, 2, 4) for half in HALVES})
 
 
 @_stored
@@ -499,8 +500,8 @@ def attention_dkv_backward(
     return tiles + Work(unique, 2 * _sectors(b * t * kv, d) + 2 * _sectors(1, b * h * t), 0)
 
 
-# On tensor cores: the rules of attention_bf16.cu. A block has four warps.
-WARPS, HALF = 4, 2
+# On tensor cores: the rules of attention_mma.cu. A block has four warps.
+WARPS, HALF = 4, 2  # bytes of an element
 MMA_FLOPS = 2 * 16 * 8 * 16
 
 
@@ -609,26 +610,30 @@ def _tensor_dkv(k: _Tensor) -> Rule:
     return rule
 
 
-for _width, _ms, _steps in (
-    (64, (2, 2, 2), (64, 32, 32)),
-    (128, (2, 2, 1), (32, 32, 32)),
-    (256, (1, 1, 1), (32, 16, 16)),
+for _half, _width, _ms, _steps in (
+    ("bf16", 64, (2, 2, 2), (64, 32, 32)),
+    ("bf16", 128, (2, 2, 1), (32, 32, 32)),
+    ("bf16", 256, (1, 1, 1), (32, 16, 16)),
+    ("f16", 64, (2, 2, 2), (64, 32, 32)),
+    ("f16", 128, (2, 1, 1), (32, 32, 16)),
 ):
     _cols = min(_width, 128)
-    _kernel = f"attention{_width}_{{}}_bf16"
+    _kernel = f"attention{_width}_{{}}_{_half}"
     RULES[_kernel.format("forward")] = _tensor_forward(_Tensor(_width, _width, _ms[0], _steps[0], 1, 1, 1))
     RULES[_kernel.format("dq_backward")] = _tensor_dq(_Tensor(_width, _width, _ms[1], _steps[1], 2, 1, 2))
     RULES[_kernel.format("dkv_backward")] = _tensor_dkv(_Tensor(_width, _cols, _ms[2], _steps[2], 2, 2, 2))
 
 
-def _delta_bf16(grid: Any, dout: Any, out: Any, delta: Any, b: int, t: int, h: int, d: int, *_: Any) -> Work:
+def _delta_of_halves(
+    grid: Any, dout: Any, out: Any, delta: Any, b: int, t: int, h: int, d: int, *_: Any
+) -> Work:
     rows = b * t * h
     return Work(
         (2 * HALF * d + WORD) * rows, 2 * rows * _ceil(d * HALF, SECTOR) + rows // 4, rows * (2 * d + 24)
     )
 
 
-RULES["attention_delta_backward_bf16"] = _delta_bf16
+RULES.update({f"attention_delta_backward_{half}": _delta_of_halves for half in HALVES})
 
 
 @_stored
@@ -796,7 +801,7 @@ def relative_attention_dkinds_backward(
 
 
 def product(p: dict[str, Any]) -> Work:
-    """A matrix product, on tensor cores where its factors are bfloat16. cuBLASLt chooses tiles by itself; its sectors
+    """A matrix product, on tensor cores where its factors have 16 bits. cuBLASLt chooses tiles by itself; its sectors
     are taken to be those of large ones, its blocks those of small ones that share out an inner dimension beyond 512."""
     m, n = p["y"]["rows"], p["y"]["cols"]
     k = p["a"]["rows"] if p["ta"] else p["a"]["cols"]
@@ -812,7 +817,7 @@ def product(p: dict[str, Any]) -> Work:
     )
     blocks = _ceil(m, SMALL_TILE) * _ceil(n, SMALL_TILE) * max(1, k // 512)
     flops = 2.0 * m * n * k
-    return Work(unique, sectors, flops, tensor=flops if size == BYTES["bf16"] else 0.0, blocks=blocks)
+    return Work(unique, sectors, flops, tensor=flops if size == HALF else 0.0, blocks=blocks)
 
 
 def work(record: dict[str, Any]) -> Work:

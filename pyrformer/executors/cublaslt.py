@@ -19,11 +19,11 @@ from pyrformer.errors import DeviceError
 from pyrformer.executors.device import Matrix, Product
 
 WORKSPACE = 32 << 20
-#: cudaDataType: CUDA_R_32F and CUDA_R_16BF, by the element types of matrices.
-_TYPES = {"f32": 0, "bf16": 14}
+#: cudaDataType: CUDA_R_32F, CUDA_R_16BF and CUDA_R_16F, by the element types of matrices.
+_TYPES = {"f32": 0, "bf16": 14, "f16": 2}
 _F32 = _TYPES["f32"]
-_SIZES = {"f32": 4, "bf16": 2}
-#: Sums in float32, of factors of either type; those of bfloat16 are multiplied on tensor cores.
+_SIZES = {"f32": 4, "bf16": 2, "f16": 2}
+#: Sums in float32, of factors of every type; 16-bit floats are multiplied on tensor cores.
 _COMPUTE_32F = 68
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8
 _EPILOGUE_BIAS = 4

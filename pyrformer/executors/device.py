@@ -24,14 +24,14 @@ class Matrix:
     rows: int
     cols: int
     ld: int
-    #: "f32" or "bf16".
+    #: "f32", "bf16" or "f16".
     dtype: str = "f32"
 
 
 @dataclass(frozen=True)
 class Product:
     """``y = op(a)·op(b) (+ c) (+ bias)``, row-major: op(a) [M, K], op(b) [K, N], y and c [M, N], bias [N]. Factors are
-    of one type, all else of the result's: factors of bfloat16 give either. Sums are float32."""
+    of one type, all else of the result's: 16-bit factors give their own or float32. Sums are float32."""
 
     a: Matrix
     ta: bool

@@ -8,9 +8,9 @@ A run uploads its inputs through pinned memory on a second stream while the run 
 outputs into pinned memory without waiting: :meth:`Executor.start` returns at once. Two sets of such memory (slots) take
 turns; a slot is used again when its run has ended.
 
-A state has one type, float32 or int32, and perhaps a copy in bfloat16 beside it, which programs read that have it in
-that type. The copy is made again in front of the first such program after the state has changed. A state that programs
-write in bfloat16, a cache of keys or values, has that type alone.
+A state has one type, float32 or int32, and perhaps a copy in bfloat16 or float16 beside it, which programs read that
+have it in that type. The copy is made again in front of the first such program after the state has changed. A state
+that programs write in such a type, a cache of keys or values, has that type alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyrformer.executors.device import Bytes, Device, Matrix, Memory, Product
 
 Array = npt.NDArray[Any]
 DTYPES = {"f32": np.dtype(np.float32), "i32": np.dtype(np.int32)}
-SIZES = {"float32": 4, "int32": 4, "bfloat16": 2}
+SIZES = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2}
 #: What NumPy has in the place of a type that it lacks.
 HELD = {"bfloat16": "uint16"}
 #: Offsets of inputs and outputs in pinned memory are multiples of this.
@@ -40,10 +40,19 @@ ALIGNMENT = 256
 #: Device memory is given in pieces of so many bytes.
 PIECE = 512
 WORD = 4
-CAST, THREADS = "narrow_forward_bf16", 256
-#: Behind the name of a state whose copy in bfloat16 is meant.
-COPY = "@bf16"
+THREADS = 256
+#: How names of kernels for 16-bit floats end, and behind an @ those of states whose copy in such a type is meant.
+HALVES = {"bfloat16": "bf16", "float16": "f16"}
+COPIES = tuple(f"@{half}" for half in HALVES.values())
 SLOTS = 2
+
+
+def _is_copy(name: str) -> bool:
+    return name.endswith(COPIES)
+
+
+def _cast(half: str) -> str:
+    return f"narrow_forward_{half}"
 
 
 class Store:
@@ -62,7 +71,7 @@ class Store:
         self.generation = 0
         self.lock = threading.RLock()
         self._states: dict[str, tuple[str, tuple[int, ...], Memory]] = {}
-        #: Copies in bfloat16, and those that a state has changed behind.
+        #: Copies in 16 bits by their names, and those that a state has changed behind.
         self._narrow: dict[str, Memory] = {}
         self._stale: set[str] = set()
 
@@ -80,11 +89,10 @@ class Store:
         return [(name, dtype, list(shape)) for name, (dtype, shape, _) in self._states.items()]
 
     def state(self, name: str, dtype: str, shape: tuple[int, ...], *, own: bool = False) -> Memory:
-        """The memory of a state, or of its copy in bfloat16, made if there is none. With ``own``, the state itself is
-        of bfloat16."""
-        if dtype == "bfloat16" and not own and self._states.get(name, ("",))[0] != dtype:
-            name = name.removesuffix(COPY)
-            self.state(name, "float32", shape)
+        """The memory of a state, or of its copy in 16 bits, made if there is none. With ``own``, the state itself is of
+        such a type."""
+        if dtype in HALVES and not own and self._states.get(name, ("",))[0] != dtype:
+            self.state(name.rsplit("@", 1)[0], "float32", shape)
             if name not in self._narrow:
                 self._narrow[name] = self.device.memory(SIZES[dtype] * math.prod(shape))
                 self._stale.add(name)
@@ -108,18 +116,22 @@ class Store:
 
     def changed(self, names: Iterable[str]) -> None:
         """States have other values from here on the computing stream on."""
-        self._stale.update(name for name in names if name in self._narrow)
+        self._stale.update(copy for name in names for copy in self._copies_of(name))
+
+    def _copies_of(self, name: str) -> list[str]:
+        return [name + copy for copy in COPIES if name + copy in self._narrow]
 
     def refresh(self, names: Iterable[str]) -> None:
-        """Makes copies in bfloat16 again whose states have changed."""
+        """Makes copies again, given by their names, whose states have changed."""
         for name in self._stale.intersection(names):
-            shape, memory = self._states[name][1:]
+            of, half = name.rsplit("@", 1)
+            shape, memory = self._states[of][1:]
             elements = math.prod(shape)
             ints = (np.int32(n) for n in (1, elements, elements, elements))
             args = (np.uint64(memory.address), np.uint64(self._narrow[name].address), *ints)
             # A thread has eight elements of one row.
             grid = [-(-elements // (8 * THREADS)), 1, 1]
-            self.device.launch(self.compute, CAST, grid, [THREADS, 1, 1], args)
+            self.device.launch(self.compute, _cast(half), grid, [THREADS, 1, 1], args)
             self._stale.remove(name)
 
     def write(self, memory: Memory, value: Array) -> None:
@@ -135,7 +147,7 @@ class Store:
 
     def begin_get(self, names: Sequence[str]) -> Callable[[], dict[str, Array]]:
         """Begins to copy states behind all runs so far; calling what it gives waits for the copies, and for no run that
-        was begun later. What is in bfloat16 comes as float32.
+        was begun later. What is in 16 bits comes as float32.
 
         Raises:
             StateError: there is no such state.
@@ -181,8 +193,9 @@ class Store:
     def remove(self, name: str) -> None:
         """Drops a state; programs that use it must be dropped too."""
         self._states.pop(name, None)
-        self._narrow.pop(name, None)
-        self._stale.discard(name)
+        for copy in self._copies_of(name):
+            del self._narrow[copy]
+            self._stale.discard(copy)
 
     def go_on(self) -> None:
         """Lets runs that begin from here on write states again."""
@@ -203,8 +216,7 @@ class Store:
         missing = sum(
             -(-SIZES[dtype] * math.prod(shape) // PIECE) * PIECE
             for name, dtype, shape in plan.states
-            if not (dtype == "bfloat16" and name.removesuffix(COPY) in self._narrow)
-            and self._states.get(name, ("",))[0] != dtype
+            if name not in self._narrow and self._states.get(name, ("",))[0] != dtype
         )
         grow = plan.arena_bytes if plan.arena_bytes > self.arena.size else 0
         work = grow + own
@@ -224,7 +236,9 @@ class Store:
 
 
 def _widened(copy: Array) -> Array:
-    """A copy of an array; of the bits of bfloat16, their values."""
+    """A copy of an array; of 16-bit floats, or the bits of bfloat16, their values as float32."""
+    if copy.dtype == np.float16:
+        return copy.astype(np.float32)
     if copy.dtype != np.uint16:
         return np.array(copy)
     wide: Array = (copy.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -326,16 +340,17 @@ class Executor:
         self.inputs, input_bytes = _ports(program["inputs"])
         self.outputs, output_bytes = _ports(program["outputs"])
         #: The states that are read as copies, and those whose copies a run leaves behind.
-        narrow = [name for name, dtype, _ in plan.states if dtype == "bfloat16"]
+        narrow = [name for name, dtype, _ in plan.states if dtype in HALVES]
         written = [plan.states[i][0] for i in program["written"]]
-        # What is written in bfloat16 and is no copy is a cache.
-        own = {name for name in narrow if name in written and not name.endswith(COPY)}
-        self.narrow = [name.removesuffix(COPY) for name in narrow if name not in own]
-        self.written = [name for name in written if name + COPY not in written and not name.endswith(COPY)]
+        # What is written in 16 bits and is no copy is a cache.
+        own = {name for name in narrow if name in written and not _is_copy(name)}
+        self.narrow = [name for name in narrow if name not in own]
+        copied = {name.rsplit("@", 1)[0] for name in written if _is_copy(name)}
+        self.written = [name for name in written if name not in copied and not _is_copy(name)]
         with store.lock:
             constants = np.array(program["constants"], np.uint32)
             kernels = {r["launch"]["kernel"] for _, r in self.records if "launch" in r}
-            store.device.prepare(kernels | ({CAST} if self.narrow else set()))
+            store.device.prepare(kernels | {_cast(name.rsplit("@", 1)[1]) for name in self.narrow})
             store.reserve(plan, SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE)
             self.states = [
                 store.state(name, dtype, tuple(shape), own=name in own) for name, dtype, shape in plan.states

@@ -1,4 +1,4 @@
-"""attention.cu against float64 and finite differences."""
+"""attention.cu and attention_mma.cu against float64 and finite differences."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from kernels import reference
 from kernels.checks import attention as check
 from kernels.checks import attention_operands as operands
 
+HALVES = pytest.mark.parametrize("half", run.HALVES)
 LAYOUTS = pytest.mark.parametrize("layout", run.LAYOUTS.values(), ids=run.LAYOUTS)
 
 
@@ -32,53 +33,64 @@ def test_shapes(device, rng, close, shape, causal):
     ],
     ids=str,
 )
-def test_tensor_cores(device, rng, close, shape, causal):
-    check(device, close, *operands(rng, *shape), causal=causal, bf16=True)
+@HALVES
+def test_tensor_cores(device, rng, close, shape, causal, half):
+    if shape[-1] > max(run.TENSOR_ROWS[half]):
+        pytest.skip("heads of float16 have up to 128 columns")
+    check(device, close, *operands(rng, *shape), causal=causal, half=half)
 
 
-@pytest.mark.parametrize("width", [40, 104, 136])
-def test_tensor_cores_with_everything(device, rng, close, width):
+@pytest.mark.parametrize(
+    ("width", "half"), [(40, "bf16"), (104, "bf16"), (136, "bf16"), (40, "f16"), (104, "f16")]
+)
+def test_tensor_cores_with_everything(device, rng, close, width, half):
     """A window, packed texts with padding, queries that see nothing, biased keys, dropout, shared heads; rows that
     begin on 16 bytes and no more."""
     segments = np.array([[0] * 3 + [1] * 20 + [0] * 2 + [1] * 37 + [2] * 7])
     more = {"segments": segments, "window": 50, "key_bias": rng.normal(size=(1, 2, 69)).astype(np.float32)}
     site, layout = run.Site(np.array([1, 2, 3, 4]), 9, 0.2), run.Layout(gap=8, skew=8)
     x = operands(rng, 1, 69, 2, 1, width)
-    check(device, close, *x, causal=True, bf16=True, site=site, layout=layout, **more)
+    check(device, close, *x, causal=True, half=half, site=site, layout=layout, **more)
 
 
 @pytest.mark.parametrize(("tokens", "window", "causal"), [(200, 1, True), (260, 70, True), (200, 100, False)])
-def test_tensor_cores_through_windows(device, rng, close, tokens, window, causal):
-    check(device, close, *operands(rng, 1, tokens, 1, 1, 8), causal=causal, window=window, bf16=True)
+@HALVES
+def test_tensor_cores_through_windows(device, rng, close, tokens, window, causal, half):
+    check(device, close, *operands(rng, 1, tokens, 1, 1, 8), causal=causal, window=window, half=half)
 
 
-def test_tensor_cores_see_a_prefix(device, rng, close):
+@HALVES
+def test_tensor_cores_see_a_prefix(device, rng, close, half):
     x = operands(rng, 2, 140, 2, 1, 8)
-    check(device, close, *x, causal=True, prefix=np.array([133, 0]), bf16=True)
+    check(device, close, *x, causal=True, prefix=np.array([133, 0]), half=half)
 
 
-def test_tensor_cores_average_for_queries_that_see_nothing(device, rng, close):
+@HALVES
+def test_tensor_cores_average_for_queries_that_see_nothing(device, rng, close, half):
     segments = np.array([[0] * 129 + [1] * 4, [0] * 133])
     site = run.Site(np.arange(4), 3, 0.3)
     check(
-        device, close, *operands(rng, 2, 133, 2, 1, 8), causal=True, segments=segments, site=site, bf16=True
+        device, close, *operands(rng, 2, 133, 2, 1, 8), causal=True, segments=segments, site=site, half=half
     )
 
 
-def test_tensor_cores_bear_huge_scores(device, rng):
+@HALVES
+def test_tensor_cores_bear_huge_scores(device, rng, half):
     q, k, v, dout = operands(rng, 1, 9, 1, 1, 8)
-    got = run.attention(device, 1e15 * q, 1e15 * k, v, 1.0, dout=dout, causal=True, bf16=True)
+    huge = {"bf16": 1e15, "f16": 1e4}[half]
+    got = run.attention(device, huge * q, huge * k, v, 1.0, dout=dout, causal=True, half=half)
     for name, x in got.items():
         assert np.isfinite(x).all(), name
     assert np.isin(got["out"], v).all()  # each query sees exactly one key
 
 
-def test_tensor_cores_round_once(device, rng):
-    """Equal weights of whole numbers: exact sums, a result rounded to bfloat16's eight bits and no further."""
+@HALVES
+def test_tensor_cores_round_once(device, rng, half):
+    """Equal weights of whole numbers: exact sums, a result rounded to the type's bits and no further."""
     q, k, v = (rng.integers(-255, 256, size=(1, 16, 1, 8)).astype(np.float32) for _ in range(3))
-    got = run.attention(device, q, k, v, 0.0, bf16=True)["out"]
+    got = run.attention(device, q, k, v, 0.0, half=half)["out"]
     mean = np.broadcast_to(v.mean(1, keepdims=True), got.shape)
-    np.testing.assert_array_equal(got, run.from_bf16(run.to_bf16(mean)))
+    np.testing.assert_array_equal(got, run.rounded(mean, half))
 
 
 @pytest.mark.parametrize("width", [7, 100, 130, 256])

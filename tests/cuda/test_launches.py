@@ -31,16 +31,17 @@ def signatures() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in nvrtc.files():
         source = re.sub(r"//.*", "", nvrtc.unit(name))
+        for macro in re.findall(r"#define (\w+_PARAMETERS)((?:.*\\\n)+.*)", source):
+            source = source.replace(f"({macro[0]})", f"({macro[1]})".replace("\\\n", "\n"))
         # Macros that define kernels are written out.
         for macro in re.findall(r"(#define (UNARY|BINARY)\(name, \w+\)((?:.*\\\n)+.*))", source):
             source = source.replace(macro[0], "")
             for use in re.findall(rf"^{macro[1]}\((\w+),", source, re.MULTILINE):
                 source += macro[2].replace("\\\n", "\n").replace("name##", use)
-        for kernel in re.finditer(
-            r'extern "C" __global__.*?\n?\s*(\w+_(?:bf16|f32))\(([^)]*)\)', source, re.DOTALL
-        ):
+        for kernel in re.finditer(r'extern "C" __global__.*?\n?\s*(\w+_f32)\(([^)]*)\)', source, re.DOTALL):
             params = [p.strip().rsplit(" ", 1)[0] for p in kernel[2].split(",")]
-            found[kernel[1]] = ["pointer" if "*" in p else types[p] for p in params]
+            named = re.search(rf"#define {kernel[1]} (\w+)", source)
+            found[named[1] if named else kernel[1]] = ["pointer" if "*" in p else types[p] for p in params]
     return found
 
 

@@ -13,7 +13,7 @@ from kernels import nvrtc, reference
 from kernels.checks import attention as check_attention
 from kernels.checks import attention_operands, relative_operands
 from kernels.checks import relative_attention as check_relative
-from kernels.narrow import Narrow, near, rounded
+from kernels.narrow import Narrow
 
 CROOKED = run.LAYOUTS["crooked"]
 
@@ -31,30 +31,32 @@ def elementwise(device, rng, close):
     close(run.binary(device, "add", x, normal(rng, 2, 5) * 0 + x[:2]), x + np.tile(x[:2], (3, 1)))
 
 
-def in_bfloat16(device, rng, close):
-    device = Narrow(device)
-    x, y = rounded(normal(rng, 6, 24)), rounded(normal(rng, 2, 24))
+def in_bfloat16(device, rng, close, half="bf16"):
+    device = Narrow(device, half)
+    x, y = device.rounded(normal(rng, 6, 24)), device.rounded(normal(rng, 2, 24))
     for layout in (run.PLAIN, CROOKED):
         got = run.binary(device, "add", x, y, layout)
-        near(got, x.astype(float) + np.tile(y, (3, 1)))
-        np.testing.assert_array_equal(run.narrow(device, x + 1e-3, layout), rounded(x + np.float32(1e-3)))
+        device.near(got, x.astype(float) + np.tile(y, (3, 1)))
+        np.testing.assert_array_equal(
+            run.narrow(device, x + 1e-3, layout), device.rounded(x + np.float32(1e-3))
+        )
         np.testing.assert_array_equal(run.widen(device, x, layout), x)
         np.testing.assert_array_equal(run.narrow(device, x[:1, :21], layout), x[:1, :21])
 
 
 def layer_norm_in_bfloat16(device, rng, close):
     device = Narrow(device)
-    x, w = rounded(normal(rng, 5, 309)), normal(rng, 309)
+    x, w = device.rounded(normal(rng, 5, 309)), normal(rng, 309)
     got, want = run.layer_norm(device, x, w, None, 1e-5), reference.layer_norm(x, w, None, 1e-5)
-    near(got[0], want[0])
+    device.near(got[0], want[0])
     close(got[2], want[2], 1e-5)
 
 
 def rows_in_bfloat16(device, rng, close):
     device = Narrow(device)
-    table, source = normal(rng, 3, 69), rounded(normal(rng, 40, 300))
+    table, source = normal(rng, 3, 69), device.rounded(normal(rng, 40, 300))
     got = run.gather_narrow(device, table, np.array([2, 0, 1]))
-    np.testing.assert_array_equal(got, rounded(table)[[2, 0, 1]])
+    np.testing.assert_array_equal(got, device.rounded(table)[[2, 0, 1]])
     base, index = np.zeros((4, 300), np.float32), rng.integers(4, size=40)
     want = base.copy()
     for n, r in enumerate(index):
@@ -64,24 +66,26 @@ def rows_in_bfloat16(device, rng, close):
 
 def loss_in_bfloat16(device, rng, close):
     device = Narrow(device)
-    z, labels = rounded(3 * normal(rng, 3, 2070) - 15), np.array([2069, 7, -1])
+    z, labels = device.rounded(3 * normal(rng, 3, 2070) - 15), np.array([2069, 7, -1])
     loss, d = reference.cross_entropy(z, labels)
     for layout in (run.PLAIN, CROOKED):
         got = run.cross_entropy(device, z, labels, None, 0.5, layout)
         close(got[0], loss, 1e-5)
-        near(got[1], 0.5 * d)
+        device.near(got[1], 0.5 * d)
 
 
 def sums_in_bfloat16(device, rng, close):
-    x = rounded(normal(rng, 35, 40))
-    got = run.sum_to(Narrow(device), x, 1, 16, CROOKED)
+    device = Narrow(device)
+    x = device.rounded(normal(rng, 35, 40))
+    got = run.sum_to(device, x, 1, 16, CROOKED)
     close(got, x.astype(float).sum(0, keepdims=True))
 
 
 def rope_in_bfloat16(device, rng, close):
-    x, table = rounded(normal(rng, 4, 6)), np.array([[0, 0, 1, 1]] * 4, np.float32)
+    device = Narrow(device)
+    x, table = device.rounded(normal(rng, 4, 6)), np.array([[0, 0, 1, 1]] * 4, np.float32)
     want = np.concatenate([-x[:, 2:4], x[:, :2], x[:, 4:]], 1)
-    near(run.rope(Narrow(device), x, table, 1, False), want)
+    device.near(run.rope(device, x, table, 1, False), want)
 
 
 def gelu_tanh(device, rng, close):
@@ -182,10 +186,10 @@ def halt(device, rng, close):
 def adamw(device, rng, close):
     p, g, m, v = (np.abs(normal(rng, 3, 7)) for _ in range(4))
     settings = {"clip": 0.5, "lr": 0.01, "step": 3, "betas": (0.9, 0.999), "eps": 1e-3, "decay": 0.1}
-    got = run.adamw(device, p, g, m, v, **settings, layout=CROOKED, copy=True)
+    got = run.adamw(device, p, g, m, v, **settings, layout=CROOKED, copy="bf16")
     for x, y in zip(got, reference.adamw(p, g, m, v, **settings), strict=False):
         close(x, y)
-    np.testing.assert_array_equal(got[3], rounded(got[0]))
+    np.testing.assert_array_equal(got[3], run.rounded(got[0], "bf16"))
 
 
 def attention(device, rng, close, backward=False):
@@ -208,29 +212,29 @@ def attention_grad(device, rng, close):
     attention(device, rng, close, backward=True)
 
 
-def tensor_cores(device, rng, close):
+def tensor_cores(device, rng, close, half="bf16"):
     site, segments = (
         run.Site(np.array([1, 2, 3, 4]), 9, 0.2),
         np.array([[1] * 20 + [0] * 2 + [1] * 40 + [2] * 7]),
     )
     x = attention_operands(rng, 1, 69, 2, 1, 40)
     x[1][0, 60] *= 3  # a large score comes late
-    check_attention(device, close, *x, causal=True, window=50, segments=segments, site=site, bf16=True)
+    check_attention(device, close, *x, causal=True, window=50, segments=segments, site=site, half=half)
 
 
 def blind_tensor_cores(device, rng, close):
     x = attention_operands(rng, 1, 70, 2, 1, 8)
-    check_attention(device, close, *x, causal=True, segments=np.array([[0] * 66 + [1] * 4]), bf16=True)
+    check_attention(device, close, *x, causal=True, segments=np.array([[0] * 66 + [1] * 4]), half="bf16")
 
 
 def tensor_tiles(device, rng, close):
     """Without dropout or segments, so that some tiles are seen by all; key bias, a window, several heads and tiles."""
     x = attention_operands(rng, 1, 170, 2, 1, 8)
-    check_attention(device, close, *x, causal=True, window=100, key_bias=normal(rng, 1, 2, 170), bf16=True)
+    check_attention(device, close, *x, causal=True, window=100, key_bias=normal(rng, 1, 2, 170), half="bf16")
 
 
 def wide_tensor_cores(device, rng, close):
-    check_attention(device, close, *attention_operands(rng, 1, 33, 2, 1, 216), causal=True, bf16=True)
+    check_attention(device, close, *attention_operands(rng, 1, 33, 2, 1, 216), causal=True, half="bf16")
 
 
 def blind(device, rng, close):
@@ -385,6 +389,10 @@ CASES = {f.__name__: f for f in (
     relative_queries, relative_spread, relative_wide, roots_and_signs, smoothed, in_bfloat16,
     layer_norm_in_bfloat16, rows_in_bfloat16, loss_in_bfloat16, sums_in_bfloat16, rope_in_bfloat16,
 )}  # fmt: skip
+CASES |= {
+    "in_float16": functools.partial(in_bfloat16, half="f16"),
+    "tensor_cores_in_float16": functools.partial(tensor_cores, half="f16"),
+}
 
 # ---- The bugs: case, file, kernels to compile, text, replacement ----------------------------------------------------
 
@@ -480,8 +488,8 @@ MUTANTS = [
     ("halt", "elementwise", "BINARY(add", "g.n == 0 || halted(halt)", "g.n == 0"),
     ("halt", "elementwise", "broadcast_forward_f32", "g.n == 0 || halted(halt)", "g.n == 0"),
     ("halt", "optimizer", "adamw_forward_f32", " || halted(halt)", ""),
-    ("adamw", "optimizer", "adamw_forward_f32", "-expm1f(t * log_beta2)", "-expm1f(t * log_beta1)"),
-    ("adamw", "optimizer", "adamw_forward_f32", "(long long)row * g_ld + c", "at"),
+    ("adamw", "optimizer_bf16", "adamw", "-expm1f(t * log_beta2)", "-expm1f(t * log_beta1)"),
+    ("adamw", "optimizer_bf16", "adamw", "(long long)row * g_ld + c", "at"),
     # Attention: masks and numbers.
     ("attention", "attention", FORWARD, "causal && j > i &&", "causal && j >= i &&"),
     ("attention", "attention", FORWARD, "i - j >= window", "i - j > window"),
@@ -518,53 +526,56 @@ MUTANTS = [
     ("attention", "attention", FORWARD, "                __syncthreads();\n                multiply<S::DEPTH>(sum[part]", "                multiply<S::DEPTH>(sum[part]"),
     ("attention_grad", "attention", DKV, "__syncthreads();  // the probabilities are used up", ""),
     # Attention on tensor cores.
-    ("tensor_cores", "attention_bf16", "attention64_", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
-    ("tensor_cores", "attention_bf16", "attention64_", "{%0, %1, %2, %3}, {%4, %5, %6, %7}", "{%0, %1, %2, %3}, {%4, %6, %5, %7}"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "multiply(product[m][n + 1], a[m], b[2], b[3])", "multiply(product[m][n + 1], a[m], b[1], b[3])"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "load_tiles<true>(b", "load_tiles<false>(b"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
-    ("tensor_cores", "attention_bf16", "attention64_forward", 'asm volatile("cp.async.wait_group 0;" ::: "memory");', ''),
-    ("tensor_cores", "attention_bf16", "attention64_forward", 'asm volatile("cp.async.commit_group;" ::: "memory");', ''),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "bool inside = from + r < x.rows && 8 * c < x.width;", "bool inside = 8 * c < x.width;"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "return at + row * CHUNKS + (c ^ (row & 7));", "return at + row * CHUNKS + (c ^ (row & 3));"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "sum[m][n][2 * r] *= correction, ", ""),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));", ""),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "factor[m][r] *= dropout_scale;", ""),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "if (from + r < rows && col + 8 * c < width) {", "if (from + r < rows) {"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "    __syncwarp();\n#pragma unroll 4", "#pragma unroll 4"),
-    ("tensor_cores", "attention_bf16", "attention64_forward", "rng ? only(weights, kept) : weights", "weights"),
-    ("tensor_cores", "attention_bf16", "attention64_dq", "(x[m][n][e] - row_delta[m][e / 2])", "(x[m][n][e] - row_delta[m][e % 2])"),
-    ("tensor_cores", "attention_bf16", "attention64_dq", "bit(kept[m], n, e) ? x[m][n][e] * dropout_scale : 0.f", "x[m][n][e]"),
-    ("tensor_cores", "attention_bf16", "attention64_dq", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
-    ("tensor_cores", "attention_bf16", "attention64_dkv", "__syncthreads();  // these queries are there, the last ones used up", ""),
-    ("tensor_cores", "attention_bf16", "attention64_dkv", "mask.sees(col + c, row + r)", "mask.sees(row + r, col + c)"),
-    ("tensor_cores", "attention_bf16", "attention64_dkv", "visits = group * per_head", "visits = per_head"),
-    ("tensor_cores", "attention_bf16", "attention64_dkv", "kept_scales[m][1] = rng ? dropout_scale : 1.f", "kept_scales[m][1] = 1.f"),
-    ("tensor_tiles", "attention_bf16", "attention64_forward", "bool before = !causal || j + m - 1 <= i ||", "bool before = !causal || j + m - 33 <= i ||"),
-    ("tensor_tiles", "attention_bf16", "attention64_forward", "i + n - 1 - j < window && j + m", "i - j < window && j + m"),
-    ("tensor_tiles", "attention_bf16", "attention64_forward", "bool after = causal && j > i + n - 1", "bool after = causal && j >= i"),
-    ("tensor_tiles", "attention_bf16", "attention64_forward", "LOG2_E * key_bias[head0", "key_bias[head0"),
-    ("tensor_tiles", "attention_bf16", "attention64_dq", "if (key_bias) above -= bias[e % 2];", ""),
-    ("tensor_tiles", "attention_bf16", "attention64_dkv", "            unit = 1.f;\n", ""),
-    ("tensor_tiles", "attention_bf16", "attention64_dkv", "threadIdx.x < QUERIES ? lse : delta", "lse"),
-    ("wide_tensor_cores", "attention_bf16", "attention_delta", "step = 4; step > 0; step /= 2) sum", "step = 2; step > 0; step /= 2) sum"),
-    ("tensor_tiles", "attention_bf16", "attention_delta", "n / tokens % heads", "n % heads"),
-    ("wide_tensor_cores", "attention_bf16", "attention256_dkv", "blockIdx.z / batch * COLS", "blockIdx.z % batch * COLS"),
-    ("wide_tensor_cores", "attention_bf16", "attention256_dkv", "16 * (rows * CHUNKS + (c & ~7))", "16 * (rows * CHUNKS)"),
-    ("wide_tensor_cores", "attention_bf16", "attention256_dq", "tiles_bytes<256>(2,", "tiles_bytes<256>(1,"),
-    ("blind_tensor_cores", "attention_bf16", "attention64_forward", "mask.blind_weight(largest[m][e / 2]", "mask.blind_weight(largest[m][e % 2]"),
-    ("blind_tensor_cores", "attention_bf16", "attention64_forward", "__syncthreads();  // the last values are used up", ""),
-    ("blind_tensor_cores", "attention_bf16", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
+    ("tensor_cores", "attention_mma_bf16", "attention64_", "{%0, %1, %2, %3}, {%4, %5, %6, %7}", "{%0, %1, %2, %3}, {%4, %6, %5, %7}"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "multiply(product[m][n + 1], a[m], b[2], b[3])", "multiply(product[m][n + 1], a[m], b[1], b[3])"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "load_tiles<true>(b", "load_tiles<false>(b"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", 'asm volatile("cp.async.wait_group 0;" ::: "memory");', ''),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", 'asm volatile("cp.async.commit_group;" ::: "memory");', ''),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "bool inside = from + r < x.rows && 8 * c < x.width;", "bool inside = 8 * c < x.width;"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "return at + row * CHUNKS + (c ^ (row & 7));", "return at + row * CHUNKS + (c ^ (row & 3));"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "sum[m][n][2 * r] *= correction, ", ""),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));", ""),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "factor[m][r] *= dropout_scale;", ""),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "if (from + r < rows && col + 8 * c < width) {", "if (from + r < rows) {"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "    __syncwarp();\n#pragma unroll 4", "#pragma unroll 4"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_forward", "rng ? only(weights, kept) : weights", "weights"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_dq", "(x[m][n][e] - row_delta[m][e / 2])", "(x[m][n][e] - row_delta[m][e % 2])"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_dq", "bit(kept[m], n, e) ? x[m][n][e] * dropout_scale : 0.f", "x[m][n][e]"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_dq", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
+    ("tensor_cores", "attention_mma_bf16", "attention64_dkv", "__syncthreads();  // these queries are there, the last ones used up", ""),
+    ("tensor_cores", "attention_mma_bf16", "attention64_dkv", "mask.sees(col + c, row + r)", "mask.sees(row + r, col + c)"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_dkv", "visits = group * per_head", "visits = per_head"),
+    ("tensor_cores", "attention_mma_bf16", "attention64_dkv", "kept_scales[m][1] = rng ? dropout_scale : 1.f", "kept_scales[m][1] = 1.f"),
+    ("tensor_tiles", "attention_mma_bf16", "attention64_forward", "bool before = !causal || j + m - 1 <= i ||", "bool before = !causal || j + m - 33 <= i ||"),
+    ("tensor_tiles", "attention_mma_bf16", "attention64_forward", "i + n - 1 - j < window && j + m", "i - j < window && j + m"),
+    ("tensor_tiles", "attention_mma_bf16", "attention64_forward", "bool after = causal && j > i + n - 1", "bool after = causal && j >= i"),
+    ("tensor_tiles", "attention_mma_bf16", "attention64_forward", "LOG2_E * key_bias[head0", "key_bias[head0"),
+    ("tensor_tiles", "attention_mma_bf16", "attention64_dq", "if (key_bias) above -= bias[e % 2];", ""),
+    ("tensor_tiles", "attention_mma_bf16", "attention64_dkv", "            unit = 1.f;\n", ""),
+    ("tensor_tiles", "attention_mma_bf16", "attention64_dkv", "threadIdx.x < QUERIES ? lse : delta", "lse"),
+    ("wide_tensor_cores", "attention_mma_bf16", "attention_delta", "step = 4; step > 0; step /= 2) sum", "step = 2; step > 0; step /= 2) sum"),
+    ("tensor_tiles", "attention_mma_bf16", "attention_delta", "n / tokens % heads", "n % heads"),
+    ("wide_tensor_cores", "attention_mma_bf16", "attention256_dkv", "blockIdx.z / batch * COLS", "blockIdx.z % batch * COLS"),
+    ("wide_tensor_cores", "attention_mma_bf16", "attention256_dkv", "16 * (rows * CHUNKS + (c & ~7))", "16 * (rows * CHUNKS)"),
+    ("wide_tensor_cores", "attention_mma_bf16", "attention256_dq", "tiles_bytes<256>(2,", "tiles_bytes<256>(1,"),
+    ("blind_tensor_cores", "attention_mma_bf16", "attention64_forward", "mask.blind_weight(largest[m][e / 2]", "mask.blind_weight(largest[m][e % 2]"),
+    ("blind_tensor_cores", "attention_mma_bf16", "attention64_forward", "__syncthreads();  // the last values are used up", ""),
+    ("blind_tensor_cores", "attention_mma_bf16", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
     # In bfloat16.
-    ("adamw", "optimizer", "adamw", "if (copy) store4(copy + at, ps, n);", "if (copy) store4(copy + c, ps, n);"),
-    ("adamw", "optimizer", "adamw", "if (n > 2) put(p + 2, x.z);", "if (n > 3) put(p + 2, x.z);"),
-    ("adamw", "optimizer", "adamw", "make_uint2(narrow(x.x, x.y), narrow(x.z, x.w))", "make_uint2(narrow(x.x, x.y), narrow(x.w, x.z))"),
+    ("adamw", "optimizer_bf16", "adamw", "if (copy) store4(copy + at, ps, n);", "if (copy) store4(copy + c, ps, n);"),
+    ("adamw", "optimizer_bf16", "adamw", "if (n > 2) put(p + 2, x.z);", "if (n > 3) put(p + 2, x.z);"),
+    ("adamw", "optimizer_bf16", "adamw", "make_uint2(narrow(x.x, x.y), narrow(x.z, x.w))", "make_uint2(narrow(x.x, x.y), narrow(x.w, x.z))"),
     ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "make_uint4(narrow(v.x[0], v.x[1])", "make_uint4(narrow(v.x[1], v.x[0])"),
-    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "__uint_as_float(words[i] & 0xffff0000u)", "__uint_as_float(words[i])"),
+    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "v.x[2 * i + 1] = high_of(words[i])", "v.x[2 * i + 1] = low_of(words[i])"),
     ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "for (int i = 0; i < COLUMNS; i += 4) {\n        float4 four = *reinterpret_cast<const float4*>(p + i)", "for (int i = 0; i < COLUMNS; i += 4) {\n        float4 four = *reinterpret_cast<const float4*>(p)"),
     ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "return n >= COLUMNS && (reinterpret_cast<unsigned long long>(p) & 15) == 0", "return n >= COLUMNS && (reinterpret_cast<unsigned long long>(p) & 7) == 0"),
     ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "return n >= COLUMNS &&", "return n >= 4 &&"),
-    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "*p = (bf16)narrow(x, 0.f)", "*p = (bf16)(__float_as_uint(x) >> 16)"),
+    ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "*p = (real)narrow(x, 0.f)", "*p = (real)(__float_as_uint(x) >> 16)"),
+    ("in_float16", "elementwise_f16", ("BINARY", "narrow", "widen"), '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
+    ("in_float16", "elementwise_f16", ("BINARY", "narrow", "widen"), "widen((real)(word >> 16))", "widen((real)word)"),
+    ("tensor_cores_in_float16", "attention_mma_f16", "attention128_dq", "#define DQ_PIECES 1", "#define DQ_PIECES 2"),
     ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "i < n ? v.x[i] - shift : 0.f", "v.x[i] - shift"),
     ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "#define STEP (COLUMNS * WARP)", "#define STEP (4 * WARP)"),
     ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "for (int i = 4; i < COLUMNS; i += 4) sum +=", "for (int i = 8; i < COLUMNS; i += 4) sum +="),
@@ -573,7 +584,7 @@ MUTANTS = [
     ("loss_in_bfloat16", "loss_bf16", "cross_entropy", "z.x[i] -= v + i == label ? scale : 0.f;", "z.x[i] -= v + (i & 3) == label ? scale : 0.f;"),
     ("loss_in_bfloat16", "loss_bf16", "cross_entropy", "z.x[i] = i < n ? z.x[i] : -INFINITY;", "z.x[i] = z.x[i];"),
     ("loss_in_bfloat16", "loss_bf16", "cross_entropy", "#define STEP (COLUMNS * THREADS)", "#define STEP (4 * THREADS)"),
-    ("sums_in_bfloat16", "reduce_bf16", "sum_to", "__uint_as_float((unsigned)x << 16)", "__uint_as_float((unsigned)x << 15)"),
+    ("sums_in_bfloat16", "reduce_bf16", "sum_to", "return low_of(x);", "return high_of(x);"),
     ("rope_in_bfloat16", "positions_bf16", "rope_forward", "put(y + half + c, b * cosine + a * sine)", "put(y + half + c, b * cosine - a * sine)"),
     # Decoding.
     ("best", "best", "best_forward_f32", "equal_before < taken)", "equal_before <= taken)"),

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import sim
+from sim.tensor import MMA
 
 HEADER = ".version 9.5\n.target sm_80\n.address_size 64\n"
 PREFIX = {"f32": "%f", "b32": "%r", "u32": "%r", "s32": "%r", "b64": "%rd", "u64": "%rd", "s64": "%rd",
@@ -125,6 +126,18 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
         # The first operand is the upper half. Ties go to even; NaN stays NaN, the largest floats become infinite.
         [((1, -2), 0x3F80C000), ((1 + 2.0**-8, 1 + 3 * 2.0**-8), 0x3F803F82), ((nan, inf), 0x7FFF7F80),
          ((3.4e38, TINY), 0x7F800001)],
+    ),
+    "cvt.rn.f16x2.f32": (
+        "u32", f2,
+        [((1, -2), 0x3C00C000), ((1 + 2.0**-11, 1 + 3 * 2.0**-11), 0x3C003C02), ((nan, inf), 0x7FFF7C00),
+         ((65519, 65520), 0x7BFF7C00), ((2.0**-24, -(2.0**-25)), 0x00018000)],
+    ),
+    "cvt.rn.f16.f32": (
+        "u16", f1, [((-2,), 0xC000), ((1 + 3 * 2.0**-11,), 0x3C02), ((nan,), 0x7FFF), ((65520,), 0x7C00), ((TINY,), 0)],
+    ),
+    "cvt.f32.f16": (
+        "f32", ("u16",), [((0xC000,), -2), ((0x7BFF,), 65504), ((1,), 2.0**-24), ((0x8000,), -0.0), ((0xFC00,), -inf),
+                          ((0x7E00,), nan)],
     ),
     "cvt.u32.u16": ("u32", ("u16",), [((65535,), 65535), ((7,), 7)]),
     "cvt.rn.f32.s32": ("f32", ("s32",), [((-5,), -5), ((2**24 + 1,), 2**24)]),
@@ -269,7 +282,7 @@ SPECIAL = {
     "st.shared.b32", "st.shared.f32", "st.shared.v4.b32", "st.shared.v4.f32", "vote.sync.ballot.b32",
     # Tested by name below.
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "st.global.v2.f32", "st.shared.v2.u32",
+    *MMA, "st.global.v2.f32", "st.shared.v2.u32",
     "ld.global.nc.v2.b32", "st.global.v2.b32", "st.global.v2.u32", "st.shared.v2.b32",
     "bfi.b64", "ld.shared.b64", "ld.shared.f64", "st.shared.b64", "st.shared.f64",
     "ld.shared.u32", "st.shared.u32",
@@ -322,6 +335,17 @@ def test_halves_of_64_bits():
     """
     got = run(body, 1, [np.array([0x1122334455667788], np.uint64)], ((3,), np.uint64))
     assert got.tolist() == [0x5566778811223344, 0x1122334455667788, 0x1122334411223344]
+
+
+def test_halves_of_32_bits():
+    body = """
+    ld.global.u32 %r1, [%rd0];
+    mov.b32 {%rs1, %rs2}, %r1;
+    mov.b32 %r2, {%rs2, %rs1};
+    st.global.u32 [%rd1], %r2;
+    """
+    got = run(body, 1, [np.array([0x11228384], np.uint32)], ((1,), np.uint32))
+    assert got.tolist() == [0x83841122]
 
 
 @pytest.mark.parametrize("load", ["ld.global", "ld.global.nc"])
@@ -564,15 +588,18 @@ def test_a_shuffle_beyond_its_segment_gives_the_own_value():
 
 
 # CuTe's layouts of the same instruction, an independent statement of who holds what: (extents of lane and value,
-# strides into the matrix, columns first). Source: CUTLASS, include/cute/atom/mma_traits_sm80.hpp, SM80_16x8x16.
+# strides into the matrix, columns first). Source: CUTLASS, include/cute/atom/mma_traits_sm80.hpp, SM80_16x8x16, and
+# mma_traits_sm75.hpp, SM75_16x8x8.
 LAYOUTS = {
-    "a": (((4, 8), (2, 2, 2)), ((32, 1), (16, 8, 128))),
-    "b": (((4, 8), (2, 2)), ((16, 1), (8, 64))),
+    ("a", 16): (((4, 8), (2, 2, 2)), ((32, 1), (16, 8, 128))),
+    ("b", 16): (((4, 8), (2, 2)), ((16, 1), (8, 64))),
+    ("a", 8): (((4, 8), (2, 2)), ((32, 1), (16, 8))),
+    ("b", 8): (((4, 8), (2,)), ((16, 1), (8,))),
     "c": (((4, 8), (2, 2)), ((32, 1), (16, 8))),
 }
 
 
-def held(which: str) -> np.ndarray:
+def held(which: str | tuple[str, int]) -> np.ndarray:
     """Places in the matrix, stored by columns, of each lane's values: [32, values]."""
     parts = []
     for extents, strides in zip(*LAYOUTS[which], strict=True):
@@ -583,27 +610,37 @@ def held(which: str) -> np.ndarray:
     return parts[0][:, None] + parts[1]
 
 
-def as_bf16(x: np.ndarray) -> np.ndarray:
-    """Small integers as bfloat16, which holds them exactly."""
+def in_16_bits(x: np.ndarray, opcode: str) -> np.ndarray:
+    """Small integers as float16 or bfloat16, which hold them exactly."""
+    if ".f16." in opcode:
+        return x.astype(np.float16).view(np.uint16)
     return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def test_mma(rng):
-    a, b, c = (rng.integers(-9, 10, size) for size in ((16, 16), (8, 16), (16, 8)))
-    lanes = [as_bf16(x.T.reshape(-1)[held(n)]).view(np.uint32) for n, x in (("a", a), ("b", b))]
+@pytest.mark.parametrize("opcode", MMA)
+def test_mma(rng, opcode):
+    k = 8 if "k8" in opcode else 16
+    a, b, c = (rng.integers(-9, 10, size) for size in ((16, k), (8, k), (16, 8)))
+    lanes = [
+        in_16_bits(x.T.reshape(-1)[held((n, k))], opcode).view(np.uint32) for n, x in (("a", a), ("b", b))
+    ]
     sums = c.astype(np.float32).T.reshape(-1)[held("c")]
-    body = """
-    mul.wide.u32 %rd20, %r0, 16;
-    mul.wide.u32 %rd21, %r0, 8;
+    words = [["%r1", "%r2", "%r3", "%r4"][: k // 4], ["%r5", "%r6"][: k // 8]]
+    loads = "\n".join(
+        f"ld.global.u32 {r}, [%rd{n}+{4 * i}];" for n in range(2) for i, r in enumerate(words[n])
+    )
+    body = f"""
+    mul.wide.u32 %rd20, %r0, {k};
+    mul.wide.u32 %rd21, %r0, {k // 2};
+    mul.wide.u32 %rd22, %r0, 16;
     add.s64 %rd0, %rd0, %rd20;
     add.s64 %rd1, %rd1, %rd21;
-    add.s64 %rd2, %rd2, %rd20;
-    add.s64 %rd3, %rd3, %rd20;
-    ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd0];
-    ld.global.v2.u32 {%r5, %r6}, [%rd1];
-    ld.global.v4.f32 {%f1, %f2, %f3, %f4}, [%rd2];
-    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {SUM}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4};
-    st.global.v4.f32 [%rd3], {SUM};
+    add.s64 %rd2, %rd2, %rd22;
+    add.s64 %rd3, %rd3, %rd22;
+    {loads}
+    ld.global.v4.f32 {{%f1, %f2, %f3, %f4}}, [%rd2];
+    {opcode} {{SUM}}, {{{", ".join(words[0])}}}, {{{", ".join(words[1])}}}, {{%f1, %f2, %f3, %f4}};
+    st.global.v4.f32 [%rd3], {{SUM}};
     """.replace("SUM", "%f5, %f6, %f7, %f8")
     got = run(body, 32, [*lanes, sums], ((32, 4), np.float32))
     np.testing.assert_array_equal(got, (a @ b.T + c).T.reshape(-1)[held("c")])

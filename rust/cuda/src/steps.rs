@@ -119,7 +119,11 @@ struct Recorder<'a> {
 
 /// How names of kernels for tensors of a type end. Where only bits are moved, integers are floats.
 fn suffix(dtype: DType) -> &'static str {
-    if dtype == DType::Bf16 { "bf16" } else { "f32" }
+    match dtype {
+        DType::Bf16 => "bf16",
+        DType::F16 => "f16",
+        _ => "f32",
+    }
 }
 
 /// Elements in 128 bits.
@@ -277,9 +281,14 @@ impl Recorder<'_> {
             Op::Copy => self.copy(self.x(0), self.y(0)),
             Op::Cast(to) => {
                 let [x, y] = flat([self.x(0), self.y(0)]);
-                let kernel = if *to == DType::Bf16 { "narrow_forward_bf16" } else { "widen_forward_bf16" };
-                let grid = groups(Matrix { dtype: DType::Bf16, ..y });
-                self.launch(kernel, grid, [256, 1, 1], args![x, y, y.rows, y.cols, x.ld, y.ld]);
+                let (way, half) = if to.is_half() { ("narrow", y.dtype) } else { ("widen", x.dtype) };
+                let grid = groups(Matrix { dtype: half, ..y });
+                self.launch(
+                    format!("{way}_forward_{}", suffix(half)),
+                    grid,
+                    [256, 1, 1],
+                    args![x, y, y.rows, y.cols, x.ld, y.ld],
+                );
             }
             Op::Fill { value } => {
                 let integer = step.outputs[0].ty.dtype == DType::I32;
@@ -290,11 +299,8 @@ impl Recorder<'_> {
             Op::Gather => {
                 let (table, y) = (self.x(0), self.y(0));
                 let args = args![table, self.x(1), y, table.rows, y.rows, y.cols, table.ld, y.ld];
-                let kernel = match (table.dtype, y.dtype) {
-                    (DType::F32, DType::Bf16) => "gather_narrow_forward_bf16".to_owned(),
-                    (_, dtype) => format!("gather_forward_{}", suffix(dtype)),
-                };
-                self.launch(kernel, groups(y), [256, 1, 1], args);
+                let way = if table.dtype == y.dtype { "gather" } else { "gather_narrow" };
+                self.launch(format!("{way}_forward_{}", suffix(y.dtype)), groups(y), [256, 1, 1], args);
             }
             Op::ScatterAdd { rows } => self.scatter_add(*rows),
             Op::Unary(Unary::Scale(s)) => self.scale(*s, self.x(0)),
@@ -392,10 +398,12 @@ impl Recorder<'_> {
                 let [p, g, m, v] = flat([self.x(0), self.x(1), self.x(2), self.x(3)]);
                 let mut args =
                     args![p, g, m, v, self.x(4), self.x(5), self.x(6), self.y(0), self.y(1), self.y(2)];
-                args.push(Arg::from((step.inputs.len() == 8).then(|| self.y(3))));
+                let copy = (step.inputs.len() == 8).then(|| self.y(3));
+                args.push(Arg::from(copy));
                 args.extend(args![p.rows, p.cols, g.ld, *beta1, *beta2, 1.0 - beta1, 1.0 - beta2]);
                 args.extend(args![beta1.ln(), beta2.ln(), *eps, *weight_decay, self.halt()]);
-                self.launch("adamw_forward_f32", groups(p), [256, 1, 1], args);
+                let kernel = format!("adamw_forward_{}", suffix(copy.map_or(DType::F32, |c| c.dtype)));
+                self.launch(kernel, groups(p), [256, 1, 1], args);
             }
             _ => return Err("it has no kernel".to_owned()),
         }

@@ -20,6 +20,8 @@ FILE = nvrtc.KERNELS / "bars.toml"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Static shared memory beyond this needs an opt-in on every architecture; with it, some give a block no more than this.
 SHARED_LIMIT, DYNAMIC_LIMIT = 48 * 1024, 99 * 1024
+# The most that Turing gives a block, for which float16 is.
+TURING_LIMIT = 64 * 1024
 
 _REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"

@@ -7,19 +7,20 @@ from kernels import reference
 
 
 def attention_operands(rng, batch, tokens, heads, kv_heads, width):
-    """q, k, v, dout, of numbers that bfloat16 holds."""
+    """q, k, v, dout, of numbers that bfloat16 holds, and float16 nearly."""
     q, dout = (rng.normal(size=(batch, tokens, heads, width)).astype(np.float32) for _ in range(2))
     k, v = (rng.normal(size=(batch, tokens, kv_heads, width)).astype(np.float32) for _ in range(2))
-    return tuple(run.from_bf16(run.to_bf16(x)) for x in (q, k, v, dout))
+    return tuple(run.rounded(x, "bf16") for x in (q, k, v, dout))
 
 
 #: bfloat16 keeps eight bits: results and factors are off by up to 1 / 512 of themselves, sums of many factors by less.
-BF16 = 1.5e-2
+#: float16 keeps eleven.
+TOLERANCES = {"bf16": (1.5e-2, 1.5e-2), "f16": (2e-3, 2e-3), "": (3e-6, 1e-5)}
 
 
-def attention(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, bf16=False, **mask):
+def attention(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, half="", **mask):
     """Forward, and backward if there is a dout, against the dense definition."""
-    tolerances = (BF16, BF16) if bf16 else (3e-6, 1e-5)
+    tolerances = TOLERANCES[half]
     scale = q.shape[3] ** -0.5
     batch, tokens, heads, _ = q.shape
     factors = None
@@ -27,7 +28,7 @@ def attention(device, close, q, k, v, dout, *, site=None, layout=run.PLAIN, bf16
         shape = (batch, heads, tokens, tokens)
         factors = reference.keep(site.rng, site.stream, site.p, int(np.prod(shape))).reshape(shape)
     dense = reference.Attention(q, k, v, scale, factors=factors, **mask)
-    got = run.attention(device, q, k, v, scale, dout=dout, site=site, layout=layout, bf16=bf16, **mask)
+    got = run.attention(device, q, k, v, scale, dout=dout, site=site, layout=layout, half=half, **mask)
     close(got["out"], dense.out, tolerances[0])
     close(got["lse"], dense.lse, tolerances[0])
     if dout is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from sim import Buffer, Device
+from sim.twins import narrowed, widened
 
 Array = np.ndarray
 NO_WINDOW = 2**31 - 1
@@ -30,7 +31,8 @@ FUNCTIONS = (
     "sign",
 )
 i32, u32, f32 = np.int32, np.uint32, np.float32
-BF16 = np.uint16  # the upper halves of float32
+#: What NumPy has for the 16-bit floats: bfloat16 as the upper halves of float32.
+HALVES: dict[str, Any] = {"bf16": np.uint16, "f16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -72,21 +74,15 @@ def blank(device: Device, shape: tuple[int, ...], layout: Layout = PLAIN, dtype:
     return Matrix(buffers, cols + layout.gap, shape)
 
 
-def to_bf16(x: Array) -> Array:
-    """The nearest bfloat16, ties to even."""
-    bits = np.asarray(x, f32).view(u32)
-    return (bits + u32(0x7FFF) + (bits >> u32(16) & u32(1)) >> u32(16)).astype(BF16)
-
-
-def from_bf16(x: Array) -> Array:
-    """bfloat16 as float32."""
-    return (x.astype(u32) << u32(16)).view(f32)
+def rounded(x: Any, half: str) -> Array:
+    """To the nearest float16 or bfloat16, ties to even, as float32."""
+    return widened(narrowed(np.asarray(x, f32), HALVES[half]))
 
 
 def upload(device: Device, x: Array, layout: Layout = PLAIN, dtype: Any = None) -> Matrix:
     """A copy of x [.., C]; its type as of :func:`blank`."""
     matrix = blank(device, x.shape, layout, dtype)
-    x = to_bf16(x) if dtype == BF16 else np.asarray(x, dtype or f32)
+    x = narrowed(np.asarray(x, f32), dtype) if dtype in HALVES.values() else np.asarray(x, dtype or f32)
     for buffer, row in zip(matrix.rows, x.reshape(-1, x.shape[-1]), strict=True):
         device.write(buffer, row)
     return matrix
@@ -95,7 +91,7 @@ def upload(device: Device, x: Array, layout: Layout = PLAIN, dtype: Any = None) 
 def download(device: Device, matrix: Matrix) -> Array:
     """A copy of the rows; what was never written is NaN."""
     rows = np.stack([device.read(buffer) for buffer in matrix.rows]).reshape(matrix.shape)
-    return from_bf16(rows) if rows.dtype == BF16 else rows
+    return widened(rows) if rows.dtype.itemsize == 2 else rows
 
 
 def at(matrix: Matrix | None) -> Buffer | None:
@@ -182,13 +178,13 @@ def _cast(device: Device, kernel: str, x: Array, layout: Layout, types: tuple[An
 
 
 def narrow(device: Device, x: Array, layout: Layout = PLAIN) -> Array:
-    """x in bfloat16."""
-    return _cast(device, "narrow_forward_bf16", x, layout, (f32, None))
+    """x in what the device stores tensors in."""
+    return _cast(device, "narrow_forward_f32", x, layout, (f32, None))
 
 
 def widen(device: Device, x: Array, layout: Layout = PLAIN) -> Array:
-    """x, of bfloat16, in float32."""
-    return _cast(device, "widen_forward_bf16", x, layout, (None, f32))
+    """x, of what the device stores tensors in, in float32."""
+    return _cast(device, "widen_forward_f32", x, layout, (None, f32))
 
 
 def fill(device: Device, shape: tuple[int, int], value: float, layout: Layout = PLAIN) -> Array:
@@ -334,7 +330,7 @@ def gather(device: Device, table: Array, index: Array, layout: Layout = PLAIN) -
 
 
 def gather_narrow(device: Device, table: Array, index: Array, layout: Layout = PLAIN) -> Array:
-    """table[index], of float32, in bfloat16."""
+    """table[index], of float32, in what the device stores tensors in."""
     t, n, y = (
         upload(device, table, layout, f32),
         device.array(index, i32),
@@ -342,7 +338,7 @@ def gather_narrow(device: Device, table: Array, index: Array, layout: Layout = P
     )
     sizes = (i32(table.shape[0]), i32(len(index)), i32(table.shape[1]), ld(t), ld(y))
     grid = groups(len(index), table.shape[1])
-    device.launch("gather_narrow_forward_bf16", grid, 256, t.at, n, y.at, *sizes)
+    device.launch("gather_narrow_forward_f32", grid, 256, t.at, n, y.at, *sizes)
     return download(device, y)
 
 
@@ -443,9 +439,9 @@ def clip_factor(device: Device, norm: Buffer, max_norm: float) -> Buffer:
 def adamw(
     device: Device, p: Array, g: Array, m: Array, v: Array, clip: float, lr: float, step: int,
     betas: tuple[float, float], eps: float, decay: float, layout: Layout = PLAIN, in_place: bool = True,
-    halt: Buffer | None = None, copy: bool = False,
+    halt: Buffer | None = None, copy: str = "",
 ) -> tuple[Array, ...]:  # fmt: skip
-    """p, m, v after one update, and with `copy` p in bfloat16."""
+    """p, m, v after one update, and with `copy` ("bf16", "f16") p in that type."""
     old = [device.array(z) for z in (p, m, v)]
     new = old if in_place else [device.empty(p.shape) for _ in range(3)]
     gs = upload(device, g, layout)
@@ -455,10 +451,12 @@ def adamw(
     )
     sizes = (i32(p.shape[0]), i32(p.shape[1]), ld(gs))
     inputs = (old[0], gs.at, old[1], old[2], *scalars)
-    narrow = device.empty(p.shape, BF16) if copy else None
-    device.launch("adamw_forward_f32", groups(*p.shape), 256, *inputs, *new, narrow, *sizes, *hyper, halt)
+    narrow = device.empty(p.shape, HALVES[copy]) if copy else None
+    device.launch(
+        f"adamw_forward_{copy or 'f32'}", groups(*p.shape), 256, *inputs, *new, narrow, *sizes, *hyper, halt
+    )
     found = [device.read(z) for z in new]
-    return tuple([*found, from_bf16(device.read(narrow))] if narrow else found)
+    return tuple([*found, widened(device.read(narrow))] if narrow else found)
 
 
 # ---- positions.cu ---------------------------------------------------------------------------------------------------
@@ -523,28 +521,34 @@ class Site:
     p: float
 
 
-#: Rows of a block of each kernel of attention_bf16.cu, by the widest head that it takes.
+#: Rows of a block of each kernel of attention_mma.cu, by type and the widest head that it takes.
 TENSOR_ROWS = {
-    64: {"forward": 128, "dq_backward": 128, "dkv_backward": 128},
-    128: {"forward": 128, "dq_backward": 128, "dkv_backward": 64},
-    256: {"forward": 64, "dq_backward": 64, "dkv_backward": 64},
+    "bf16": {
+        64: {"forward": 128, "dq_backward": 128, "dkv_backward": 128},
+        128: {"forward": 128, "dq_backward": 128, "dkv_backward": 64},
+        256: {"forward": 64, "dq_backward": 64, "dkv_backward": 64},
+    },
+    "f16": {
+        64: {"forward": 128, "dq_backward": 128, "dkv_backward": 128},
+        128: {"forward": 128, "dq_backward": 64, "dkv_backward": 64},
+    },
 }
 
 
 def attention(
     device: Device, q: Array, k: Array, v: Array, scale: float, *, dout: Array | None = None, causal: bool = False,
     window: int | None = None, segments: Array | None = None, key_bias: Array | None = None,
-    prefix: Array | None = None, site: Site | None = None, layout: Layout = PLAIN, bf16: bool = False,
+    prefix: Array | None = None, site: Site | None = None, layout: Layout = PLAIN, half: str = "",
 ) -> dict[str, Array]:  # fmt: skip
-    """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]; with bf16, on tensor cores,
-    all but lse rounded to bfloat16."""
+    """out and lse; with dout also dq, dk, dv. q [B, T, H, D]; k, v [B, T, K, D]; with `half` ("bf16", "f16"), on
+    tensor cores, all but lse rounded to that type."""
     batch, tokens, heads, width = q.shape
     kernel, block, dtype = "attention_{}_f32", 256, f32
     rows, slices = dict.fromkeys(("forward", "dq_backward", "dkv_backward"), 64), ceil_div(width, 128)
-    if bf16:
-        widest = next(w for w in TENSOR_ROWS if width <= w)
-        kernel, block, dtype = f"attention{widest}_{{}}_bf16", 128, BF16
-        rows, slices = TENSOR_ROWS[widest], 1
+    if half:
+        widest = next(w for w in TENSOR_ROWS[half] if width <= w)
+        kernel, block, dtype = f"attention{widest}_{{}}_{half}", 128, HALVES[half]
+        rows, slices = TENSOR_ROWS[half][widest], 1
     kv_heads = k.shape[2]
     flat = [upload(device, x.reshape(batch, tokens, -1), layout, dtype) for x in (q, k, v)]
     out, lse = blank(device, flat[0].shape, layout, dtype), device.empty((batch, heads, tokens))
@@ -579,8 +583,8 @@ def attention(
     delta = device.empty((batch, heads, tokens))
     delta_sizes = (*map(i32, (batch, tokens, heads, width)), ld(d), ld(out))
     device.launch(
-        "attention_delta_backward_bf16" if bf16 else "attention_delta_backward_f32",
-        ceil_div(batch * tokens * heads, 16 if bf16 else 4),
+        f"attention_delta_backward_{half or 'f32'}",
+        ceil_div(batch * tokens * heads, 16 if half else 4),
         128,
         d.at,
         out.at,
@@ -593,7 +597,7 @@ def attention(
     device.launch(
         kernel.format("dq_backward"), grid, block, *inputs, dq.at, *sizes, ld(d), *strides, ld(dq), *tail
     )
-    if bf16:
+    if half:
         slices = 2 if widest == 256 else 1
     grid = (ceil_div(tokens, rows["dkv_backward"]), kv_heads, batch * slices)
     strides = [ld(d), *strides, ld(dk), ld(dv)]

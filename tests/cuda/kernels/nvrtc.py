@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+from pyrformer import _core
 from pyrformer.executors.kernels import OPTIONS
 
 #: Whether to test all: both of NVRTC's compilers, every planted bug, every architecture.
@@ -23,30 +24,29 @@ REQUIREMENTS = HERE / "requirements.txt"
 
 
 def unit(name: str) -> str:
-    """A translation unit as rust/cuda/src/sources.rs assembles it: of `cuda/<name>.cu`, or with _bf16 behind the name,
-    of that file for tensors of bfloat16."""
+    """A translation unit as rust/cuda/src/sources.rs assembles it: of `cuda/<name>.cu`, or with _bf16 or _f16 behind
+    the name, of that file for tensors of such a type."""
     file, head = name, ""
     if not (KERNELS / f"{name}.cu").exists():
-        file = name.removesuffix("_bf16")
+        file, half = name.rsplit("_", 1)
         text = (KERNELS / f"{file}.cu").read_text()
         kernels = set(re.findall(r"^(\w+_f32)\(", text, re.MULTILINE))
         for made in re.findall(r"^(?:UNARY|BINARY)\((\w+),", text, re.MULTILINE):
             kernels |= {f"{made}_forward_f32", f"{made}_backward_f32"}
-        head = "#define BF16\n" + "".join(f"#define {k} {k[:-3]}bf16\n" for k in sorted(kernels))
+        head = f"#define {half.upper()}\n"
+        head += "".join(f"#define {k} {k.removesuffix('f32')}{half}\n" for k in sorted(kernels))
     heads = ["common.cuh"]
-    if name.startswith(("attention", "relative")):
+    if file.startswith(("attention", "relative")):
         heads.append("attention.cuh")
-    if name in ("attention", "relative"):
+    if file in ("attention", "relative"):
         heads.append("tiles.cuh")
-    texts = (f'#line 1 "{file}"\n{(KERNELS / file).read_text()}' for file in (*heads, f"{file}.cu"))
+    texts = (f'#line 1 "{part}"\n{(KERNELS / part).read_text()}' for part in (*heads, f"{file}.cu"))
     return head + "".join(texts)
 
 
 def files() -> list[str]:
     """The names of all translation units."""
-    names = [path.stem for path in KERNELS.glob("*.cu")]
-    both = [name for name in names if re.search(r"\breal\b", (KERNELS / f"{name}.cu").read_text())]
-    return sorted([*names, *(f"{name}_bf16" for name in both)])
+    return sorted(name for name, _, _ in _core.cuda_sources())
 
 
 @functools.cache

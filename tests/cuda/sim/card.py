@@ -246,17 +246,17 @@ class Card:
             )
         wide, halves = m.data != data, m.data.view(np.uint16) != data.view(np.uint16)
         narrow = m.narrow.view(np.uint16) != 0
-        tolerance = (
-            twins.BF16_TOLERANCE
-            if kernel.startswith("attention") and kernel.endswith("_bf16")
-            else twins.TOLERANCE
-        )
+        kind = kernel.rsplit("_", 1)[1]
+        rounds = kernel.startswith("attention") and kind in twins.HALF_TOLERANCE
+        tolerance = twins.HALF_TOLERANCE[kind] if rounds else twins.TOLERANCE
         self._near(
             kernel, *(x[wide & ~narrow].view(np.float32) for x in (m.data, data)), tolerance, tolerance
         )
-        got, want = (twins.widened(x.view(np.uint16)[halves & m.narrow]) for x in (m.data, data))
-        # A bfloat16 may be rounded the other way: one unit in its last place.
-        self._near(kernel, got, want, tolerance, 2**-7)
+        if kind in twins.LAST_PLACE:
+            stored, both = twins.STORED[kind], halves & m.narrow
+            got, want = (twins.widened(x.view(stored)[both]) for x in (m.data, data))
+            # It may be rounded the other way: one unit in its last place.
+            self._near(kernel, got, want, tolerance, twins.LAST_PLACE[kind])
 
     def _near(self, kernel: str, got: np.ndarray, want: np.ndarray, absolute: float, relative: float) -> None:
         with np.errstate(invalid="ignore"):

@@ -26,7 +26,7 @@ Dim = tuple[int, int, int]
 HELPERS = {
     **{n: getattr(ops, n) for n in
        ("flush", "fma_down", "fma64", "divide", "reverse_bits", "count_bits", "leading_zeros", "insert_bits", "shift",
-        "to_integer", "round_bf16")},
+        "to_integer", "round_bf16", "round_f16", "widen_f16")},
     **{n: getattr(np, n) for n in ("float32", "float64", "int16", "int32", "int64", "uint16", "uint32", "uint64")},
     "np": np, "one": np.ones(1, np.float32), "zero": np.zeros(1, np.float32),
 }  # fmt: skip
@@ -285,7 +285,7 @@ class Machine:
             self._ballot(end, i)
         elif i.size and end.opcode == "shfl.sync.bfly.b32":
             self._butterfly(end, i, mask)
-        elif i.size and end.opcode == tensor.MMA:
+        elif i.size and end.opcode in tensor.MMA:
             self._multiply(end, np.sort(i))
         elif i.size and end.opcode in tensor.LDMATRIX:
             self._load_tiles(end, np.sort(i))
@@ -312,8 +312,9 @@ class Machine:
     def _multiply(self, end: Instruction, i: np.ndarray) -> None:
         a, b = (self._operands(end.args[n], i, "u32") for n in (1, 2))
         if self.counter:
-            self.counter.tensor += tensor.MMA_FLOPS * (i.size // WARP)
-        self._set(end.args[0], i, tensor.multiply(a, b, self._operands(end.args[3], i, "f32")))
+            self.counter.tensor += 2 * 16 * 8 * 8 * len(b) * (i.size // WARP)
+        c = self._operands(end.args[3], i, "f32")
+        self._set(end.args[0], i, tensor.multiply(a, b, c, end.opcode))
 
     def _load_tiles(self, end: Instruction, i: np.ndarray) -> None:
         base, _, offset = end.args[1][1:-1].partition("+")

@@ -60,9 +60,9 @@ class Memory:
         #: Of each half of a word.
         self.allocated = np.zeros(2 * words, bool)
         self.written = np.zeros(2 * words, bool)
-        #: Whether a twin wrote it as a bfloat16: how a comparison reads it.
+        #: Whether a twin wrote it as a 16-bit float: how a comparison reads it.
         self.narrow = np.zeros(2 * words, bool)
-        #: What a twin's tensors are stored in: float32, or bfloat16 as uint16.
+        #: What a twin's tensors are stored in: float32, float16, or bfloat16 as uint16.
         self.stored: type = np.float32
         self.writer = self.reader = self.other_reader = np.empty(0, np.int64)
         self.forget(cell)

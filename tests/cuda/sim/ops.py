@@ -121,6 +121,18 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded)
 
 
+def round_f16(x: np.ndarray) -> np.ndarray:
+    """The bits of floats as float16, ties to even, infinite beyond the largest number; NaN is 0x7fff."""
+    with np.errstate(over="ignore"):
+        bits = x.astype(np.float16).view(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), bits)
+
+
+def widen_f16(bits: np.ndarray) -> np.ndarray:
+    """The values of float16."""
+    return bits.view(np.float16).astype(np.float32)
+
+
 # ---- Floats ---------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +233,22 @@ def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
 @rule(r"cvt\.rn\.bf16x2\.f32")
 def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
     w.set(d, "u32", f"round_bf16({w.get(a, 'f32')}) << np.uint32(16) | round_bf16({w.get(b, 'f32')})")
+
+
+@rule(r"cvt\.rn\.f16x2\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str, b: str) -> None:
+    high, low = (f"round_f16({w.get(x, 'f32')}).astype(uint32)" for x in (a, b))
+    w.set(d, "u32", f"{high} << np.uint32(16) | {low}")
+
+
+@rule(r"cvt\.rn\.f16\.f32")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "u16", f"round_f16({w.get(a, 'f32')})")
+
+
+@rule(r"cvt\.f32\.f16")
+def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
+    w.set(d, "f32", f"widen_f16({w.get(a, 'u16')})")
 
 
 # ---- Integers -------------------------------------------------------------------------------------------------------
@@ -376,16 +404,18 @@ SPECIAL = {"%tid", "%ntid", "%ctaid", "%nctaid"}
 
 @rule(r"mov\.(pred|[bufs](?:16|32|64))")
 def _(w: Writer, m: re.Match[str], d: str, a: str) -> None:
-    if d.startswith("{"):  # a 64-bit register to its halves
-        for half, register in zip((0, 32), (r.strip() for r in d[1:-1].split(",")), strict=True):
-            w.set(register, "u32", f"({w.get(a, 'u64')} >> uint64({half})).astype(uint32)")
+    whole, bits = m[1], int(m[1][-2:]) // 2 if m[1] != "pred" else 0
+    if d.startswith("{"):  # a register to its halves
+        for at, register in zip((0, bits), registers_of(d), strict=True):
+            kind = f"uint{bits}"
+            w.set(register, f"u{bits}", f"({w.get(a, whole)} >> uint{2 * bits}({at})).astype({kind})")
     elif a.split(".")[0] in SPECIAL:
         w.set(d, "u32", f"machine.special[{a!r}][{w.i}]")
     elif any(a == name for name, _, _ in w.kernel.shared):
         w.set(d, m[1], f"machine.shared_at[{a!r}].astype({np.dtype(DTYPES[m[1]])})")
     elif a.startswith("{"):
-        low, high = (w.get(r.strip(), "u32") for r in a[1:-1].split(","))
-        w.set(d, "u64", f"{low} | {high}.astype(uint64) << uint64(32)")
+        low, high = (w.get(r, f"u{bits}") for r in registers_of(a))
+        w.set(d, whole, f"{low} | {high}.astype(uint{2 * bits}) << uint{2 * bits}({bits})")
     else:
         w.set(d, m[1], w.get(a, m[1]))
 

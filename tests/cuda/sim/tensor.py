@@ -1,6 +1,7 @@
 """Tensor cores: which lane of a warp holds which element, and the product itself.
 
-Source: NVIDIA, "PTX ISA" 9.x, sections "Matrix Fragments for mma.m16n8k16 with floating point type" and "ldmatrix".
+Source: NVIDIA, "PTX ISA" 9.x, sections "Matrix Fragments for mma.m16n8k16 with floating point type", the same for
+m16n8k8, and "ldmatrix".
 Lane 4 g + t holds two neighbouring elements, the first in the lower half of a word. Products are summed in float64 and
 rounded once; hardware truncates while it adds.
 """
@@ -9,28 +10,34 @@ from __future__ import annotations
 
 import numpy as np
 
-MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-MMA_FLOPS = 2 * 16 * 8 * 16
+#: Products of 16 columns of either type, and of 8 of float16.
+MMA = tuple(
+    f"mma.sync.aligned.m16n8k{k}.row.col.f32.{half}.{half}.f32"
+    for k, half in ((16, "bf16"), (16, "f16"), (8, "f16"))
+)
 LDMATRIX = tuple(f"ldmatrix.sync.aligned.m8n8.x4{turned}.shared.b16" for turned in ("", ".trans"))
 
 LANE = np.arange(32)
 G, T = LANE // 4, LANE % 4
 
 
-def halves(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two bfloat16 of each word, as float32."""
+def halves(words: np.ndarray, f16: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The two float16 or bfloat16 of each word, as float32."""
+    if f16:
+        both = words.view(np.float16).astype(np.float32)
+        return both[..., ::2], both[..., 1::2]
     return (words << np.uint32(16)).view(np.float32), (words & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a·b + c of each warp: a [4, W, 32] and b [2, W, 32] words, c and the result [4, W, 32] float32."""
-    warps = a.shape[1]
-    left, right = np.empty((warps, 16, 16)), np.empty((warps, 16, 8))
+def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, opcode: str) -> np.ndarray:
+    """a·b + c of each warp: a [K / 4, W, 32] and b [K / 8, W, 32] words, c and the result [4, W, 32] float32."""
+    warps, k, f16 = a.shape[1], 8 * len(b), ".f16." in opcode
+    left, right = np.empty((warps, 16, k)), np.empty((warps, k, 8))
     for n, words in enumerate(np.ascontiguousarray(a)):
-        for half, values in enumerate(halves(words)):
+        for half, values in enumerate(halves(words, f16)):
             left[:, G + 8 * (n % 2), 2 * T + 8 * (n // 2) + half] = values
     for n, words in enumerate(np.ascontiguousarray(b)):
-        for half, values in enumerate(halves(words)):
+        for half, values in enumerate(halves(words, f16)):
             right[:, 2 * T + 8 * n + half, G] = values
     product = left @ right
     places = [(G + 8 * (n // 2), 2 * T + n % 2) for n in range(4)]

@@ -19,8 +19,9 @@ f32, i32 = np.float32, np.int32
 #: Between a kernel and its twin: |got - want| ≤ TOLERANCE · (1 + |want|). Sums of some hundred float32 terms in another
 #: order; the twins compute in float64.
 TOLERANCE = 2e-5
-#: The same where the kernel rounds factors to bfloat16, which its twin does not.
-BF16_TOLERANCE = 3e-2
+#: The same where the kernel rounds factors to 16 bits, which its twin does not; and a unit in the last place of such.
+HALF_TOLERANCE = {"bf16": 3e-2, "f16": 4e-3}
+LAST_PLACE = {"bf16": 2**-7, "f16": 2**-10}
 NO_WINDOW = 2**31 - 1
 
 
@@ -54,17 +55,24 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(f32)
 
 
-def narrowed(x: np.ndarray) -> np.ndarray:
-    """The bits of the nearest bfloat16, ties to even; NaN is 0x7fff."""
-    return np.where(np.isnan(x), 0x7FFF, round_bf16(x).view(np.uint32) >> 16).astype(np.uint16)
+def narrowed(x: np.ndarray, to: Any = np.uint16) -> np.ndarray:
+    """The nearest float16, or the bits of the nearest bfloat16 where `to` is uint16, ties to even; NaN is 0x7fff."""
+    if to == np.float16:
+        with np.errstate(over="ignore"):
+            bits = x.astype(np.float16).view(np.uint16)
+    else:
+        bits = round_bf16(x).view(np.uint32) >> 16
+    return np.where(np.isnan(x), 0x7FFF, bits).astype(np.uint16).view(to)
 
 
-def widened(bits: np.ndarray) -> np.ndarray:
-    """The values of bfloat16."""
-    return (bits.astype(np.uint32) << 16).view(f32)
+def widened(halves: np.ndarray) -> np.ndarray:
+    """The values of float16, or of the bits of bfloat16."""
+    if halves.dtype == np.float16:
+        return halves.astype(f32)
+    return (halves.astype(np.uint32) << 16).view(f32)
 
 
-STORED = {"f32": f32, "bf16": np.uint16}
+STORED = {"f32": f32, "bf16": np.uint16, "f16": np.float16}
 
 
 def real(m: Memory, address: int, rows: int, cols: int, ld: int) -> np.ndarray:
@@ -76,17 +84,13 @@ def real(m: Memory, address: int, rows: int, cols: int, ld: int) -> np.ndarray:
 def put(m: Memory, address: int, rows: int, cols: int, ld: int, value: Any) -> None:
     """Writes a tensor, rounded to what it is stored in."""
     to = matrix(m, address, rows, cols, ld, m.stored, write=True)
-    to[:] = value if m.stored is f32 else narrowed(np.asarray(value, float).astype(f32))
+    to[:] = value if m.stored is f32 else narrowed(np.asarray(value, float).astype(f32), m.stored)
 
 
 def product(m: Memory, p: Any) -> None:
     """y = op(a)·op(b) + c + bias."""
     m.stored = STORED[p.a.dtype]
-    if (
-        p.b.dtype != p.a.dtype
-        or (p.c and p.c.dtype != p.y.dtype)
-        or (p.a.dtype, p.y.dtype) == ("f32", "bf16")
-    ):
+    if p.b.dtype != p.a.dtype or (p.c and p.c.dtype != p.y.dtype) or p.y.dtype not in (p.a.dtype, "f32"):
         raise Fault(f"cuBLASLt has no product of {p}")
     a, b = (real(m, x.address, x.rows, x.cols, x.ld).astype(float) for x in (p.a, p.b))
     a, b = a.T if p.ta else a, b.T if p.tb else b
@@ -448,7 +452,7 @@ def adamw_forward(
     for z, value in ((new_p, new), (new_first, one), (new_second, two)):
         matrix(m, z, rows, cols, cols, write=True)[:] = value
     if copy:
-        matrix(m, copy, rows, cols, cols, np.uint16, write=True)[:] = narrowed(new.astype(f32))
+        put(m, copy, rows, cols, cols, new)
 
 
 # ---- Positions ------------------------------------------------------------------------------------------------------

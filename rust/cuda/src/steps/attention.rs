@@ -66,23 +66,28 @@ impl Recorder<'_> {
     }
 
     /// The kernel for heads of `width` columns, its block, rows of a block, and how many blocks share a head's columns: on
-    /// tensor cores where the tensors are bfloat16.
+    /// tensor cores where the tensors are 16-bit floats.
     fn attention_kernel(
         &self,
         way: &str,
         width: usize,
     ) -> Result<(String, [usize; 3], usize, usize), String> {
-        if self.step.inputs[0].ty.dtype != DType::Bf16 {
+        let dtype = self.step.inputs[0].ty.dtype;
+        if !dtype.is_half() {
             return Ok((format!("attention_{way}_f32"), [256, 1, 1], 64, width.div_ceil(128)));
         }
+        // In float16 all is for GPUs with 64 KB of shared memory, too.
+        let small = dtype == DType::F16;
+        let most = if small { 128 } else { 256 };
         let widest = [64, 128, 256].into_iter().find(|&w| width <= w && width.is_multiple_of(8));
-        let widest = widest.ok_or_else(|| {
-            format!("heads of {width} columns, its kernels in bfloat16 take multiples of 8 up to 256")
+        let widest = widest.filter(|&w| w <= most).ok_or_else(|| {
+            format!("heads of {width} columns, its kernels in {dtype} take multiples of 8 up to {most}")
         })?;
         let keys = way == "dkv_backward";
-        let rows = if widest == 256 || (widest == 128 && keys) { 64 } else { 128 };
+        let few = keys || (small && way == "dq_backward");
+        let rows = if widest == 256 || (widest == 128 && few) { 64 } else { 128 };
         let slices = if widest == 256 && keys { 2 } else { 1 };
-        Ok((format!("attention{widest}_{way}_bf16"), [128, 1, 1], rows, slices))
+        Ok((format!("attention{widest}_{way}_{dtype}"), [128, 1, 1], rows, slices))
     }
 
     pub(super) fn attention(&mut self, spec: &AttentionSpec) -> Result<(), String> {
@@ -106,10 +111,9 @@ impl Recorder<'_> {
         let delta = self.scratch(0, b * h, t)?;
         let args = args![dout, out, delta, b, t, h, d, dout.ld, out.ld];
         // A warp, or a quarter of one, has the columns of a head of a token.
-        let (kernel, rows) = match self.step.inputs[0].ty.dtype {
-            DType::Bf16 => ("attention_delta_backward_bf16", 16),
-            _ => ("attention_delta_backward_f32", 4),
-        };
+        let dtype = self.step.inputs[0].ty.dtype;
+        let rows = if dtype.is_half() { 16 } else { 4 };
+        let kernel = format!("attention_delta_backward_{}", suffix(dtype));
         self.launch(kernel, [(b * t * h).div_ceil(rows), 1, 1], [128, 1, 1], args);
 
         let mut operands = args![dout, q, k, v, lse, delta];
