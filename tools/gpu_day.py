@@ -44,8 +44,8 @@ from pyrformer.optimizers import AdamW
 
 #: The files whose tests launch one kernel each.
 KERNEL_TESTS = (
-    "attention", "best", "cache", "elementwise", "halves", "loss", "norm", "optimizer", "positions", "reduce", "relative",
-    "rows",
+    "attention", "best", "cache", "elementwise", "halves", "loss", "norm", "optimizer", "positions", "reduce",
+    "relative", "rows",
 )  # fmt: skip
 STAGES = (
     "doctor", "kernels", "programs", "bfloat16", "replays", "step times", "kernel times", "sanitizer",
@@ -308,7 +308,9 @@ def kernel_times(device: Device, gpu: Gpu | None, shape: Shape = SHAPES[0], repe
     )
 
 
-def _kernel_times(device: Device, gpu: Gpu | None, shape: Shape, repeats: int, precision: str) -> list[list[Any]]:
+def _kernel_times(
+    device: Device, gpu: Gpu | None, shape: Shape, repeats: int, precision: str
+) -> list[list[Any]]:
     """Name, count, milliseconds, those on paper and their quotient, by time."""
     compiled, inputs = _training(shape, device, precision)
     compiled(**inputs)

@@ -349,6 +349,9 @@ def adamw_forward(
     return update + narrow + _heeding(more[-1], _warps(rows, cols))
 
 
+RULES.update({f"adamw_forward_{half}": adamw_forward for half in HALVES})
+
+
 @_rule
 def iota_forward(grid: Any, y: Any, rows: int, *_: Any) -> Work:
     return _streams([], [(1, rows)], 0)

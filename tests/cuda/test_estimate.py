@@ -247,7 +247,7 @@ def test_occupancy_is_that_of_nvidia_s_calculator(
 
 def test_peaks_are_those_of_the_data_sheets() -> None:
     assert {name: round(gpu.flops / 1e12, 1) for name, gpu in GPUS.items()} == {
-        "h100": 66.9, "a100": 19.5, "rtx4090": 82.6, "t4": 8.1
+        "h100": 66.9, "h200": 66.9, "a100": 19.5, "rtx4090": 82.6, "t4": 8.1
     }  # fmt: skip
 
 
