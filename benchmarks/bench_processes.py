@@ -43,9 +43,9 @@ timed(Sharing, "end_round")
 timed(Updates, "_shared_end")
 begin = Updates.begin
 rows = []
-def watched(self, step, lr):
+def watched(self, step, *given):
     spent[0] = 0.0
-    begun = begin(self, step, lr)
+    begun = begin(self, step, *given)
     numbers = begun.numbers()
     rows.append((numbers["tokens_per_s"], spent[0]))
     return replace(begun, numbers=lambda: numbers)

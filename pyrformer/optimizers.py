@@ -31,7 +31,7 @@ class Step:
         parameter: which one.
         p: its values.
         raw: its gradient before clipping.
-        clip: the factor on gradients, [].
+        clip: the factor on gradients, [], which divides by their scale, too.
         lr: the learning rate, [].
         decay: its weight decay.
     """
@@ -102,18 +102,26 @@ class Optimizer:
         parameters: Sequence[Parameter],
         grads: Sequence[Tensor],
         norm: Tensor | None = None,
+        *,
+        scaled: bool = False,
     ) -> None:
         """Traces the update of all parameters: input ``lr []``, output ``grad_norm []``, and :meth:`inputs`.
 
         Args:
             norm: of the gradient, [], where it has more than these parts.
+            scaled: gradients, and so their norm, are to be multiplied by the input ``unscale []``, a power of two.
         """
         lr = trace.input("lr", trace.dtype, ())
+        unscale = trace.input("unscale", trace.dtype, ()) if scaled else None
         with trace.scope("optimizer"):
             if norm is None:
                 norm = F.global_norm(grads)
                 trace.output("grad_norm", norm)
+            if unscale is not None:
+                norm = norm * unscale
             clip = F.clip_factor(norm, self.max_grad_norm) if self.max_grad_norm > 0 else trace.fill(1.0)
+            if unscale is not None:
+                clip = clip * unscale
             for parameter, grad in zip(parameters, grads, strict=True):
                 p = trace.parameter(parameter)
                 new = self.rule(Step(trace, parameter, p, grad, clip, lr, self.decay(parameter)))

@@ -225,16 +225,24 @@ def gradients(
 
 
 def train_step(
-    model: Family, s: Sizes, optimizer: Optimizer, dtype: str = "float32", options: LossOptions | None = None
+    model: Family,
+    s: Sizes,
+    optimizer: Optimizer,
+    dtype: str = "float32",
+    options: LossOptions | None = None,
+    *,
+    scaled: bool = False,
 ) -> Traced:
     """One whole step: forward, loss, backward, global-norm clipping, the optimizer's update.
 
     Inputs besides the batch: ``loss_scale []``, ``lr []``, those of the optimizer (``Optimizer.inputs``), with dropout
     ``rng int32[4]``. Outputs the summed ``loss []`` and ``grad_norm []``. States: parameters, and the optimizer's.
+    With ``scaled`` gradients are times a power of two, which is a part of ``loss_scale``, and ``unscale []`` is one by
+    that: ``grad_norm`` is the norm of what was scaled, the update that of gradients that were not.
     """
     trace = Trace(dtype, training=True)
     parameters, grads = _backward(trace, model, s, options)
-    optimizer.update(trace, parameters, grads)
+    optimizer.update(trace, parameters, grads, scaled=scaled)
     return Traced("train_step", trace)
 
 
@@ -254,15 +262,21 @@ def accumulate_step(
 
 
 def apply_step(
-    model: Family, optimizer: Optimizer, dtype: str = "float32", *, owned: frozenset[str] | None = None
+    model: Family,
+    optimizer: Optimizer,
+    dtype: str = "float32",
+    *,
+    owned: frozenset[str] | None = None,
+    scaled: bool = False,
 ) -> Traced:
     """The end of an accumulated step: clips and applies the states ``grad_sum.<parameter>`` and zeroes them. Outputs
-    ``grad_norm []``. With ``owned``, of these parameters only, by the input ``norm []`` of all gradients."""
+    ``grad_norm []``. With ``owned``, of these parameters only, by the input ``norm []`` of all gradients. ``scaled``:
+    see :func:`train_step`; so is ``norm``."""
     trace = Trace(dtype)
     parameters = [p for p in trainable(model) if owned is None or p.name in owned]
     totals = [trace.state(f"grad_sum.{p.name}", p.shape) for p in parameters]
     norm = None if owned is None else trace.input("norm", dtype, ())
-    optimizer.update(trace, parameters, totals, norm)
+    optimizer.update(trace, parameters, totals, norm, scaled=scaled)
     for total in totals:
         trace.update(total, trace.fill(0.0, total.shape))
     return Traced("apply_step", trace)

@@ -27,6 +27,7 @@ CHARTS = {
     "loss": ("Loss", "nats per label"),
     "learning_rate": ("Learning rate", ""),
     "grad_norm": ("Gradient norm, before clipping", ""),
+    "loss_scale": ("Loss scale", ""),
     "update_ratio": ("Update / weights, median over matrices", ""),
     "tokens_per_s": ("Throughput", "tokens per second"),
     "loader_wait_seconds": ("Wait for data in an update", "seconds"),

@@ -134,7 +134,7 @@ def _on_cpu(passes: Passes) -> Passes:
     copy = Model(model.family, model.tokenizer, threads=model.threads)
     for name, _, _ in model.store.types():
         copy.store.set(name, model.store.get(name))
-    there = Passes(copy, passes.config, owned=passes.owned)
+    there = Passes(copy, passes.config, owned=passes.owned, scaled=passes.scaled)
     there.saving = passes.saving
     return there
 
@@ -219,7 +219,9 @@ def keep(
             "step": step,
             **numbers,
             "finding": None if finding is None else dataclasses.asdict(finding),
+            "done": failure.update.done,
             "learning_rate": failure.update.lr,
+            **({"loss_scale": failure.update.scale} if passes.scaled else {}),
             "counts": failure.update.counts,
             "draws": [draw for draw, _ in failure.batches],
             "sizes": [dataclasses.asdict(batch.sizes) for _, batch in failure.batches],
@@ -297,5 +299,7 @@ def _made_again(path: Path, facts: dict[str, Any], threads: int) -> Finding | No
             raise ValueError(f"sizes of batch {i} that are not those of its arrays")
         batches.append((int(draw), Batch(size, arrays)))
     counts = {name: int(count) for name, count in facts["counts"].items()}
-    update = Update(int(facts["step"]) - 1, float(facts["learning_rate"]), counts)
-    return examine(Passes(model, config), Failure(update, batches, []))
+    step, scaled = int(facts["step"]) - 1, "loss_scale" in facts
+    done, scale = int(facts.get("done", step)), float(facts.get("loss_scale", 1.0))
+    update = Update(step, done, float(facts["learning_rate"]), counts, scale)
+    return examine(Passes(model, config, scaled=scaled), Failure(update, batches, []))

@@ -63,7 +63,10 @@ def find_learning_rate(
     with _trainer(config, on_event) as trainer:
         for step in range(updates):
             rate = low * (high / low) ** (step / (updates - 1))
-            loss = float(trainer.updates.begin(step, rate).numbers()["loss"])
+            begun = trainer.updates.begin(step, rate, trainer.updates.scale)
+            numbers = begun.numbers()
+            loss = float(numbers["loss"])
+            trainer.updates.rescale(begun, numbers["grad_norm"])
             average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
             smooth = average / (1.0 - SMOOTHING ** (step + 1))
             if not math.isfinite(smooth) or (losses and smooth > DIVERGED * min(losses)):

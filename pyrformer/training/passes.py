@@ -27,29 +27,46 @@ GRADIENT = "grad."
 
 @dataclass(frozen=True)
 class Update:
-    """What an update depends on beside its batches: its number from 0, the learning rate, and how many labels each loss
-    is summed over."""
+    """What an update depends on beside its batches.
+
+    Attributes:
+        step: its number in the run, from 0.
+        done: updates that the optimizer made before.
+        lr: the learning rate.
+        counts: how many labels each loss is summed over.
+        scale: that of the loss; see :mod:`pyrformer.training.loss_scale`.
+    """
 
     step: int
+    done: int
     lr: float
     counts: dict[str, int]
+    scale: float = 1.0
 
 
 class Passes:
     """The passes of a run's updates.
 
     Attributes:
+        scaled: whether losses are.
         losses: the losses whose means are added.
         saving: how programs trade time for memory; keyword arguments of :meth:`pyrformer.compile.Traced.lower`.
     """
 
-    def __init__(self, model: Model, config: TrainConfig, *, owned: frozenset[str] | None = None):
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        *,
+        owned: frozenset[str] | None = None,
+        scaled: bool = False,
+    ):
         """
         Args:
             owned: where other processes compute a part of each update, the parameters that this one updates; gradients
                 are outputs then.
         """
-        self.model, self.config, self.owned = model, config, owned
+        self.model, self.config, self.owned, self.scaled = model, config, owned, scaled
         self.optimizer = config.optimizer()
         self.options = programs.LossOptions(config.label_smoothing_factor, config.z_loss)
         self.losses = LOSSES.get(config.objective, ("loss",))
@@ -73,7 +90,9 @@ class Passes:
         """The program of one forward and backward pass, with the update where it is the step's only one."""
         family, sizes = self.model.family, batch.sizes
         if not self.several:
-            return programs.train_step(family, sizes, self.optimizer, options=self.options)
+            return programs.train_step(
+                family, sizes, self.optimizer, options=self.options, scaled=self.scaled
+            )
         if self.shared:
             return programs.gradients(family, sizes, options=self.options, training=True)
         return programs.accumulate_step(family, sizes, options=self.options)
@@ -88,8 +107,11 @@ class Passes:
         return self.model.program(("pass", batch.sizes), partial(self.trace, batch), **self.saving)
 
     def _apply(self) -> Compiled:
-        make = partial(programs.apply_step, self.model.family, self.optimizer, owned=self.owned)
-        return self.model.program(("apply_step",), make)
+        return self.model.program(("apply_step",), self._trace_apply)
+
+    def _trace_apply(self) -> Traced:
+        family, optimizer = self.model.family, self.optimizer
+        return programs.apply_step(family, optimizer, owned=self.owned, scaled=self.scaled)
 
     def ready(self, batch: Batch, draw: int, update: Update) -> tuple[Compiled, dict[str, Any]]:
         """The program of a pass, and its inputs.
@@ -97,7 +119,7 @@ class Passes:
         Args:
             draw: the batch's number in the run, by which dropout is drawn.
         """
-        scales = {programs.SCALES[name]: 1.0 / update.counts[name] for name in self.losses}
+        scales = {programs.SCALES[name]: update.scale / update.counts[name] for name in self.losses}
         inputs: dict[str, Any] = {**self.arrays(batch), **scales}
         program = self._pass(batch)
         if not self.several:
@@ -110,7 +132,7 @@ class Passes:
         """The program of the optimizer's step behind several passes, and its inputs.
 
         Args:
-            norm: of all processes' gradients, where there are others.
+            norm: of all processes' gradients as they are, scaled, where there are others.
         """
         program = self._apply()
         rates = self._rates(program, update)
@@ -159,17 +181,17 @@ class Passes:
         if not self.several:
             return 0
         there = {name for name, _, _ in lowered.plan.states}
-        apply = (
-            programs.apply_step(self.model.family, self.optimizer, owned=self.owned)
-            .lower(self.model.device, precision=self.model.precision)
-            .plan
-        )
+        apply = self._trace_apply().lower(self.model.device, precision=self.model.precision).plan
         return 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)
 
     def _rates(self, program: Compiled, update: Update) -> dict[str, Any]:
         """Those of the optimizer's inputs that a program has: one of several rules may need none of one's."""
         names = {name for name, _, _ in program.plan.inputs}
-        given = {"lr": update.lr, **self.optimizer.inputs(update.step + 1)}
+        given = {
+            "lr": update.lr,
+            "unscale": 1.0 / update.scale,
+            **self.optimizer.inputs(update.done + 1),
+        }
         return {name: value for name, value in given.items() if name in names}
 
     def arrays(self, batch: Batch) -> dict[str, Array]:

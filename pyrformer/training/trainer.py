@@ -51,7 +51,7 @@ from pyrformer.training.signals import Signals
 from pyrformer.training.source import Source
 from pyrformer.training.tensorboard import FOLDER, TensorBoard
 from pyrformer.training.tokens import Interrupted, Place, counted
-from pyrformer.training.updates import Updates
+from pyrformer.training.updates import Begun, Updates
 from pyrformer.training.watch import Clock, Spikes, resident_bytes
 
 __all__ = ["OBJECTIVES", "Callback", "Event", "Run", "TrainConfig", "train"]
@@ -264,24 +264,23 @@ class Trainer:
 
     def _set_state(self, state: dict[str, Any]) -> None:
         """Sets what changes from step to step beside weights and moments, from a checkpoint's or for a new run."""
-        self.step, self.updates.seconds = int(state.get("step", 0)), float(state.get("seconds", 0.0))
+        self.step = int(state.get("step", 0))
         #: Seconds that training waited for checkpoints.
         self.stall = float(state.get("save_stall_seconds", 0.0))
         self.recent: deque[float] = deque(state.get("recent", []), maxlen=100)
         self.measuring.set_state(state)
-        self.updates.left_out = set(state.get("left_out", []))
+        self.updates.set_state(state)
         watched = state.get("spikes", {})
         self.spikes = {name: Spikes(*watched.get(name, ())) for name in ("loss", "grad_norm")}
 
     def _state(self) -> dict[str, Any]:
         return {
-            "seconds": self.updates.seconds,
+            **self.updates.state(),
             "save_stall_seconds": self.stall,
             "config": self.config.comparable(),
             "data": self.data,
             "recent": list(self.recent),
             **self.measuring.state(),
-            "left_out": sorted(self.updates.left_out),
             "spikes": {name: [list(s.values), s.count] for name, s in self.spikes.items()},
         }
 
@@ -360,13 +359,8 @@ class Trainer:
                     self._look()
             while self.step < c.max_steps and not over and not self.measuring.stalled:
                 with suppress(Interrupted):
-                    numbers = self._update()
-                    if numbers is None:
+                    if not self._update():
                         continue
-                    try:
-                        self.on_event("step", numbers)
-                    except KeyboardInterrupt as e:
-                        self.interrupt = e
                     self._look()
                 if not self.updates.ahead:
                     # Signals and clocks differ between processes; all go by the first that has something.
@@ -444,18 +438,22 @@ class Trainer:
         if c.sample_every and step % c.sample_every == 0:
             self._sample()
 
-    def _update(self) -> dict[str, Any] | None:
-        """One update and its row; None where it was left out."""
+    def _update(self) -> bool:
+        """One update, and its row; False where there is none, for it was not finite."""
         c = self.config
         if self.step in self.updates.left_out:
             self.step += 1
-            return None
+            return False
         begun = self.updates.next(self.step, self._busy)
         numbers = begun.numbers()
         loss, norm = numbers["loss"], numbers["grad_norm"]
+        if what := self.updates.rescale(begun, norm):
+            self.step += 1
+            self._note(what)
+            return True
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._nonfinite(loss, norm)
-            return None
+            self._nonfinite(begun, loss, norm)
+            return False
         if c.on_nonfinite == "skip":
             self.lost = 0
         self.made = self.step
@@ -476,19 +474,25 @@ class Trainer:
         numbers = {"step": self.step, **numbers}
         if begun.ratio:
             self._log(numbers)
-        return numbers
+        try:
+            self.on_event("step", numbers)
+        except KeyboardInterrupt as e:
+            self.interrupt = e
+        return True
 
-    def _nonfinite(self, loss: float, norm: float) -> None:
+    def _nonfinite(self, begun: Begun, loss: float, norm: float) -> None:
         """Keeps the update and says where it fails; then stops, leaves it out, or goes back and leaves it out."""
         c, bad, updates = self.config, self.step, self.updates
         if not math.isfinite(norm):
             updates.drop()
         updates.passes.clear()
         what = f"step {bad + 1}: the loss is {loss} and the gradient norm {norm}"
+        if begun.scale is not None:
+            what += f" at loss scale {begun.scale.value:,g}" + (", the least" if begun.scale.least else "")
 
         def kept() -> tuple[str, int | None, bool]:
             numbers = {"loss": repr(loss), "grad_norm": repr(norm), "left_out": sorted(updates.left_out)}
-            said, before = look(what, self.folder, updates.passes, self._failure(bad), numbers)
+            said, before = look(what, self.folder, updates.passes, self._failure(begun), numbers)
             with suppress(NonFiniteError):  # a checkpoint of weights that are spoiled already
                 self.checkpoints.wait()
             return said, self.checkpoints.newest()[0], before
@@ -515,9 +519,9 @@ class Trainer:
         updates.left_out = left_out
         self._note(f"{what}; going on without update {bad + 1}")
 
-    def _failure(self, step: int) -> Failure:
-        """All that the update of a step is made of."""
-        update, batches = self.updates.update_of(step)
+    def _failure(self, begun: Begun) -> Failure:
+        """All that an update is made of."""
+        update, batches = self.updates.parts(begun)
         rows = []
         for i, (draw, batch) in enumerate(batches):
             documents = [[*map(self.source.number, row)] for row in self.batches.documents(draw)]

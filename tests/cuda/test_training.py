@@ -16,7 +16,9 @@ from sim.card import Card
 import pyrformer as pf
 from pyrformer.errors import DeviceError, NonFiniteError
 from pyrformer.executors import cuda
+from pyrformer.training import loss_scale, updates
 from pyrformer.training.failure import replay
+from pyrformer.training.loss_scale import LossScale
 from pyrformer.training.passes import Passes, Update
 from pyrformer.training.updates import Updates
 
@@ -189,9 +191,9 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """When updates were begun and waited for."""
     begin, seen = Updates.begin, []
 
-    def noted(self: Updates, step: int, lr: float) -> Any:
+    def noted(self: Updates, step: int, *given: Any) -> Any:
         seen.append(("begin", step + 1))
-        made = begin(self, step, lr)
+        made = begin(self, step, *given)
 
         def numbers() -> dict[str, Any]:
             seen.append(("wait", step + 1))
@@ -249,8 +251,8 @@ def test_a_failure_one_update_ahead_leaves_what_one_that_waits_leaves(
     if what == "loss":
         begin = Updates.begin
 
-        def spoiled(self: Updates, step: int, lr: float) -> Any:
-            begun = begin(self, step, lr)
+        def spoiled(self: Updates, step: int, *given: Any) -> Any:
+            begun = begin(self, step, *given)
             more = {"loss": np.inf} if step == 4 else {}
             return dataclasses.replace(begun, numbers=lambda: begun.numbers() | more)
 
@@ -270,6 +272,30 @@ def test_a_failure_one_update_ahead_leaves_what_one_that_waits_leaves(
         got.pop("failed-step-5/model.safetensors")
         want.pop("failed-step-5/model.safetensors")
     assert got == want
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_overflow_one_update_ahead_leaves_what_one_that_waits_leaves(
+    train: Any, poison: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    """Also where the scale grows behind an update that is under way, and as on the CPU."""
+    monkeypatch.setattr(updates, "first_scale", lambda _: LossScale())
+    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
+    poison(4)
+    options = {
+        "gradient_accumulation_steps": parts, "log_every": 1, "save_every": 6, "max_steps": 12, "save_total_limit": 0,
+    }  # fmt: skip
+    train("ahead", Card(None, 1 << 20), **options)
+    with waiting():
+        train("waits", Card(None, 1 << 20), **options)
+    got = everything(tmp_path / "ahead")
+    assert got == everything(tmp_path / "waits")
+    scales = [round(np.log2(row["loss_scale"])) for row in got["metrics.jsonl"] if "loss" in row]
+    assert scales == [16, 16, 16, 17, 16, 16, 16, 17, 17, 17, 18]
+    known = got["checkpoint-6/trainer_state.json"]["loss_scale"]
+    assert known == {"value": 65536.0, "finite": 1, "overflows": 1}
+    train("cpu", **options)
+    np.testing.assert_allclose(losses(tmp_path / "ahead"), losses(tmp_path / "cpu"), rtol=1e-4)
 
 
 def test_an_interrupt_ends_a_run_behind_the_update_under_way(train: Any, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_nothing_is_found_in_a_sound_update(tmp_path: Path, name: str) -> None:
     run = Trainer(config(tmp_path, name), lambda _kind, _numbers: None, (), Alone())
     batches = [(i, run.batches.ready(i)) for i in range(1)]
     labels = sum(b.labels for _, b in batches), sum(b.sentence_labels for _, b in batches)
-    update = Update(0, 1e-3, run.updates.passes.counts(*labels))
+    update = Update(0, 0, 1e-3, run.updates.passes.counts(*labels))
     assert examine(run.updates.passes, Failure(update, batches, [])) is None
     # And each row's documents are known.
     documents = run.batches.documents(0)

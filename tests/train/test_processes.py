@@ -20,8 +20,10 @@ from recipes import OBJECTIVES, TEXT
 
 import pyrformer as pf
 from pyrformer import programs
+from pyrformer.training import updates
 from pyrformer.training.checkpoints import Checkpoints
 from pyrformer.training.comm import Alone
+from pyrformer.training.passes import Passes, Update
 from pyrformer.training.sharing import Sharing, buckets
 
 BESIDE = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
@@ -32,7 +34,8 @@ pytestmark = pytest.mark.skipif(
 
 SMALL = {"seq_len": 16, "batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 6, "warmup_steps": 1}
 
-#: Trains by the options in its argument; process 1 does what the second argument says before step 3.
+#: Trains by the options in its argument, after what the third one says; process 1 does what the second one says before
+#: step 3.
 SCRIPT = """
 import json, os, pathlib, sys
 import pyrformer as pf
@@ -41,15 +44,16 @@ from pyrformer.errors import Error
 from pyrformer.training import comm
 rank, comm.PATIENCE = comm.launched_rank(), 1.0
 options, fault = json.loads(sys.argv[1]), sys.argv[2]
+exec(sys.argv[3])
 begin = Updates.begin
-def faulty(self, step, lr):
+def faulty(self, step, *given):
     place = pathlib.Path(options["out"], f"pid-{rank}")
     if not place.exists():
         place.with_suffix(".part").write_text(str(os.getpid()))
         place.with_suffix(".part").rename(place)
     if rank == 1 and step == 3 and fault:
         eval(fault)
-    return begin(self, step, lr)
+    return begin(self, step, *given)
 Updates.begin = faulty
 try:
     pf.train(pf.TrainConfig(**options))
@@ -57,6 +61,11 @@ except Error as e:
     print(f"{rank}: {e}", file=sys.stderr)
     sys.exit(2)
 """
+#: Makes a gradient of process 1 no numbers.
+SPOIL = (
+    "(lambda s, add: setattr(s, 'add', lambda n, g: (setattr(s, 'add', add), add(n, g * float('nan')))))"
+    "(self.sharing, self.sharing.add)"
+)
 
 
 @pytest.fixture
@@ -71,16 +80,17 @@ def options(text: Path, out: Path, objective: str = "ar", **more: Any) -> dict[s
     return {"files": [str(text)], "out": str(out), **small, **OBJECTIVES[objective], **more}
 
 
-def start(processes: int, given: dict[str, Any], fault: str = "") -> subprocess.Popen[str]:
-    command = [str(MPIEXEC), "-n", str(processes), sys.executable, "-c", SCRIPT, json.dumps(given), fault]
+def start(processes: int, given: dict[str, Any], fault: str = "", before: str = "") -> subprocess.Popen[str]:
+    arguments = [json.dumps(given), fault, before]
+    command = [str(MPIEXEC), "-n", str(processes), sys.executable, "-c", SCRIPT, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def run(processes: int, given: dict[str, Any], fault: str = "") -> tuple[int, str]:
-    with start(processes, given, fault) as job:
+def run(processes: int, given: dict[str, Any], fault: str = "", before: str = "") -> tuple[int, str]:
+    with start(processes, given, fault, before) as job:
         try:
             _, errors = job.communicate(timeout=90)
         finally:
@@ -137,17 +147,34 @@ def test_moments_are_there_once(text: Path, tmp_path: Path) -> None:
 
 
 def test_an_update_that_one_process_spoils_is_left_out_by_all(text: Path, tmp_path: Path) -> None:
-    spoil = (
-        "(lambda s, add: setattr(s, 'add', lambda n, g: (setattr(s, 'add', add), add(n, g * float('nan')))))"
-        "(self.sharing, self.sharing.add)"
-    )
     out = tmp_path / "spoilt"
-    assert run(2, options(text, out, on_nonfinite="skip"), spoil) == (0, "")
+    assert run(2, options(text, out, on_nonfinite="skip"), SPOIL) == (0, "")
     assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3, 5, 6]
     assert all(np.isfinite(value).all() for value in pf.load(out).state_dict().values())
-    code, errors = run(2, options(text, tmp_path / "stopped"), spoil)
+    code, errors = run(2, options(text, tmp_path / "stopped"), SPOIL)
     assert code == 2
     assert errors.count("step 4: the loss is") == 2
+
+
+def test_all_halve_the_scale_at_an_overflow_of_one(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And scale as a single process does, to the bit."""
+    before = "from pyrformer.training import updates; updates.first_scale = lambda _: updates.LossScale()"
+    assert run(2, options(text, tmp_path / "two"), SPOIL, before) == (0, "")
+    monkeypatch.setattr(updates, "first_scale", lambda _: updates.LossScale())
+    ready = Passes.ready
+
+    def planted(self: Passes, batch: Any, draw: int, update: Update) -> Any:
+        program, inputs = ready(self, batch, draw, update)
+        return program, inputs | ({"loss_scale": np.inf} if update.step == 3 else {})
+
+    monkeypatch.setattr(Passes, "ready", planted)
+    pf.train(pf.TrainConfig(**options(text, tmp_path / "one")))
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+    for folder in ("one", "two"):
+        scales = [(r["step"], r["loss_scale"]) for r in rows(tmp_path / folder) if "loss" in r]
+        assert scales == [(1, 65536.0), (2, 65536.0), (3, 65536.0), (5, 32768.0), (6, 32768.0)]
 
 
 def test_a_run_goes_on_with_any_number_of_processes(text: Path, tmp_path: Path) -> None:
