@@ -52,8 +52,10 @@ def first_step(config: TrainConfig, checkpoints: Checkpoints, note: Callable[[st
     else:
         state = read_state(checkpoints.path(step))
         note(f"going on from {checkpoints.path(step)}")
-    before, now = state["config"], json.loads(json.dumps(c.comparable()))
-    changed = sorted(k for k in now if before.get(k) != now[k])
+    # An option that there was not is at its default.
+    defaults = TrainConfig(files=c.files, out=c.out).comparable()
+    before, now = {**defaults, **state["config"]}, json.loads(json.dumps(c.comparable()))
+    changed = sorted(k for k in now if before[k] != now[k])
     if changed:
         raise ConfigError(
             f"[train] {folder} was trained with another {', '.join(changed)}; use the same to resume"

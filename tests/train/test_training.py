@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,18 @@ def test_an_existing_run_is_not_touched_unasked(text: Path, tmp_path: Path) -> N
     with pytest.raises(pf.Error, match="learning_rate"):
         train(text, out, resume=True, learning_rate=0.5)
     assert weights(out) == before
+
+
+def test_a_run_from_before_an_option_goes_on_with_its_default(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(text, out, max_steps=1)
+    shutil.rmtree(out / "checkpoint-1")
+    options = json.loads((out / "training.json").read_text("utf-8"))
+    del options["bf16"]
+    (out / "training.json").write_text(json.dumps(options), encoding="utf-8")
+    with pytest.raises(pf.Error, match="another bf16"):
+        train(text, out, max_steps=1, resume=True, bf16=True)
+    assert train(text, out, max_steps=1, resume=True).steps == 1
 
 
 def test_divergence_is_said(text: Path, tmp_path: Path) -> None:
