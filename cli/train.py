@@ -218,6 +218,11 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
     help="On cuda: bfloat16 in memory, on tensor cores; weights, sums, losses float32. On cpu: activations are kept in "
     "bfloat16 for the backward pass.",
 )
+@click.option(
+    "--fp16/--no-fp16",
+    default=None,
+    help="On cuda: as --bf16, in float16, for GPUs without bfloat16; losses are scaled.",
+)
 @click.option("--threads", type=int, help="Threads to use.")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the run in --out.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace the run in --out.")

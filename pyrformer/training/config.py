@@ -79,6 +79,8 @@ class TrainConfig:
             on tensor cores; weights as the optimizer has them, its states, sums and losses are float32. On "cpu", keep
             in bfloat16 what the forward pass leaves to the backward pass, and compute in float32: less memory, the same
             losses from the same weights, gradients of rounded activations.
+        fp16: on "cuda", as ``bf16``, but in float16, which older GPUs have tensor cores for. Losses are scaled, for
+            small gradients are zero in it; see :class:`pyrformer.training.loss_scale.LossScale`.
         threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.
         overwrite: replace a run that is there.
         resume: go on with a run that is there.
@@ -144,6 +146,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     bf16: bool = False
+    fp16: bool = False
     threads: int = 0
     overwrite: bool = False
     resume: bool = False
@@ -222,11 +225,13 @@ class TrainConfig:
         if self.memory:
             parsed_size(self.memory, "[train] memory")
         require(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
+        require(not (self.bf16 and self.fp16), "bf16 and fp16 exclude each other")
+        require(not self.fp16 or self.device != "cpu", "fp16 is for device 'cuda'; on 'cpu' give bf16")
 
     @property
     def precision(self) -> str:
         """What activations are kept in: :attr:`pyrformer.model.Model.precision`."""
-        return "bfloat16" if self.bf16 else "float32"
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
     def optimizer(self) -> Optimizer:
         """The optimizer that ``optim`` names."""

@@ -273,7 +273,7 @@ def _made_again(path: Path, facts: dict[str, Any], threads: int) -> Finding | No
     given = facts["config"]
     # In float32, but for what the CPU itself had rounded.
     rounded = given.get("bf16", False) and given.get("device", "cpu") == "cpu"
-    on_cpu = {"resume": False, "overwrite": False, "device": "cpu", "bf16": rounded}
+    on_cpu = {"resume": False, "overwrite": False, "device": "cpu", "bf16": rounded, "fp16": False}
     config = TrainConfig(**{**given, **on_cpu})
     model = Model(
         build(read_json(path / CONFIG)),

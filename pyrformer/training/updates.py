@@ -267,7 +267,7 @@ class Updates:
 
 def first_scale(config: TrainConfig) -> LossScale | None:
     """The loss scale that a run begins with; None: its gradients need none."""
-    return None
+    return LossScale() if config.precision == "float16" else None
 
 
 def _done(step: int, scale: LossScale | None) -> int:

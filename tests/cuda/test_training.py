@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from sim.card import Card
 
 import pyrformer as pf
-from pyrformer.errors import DeviceError, NonFiniteError
+from pyrformer.errors import ConfigError, DeviceError, NonFiniteError
 from pyrformer.executors import cuda
 from pyrformer.training import loss_scale, updates
 from pyrformer.training.failure import replay
@@ -122,12 +123,16 @@ def test_an_update_that_is_not_finite_is_found_kept_and_left_out(
     assert all(one[key] == two[key] for key in ("program", "batch", "operation", "layer"))
 
 
-def test_replay_makes_an_update_of_a_device_again(train: Any, tmp_path: Path) -> None:
-    """Weights of 1e25 overflow in the first layer."""
-    with pytest.raises(NonFiniteError, match=r"in h\.0.* made .* not finite"):
-        train("run", Card(None, 1 << 19), bf16=True, learning_rate=1e25, max_grad_norm=0.0, warmup_steps=0)
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_replay_makes_an_update_of_a_device_again(train: Any, tmp_path: Path, half: str) -> None:
+    """Weights of 1e25 overflow in the first layer; in float16, at the least scale of the loss, too."""
+    options = {half: True, "learning_rate": 1e25, "max_grad_norm": 0.0, "warmup_steps": 0, "max_steps": 20}
+    with pytest.raises(NonFiniteError, match=r"in h\.0.* made .* not finite") as caught:
+        train("run", Card(None, 1 << 19), **options)
+    assert ("at loss scale 1, the least" in str(caught.value)) == (half == "fp16")
     found, facts = replay(tmp_path / "run")
     assert found is not None
+    assert facts["step"] == (18 if half == "fp16" else 2)
     assert dataclasses.asdict(found) == facts["finding"]
 
 
@@ -326,3 +331,107 @@ def test_an_update_that_cannot_be_begun_is_told_behind_the_row_of_the_one_before
     with pytest.raises(DeviceError, match="too small"):
         train("run", Card(None, 1 << 19), log_every=1)
     assert [row["step"] for row in everything(tmp_path / "run")["metrics.jsonl"]] == [1, 2, 3, 4]
+
+
+# ---- float16 --------------------------------------------------------------------------------------------------------
+
+LAYERS = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "bert": {
+        "objective": "mlm", "mlm_probability": 0.5, "tokenizer": {"preset": "bert-uncased", "vocab_size": 60},
+        "model": {"model_type": "bert", **LAYERS, "intermediate_size": 16},
+    },
+    "llama": {"model": {"model_type": "llama", **LAYERS, "num_key_value_heads": 1, "intermediate_size": 24}},
+    "falcon": {"model": {"model_type": "falcon", **LAYERS}},
+}  # fmt: skip
+
+
+def scales(folder: Path) -> list[int]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [round(np.log2(row["loss_scale"])) for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twenty_updates_in_float16_follow_the_cpu(train: Any, tmp_path: Path, family: str) -> None:
+    options = {"max_steps": 20, "log_every": 1, "save_every": 0, **FAMILIES[family]}
+    want = train("cpu", **options)
+    got = train("fp16", Card(None, 1 << 20), fp16=True, **options)
+    np.testing.assert_allclose(losses(tmp_path / "fp16"), losses(tmp_path / "cpu"), rtol=5e-3)
+    assert got.valid_loss == pytest.approx(want.valid_loss, rel=5e-3)
+    assert scales(tmp_path / "fp16") == [16] * 20
+    assert "float16 on cuda" in repr(got.model)
+
+
+def test_updates_that_overflow_in_float16_are_left_out(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gradients of logits do at a large scale; as a run on the CPU that leaves the same ones out."""
+    options = {"max_steps": 20, "log_every": 1, "gradient_accumulation_steps": 2}
+    monkeypatch.setattr(updates, "first_scale", lambda _: LossScale(2.0**24))
+    notes: list[str] = []
+    note = lambda kind, n: notes.append(n["what"]) if kind == "note" else None  # noqa: E731
+    train("fp16", Card(None, 1 << 20), note, fp16=True, **options)
+    lost = sum("the gradient overflows at loss scale" in what for what in notes)
+    assert 2 <= lost <= 8
+    assert scales(tmp_path / "fp16") == [24 - lost] * (20 - lost)
+    ready = Passes.ready
+
+    def planted(self: Passes, batch: Any, draw: int, update: Update) -> Any:
+        program, inputs = ready(self, batch, draw, update)
+        return program, inputs | ({"loss_scale": np.inf} if update.step < lost else {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Passes, "ready", planted)
+        train("cpu", **options)
+    np.testing.assert_allclose(losses(tmp_path / "fp16"), losses(tmp_path / "cpu"), rtol=5e-3)
+
+
+def test_a_run_in_float16_goes_on_to_the_same_bits(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an overflow before and behind the checkpoint, where the scale has grown too far."""
+    monkeypatch.setattr(updates, "first_scale", lambda _: LossScale(2.0**20))
+    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
+    options = {"fp16": True, "max_steps": 14, "log_every": 1, "save_every": 7, "save_total_limit": 0}
+    train("straight", Card(None, 1 << 20), **options)
+    known = [everything(tmp_path / "straight")[f"checkpoint-{step}/trainer_state.json"] for step in (7, 14)]
+    first, last = (state["loss_scale"]["overflows"] for state in known)
+    assert 0 < first < last
+
+    def stop(kind: str, numbers: dict[str, Any]) -> None:
+        found = re.match(r"step (\d+): the gradient overflows", numbers.get("what", ""))
+        if found and int(found[1]) > 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("run", Card(None, 1 << 20), stop, **options)
+    train("run", Card(None, 1 << 20), resume=True, **options)
+    assert everything(tmp_path / "run") == everything(tmp_path / "straight")
+
+
+def test_low_rank_changes_are_trained_in_float16(train: Any, tmp_path: Path) -> None:
+    train("base")
+    options = {
+        "init_from": str(tmp_path / "base"),
+        "tokenizer": {},
+        "model": {},
+        "lora": {"r": 4},
+        "log_every": 1,
+    }
+    train("cpu", **options)
+    train("fp16", Card(None, 1 << 20), fp16=True, **options)
+    np.testing.assert_allclose(losses(tmp_path / "fp16"), losses(tmp_path / "cpu"), rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fp16": True}, "[train] fp16 is for device 'cuda'; on 'cpu' give bf16"),
+        ({"fp16": True, "bf16": True, "device": "cuda"}, "[train] bf16 and fp16 exclude each other"),
+    ],
+)
+def test_float16_is_refused(train: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train("run", **options)
+    assert str(caught.value) == said
