@@ -51,6 +51,12 @@ def programs_80() -> dict[str, sim.Program]:
     return _compiled(80)
 
 
+@pytest.fixture(scope="session")
+def turing() -> dict[str, sim.Program]:
+    """Attention in float16 as GPUs have it that are older than compute capability 8.0."""
+    return sim.load(nvrtc.ptx(nvrtc.unit("attention_mma_f16"), "attention_mma_f16", 75))
+
+
 @functools.cache
 def _hardware() -> Hardware:
     from pyrformer.executors.cuda import CudaDevice

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import sim
 from kernels import launches as run
 from kernels import reference
 from kernels.checks import attention as check
@@ -44,6 +45,10 @@ def test_tensor_cores(device, rng, close, shape, causal, half):
     ("width", "half"), [(40, "bf16"), (104, "bf16"), (136, "bf16"), (40, "f16"), (104, "f16")]
 )
 def test_tensor_cores_with_everything(device, rng, close, width, half):
+    with_everything(device, rng, close, width, half)
+
+
+def with_everything(device, rng, close, width, half):
     """A window, packed texts with padding, queries that see nothing, biased keys, dropout, shared heads; rows that
     begin on 16 bytes and no more."""
     segments = np.array([[0] * 3 + [1] * 20 + [0] * 2 + [1] * 37 + [2] * 7])
@@ -91,6 +96,26 @@ def test_tensor_cores_round_once(device, rng, half):
     got = run.attention(device, q, k, v, 0.0, half=half)["out"]
     mean = np.broadcast_to(v.mean(1, keepdims=True), got.shape)
     np.testing.assert_array_equal(got, run.rounded(mean, half))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 8), (2, 150, 2, 1, 40), (1, 128, 1, 1, 64), (1, 150, 2, 1, 104)], ids=str
+)
+def test_older_tensor_cores(turing, rng, close, shape):
+    """Without copies that go on by themselves, and by products of half the depth."""
+    check(sim.Device(turing), close, *operands(rng, *shape), causal=shape[1] < 150, half="f16")
+
+
+@pytest.mark.parametrize("width", [40, 104])
+def test_older_tensor_cores_with_everything(turing, rng, close, width):
+    with_everything(sim.Device(turing), rng, close, width, "f16")
+
+
+def test_older_tensor_cores_average_for_queries_that_see_nothing(turing, rng, close):
+    segments = np.array([[0] * 129 + [1] * 4, [0] * 133])
+    check(
+        sim.Device(turing), close, *operands(rng, 2, 133, 2, 1, 8), causal=True, segments=segments, half="f16"
+    )
 
 
 @pytest.mark.parametrize("width", [7, 100, 130, 256])

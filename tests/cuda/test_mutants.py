@@ -392,9 +392,10 @@ CASES = {f.__name__: f for f in (
 CASES |= {
     "in_float16": functools.partial(in_bfloat16, half="f16"),
     "tensor_cores_in_float16": functools.partial(tensor_cores, half="f16"),
+    "older_tensor_cores": functools.partial(tensor_cores, half="f16"),
 }
 
-# ---- The bugs: case, file, kernels to compile, text, replacement ----------------------------------------------------
+# ---- The bugs: case, file (and architecture), kernels to compile, text, replacement -----------------------------------
 
 FORWARD, DQ, DKV = "attention_forward_f32", "attention_dq_backward_f32", "attention_dkv_backward_f32"
 MUTANTS = [
@@ -575,7 +576,11 @@ MUTANTS = [
     ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "*p = (real)narrow(x, 0.f)", "*p = (real)(__float_as_uint(x) >> 16)"),
     ("in_float16", "elementwise_f16", ("BINARY", "narrow", "widen"), '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
     ("in_float16", "elementwise_f16", ("BINARY", "narrow", "widen"), "widen((real)(word >> 16))", "widen((real)word)"),
-    ("tensor_cores_in_float16", "attention_mma_f16", "attention128_dq", "#define DQ_PIECES 1", "#define DQ_PIECES 2"),
+    ("tensor_cores_in_float16", "attention_mma_f16", "attention64_dq", "e % 2 ? high_of(word) : low_of(word)", "low_of(word)"),
+    ("older_tensor_cores", "attention_mma_f16@75", "attention64_forward", "multiply(sum, a[2], a[3], b1)", "multiply(sum, a[2], a[3], b0)"),
+    ("older_tensor_cores", "attention_mma_f16@75", "attention64_forward", "inside ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0)", "*reinterpret_cast<const uint4*>(from)"),
+    ("older_tensor_cores", "attention_mma_f16@75", "attention64_forward", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
+    ("older_tensor_cores", "attention_mma_f16@75", "attention64_dkv", "inside ? *reinterpret_cast<const float*>(from) : 0.f", "0.f"),
     ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "i < n ? v.x[i] - shift : 0.f", "v.x[i] - shift"),
     ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "#define STEP (COLUMNS * WARP)", "#define STEP (4 * WARP)"),
     ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "for (int i = 4; i < COLUMNS; i += 4) sum +=", "for (int i = 8; i < COLUMNS; i += 4) sum +="),
@@ -628,9 +633,10 @@ def only(text, kept):
 
 @functools.cache
 def rebuilt(file, kernels, old, new):
+    file, _, arch = file.partition("@")
     text = nvrtc.unit(file)
     assert not old or text.count(old) >= 1, "the text that this bug changes is gone"
-    return sim.load(nvrtc.ptx(only(text.replace(old, new), kernels), file, 80))
+    return sim.load(nvrtc.ptx(only(text.replace(old, new), kernels), file, int(arch or 80)))
 
 
 @pytest.fixture
