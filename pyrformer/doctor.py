@@ -66,12 +66,14 @@ def _cpu() -> str:
 
 def _cuda() -> str:
     from pyrformer.executors.cublaslt import load_library
-    from pyrformer.executors.cuda import compiler, describe
+    from pyrformer.executors.cuda import BF16, compiler, describe
 
     d = describe()
     compiler()
+    halves = "bfloat16 and float16" if d["capability"] >= BF16 else "float16, no bfloat16"
     return (
-        f"{d['device']} ({d['arch']}, {d['multiprocessors']} multiprocessors), {d['free_bytes'] / 2**30:.1f} of "
+        f"{d['device']} ({d['arch']}, {d['multiprocessors']} multiprocessors, {halves}), "
+        f"{d['free_bytes'] / 2**30:.1f} of "
         f"{d['memory_bytes'] / 2**30:.1f} GiB free, driver for CUDA {d['driver_cuda']}, CuPy {d['cupy']}, "
         f"{load_library()[1].rsplit('/', 1)[-1]}"
     )

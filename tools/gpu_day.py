@@ -48,11 +48,11 @@ KERNEL_TESTS = (
     "relative", "rows",
 )  # fmt: skip
 STAGES = (
-    "doctor", "kernels", "programs", "bfloat16", "replays", "step times", "kernel times", "sanitizer",
+    "doctor", "kernels", "programs", "bfloat16", "float16", "replays", "step times", "kernel times", "sanitizer",
 )  # fmt: skip
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 #: Relative and absolute, between programs on the device and float32 programs on the CPU.
-TOLERANCE, BF16_TOLERANCE = 1e-4, 5e-2
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 REPLAYS = 3000
 SHAPES = (
     Shape("gpt2", layers=12, width=768, heads=12, vocab=50257, batch=8, seq=1024),
@@ -149,7 +149,7 @@ def whole_programs(
     device: Device, cases: list[tuple[str, str]] | None = None, *, precision: str = "float32"
 ) -> Stage:
     """Every program of every family, walked, captured and replayed, against the CPU: outputs and states."""
-    allowed = TOLERANCE if precision == "float32" else BF16_TOLERANCE
+    allowed = TOLERANCES[precision]
     rows: list[list[Any]] = []
     for name, which in cases or tiny.cases():
         try:
@@ -426,6 +426,7 @@ def main(out: Path, steps: int, chosen: tuple[str, ...]) -> None:
             if facts["capability"] >= BF16
             else Stage("bfloat16", "skipped", "the device has none")
         ),
+        "float16": lambda: whole_programs(device, precision="float16"),
         "replays": lambda: replays(device, steps),
         "step times": lambda: step_times(device, gpu),
         "kernel times": lambda: kernel_times(device, gpu),

@@ -142,7 +142,7 @@ class CudaDevice:
         found = describe()
         if precision == "bfloat16" and found["capability"] < BF16:
             raise DeviceError(
-                f"[cuda] {found['device']} ({found['arch']}) has no bfloat16; use float16, or float32"
+                f"[cuda] {found['device']} ({found['arch']}) has no bfloat16; use float16 (--fp16), or float32"
             )
         self.cupy = _import()
         self.runtime = self.cupy.cuda.runtime

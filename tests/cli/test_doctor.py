@@ -164,7 +164,20 @@ def test_a_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cupy(monkeypatch)
     monkeypatch.setattr(cublaslt.ctypes, "CDLL", lambda name: name)
     line = CliRunner().invoke(main, ["doctor"]).output.splitlines()[-1]
-    assert "Card (sm_90, 10 multiprocessors), 1.0 of 2.0 GiB free, driver for CUDA 13.0" in line
+    about = (
+        "Card (sm_90, 10 multiprocessors, bfloat16 and float16), 1.0 of 2.0 GiB free, driver for CUDA 13.0"
+    )
+    assert about in line
+
+
+def test_bfloat16_is_refused_where_float16_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cupy(monkeypatch, major=7, minor=5)
+    monkeypatch.setattr(cublaslt.ctypes, "CDLL", lambda name: name)
+    assert "float16, no bfloat16" in CliRunner().invoke(main, ["doctor"]).output
+    with pytest.raises(
+        DeviceError, match=r"Card \(sm_75\) has no bfloat16; use float16 \(--fp16\), or float32$"
+    ):
+        cuda.CudaDevice(precision="bfloat16")
 
 
 @pytest.mark.parametrize(

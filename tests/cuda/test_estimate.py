@@ -290,7 +290,13 @@ def test_the_command_prints_what_json_says() -> None:
     assert "matrix products" in on_tensor_cores
     assert fast["ms_per_step"] < plain["ms_per_step"] / 2
     refused = CliRunner().invoke(command, [*arguments[1:], "--bf16"])
-    assert refused.exit_code == 2 or "T4 has no bfloat16" in str(refused.exception)
+    assert refused.exit_code == 2 or "T4 has no bfloat16; use --fp16" in str(refused.exception)
+    older = json.loads(CliRunner().invoke(command, [*arguments[1:], "--fp16", "--json"]).output)
+    assert older["ms_per_step"] < found["ms_per_step"]
+    assert any(k["name"].endswith("_f16") and k["tensor_share"] for k in older["kernels"])
+    for flags in (["--bf16", "--fp16"], ["--fp16"]):
+        refused = CliRunner().invoke(command, ["train-step", *flags])
+        assert (refused.exit_code, "--fp16" in refused.output) == (2, True)
     refused = CliRunner().invoke(command, [*arguments[1:], "--profile"])
     assert refused.exit_code == 2
     assert "--estimate runs nothing" in refused.output

@@ -119,7 +119,11 @@ def test_gradients_of_a_model_that_keeps_bfloat16(tmp_path: Path) -> None:
     assert any((got[name] != g).any() for name, g in want.items())
 
 
-def test_computing_in_bfloat16_needs_tensor_cores(tmp_path: Path) -> None:
+def test_computing_in_16_bits_needs_tensor_cores(tmp_path: Path) -> None:
     train(config(tmp_path, "run", "gpt2", max_steps=1))
-    with pytest.raises(pf.Error, match="tensor cores"):
-        pf.load(tmp_path / "run", dtype="bfloat16")
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(pf.Error, match=f"{dtype} is computed on tensor cores only"):
+            pf.load(tmp_path / "run", dtype=dtype)
+    model = pf.Model.from_config(pf.load(tmp_path / "run").config, precision="float16")
+    with pytest.raises(pf.Error, match="float16 is computed on CUDA only"):
+        model(np.zeros((1, 3), int))
