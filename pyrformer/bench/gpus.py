@@ -22,7 +22,7 @@ class Gpu:
     """A GPU at its boost clock.
 
     ``lanes``: float32 multiply-adds a multiprocessor starts a clock; ``l1``: bytes a clock that its first-level cache
-    and shared memory give; ``tensor``: FLOP/s of bfloat16 (T4: float16) on tensor cores; ``shared``: bytes of shared
+    and shared memory give; ``tensor``: FLOP/s of 16-bit floats on tensor cores; ``shared``: bytes of shared
     memory; ``reserved``: bytes of it that each block costs besides its own; ``memory``: bytes.
     """
 

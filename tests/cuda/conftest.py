@@ -20,10 +20,21 @@ from kernels import nvrtc
 from kernels.hardware import ON_HARDWARE, SLACK, Hardware
 
 
+def _capability() -> tuple[int, int]:
+    """That of the device of this machine."""
+    from pyrformer.executors.cuda import describe
+
+    found: tuple[int, int] = describe()["capability"]
+    return found
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without NVRTC nothing here can run; say why."""
     why = None if ON_HARDWARE else nvrtc.library()
+    old = ON_HARDWARE and _capability() < (8, 0)
     for item in items:
+        if old and "bf16" in getattr(getattr(item, "callspec", None), "params", {}).values():
+            item.add_marker(pytest.mark.skip(reason="the device has no bfloat16"))
         if isinstance(why, str) and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=why))
 
