@@ -7,13 +7,13 @@
 // columns, whose tiles do not fit into what Turing gives a block.
 //
 // Launch: block = 128, with tiles(n) = ceil(T / n):
-//   attention64_forward, attention64_dq_backward, and those of 128             grid = (tiles(128), H, B);
-//                                                  attention128_dq_backward_f16     grid = (tiles(64), H, B).
-//   attention256_forward, attention256_dq_backward                              grid = (tiles(64), H, B).
-//   attention64_dkv_backward                                                    grid = (tiles(128), K, B).
-//   attention128_dkv_backward                                                   grid = (tiles(64), K, B).
-//   attention256_dkv_backward                                                   grid = (tiles(64), K, 2 B).
-//   attention_delta_backward                                                    grid = ceil(B * T * H / 16).
+//   attention64_forward, attention64_dq_backward, and those of 128    grid = (tiles(128), H, B).
+//   attention128_dq_backward in float16                               grid = (tiles(64), H, B).
+//   attention256_forward, attention256_dq_backward                    grid = (tiles(64), H, B).
+//   attention64_dkv_backward                                          grid = (tiles(128), K, B).
+//   attention128_dkv_backward                                         grid = (tiles(64), K, B).
+//   attention256_dkv_backward                                         grid = (tiles(64), K, 2 B).
+//   attention_delta_backward                                          grid = ceil(B * T * H / 16).
 // Shared memory: dynamic; a word <kernel>_shared beside each kernel says how many bytes. At most 99 KB, in float16 64 KB.
 //
 // A warp has M times 16 rows of the result. Products are mma.m16n8k16, before compute capability 8.0 two of mma.m16n8k8,

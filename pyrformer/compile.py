@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pyrformer import _core, forks
 from pyrformer.errors import DeviceError, InputError
-from pyrformer.executors import AnyExecutor, AnyRun, AnyStore, Ended
+from pyrformer.executors import PRECISIONS, AnyExecutor, AnyRun, AnyStore, Ended
 from pyrformer.nn import Trace
 
 Array = npt.NDArray[Any]
@@ -81,6 +81,8 @@ class Lowered:
     @classmethod
     def of(cls, name: str, graph: _core.Graph, device: str, precision: str, recomputed: int = 0) -> Lowered:
         """The plan of a graph for a device; see :meth:`Traced.lower`."""
+        if precision not in PRECISIONS:
+            raise InputError(f"[precision] precision must be one of {PRECISIONS}, got {precision!r}")
         if precision == "float16" and device == "cpu":
             raise InputError("[precision] float16 is computed on CUDA only; use device 'cuda', or float32")
         if precision != "float32":

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 DEVICES = ("cpu", "cuda")
+#: What activations may be kept in: :attr:`pyrformer.model.Model.precision`.
+PRECISIONS = ("float32", "bfloat16", "float16")
 #: Where a model's states are: in the core's memory, or on a device.
 AnyStore: TypeAlias = Union[_core.Store, "Store"]
 AnyExecutor: TypeAlias = Union[_core.Executor, "Executor"]
