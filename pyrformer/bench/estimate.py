@@ -144,8 +144,9 @@ def plan_of(shape: Shape, *, precision: str = "float32") -> _core.Plan:
     """
     family = build(shape.config())
     masked = round(MASKED * shape.batch * shape.seq) if family.objective != "ar" else 0
+    sizes = programs.Sizes(shape.batch, shape.seq, masked)
     return (
-        programs.train_step(family, programs.Sizes(shape.batch, shape.seq, masked), AdamW())
+        programs.train_step(family, sizes, AdamW(), scaled=precision == "float16")
         .lower("cuda", precision=precision)
         .plan
     )
