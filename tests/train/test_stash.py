@@ -128,5 +128,5 @@ def test_computing_in_16_bits_needs_tensor_cores(tmp_path: Path) -> None:
     with pytest.raises(pf.Error, match="float16 is computed on CUDA only"):
         model(np.zeros((1, 3), int))
     model = pf.Model.from_config(model.config, precision="half")
-    with pytest.raises(pf.Error, match="must be one of .*'float16'.*, got 'half'"):
+    with pytest.raises(pf.Error, match=r"must be one of .*'float16'.*, got 'half'"):
         model(np.zeros((1, 3), int))
