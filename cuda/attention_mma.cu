@@ -37,15 +37,17 @@
 // From compute capability 8.0 on: products of 16 columns, and copies to shared memory that go on by themselves.
 #define AMPERE (__CUDA_ARCH__ >= 800)
 
-// Rows of the tiles of heads of up to 128 columns. Turing keeps longer copies and addresses in registers, which the sums of
-// more scores would need; what a block of float16 has fits into its 64 KB.
-#define FORWARD_KEYS (AMPERE ? 32 : 16)
+// Rows of tiles, by the widest head. What a block of float16 has fits into Turing's 64 KB, twice where that costs nothing:
+// one block computes while the other waits for copies. Those pass through registers there, which more scores would need.
+#define FORWARD128_KEYS (AMPERE ? 32 : 16)
 #ifdef F16
-#define DQ_PIECES 1
-#define DKV_QUERIES 16
+#define FORWARD64_KEYS 32
+#define DQ128_PIECES 1
+#define DKV128_QUERIES 16
 #else
-#define DQ_PIECES 2
-#define DKV_QUERIES 32
+#define FORWARD64_KEYS 64
+#define DQ128_PIECES 2
+#define DKV128_QUERIES 32
 #endif
 
 // ---- Tensor cores --------------------------------------------------------------------------------------------------
@@ -483,16 +485,16 @@ __device__ __forceinline__ void forward(FORWARD_PARAMETERS) {
 }
 
 // out = softmax(scale * q . k) * v, lse = log of the softmax's denominator.
-extern "C" __device__ unsigned WORD(attention64_forward_f32) = tiles_bytes<64>(1, 16 * 2 * WARPS, 64);
+extern "C" __device__ unsigned WORD(attention64_forward_f32) = tiles_bytes<64>(1, 16 * 2 * WARPS, FORWARD64_KEYS);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention64_forward_f32(FORWARD_PARAMETERS) {
-    forward<64, 2, 64>(FORWARD_ARGUMENTS);
+    forward<64, 2, FORWARD64_KEYS>(FORWARD_ARGUMENTS);
 }
 
 extern "C" __device__ unsigned WORD(attention128_forward_f32) = tiles_bytes<128>(1, 16 * 2 * WARPS, 32);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention128_forward_f32(FORWARD_PARAMETERS) {
-    forward<128, 2, FORWARD_KEYS>(FORWARD_ARGUMENTS);
+    forward<128, 2, FORWARD128_KEYS>(FORWARD_ARGUMENTS);
 }
 
 #ifndef F16
@@ -644,10 +646,10 @@ attention64_dq_backward_f32(DQ_PARAMETERS) {
     dq_backward<64, 2, 32>(DQ_ARGUMENTS);
 }
 
-extern "C" __device__ unsigned WORD(attention128_dq_backward_f32) = tiles_bytes<128>(2, 16 * DQ_PIECES * WARPS, 32);
+extern "C" __device__ unsigned WORD(attention128_dq_backward_f32) = tiles_bytes<128>(2, 16 * DQ128_PIECES * WARPS, 32);
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention128_dq_backward_f32(DQ_PARAMETERS) {
-    dq_backward<128, DQ_PIECES, 32>(DQ_ARGUMENTS);
+    dq_backward<128, DQ128_PIECES, 32>(DQ_ARGUMENTS);
 }
 
 #ifndef F16
@@ -817,10 +819,10 @@ attention64_dkv_backward_f32(DKV_PARAMETERS) {
     dkv_backward<64, 64, 2, 32>(DKV_ARGUMENTS);
 }
 
-extern "C" __device__ unsigned WORD(attention128_dkv_backward_f32) = tiles_bytes<128>(2, 16 * 1 * WARPS, DKV_QUERIES) + 16 * DKV_QUERIES;
+extern "C" __device__ unsigned WORD(attention128_dkv_backward_f32) = tiles_bytes<128>(2, 16 * 1 * WARPS, DKV128_QUERIES) + 16 * DKV128_QUERIES;
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention128_dkv_backward_f32(DKV_PARAMETERS) {
-    dkv_backward<128, 128, 1, DKV_QUERIES>(DKV_ARGUMENTS);
+    dkv_backward<128, 128, 1, DKV128_QUERIES>(DKV_ARGUMENTS);
 }
 
 #ifndef F16

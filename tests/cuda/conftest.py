@@ -63,8 +63,10 @@ def programs_80() -> dict[str, sim.Program]:
 
 
 @pytest.fixture(scope="session")
-def turing() -> dict[str, sim.Program]:
-    """Attention in float16 as GPUs have it that are older than compute capability 8.0."""
+def programs_75() -> dict[str, sim.Program]:
+    """The same for compute_75: Turing. Where time is short, of attention in float16 alone."""
+    if nvrtc.LONG:
+        return _compiled(75)
     return sim.load(nvrtc.ptx(nvrtc.unit("attention_mma_f16"), "attention_mma_f16", 75))
 
 

@@ -101,20 +101,25 @@ def test_tensor_cores_round_once(device, rng, half):
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1, 8), (2, 150, 2, 1, 40), (1, 128, 1, 1, 64), (1, 150, 2, 1, 104)], ids=str
 )
-def test_older_tensor_cores(turing, rng, close, shape):
+def test_older_tensor_cores(programs_75, rng, close, shape):
     """Without copies that go on by themselves, and by products of half the depth."""
-    check(sim.Device(turing), close, *operands(rng, *shape), causal=shape[1] < 150, half="f16")
+    check(sim.Device(programs_75), close, *operands(rng, *shape), causal=shape[1] < 150, half="f16")
 
 
 @pytest.mark.parametrize("width", [40, 104])
-def test_older_tensor_cores_with_everything(turing, rng, close, width):
-    with_everything(sim.Device(turing), rng, close, width, "f16")
+def test_older_tensor_cores_with_everything(programs_75, rng, close, width):
+    with_everything(sim.Device(programs_75), rng, close, width, "f16")
 
 
-def test_older_tensor_cores_average_for_queries_that_see_nothing(turing, rng, close):
+def test_older_tensor_cores_average_for_queries_that_see_nothing(programs_75, rng, close):
     segments = np.array([[0] * 129 + [1] * 4, [0] * 133])
     check(
-        sim.Device(turing), close, *operands(rng, 2, 133, 2, 1, 8), causal=True, segments=segments, half="f16"
+        sim.Device(programs_75),
+        close,
+        *operands(rng, 2, 133, 2, 1, 8),
+        causal=True,
+        segments=segments,
+        half="f16",
     )
 
 

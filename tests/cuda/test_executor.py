@@ -163,6 +163,20 @@ def test_training_on_tensor_cores(
     ]
 
 
+@pytest.mark.skipif(not LONG, reason="all kernels are compiled again")
+@pytest.mark.parametrize("name", WIDER)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_training_step_of_older_gpus(
+    name: str, precision: str, programs_75: dict[str, sim.Program], rng: np.random.Generator
+) -> None:
+    cpu = Model.from_config({"model_type": name, **WIDER[name]})
+    device = on_card(cpu, Card(programs_75, 1 << 19, how="both"), precision=precision)
+    traced = train_step(cpu.family, sizes(cpu), OPTIMIZER)
+    one, two = (traced.lower(m.device, precision=m.precision).compile(m.store) for m in (cpu, device))
+    given = inputs(cpu, one.plan, rng)
+    np.testing.assert_allclose(two(**given)["loss"], one(**given)["loss"], rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("precision", "name", "which"), in_halves(cases(), [case for case in cases() if case[0] == "llama"])
 )

@@ -215,6 +215,37 @@ update "v" <- %26
 }
 
 #[test]
+fn heads_that_tensor_cores_do_not_take_are_computed_in_float32() {
+    for (width, half, taken) in [
+        (256, DType::Bf16, true),
+        (264, DType::Bf16, false),
+        (128, DType::F16, true),
+        (136, DType::F16, false),
+        (36, DType::F16, false),
+    ] {
+        let mut g = Graph::new();
+        let x = g.input("x", f32(&[1, 4, width])).unwrap();
+        let spec = AttentionSpec {
+            heads: 1,
+            kv_heads: 1,
+            causal: true,
+            window: None,
+            scale: 1.0,
+            segments: false,
+            key_bias: false,
+            prefix: false,
+            dropout: None,
+        };
+        let out = g.add(Op::Attention(spec), &[x, x, x]).unwrap()[0];
+        g.output("out", out).unwrap();
+        let g = passes::narrow(&g, half).unwrap();
+        let node = g.nodes().iter().find(|n| matches!(n.op, Op::Attention(_))).unwrap();
+        let dtype = if taken { half } else { DType::F32 };
+        assert_eq!(g.ty(node.inputs[0]).dtype, dtype, "{width} columns in {half}");
+    }
+}
+
+#[test]
 fn a_weight_that_is_only_read_is_a_state_in_the_narrow_type() {
     let mut g = Graph::new();
     let ids = g.input("ids", TensorType::new(DType::I32, [2])).unwrap();
