@@ -112,12 +112,13 @@ def training_step(
     """One step of the twin: forward, backward, clipping, fused AdamW where there is one."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    half = torch.float16 if precision == "float16" else torch.bfloat16
     model = Twin(shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     ids, labels = (torch.from_numpy(x).to(device) for x in shape.tokens())
 
     def step() -> object:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device, half, enabled=precision != "float32"):
             loss = model(ids, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
