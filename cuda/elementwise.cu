@@ -246,11 +246,12 @@ broadcast_forward_f32(const real* x, real* y, int rows, int cols, int x_rows, in
 
 // ---- Dropout -------------------------------------------------------------------------------------------------------
 
-// y = x * mask / (1 - p), element r * C + c drawing number r * C + c of the site; its own gradient. x, y [N, C], rng [4];
-// scale = 1 / (1 - p). y may be x.
+// y = x * mask / (1 - p) (+ residual), element r * C + c drawing number r * C + c of the site; without the residual its own
+// gradient. x, y and the optional residual [N, C], rng [4]; scale = 1 / (1 - p). The sum is one in float32, rounded once.
+// y may be x or the residual.
 extern "C" __global__ void __launch_bounds__(THREADS)
-dropout_forward_f32(const real* x, const int* rng, real* y, int rows, int cols, int x_ld, int y_ld, unsigned stream,
-                    float p, float scale) {
+dropout_forward_f32(const real* x, const int* rng, const real* residual, real* y, int rows, int cols, int x_ld,
+                    int residual_ld, int y_ld, unsigned stream, float p, float scale) {
     Group g = my_group(rows, cols);
     if (g.n == 0) return;
     Keep keep = keep_rule(rng, stream, p, scale);
@@ -259,6 +260,7 @@ dropout_forward_f32(const real* x, const int* rng, real* y, int rows, int cols, 
     // What falls out is 0, whatever it was.
 #pragma unroll
     for (int i = 0; i < COLUMNS; ++i) value.x[i] = factor.x[i] == 0.f ? 0.f : value.x[i] * factor.x[i];
+    if (residual) value = value + load(at(residual, g.row, residual_ld, g.col), g.n);
     store(at(y, g.row, y_ld, g.col), value, g.n);
 }
 

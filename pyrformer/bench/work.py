@@ -167,10 +167,12 @@ def broadcast_forward(
 
 
 @_stored
-def dropout_forward(size: int, grid: Any, x: Any, rng: Any, y: Any, rows: int, cols: int, *_: Any) -> Work:
+def dropout_forward(
+    size: int, grid: Any, x: Any, rng: Any, residual: Any, y: Any, rows: int, cols: int, *_: Any
+) -> Work:
     # Each warp reads the state; Philox gives four words for some hundred integer operations.
     state = Work(4 * WORD, _ceil(size * rows * cols, 512) * 4, 28 * rows * cols)
-    return _alike(size, rows, cols, 2, x, y) + state
+    return _alike(size, rows, cols, 2 + bool(residual), x, residual, y) + state
 
 
 @_stored

@@ -114,6 +114,16 @@ def test_dropout_draws_by_element_number(device, rng, shape, p, layout):
     np.testing.assert_array_equal(run.dropout(device, x, state, p, 5, layout), x * factors.astype(np.float32))
 
 
+@LAYOUTS
+@pytest.mark.parametrize("shape", [(1, 1027), (5, 7), (33, 12)])
+def test_dropout_adds_a_residual(device, rng, close, shape, layout):
+    x, residual = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    state = np.array([7, -3, 12, 1], np.int32)
+    want = x * reference.keep(state, 5, 0.3, x.size).reshape(shape) + residual
+    for over in ("", "x", "residual"):
+        close(run.dropout(device, x, state, 0.3, 5, layout, residual, over), want)
+
+
 def test_dropout_drops_what_is_not_finite(device):
     x = np.full((1, 64), np.inf, np.float32)
     got = run.dropout(device, x, np.arange(4), 0.5, 1)

@@ -75,6 +75,10 @@ def test_scale_fill_copy_dropout(narrow, rng, shape, layout):
     np.testing.assert_array_equal(run.broadcast(narrow, x[:1], shape, layout), np.broadcast_to(x[:1], shape))
     factors = reference.keep(state, 5, 0.3, x.size).reshape(shape)
     narrow.near(run.dropout(narrow, x, state, 0.3, 5, layout), x * factors.astype(np.float32))
+    # Rounded once: the sum, not what is added.
+    residual = normal(narrow, rng, *shape)
+    got = run.dropout(narrow, x, state, 0.3, 5, layout, residual, "residual")
+    narrow.near(got, x * factors + residual)
 
 
 @LAYOUTS

@@ -67,6 +67,27 @@ def test_every_step_has_records_that_fit_the_kernels(name: str, which: str) -> N
         assert np.prod(launch["block"]) <= 1024
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_dropout_and_the_residual_stream_are_one_launch(name: str, precision: str) -> None:
+    """In each of two layers behind attention and behind the MLP; those of embeddings, and of gradients, add nothing."""
+    plan = PROGRAMS["train_step"](model(name)).lower("cuda", precision=precision).plan
+    launches = [
+        record["launch"]
+        for _, record in json.loads(_core.cuda_program(plan))["records"]
+        if "launch" in record
+    ]
+    dropouts = [launch for launch in launches if launch["kernel"].startswith("dropout")]
+    assert len(dropouts) == 2 * (2 * 2 + 1)
+    assert sum(launch["args"][2]["pointer"] is not None for launch in dropouts) == 2 * 2
+    # What else is added are embeddings.
+    added = sum(launch["kernel"].startswith("add_") for launch in launches)
+    assert added == {"gpt2": 1, "bert": 2}[name]
+    on_cpu = json.loads(PROGRAMS["train_step"](model(name)).lower("cpu").plan.to_json())["steps"]
+    assert sum("dropout" in step["op"] for step in on_cpu if isinstance(step["op"], dict)) == len(dropouts)
+    assert sum(step["op"] == {"binary": "add"} for step in on_cpu) == added
+
+
 def test_indices_are_limited_by_what_they_index() -> None:
     limits = program(PROGRAMS["train_step"](model("gpt2")))["limits"]
     found = {limit["input"]: (limit["least"], limit["below"]) for limit in limits}

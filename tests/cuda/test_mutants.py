@@ -104,11 +104,12 @@ def gated(device, rng, close):
 
 
 def dropout(device, rng, close):
-    x, state = normal(rng, 9, 7), np.array([1, 2, 3, 4])
+    x, residual, state = normal(rng, 9, 7), normal(rng, 9, 7), np.array([1, 2, 3, 4])
     for layout in (run.PLAIN, CROOKED):
-        close(
-            run.dropout(device, x, state, 0.4, 3, layout), x * reference.keep(state, 3, 0.4, 63).reshape(9, 7)
-        )
+        want = x * reference.keep(state, 3, 0.4, 63).reshape(9, 7)
+        close(run.dropout(device, x, state, 0.4, 3, layout), want)
+        for over in ("x", "residual"):
+            close(run.dropout(device, x, state, 0.4, 3, layout, residual, over), want + residual)
 
 
 def layer_norm(device, rng, close):
@@ -413,6 +414,8 @@ MUTANTS = [
     ("dropout", "elementwise", "dropout_forward_f32", "make_uint4(a.z, a.w, b.x, b.y)", "make_uint4(a.z, a.w, b.y, b.x)"),
     ("dropout", "elementwise", "dropout_forward_f32", "keep_words(keep, first / 4 + 1)", "keep_words(keep, first / 4)"),
     ("dropout", "elementwise", "dropout_forward_f32", "(unsigned long long)g.row * cols + g.col", "(unsigned long long)g.row * x_ld + g.col"),
+    ("dropout", "elementwise", "dropout_forward_f32", "if (residual) value = value + load(at(residual, g.row, residual_ld, g.col), g.n);", "if (residual) value = value + load(at(residual, g.row, residual_ld, 0), g.n);"),
+    ("dropout", "elementwise", "dropout_forward_f32", "    store(at(y, g.row, y_ld, g.col), value, g.n);\n}\n\n// ---- The epi", "    store(at(y, g.row, y_ld, g.col), value, g.n);\n    if (residual) store(at(y, g.row, y_ld, g.col), value + load(at(residual, g.row, residual_ld, g.col), g.n), g.n);\n}\n\n// ---- The epi"),
     # Elementwise.
     ("elementwise", "elementwise", "scale_forward_f32", "if (i >= per_row * rows) return {0, 0, 0};", ""),
     ("elementwise", "elementwise", "scale_forward_f32", "return x + (long long)row * ld + col;", "return x + (long long)row * (ld - 3) + col;"),

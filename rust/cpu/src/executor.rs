@@ -625,7 +625,10 @@ impl<'a> Run<'a> {
             Op::Binary(f) => elementwise::binary::<T>(pool, *f, self.x(0), self.x(1), self.y(0)),
             Op::SumTo => elementwise::sum_to::<T>(pool, self.x(0), self.y(0), self.scratch()),
             Op::Broadcast => elementwise::broadcast::<T>(pool, self.x(0), self.y(0)),
-            Op::Dropout(spec) => dropout::<T>(pool, &self.keep(spec, 1), self.x(0), self.y(0)),
+            Op::Dropout(spec) => {
+                let residual = (self.step.inputs.len() == 3).then(|| self.x::<T>(2));
+                dropout::<T>(pool, &self.keep(spec, 1), self.x(0), residual, self.y(0));
+            }
             Op::MatMul { ta, tb, epilogue: e } => {
                 let mut next = 2;
                 let mut operand = |present: bool| {

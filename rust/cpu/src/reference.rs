@@ -228,7 +228,11 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
         Op::Broadcast => one((0..outs[0].elements()).map(|i| f(0)[i % f(0).len()]).collect()),
         Op::Dropout(spec) => {
             let keep = keep(spec, n(1));
-            one(f(0).iter().enumerate().map(|(i, &x)| x * keep.factor(i as u64)).collect())
+            let mut y: Vec<f64> = f(0).iter().enumerate().map(|(i, &x)| x * keep.factor(i as u64)).collect();
+            if ins.len() == 3 {
+                y.iter_mut().zip(f(2)).for_each(|(y, &residual)| *y += residual);
+            }
+            one(y)
         }
         Op::MatMul { ta, tb, epilogue } => matmul(ins, outs[0], *ta, *tb, epilogue),
         Op::LayerNorm { eps, center } => {

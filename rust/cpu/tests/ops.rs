@@ -283,6 +283,16 @@ fn differentiable() -> Vec<(String, Build)> {
             c.op1(Op::Dropout(dropout_spec()), &[x, rng])
         }),
     );
+    for columns in [1, 13, 259] {
+        add(
+            &format!("dropout residual {columns}"),
+            case(move |c| {
+                let (x, residual) = (c.float("x", &[5, columns]), c.float("residual", &[5, columns]));
+                let rng = c.ints("rng", &[4], vec![1, 2, 3, 4]);
+                c.op1(Op::Dropout(dropout_spec()), &[x, rng, residual])
+            }),
+        );
+    }
     let plain = attention_spec(2, 2);
     let causal = AttentionSpec { causal: true, ..plain };
     for (name, b, t, d, spec) in [
@@ -526,6 +536,37 @@ fn gradients_in_single_precision_stay_close() {
         let one = c.computed(true, 1);
         assert_close(&name, &one, &c.expected(), 5e-6);
         assert_eq!(one, c.computed(true, 2), "{name}: bits depend on the number of threads");
+    }
+}
+
+/// A dropout and the addition of its result become one step with the bits of the two, over the residual's memory, x's, or
+/// its own.
+#[test]
+fn dropout_adds_the_residual_with_the_bits_of_two_steps() {
+    for kept in [&[][..], &["residual"], &["x", "residual"]] {
+        let mut c = Case::new(DType::F32, 6);
+        let [x, residual] = ["x", "residual"].map(|name| {
+            let v = c.float(&format!("{name} in"), &[5, 259]);
+            let v = c.op1(Op::Unary(Unary::Scale(1.1)), &[v]);
+            if kept.contains(&name) {
+                c.g.output(name, v).unwrap();
+            }
+            v
+        });
+        let rng = c.ints("rng", &[4], vec![1, 2, 3, 4]);
+        let dropped = c.op1(Op::Dropout(dropout_spec()), &[x, rng]);
+        let y = c.op1(Op::Binary(Binary::Add), &[residual, dropped]);
+        c.g.output("y", y).unwrap();
+        let plan = lower(&passes::optimise(&c.g).unwrap(), &Cpu).unwrap();
+        let names: Vec<&str> = plan.steps.iter().map(|s| s.op.name()).collect();
+        assert_eq!(names, ["scale", "scale", "dropout"]);
+        let step = &plan.steps[2];
+        let over = [2, 0].into_iter().find(|&i| step.inputs[i].offset == step.outputs[0].offset);
+        assert_eq!(over, [Some(2), Some(0), None][kept.len()]);
+        let two_steps = c.computed(false, 1);
+        for threads in [1, 3] {
+            assert_eq!(c.computed(true, threads), two_steps);
+        }
     }
 }
 

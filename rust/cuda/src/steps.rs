@@ -335,8 +335,12 @@ impl Recorder<'_> {
             Op::SumTo => self.sum_to()?,
             Op::Broadcast => self.repeat(self.x(0), self.y(0)),
             Op::Dropout(spec) => {
-                let [x, y] = flat([self.x(0), self.y(0)]);
-                let mut args = args![x, self.x(1), y, y.rows, y.cols, x.ld, y.ld];
+                let (x, y) = (self.x(0), self.y(0));
+                let added = step.inputs.len() == 3;
+                let [x, residual, y] = flat([x, if added { self.x(2) } else { x }, y]);
+                let residual = added.then_some(residual);
+                let mut args = args![x, self.x(1), residual, y, y.rows, y.cols, x.ld];
+                args.extend(args![residual.map_or(0, |r| r.ld), y.ld]);
                 args.extend(keep(Some(spec)));
                 self.launch(format!("dropout_forward_{}", suffix(y.dtype)), groups(y), [256, 1, 1], args);
             }

@@ -135,7 +135,11 @@ fn vjp(g: &mut Graph, node: &Node, dys: &[Option<ValueId>]) -> Result<Vec<Option
         }
         Op::Broadcast => vec![Some(sum_to(g, dy, x[0])?)],
         // The mask is a function of (rng, stream, element), so the transpose is the operation itself.
-        Op::Dropout(spec) => vec![Some(g.add1(Op::Dropout(*spec), &[dy, x[1]])?), None],
+        Op::Dropout(spec) => {
+            let mut dx = vec![Some(g.add1(Op::Dropout(*spec), &[dy, x[1]])?), None];
+            dx.extend((x.len() == 3).then_some(Some(dy)));
+            dx
+        }
         Op::MatMul { ta, tb, epilogue } => {
             if !epilogue.is_empty() {
                 return Err(Error::Derivative("differentiate before fusing".to_owned()));

@@ -46,7 +46,9 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
         Op::LayerNormGrad { .. } => 14 * elements(inputs[1]),
         Op::AdamW { .. } => 14 * elements(inputs[0]),
         Op::GlobalNorm => inputs.iter().map(|t| 2 * elements(t)).sum(),
-        Op::Unary(_) | Op::UnaryGrad(_) | Op::Binary(_) | Op::Dropout(_) => elements(outputs[0]),
+        Op::Unary(_) | Op::UnaryGrad(_) | Op::Binary(_) => elements(outputs[0]),
+        // The residual is a sum of its own.
+        Op::Dropout(_) => (inputs.len() as u64 - 1) * elements(outputs[0]),
         Op::Gated(_) => 2 * elements(outputs[0]),
         Op::GatedGrad(_) => 4 * elements(outputs[0]),
         Op::Rope { .. } => 3 * elements(outputs[0]),

@@ -282,7 +282,7 @@ pub enum Op {
     SumTo,
     /// Repeats over leading axes: `[S] → [.., S]`.
     Broadcast,
-    /// `x, rng i32[4] → x · mask / (1 − p)`. Source: Srivastava et al. 2014.
+    /// `x, rng i32[4], (residual [..]) → x · mask / (1 − p) (+ residual)`. Source: Srivastava et al. 2014.
     Dropout(DropoutSpec),
 
     // ---- Transformer parts -------------------------------------------------------------------------------------
@@ -485,9 +485,8 @@ impl Op {
     #[must_use]
     pub fn in_place(&self) -> Vec<(usize, usize)> {
         match self {
-            Self::Unary(_) | Self::Dropout(_) | Self::Binary(_) | Self::Rope { .. } | Self::CacheWrite => {
-                vec![(0, 0)]
-            }
+            Self::Unary(_) | Self::Binary(_) | Self::Rope { .. } | Self::CacheWrite => vec![(0, 0)],
+            Self::Dropout(_) => vec![(2, 0), (0, 0)],
             Self::UnaryGrad(_) => vec![(1, 0), (0, 0)],
             Self::Gated(_) => vec![(1, 0), (0, 0)],
             Self::GatedGrad(_) => vec![(1, 0), (2, 1), (0, 0)],
@@ -712,9 +711,10 @@ impl Check<'_> {
                 Ok(vec![to])
             }
             Op::Dropout(spec) => {
-                self.count(2, 2)?;
-                self.dtypes(&[0], &[1])?;
-                self.require(is(1, &[4]), "x [..], rng i32[4]")?;
+                self.count(2, 3)?;
+                self.dtypes(if all.len() == 3 { &[0, 2] } else { &[0] }, &[1])?;
+                let fits = is(1, &[4]) && (all.len() == 2 || self.shape(2) == self.shape(0));
+                self.require(fits, "x [..], rng i32[4], residual [..]")?;
                 self.probability(spec)?;
                 Ok(vec![like(0)])
             }

@@ -172,9 +172,37 @@ fn wrong_operands_are_refused_with_their_types() {
     assert_eq!(message(g.add(Op::Unary(Unary::Exp), &[i])), "[exp] operand 0 must be a float type, got i32");
     let dropout = Op::Dropout(DropoutSpec { p: 1.0, stream: 0 });
     let rng = g.input("rng", TensorType::new(DType::I32, [4])).unwrap();
-    assert!(message(g.add(dropout, &[a, rng])).contains("in [0, 1), got 1"));
+    assert!(message(g.add(dropout.clone(), &[a, rng])).contains("in [0, 1), got 1"));
+    assert!(message(g.add(dropout, &[a, rng, b])).contains("residual [..], got f32[2,3], i32[4], f32[4,5]"));
     assert!(g.input("a", f32(&[1])).unwrap_err().to_string().contains("two inputs or states called \"a\""));
     assert_eq!(g.nodes().len(), 4, "a refused operation leaves nothing behind");
+}
+
+#[test]
+fn dropout_takes_the_residual_that_nobody_else_adds_to_it() {
+    let mut g = Graph::new();
+    let [x, r] = ["x", "r"].map(|n| g.input(n, f32(&[3, 4])).unwrap());
+    let row = g.input("row", f32(&[4])).unwrap();
+    let sum = g.state("sum", f32(&[3, 4])).unwrap();
+    let rng = g.input("rng", TensorType::new(DType::I32, [4])).unwrap();
+    let mut dropout = |stream| g.add1(Op::Dropout(DropoutSpec { p: 0.5, stream }), &[x, rng]).unwrap();
+    let [a, b, twice, repeated, summed] = [0, 1, 2, 3, 4].map(&mut dropout);
+    let add = Op::Binary(Binary::Add);
+    // Of two that are added to each other the first takes the second; a sum that outlives the run is a step of its own.
+    for (name, left, right) in [("one", a, b), ("two", twice, r), ("three", twice, x), ("row", repeated, row)]
+    {
+        let y = g.add1(add.clone(), &[left, right]).unwrap();
+        g.output(name, y).unwrap();
+    }
+    let y = g.add1(add, &[sum, summed]).unwrap();
+    g.update(sum, y).unwrap();
+    let g = passes::narrow(&passes::optimise(&g).unwrap(), DType::Bf16).unwrap();
+    verify(&g).unwrap();
+    let p = lower(&g, &NoScratch).unwrap();
+    let steps: Vec<(&str, usize)> = p.steps.iter().map(|s| (s.op.name(), s.inputs.len())).collect();
+    let (alone, add) = (("dropout", 2), ("add", 2));
+    assert_eq!(steps, [alone, alone, alone, alone, add, ("dropout", 3), add, add, add]);
+    assert_eq!(p.steps[5].cost.flops, 2 * 12);
 }
 
 #[test]

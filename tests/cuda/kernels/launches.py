@@ -225,13 +225,18 @@ def dropout_args(p: float, stream: int) -> tuple[np.generic, ...]:
     return u32(stream), f32(p), f32(1 / (1 - p))
 
 
-def dropout(device: Device, x: Array, rng: Array, p: float, stream: int, layout: Layout = PLAIN) -> Array:
-    """x · mask / (1 − p)."""
-    xs, y, r = upload(device, x, layout), blank(device, x.shape, layout), device.array(rng, i32)
-    sizes = (i32(x.shape[0]), i32(x.shape[1]), ld(xs), ld(y))
+def dropout(
+    device: Device, x: Array, rng: Array, p: float, stream: int, layout: Layout = PLAIN,
+    residual: Array | None = None, over: str = "",
+) -> Array:  # fmt: skip
+    """x · mask / (1 − p) (+ residual), written over x or the residual if `over` names it."""
+    xs, r = upload(device, x, layout), device.array(rng, i32)
+    residuals = None if residual is None else upload(device, residual, layout)
+    y = {"x": xs, "residual": residuals}.get(over) or blank(device, x.shape, layout)
     device.launch(
-        "dropout_forward_f32", groups(*x.shape), 256, xs.at, r, y.at, *sizes, *dropout_args(p, stream)
-    )
+        "dropout_forward_f32", groups(*x.shape), 256, xs.at, r, at(residuals), y.at, i32(x.shape[0]), i32(x.shape[1]),
+        ld(xs), ld(residuals), ld(y), *dropout_args(p, stream),
+    )  # fmt: skip
     return download(device, y)
 
 

@@ -257,9 +257,11 @@ def keep(m: Memory, rng: int, stream: int, p: float, factor: float, elements: in
 
 
 @twin
-def dropout_forward(m, grid, x, rng, y, rows, cols, x_ld, y_ld, stream, p, factor):
+def dropout_forward(m, grid, x, rng, residual, y, rows, cols, x_ld, residual_ld, y_ld, stream, p, factor):
     factors = keep(m, rng, stream, p, factor, rows * cols).reshape(rows, cols)
     value = np.where(factors > 0, real(m, x, rows, cols, x_ld) * factors, 0)
+    if residual:
+        value = value + real(m, residual, rows, cols, residual_ld)
     put(m, y, rows, cols, y_ld, value)
 
 

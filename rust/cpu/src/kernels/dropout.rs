@@ -4,7 +4,7 @@
 use pyrformer_graph::op::DropoutSpec;
 use pyrformer_random::{philox, unit_f32};
 
-use crate::kernels::elementwise::in_place;
+use crate::kernels::elementwise::{PIECE, add_row};
 use crate::kernels::{for_rows, rows_per_task};
 use crate::real::Real;
 use crate::threads::Pool;
@@ -57,12 +57,27 @@ impl Keep {
     }
 }
 
-/// `y = x · mask / (1 − p)`. Shapes: x, y [N, C].
-pub(crate) fn dropout<T: Real>(pool: &Pool, keep: &Keep, x: Mat<'_, T>, y: MatMut<'_, T>) {
+/// `y = x · mask / (1 − p) (+ residual)`, the product rounded before the sum. Shapes: all [N, C]; y may be x or the
+/// residual.
+pub(crate) fn dropout<T: Real>(
+    pool: &Pool,
+    keep: &Keep,
+    x: Mat<'_, T>,
+    residual: Option<Mat<'_, T>>,
+    y: MatMut<'_, T>,
+) {
     for_rows(pool, x.rows, rows_per_task(x.cols), |r| {
-        // SAFETY: each row belongs to one task, and x may only share memory with y element by element.
-        let row = unsafe { y.row_mut(r) };
-        in_place(&x, r, row);
-        keep.apply(row, (r * x.cols) as u64);
+        let mut piece = [T::ZERO; PIECE];
+        for column in (0..x.cols).step_by(PIECE) {
+            let cols = PIECE.min(x.cols - column);
+            let part = &mut piece[..cols];
+            part.copy_from_slice(x.block(r, 1, column, cols).row(0));
+            keep.apply(part, (r * x.cols + column) as u64);
+            if let Some(residual) = &residual {
+                add_row(residual.block(r, 1, column, cols).row(0), part);
+            }
+            // SAFETY: one task a row, and the operands of this piece have been read.
+            unsafe { y.block(r, 1, column, cols).row_mut(0) }.copy_from_slice(part);
+        }
     });
 }

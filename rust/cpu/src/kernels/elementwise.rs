@@ -9,7 +9,7 @@ use crate::threads::Pool;
 use crate::view::{Mat, MatMut};
 
 /// Elements of a row that are worked on at a time, so that operands may be the memory of results.
-const PIECE: usize = 256;
+pub(crate) const PIECE: usize = 256;
 /// √(2/π), the factor inside GELU's tanh form.
 const SQRT_2_OVER_PI: f64 = 0.797_884_560_802_865_4;
 /// The cubic coefficient inside GELU's tanh form. Source: Hendrycks and Gimpel 2016, section 2.

@@ -2,7 +2,7 @@
 //!
 //! * matmul → + bias → activation | · activation' → + residual become one matmul with an [`Epilogue`];
 //! * scatter_add → + base becomes a scatter_add onto base;
-//! * layer_norm_grad → dx + residual adds the residual inside.
+//! * dropout → + residual and layer_norm_grad → dx + residual add the residual inside.
 //!
 //! A chain is taken only if each value inside it has no other reader, but for the value before the activation, which the
 //! backward pass reads: it becomes a second result.
@@ -86,7 +86,9 @@ impl Chain {
             Op::MatMul { ta, tb, epilogue } if epilogue.is_empty() => {
                 Self::matmul(graph, readers, id, node, *ta, *tb)
             }
-            Op::ScatterAdd { .. } if node.inputs.len() == 2 => Self::plus(graph, readers, id, node),
+            Op::ScatterAdd { .. } | Op::Dropout(_) if node.inputs.len() == 2 => {
+                Self::plus(graph, readers, id, node)
+            }
             Op::LayerNormGrad { .. } if node.inputs.len() == 5 => Self::plus(graph, readers, id, node),
             _ => None,
         }
