@@ -131,18 +131,26 @@ __device__ __forceinline__ void store(float* p, const Values& v, int n) {
     }
 }
 
-#ifdef HALF
-__device__ __forceinline__ Values load(const real* p, int n) {
-    if (!group_fits(p, n)) return load_singly(p, n);
-    uint4 four = *reinterpret_cast<const uint4*>(p);
-    unsigned words[4] = {four.x, four.y, four.z, four.w};
+// A group as it is stored, which in 16 bits takes half of the registers.
+__device__ __forceinline__ Values values_of(uint4 stored) {
+    unsigned words[4] = {stored.x, stored.y, stored.z, stored.w};
     Values v;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+#ifdef HALF
         v.x[2 * i] = low_of(words[i]);
         v.x[2 * i + 1] = high_of(words[i]);
+#else
+        v.x[i] = __uint_as_float(words[i]);
+#endif
     }
     return v;
+}
+
+#ifdef HALF
+__device__ __forceinline__ Values load(const real* p, int n) {
+    if (!group_fits(p, n)) return load_singly(p, n);
+    return values_of(*reinterpret_cast<const uint4*>(p));
 }
 
 __device__ __forceinline__ void store(real* p, const Values& v, int n) {

@@ -214,37 +214,36 @@ def layer_norm_forward(
     cols: int,
     *_: Any,
 ) -> Work:
-    # The row is read three times: mean, variance, result.
     parameters = 1 + bool(bias)
     unique = size * 2 * rows * cols + WORD * (parameters * cols + 2 * rows)
-    sectors = 4 * _sectors(rows, cols, size) + parameters * _beside(rows, cols, size) + 2 * rows
+    # What is not held of a row is read three times: mean, variance, result.
+    again = rows * 2 * _sectors(1, _not_held(cols), size)
+    sectors = 2 * _sectors(rows, cols, size) + again + parameters * _beside(rows, cols, size) + 2 * rows
     return Work(unique, sectors, 14 * rows * cols)
+
+
+def _not_held(cols: int) -> int:
+    """Columns of a row that a norm's threads do not hold in registers."""
+    return max(0, cols - 8192)
 
 
 @_stored
 def layer_norm_backward(
-    size: int, grid: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, residual: Any, dx: Any, rows: int,
-    cols: int, *_: Any,
+    size: int, grid: list[int], dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, residual: Any, dx: Any, parts: Any,
+    rows: int, cols: int, *more: int,
 ) -> Work:  # fmt: skip
+    warps, chunks, wide = more[-1], grid[0], _not_held(cols)
     tensors = 3 + bool(residual)
     # dy may be the memory of the result, and so may the residual.
     operands = len({str(z) for z in (dy, x, residual, dx) if z})
-    unique = size * operands * rows * cols + WORD * (cols + 2 * rows)
-    # The weight is read twice, and so are x and dy.
-    sectors = (tensors + 2) * _sectors(rows, cols, size) + 2 * _beside(rows, cols, size) + 2 * rows
-    return Work(unique, sectors, 18 * rows * cols)
-
-
-@_stored
-def layer_norm_weight_backward(
-    size: int, grid: Any, dy: Any, x: Any, mean: Any, rstd: Any, parts: Any, rows: int, cols: int, dy_ld: int,
-    x_ld: int, per: int,
-) -> Work:  # fmt: skip
-    results = 2 * _ceil(rows, per)
-    unique = size * 2 * rows * cols + WORD * (2 * rows + results * cols)
-    strips = _ceil(cols, 32)
-    sectors = 2 * _sectors(rows, cols, size) + 2 * rows * strips + _sectors(results, cols)
-    return Work(unique, sectors, 5 * rows * cols + 8 * results * cols)
+    unique = size * operands * rows * cols + WORD * (cols + 2 * rows + 2 * chunks * cols)
+    # The weight is read twice; so is what is not held of x and dy, whose sums are read and written with each row.
+    again = rows * 2 * (_sectors(1, wide, size) + 2 * _beside(1, wide, size))
+    sums = 2 * _sectors(chunks, cols - wide)
+    sectors = (
+        tensors * _sectors(rows, cols, size) + 2 * _beside(rows, cols, size) + again + sums + 2 * rows * warps
+    )
+    return Work(unique, sectors, 24 * rows * cols + 16 * chunks * cols)
 
 
 def _gather(

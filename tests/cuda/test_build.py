@@ -16,9 +16,6 @@ NARROW = {
     "attention_delta_backward_f32",
     "cached_attention_join_forward_f32",
     "count_labels_forward_f32",
-    "layer_norm_weight_backward_f32",
-    "layer_norm_weight_backward_bf16",
-    "layer_norm_weight_backward_f16",
 }  # positions.cu is narrow throughout: the halves of a head need not be aligned
 
 

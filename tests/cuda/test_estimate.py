@@ -13,6 +13,7 @@ import sim
 from click.testing import CliRunner
 from kernels import launches as run
 from kernels.checks import attention_operands, relative_operands
+from kernels.narrow import Narrow
 from kernels.nvrtc import LONG
 from kernels.programs import inputs
 from sim.card import Card
@@ -107,7 +108,8 @@ class Watched(sim.Device):
     def launch(self, kernel: str, grid: Any, block: Any, *args: Any) -> None:
         self.counter = sim.Counter(self.memory)
         super().launch(kernel, grid, block, *args)
-        numbers = (x.item() if isinstance(x, np.generic) else x and 1 for x in args)
+        numbers = (x.item() if isinstance(x, np.generic) else x and x.address for x in args)
+        grid = grid if isinstance(grid, tuple) else (grid,)
         self.launches.append((kernel, self.counter, work.RULES[kernel](grid, *numbers)))
 
 
@@ -142,6 +144,32 @@ def test_rules_say_what_attention_on_tensor_cores_does(
         assert said.flops - said.tensor == pytest.approx(found.flops, rel=0.1), where
         assert found.passes <= 1.1 * found.least_passes, where
         assert found.sectors <= 1.2 * found.least_sectors, where
+
+
+@pytest.mark.parametrize("half", ["", "bf16"])
+@pytest.mark.parametrize("shape", [(40, 768), (20, 1280), (3, 8448)], ids=str)
+def test_rules_say_what_norms_do(
+    programs_80: dict[str, sim.Program], rng: np.random.Generator, shape: tuple[int, int], half: str
+) -> None:
+    """And that each row is read once, but for what 8 warps do not hold, and that no two threads meet in a bank."""
+    watched = Watched(programs_80)
+    device: Any = Narrow(watched, half) if half else watched
+    x, dy, residual = (rng.normal(size=shape).astype(np.float32) for _ in range(3))
+    weight = np.ones(shape[1], np.float32)
+    _, mean, rstd = run.layer_norm(device, x, weight, weight, 1e-5)
+    run.layer_norm_grad(device, dy, x, weight, mean, rstd, residual, chunk=16)
+    for kernel, found, said in watched.launches:
+        where = f"{kernel}: {said}"
+        assert said.unique == found.unique, where
+        assert said.sectors == pytest.approx(found.sectors, rel=0.05), where
+        assert found.flops / 2 <= said.flops <= 2 * found.flops, where
+        assert found.passes == found.least_passes, where
+        # Tensors, and rows of weights and sums that threads of 16-bit tensors ask for in two halves.
+        tensors = {"forward": 2, "backward": 4}[kernel.split("_")[2]] if kernel.startswith("layer") else 0
+        if tensors and shape[1] <= 8192:
+            once = tensors * shape[0] * shape[1] * (2 if half else 4) // sim.counter.SECTOR
+            weights = 2 * shape[0] * shape[1] * 4 // sim.counter.SECTOR * (2 if half else 1)
+            assert found.sectors - weights <= 1.2 * once, where
 
 
 @pytest.mark.parametrize("sizes", [(1, 128, 192, 128, 1, 64), (1, 64, 128, 128, 1, 136)], ids=str)

@@ -46,10 +46,11 @@ def in_bfloat16(device, rng, close, half="bf16"):
 
 def layer_norm_in_bfloat16(device, rng, close):
     device = Narrow(device)
-    x, w = device.rounded(normal(rng, 5, 309)), normal(rng, 309)
-    got, want = run.layer_norm(device, x, w, None, 1e-5), reference.layer_norm(x, w, None, 1e-5)
-    device.near(got[0], want[0])
-    close(got[2], want[2], 1e-5)
+    for cols in (309, 296):
+        x, w = device.rounded(normal(rng, 5, cols)), normal(rng, cols)
+        got, want = run.layer_norm(device, x, w, None, 1e-5), reference.layer_norm(x, w, None, 1e-5)
+        device.near(got[0], want[0])
+        close(got[2], want[2], 1e-5)
 
 
 def rows_in_bfloat16(device, rng, close):
@@ -113,20 +114,32 @@ def dropout(device, rng, close):
 
 
 def layer_norm(device, rng, close):
-    x, w, b = normal(rng, 5, 69), normal(rng, 69), normal(rng, 69)
-    for got, want in zip(
-        run.layer_norm(device, x, w, b, 1e-5, CROOKED), reference.layer_norm(x, w, b, 1e-5), strict=True
+    for cols, warps, layout in (
+        (69, 1, CROOKED),
+        (69, 1, run.Layout(3)),
+        (136, 1, run.PLAIN),
+        (136, 2, run.PLAIN),
     ):
-        close(got, want)
+        x, w, b = normal(rng, 5, cols), normal(rng, cols), normal(rng, cols)
+        got = run.layer_norm(device, x, w, b, 1e-5, layout, warps=warps)
+        for g, want in zip(got, reference.layer_norm(x, w, b, 1e-5), strict=True):
+            close(g, want)
 
 
 def layer_norm_grad(device, rng, close):
-    x, dy, r, w = normal(rng, 35, 33), normal(rng, 35, 33), normal(rng, 35, 33), normal(rng, 33)
-    _, mean, rstd = (z.astype(np.float32) for z in reference.layer_norm(x, w, None, 1e-5))
-    dx, dw, db = reference.layer_norm_grad(dy, x, w, mean, rstd)
-    got = run.layer_norm_grad(device, dy, x, w, mean, rstd, r, CROOKED, "residual", chunk=16)
-    for g, want in zip(got, (dx + r, dw, db), strict=True):
-        close(g, want)
+    for cols, warps, layout in (
+        (33, 1, CROOKED),
+        (33, 1, run.Layout(3)),
+        (136, 1, run.PLAIN),
+        (136, 2, run.PLAIN),
+    ):
+        x, dy, r, w = (normal(rng, *shape) for shape in ((35, cols),) * 3 + ((cols,),))
+        _, mean, rstd = (z.astype(np.float32) for z in reference.layer_norm(x, w, None, 1e-5))
+        dx, dw, db = reference.layer_norm_grad(dy, x, w, mean, rstd)
+        for over in ("dy", "residual"):
+            got = run.layer_norm_grad(device, dy, x, w, mean, rstd, r, layout, over, chunk=12, warps=warps)
+            for g, want in zip(got, (dx + r, dw, db), strict=True):
+                close(g, want)
 
 
 def gather(device, rng, close):
@@ -428,13 +441,26 @@ MUTANTS = [
     ("roots_and_signs", "elementwise", "UNARY(", "x < 0.f ? -1.f : 0.f", "0.f"),
     # Normalisation.
     ("layer_norm", "norm", "layer_norm_forward_f32", "i < n ? v.x[i] - shift : 0.f", "v.x[i] - shift"),
-    ("layer_norm", "norm", "layer_norm_forward_f32", "    if (row >= rows) return;\n    x += (long long)row * x_ld;\n    y +=", "    x += (long long)row * x_ld;\n    y +="),
-    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "warp_sum(product) * inverse / cols", "warp_sum(product) / cols"),
-    ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "    __syncthreads();\n    if (threadIdx.y < 2", "    if (threadIdx.y < 2"),
-    ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "threadIdx.y * gridDim.y + blockIdx.y", "threadIdx.y * gridDim.y"),
-    ("layer_norm_grad", "norm", "layer_norm_weight_backward_f32", "if (threadIdx.y < 2 && c < cols)", "if (threadIdx.y < 2)"),
-    ("rms_norm", "norm", "layer_norm_forward_f32", "float average = center ? warp_sum(sum) / cols : 0.f;\n    // Two", "float average = warp_sum(sum) / cols;\n    // Two"),
-    ("rms_norm", "norm", "layer_norm_backward_f32", "float average = center ? warp_sum(sum) / cols : 0.f;\n    float along", "float average = warp_sum(sum) / cols;\n    float along"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "int mine = row < rows ? cols : 0;", "int mine = cols;"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "cols % COLUMNS == 0 && rows_fit(x, x_ld)", "rows_fit(x, x_ld)"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "int c = team.first + p * team.step;", "int c = team.first + p * (team.step - 4);"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "for (; c < cols; c += team.step) f(", "for (; c < cols - 1; c += team.step) f("),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < N; ++i) {\n        x[i] = totals", "#pragma unroll\n    for (int i = 0; i < N; ++i) {\n        x[i] = totals"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "    __syncthreads();  // `totals` may", "    // `totals` may"),
+    ("layer_norm", "norm", "layer_norm_forward_f32", "first = warp / warps * warps;", "first = 0;"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "along[1] * inverse / cols", "along[1] / cols"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "if (!holds) warps = WARPS;", ""),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "int mine = row < to ? cols : 0;", "int mine = row < rows ? cols : 0;"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "at > from ? load(dbias", "at > 0 ? load(dbias"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "dw[p].x[i] += gh.x[i];", "dw[p].x[i] = gh.x[i];"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "(which ? dbias : dweight)[c] = total;", "(which ? dweight : dbias)[c] = total;"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "            if (c >= cols) continue;\n", ""),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "for (int t = 0; t < team.count; ++t)", "for (int t = 0; t < team.count - 1; ++t)"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "        __syncthreads();\n#pragma unroll 1\n        for (int k", "#pragma unroll 1\n        for (int k"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "        __syncthreads();  // `sums` is used again", "        // `sums` is used again"),
+    ("layer_norm_grad", "norm", "layer_norm_backward_f32", "parts + (long long)blockIdx.x * cols;", "parts;"),
+    ("rms_norm", "norm", "layer_norm_forward_f32", "    if (center) {\n", "    {\n"),
+    ("rms_norm", "norm", "layer_norm_backward_f32", "center ? along[0] / cols : 0.f", "along[0] / cols"),
     # Positions.
     ("rope", "positions", "rope_", "__umulhi(position, turn.x) + ", ""),
     ("rope", "positions", "rope_", "scale) * sinpif", "scale) * cospif"),
@@ -585,7 +611,8 @@ MUTANTS = [
     ("older_tensor_cores", "attention_mma_f16@75", "attention64_forward", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
     ("older_tensor_cores", "attention_mma_f16@75", "attention64_dkv", "inside ? *reinterpret_cast<const float*>(from) : 0.f", "0.f"),
     ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "i < n ? v.x[i] - shift : 0.f", "v.x[i] - shift"),
-    ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "#define STEP (COLUMNS * WARP)", "#define STEP (4 * WARP)"),
+    ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "COLUMNS * threads, holds}", "4 * threads, holds}"),
+    ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "v.x[2 * i + 1] = high_of(words[i]);", "v.x[2 * i + 1] = low_of(words[i]);"),
     ("layer_norm_in_bfloat16", "norm_bf16", "layer_norm_forward", "for (int i = 4; i < COLUMNS; i += 4) sum +=", "for (int i = 8; i < COLUMNS; i += 4) sum +="),
     ("rows_in_bfloat16", "rows_bf16", ("gather_narrow", "scatter"), "int c = blockIdx.y * COLUMNS * WARP + COLUMNS * lane;", "int c = blockIdx.y * 4 * WARP + COLUMNS * lane;"),
     ("rows_in_bfloat16", "rows_bf16", ("gather_narrow", "scatter"), "int row = (int)(i / per_row), c = COLUMNS * (int)(i % per_row);", "int row = (int)(i / per_row), c = 4 * (int)(i % per_row);"),

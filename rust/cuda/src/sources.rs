@@ -143,7 +143,7 @@ const FILES: &[File] = &[
     File {
         name: "norm",
         text: include_str!("../../../cuda/norm.cu"),
-        kernels: &[(ALL, &["layer_norm_backward", "layer_norm_forward", "layer_norm_weight_backward"])],
+        kernels: &[(ALL, &["layer_norm_backward", "layer_norm_forward"])],
     },
     File {
         name: "optimizer",

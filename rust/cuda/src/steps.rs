@@ -23,6 +23,8 @@ pub struct Cuda;
 const LOGITS: usize = 32 << 20;
 /// Sums of more rows or elements than this go through partial sums, of which there are at most [`PARTS`].
 const ROWS_PER_PART: usize = 32;
+/// The same of the rows whose gradients a block of a norm's kernel adds up; eight warps walk over them.
+const NORM_ROWS: usize = 16;
 const ELEMENTS_PER_PART: usize = 4096;
 const PARTS: usize = 256;
 /// Elements of a gradient whose squares one block adds up.
@@ -79,7 +81,7 @@ impl Target for Cuda {
             }
             Op::LayerNormGrad { .. } => {
                 let x = &inputs[1].shape;
-                2 * x.rows().div_ceil(per_part(x.rows(), ROWS_PER_PART)) * x.cols()
+                2 * x.rows().div_ceil(per_part(x.rows(), NORM_ROWS)) * x.cols()
             }
             Op::AttentionGrad(_) => inputs[5].shape.elements(),
             Op::CachedAttention(spec) => attention::span_elements(spec, inputs),
@@ -157,6 +159,11 @@ fn turn(angle: f64) -> [u32; 2] {
     // 2⁶⁴ times a float64 below 1 is an integer or rounds down to one.
     let fixed = (part * 18_446_744_073_709_551_616.0) as u64;
     [fixed as u32, (fixed >> 32) as u32]
+}
+
+/// The warps of a norm's kernel that have a row together: the fewest that hold it, at 1024 columns each, of up to 8.
+fn row_warps(cols: usize) -> usize {
+    cols.div_ceil(1024).next_power_of_two().min(8)
 }
 
 fn keep(spec: Option<&DropoutSpec>) -> [Arg; 3] {
@@ -349,10 +356,11 @@ impl Recorder<'_> {
                 let (x, y) = (self.x(0), self.y(0));
                 let bias = (step.inputs.len() == 3).then(|| self.x(2));
                 let (mean, rstd) = (self.y(1), self.y(2));
-                let args =
-                    args![x, self.x(1), bias, y, mean, rstd, y.rows, y.cols, x.ld, y.ld, *eps, *center];
+                let warps = row_warps(y.cols);
+                let mut args = args![x, self.x(1), bias, y, mean, rstd, y.rows, y.cols, x.ld, y.ld];
+                args.extend(args![*eps, *center, warps]);
                 let kernel = format!("layer_norm_forward_{}", suffix(y.dtype));
-                self.launch(kernel, [y.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
+                self.launch(kernel, [(y.rows * warps).div_ceil(8), 1, 1], [256, 1, 1], args);
             }
             Op::LayerNormGrad { center } => self.layer_norm_grad(*center)?,
             Op::Iota { start, step } => {
@@ -508,19 +516,16 @@ impl Recorder<'_> {
         let [dy, x, weight, mean, rstd] = [0, 1, 2, 3, 4].map(|i| self.x(i));
         let residual = (self.step.inputs.len() == 6).then(|| self.x(5));
         let dx = self.y(0);
-        let per = per_part(x.rows, ROWS_PER_PART);
+        let per = per_part(x.rows, NORM_ROWS);
         let chunks = x.rows.div_ceil(per);
         let parts = self.scratch(0, 2 * chunks, x.cols)?;
-        let args = args![dy, x, mean, rstd, parts, x.rows, x.cols, dy.ld, x.ld, per];
-        let grid = [x.cols.div_ceil(32), chunks, 1];
-        let kernel = |way: &str| format!("layer_norm_{way}_{}", suffix(x.dtype));
-        self.launch(kernel("weight_backward"), grid, [32, 8, 1], args);
+        let mut args = args![dy, x, weight, mean, rstd, residual, dx, parts, x.rows, x.cols, dy.ld, x.ld];
+        args.extend(args![residual.map_or(0, |r| r.ld), dx.ld, per, center, row_warps(x.cols)]);
+        let kernel = format!("layer_norm_backward_{}", suffix(x.dtype));
+        self.launch(kernel, [chunks, 1, 1], [256, 1, 1], args);
         for i in 0..2 {
             self.sum_rows(parts.rows(i * chunks, chunks), self.y(1 + i).part(0, 1, x.cols), None)?;
         }
-        let mut args = args![dy, x, weight, mean, rstd, residual, dx, x.rows, x.cols, dy.ld, x.ld];
-        args.extend(args![residual.map_or(0, |r| r.ld), dx.ld, center]);
-        self.launch(kernel("backward"), [x.rows.div_ceil(4), 1, 1], [128, 1, 1], args);
         Ok(())
     }
 

@@ -261,6 +261,11 @@ def epilogue(
 # ---- norm.cu --------------------------------------------------------------------------------------------------------
 
 
+def row_warps(cols: int) -> int:
+    """The fewest of 1, 2, 4 and 8 warps that hold a row of so many columns, or 8."""
+    return next((warps for warps in (1, 2, 4) if cols <= 1024 * warps), 8)
+
+
 def layer_norm(
     device: Device,
     x: Array,
@@ -269,53 +274,41 @@ def layer_norm(
     eps: float,
     layout: Layout = PLAIN,
     center: bool = True,
+    warps: int = 0,
 ) -> tuple[Array, Array, Array]:
-    """y, mean, rstd."""
+    """y, mean, rstd. `warps` have a row, by default as many as :func:`row_warps` says."""
     rows, cols = x.shape
     xs, y = upload(device, x, layout), blank(device, x.shape, layout)
     w, b = device.array(weight), None if bias is None else device.array(bias)
     mean, rstd = device.empty((rows,)), device.empty((rows,))
-    sizes = (i32(rows), i32(cols), ld(xs), ld(y), f32(eps), i32(center))
-    device.launch("layer_norm_forward_f32", ceil_div(rows, 4), 128, xs.at, w, b, y.at, mean, rstd, *sizes)
+    warps = warps or row_warps(cols)
+    sizes = (i32(rows), i32(cols), ld(xs), ld(y), f32(eps), i32(center), i32(warps))
+    grid = ceil_div(rows * warps, 8)
+    device.launch("layer_norm_forward_f32", grid, 256, xs.at, w, b, y.at, mean, rstd, *sizes)
     return download(device, y), device.read(mean), device.read(rstd)
 
 
 def layer_norm_grad(
     device: Device, dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, residual: Array | None = None,
-    layout: Layout = PLAIN, over: str = "", chunk: int = 64, center: bool = True,
+    layout: Layout = PLAIN, over: str = "", chunk: int = 64, center: bool = True, warps: int = 0,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """dx (+ residual), dweight, dbias: four launches. `chunk` rows are summed at a time."""
+    """dx (+ residual), dweight, dbias: three launches. `chunk` rows are summed at a time, `warps` have a row."""
     rows, cols = x.shape
     dys, xs = upload(device, dy, layout), upload(device, x, layout)
     residuals = None if residual is None else upload(device, residual, layout)
     w, m, r = device.array(weight), device.array(mean), device.array(rstd)
     chunks = ceil_div(rows, chunk)
     parts = device.empty((2, chunks, cols))
-    sizes = (i32(rows), i32(cols), ld(dys), ld(xs))
-    grid = (ceil_div(cols, 32), chunks)
+    dx = {"dy": dys, "residual": residuals}.get(over) or blank(device, x.shape, layout)
     device.launch(
-        "layer_norm_weight_backward_f32", grid, (32, 8), dys.at, xs.at, m, r, parts, *sizes, i32(chunk)
-    )
+        "layer_norm_backward_f32", chunks, 256, dys.at, xs.at, w, m, r, at(residuals), dx.at, parts, i32(rows),
+        i32(cols), ld(dys), ld(xs), ld(residuals), ld(dx), i32(chunk), i32(center), i32(warps or row_warps(cols)),
+    )  # fmt: skip
     sums = []
     for half in parts.cut([chunks * cols] * 2):
         sums.append(device.empty((cols,)))
         sizes2 = tuple(map(i32, (chunks, 1, cols, cols, chunks)))
         device.launch("sum_to_forward_f32", (ceil_div(cols, 32), 1), (32, 8), half, sums[-1], *sizes2)
-    dx = {"dy": dys, "residual": residuals}.get(over) or blank(device, x.shape, layout)
-    sizes += (ld(residuals), ld(dx), i32(center))
-    device.launch(
-        "layer_norm_backward_f32",
-        ceil_div(rows, 4),
-        128,
-        dys.at,
-        xs.at,
-        w,
-        m,
-        r,
-        at(residuals),
-        dx.at,
-        *sizes,
-    )
     return download(device, dx), device.read(sums[0]), device.read(sums[1])
 
 

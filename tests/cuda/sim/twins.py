@@ -300,7 +300,7 @@ def epilogue_forward(
 
 
 @twin
-def layer_norm_forward(m, grid, x, weight, bias, y, mean, rstd, rows, cols, x_ld, y_ld, eps, center):
+def layer_norm_forward(m, grid, x, weight, bias, y, mean, rstd, rows, cols, x_ld, y_ld, eps, center, warps):
     xs = real(m, x, rows, cols, x_ld).astype(float)
     average = center * xs.mean(1, keepdims=True)
     inverse = 1 / np.sqrt(((xs - average) ** 2).mean(1, keepdims=True) + eps)
@@ -314,25 +314,37 @@ def layer_norm_forward(m, grid, x, weight, bias, y, mean, rstd, rows, cols, x_ld
 
 @twin
 def layer_norm_backward(
-    m, grid, dy, x, weight, mean, rstd, residual, dx, rows, cols, dy_ld, x_ld, residual_ld, dx_ld, center
+    m,
+    grid,
+    dy,
+    x,
+    weight,
+    mean,
+    rstd,
+    residual,
+    dx,
+    parts,
+    rows,
+    cols,
+    dy_ld,
+    x_ld,
+    residual_ld,
+    dx_ld,
+    per,
+    center,
+    warps,
 ):
     inverse = matrix(m, rstd, rows, 1, 1).astype(float)
     hat = (real(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)) * inverse
-    d = real(m, dy, rows, cols, dy_ld).astype(float) * matrix(m, weight, 1, cols, 0)
+    d = real(m, dy, rows, cols, dy_ld).astype(float)
+    chunks = range(0, rows, per)
+    sums = [[(z[r : r + per]).sum(0) for r in chunks] for z in (d * hat, d)]
+    matrix(m, parts, 2 * len(chunks), cols, cols, write=True)[:] = np.reshape(sums, (-1, cols))
+    d = d * matrix(m, weight, 1, cols, 0)
     value = inverse * (d - center * d.mean(1, keepdims=True) - hat * (d * hat).mean(1, keepdims=True))
     if residual:
         value = value + real(m, residual, rows, cols, residual_ld)
     put(m, dx, rows, cols, dx_ld, value)
-
-
-@twin
-def layer_norm_weight_backward(m, grid, dy, x, mean, rstd, parts, rows, cols, dy_ld, x_ld, per):
-    hat = real(m, x, rows, cols, x_ld) - matrix(m, mean, rows, 1, 1).astype(float)
-    hat = hat * matrix(m, rstd, rows, 1, 1)
-    d = real(m, dy, rows, cols, dy_ld).astype(float)
-    chunks = range(0, rows, per)
-    value = [[(z[r : r + per]).sum(0) for r in chunks] for z in (d * hat, d)]
-    matrix(m, parts, 2 * len(chunks), cols, cols, write=True)[:] = np.reshape(value, (-1, cols))
 
 
 @twin
