@@ -7,7 +7,7 @@
 // Launch:
 //   layer_norm_forward_f32      block = 256, grid = ceil(N * W / 8).
 //   layer_norm_backward_f32     block = 256, grid = chunks.
-// The gradient takes two launches more, sum_to_forward_f32 (reduce.cu) of each half of `parts` [2, chunks, C] into dweight
+// The gradient takes one launch more, sum_to_forward_f32 (reduce.cu) of both halves of `parts` [2, chunks, C] into dweight
 // and dbias.
 // Shared memory: static, 17 KB at most.
 

@@ -2,7 +2,7 @@
 // global_norm_forward_f32) sums the chunks' results.
 //
 // Launch:
-//   sum_to_forward_f32                                    block = (32, 8), grid = (ceil(M * C / 32), chunks).
+//   sum_to_forward_f32                                    block = (32, 8), grid = (ceil(M * C / 32), chunks, sums).
 //   sum_forward_f32, global_norm_parts_forward_f32        block = 256, grid = chunks.
 //   global_norm_forward_f32                               block = 256, grid = 1.
 //   clip_factor_forward_f32                               block = 1, grid = 1.
@@ -11,11 +11,16 @@
 #define THREADS 256
 
 // y[chunk, m, c] = sum over the chunk's i of x[i * M + m, c]. x [copies * M, C], y [chunks, M, C] contiguous; a chunk has
-// `per` values of i, chunks = ceil(copies / per) = gridDim.y.
+// `per` values of i, chunks = ceil(copies / per) = gridDim.y. With gridDim.z = 2 the same of as many rows behind those, into
+// `other` (optional without).
 extern "C" __global__ void __launch_bounds__(256)
-sum_to_forward_f32(const real* __restrict__ x, float* __restrict__ y, int copies, int result_rows, int cols, int x_ld,
-                   int per) {
+sum_to_forward_f32(const real* __restrict__ x, float* __restrict__ y, float* __restrict__ other, int copies,
+                   int result_rows, int cols, int x_ld, int per) {
     __shared__ float sums[8][33];
+    if (blockIdx.z == 1) {
+        x += (long long)copies * result_rows * x_ld;
+        y = other;
+    }
     int place = blockIdx.x * 32 + threadIdx.x;
     int m = place / cols, c = place % cols;
     bool inside = m < result_rows;

@@ -312,9 +312,10 @@ def cross_entropy_backward(
 
 @_stored
 def sum_to_forward(
-    size: int, grid: Any, x: Any, y: Any, copies: int, result_rows: int, cols: int, x_ld: int, per: int
-) -> Work:
-    read, written = copies * result_rows, _ceil(copies, per) * result_rows
+    size: int, grid: Any, x: Any, y: Any, other: Any, copies: int, result_rows: int, cols: int, x_ld: int, per: int
+) -> Work:  # fmt: skip
+    rows = result_rows * (2 if other else 1)
+    read, written = copies * rows, _ceil(copies, per) * rows
     return _alike(size, read, cols, 0, x) + _streams([], [(written, cols)], (read + 7 * written) * cols)
 
 

@@ -459,6 +459,8 @@ MUTANTS = [
     ("layer_norm_grad", "norm", "layer_norm_backward_f32", "        __syncthreads();\n#pragma unroll 1\n        for (int k", "#pragma unroll 1\n        for (int k"),
     ("layer_norm_grad", "norm", "layer_norm_backward_f32", "        __syncthreads();  // `sums` is used again", "        // `sums` is used again"),
     ("layer_norm_grad", "norm", "layer_norm_backward_f32", "parts + (long long)blockIdx.x * cols;", "parts;"),
+    ("layer_norm_grad", "reduce", "sum_to_forward_f32", "x += (long long)copies * result_rows * x_ld;", ""),
+    ("layer_norm_grad", "reduce", "sum_to_forward_f32", "y = other;", ""),
     ("rms_norm", "norm", "layer_norm_forward_f32", "    if (center) {\n", "    {\n"),
     ("rms_norm", "norm", "layer_norm_backward_f32", "center ? along[0] / cols : 0.f", "along[0] / cols"),
     # Positions.

@@ -252,7 +252,7 @@ impl Recorder<'_> {
         let blocks = y.elements().div_ceil(32);
         let mut pass = |x: Matrix, to: Matrix, copies: usize, per: usize| {
             let grid = [blocks, copies.div_ceil(per), 1];
-            let args = args![x, to, copies, y.rows, y.cols, x.ld, per];
+            let args = args![x, to, Arg::Pointer(None), copies, y.rows, y.cols, x.ld, per];
             self.launch(format!("sum_to_forward_{}", suffix(x.dtype)), grid, [32, 8, 1], args);
         };
         match parts {
@@ -523,9 +523,8 @@ impl Recorder<'_> {
         args.extend(args![residual.map_or(0, |r| r.ld), dx.ld, per, center, row_warps(x.cols)]);
         let kernel = format!("layer_norm_backward_{}", suffix(x.dtype));
         self.launch(kernel, [chunks, 1, 1], [256, 1, 1], args);
-        for i in 0..2 {
-            self.sum_rows(parts.rows(i * chunks, chunks), self.y(1 + i).part(0, 1, x.cols), None)?;
-        }
+        let args = args![parts, self.y(1), self.y(2), chunks, 1_usize, x.cols, x.cols, chunks];
+        self.launch("sum_to_forward_f32", [x.cols.div_ceil(32), 1, 2], [32, 8, 1], args);
         Ok(())
     }
 

@@ -292,7 +292,7 @@ def layer_norm_grad(
     device: Device, dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, residual: Array | None = None,
     layout: Layout = PLAIN, over: str = "", chunk: int = 64, center: bool = True, warps: int = 0,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """dx (+ residual), dweight, dbias: three launches. `chunk` rows are summed at a time, `warps` have a row."""
+    """dx (+ residual), dweight, dbias: two launches. `chunk` rows are summed at a time, `warps` have a row."""
     rows, cols = x.shape
     dys, xs = upload(device, dy, layout), upload(device, x, layout)
     residuals = None if residual is None else upload(device, residual, layout)
@@ -304,12 +304,11 @@ def layer_norm_grad(
         "layer_norm_backward_f32", chunks, 256, dys.at, xs.at, w, m, r, at(residuals), dx.at, parts, i32(rows),
         i32(cols), ld(dys), ld(xs), ld(residuals), ld(dx), i32(chunk), i32(center), i32(warps or row_warps(cols)),
     )  # fmt: skip
-    sums = []
-    for half in parts.cut([chunks * cols] * 2):
-        sums.append(device.empty((cols,)))
-        sizes2 = tuple(map(i32, (chunks, 1, cols, cols, chunks)))
-        device.launch("sum_to_forward_f32", (ceil_div(cols, 32), 1), (32, 8), half, sums[-1], *sizes2)
-    return download(device, dx), device.read(sums[0]), device.read(sums[1])
+    dweight, dbias = device.empty((cols,)), device.empty((cols,))
+    sizes = tuple(map(i32, (chunks, 1, cols, cols, chunks)))
+    grid = (ceil_div(cols, 32), 1, 2)
+    device.launch("sum_to_forward_f32", grid, (32, 8), parts, dweight, dbias, *sizes)
+    return download(device, dx), device.read(dweight), device.read(dbias)
 
 
 # ---- rows.cu --------------------------------------------------------------------------------------------------------
@@ -396,9 +395,9 @@ def sum_to(device: Device, x: Array, result_rows: int, chunk: int, layout: Layou
     parts, y = device.empty((chunks * result_rows, cols)), device.empty((result_rows, cols))
     blocks = ceil_div(result_rows * cols, 32)
     first = (i32(copies), i32(result_rows), i32(cols), ld(xs), i32(chunk))
-    device.launch("sum_to_forward_f32", (blocks, chunks), (32, 8), xs.at, parts, *first)
+    device.launch("sum_to_forward_f32", (blocks, chunks), (32, 8), xs.at, parts, None, *first)
     second = tuple(map(i32, (chunks, result_rows, cols, cols, chunks)))
-    device.launch("sum_to_forward_f32", (blocks, 1), (32, 8), parts, y, *second)
+    device.launch("sum_to_forward_f32", (blocks, 1), (32, 8), parts, y, None, *second)
     return device.read(y)
 
 

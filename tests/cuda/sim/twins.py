@@ -412,10 +412,12 @@ def cross_entropy_backward(m, grid, logits, bias, labels, dloss, loss, classes, 
 
 
 @twin
-def sum_to_forward(m, grid, x, y, copies, result_rows, cols, x_ld, per):
-    value = real(m, x, copies * result_rows, cols, x_ld).astype(float).reshape(copies, result_rows, cols)
-    value = np.stack([value[i : i + per].sum(0) for i in range(0, copies, per)]).reshape(-1, cols)
-    matrix(m, y, len(value), cols, cols, write=True)[:] = value
+def sum_to_forward(m, grid, x, y, other, copies, result_rows, cols, x_ld, per):
+    rows = copies * result_rows
+    values = real(m, x, grid[2] * rows, cols, x_ld).astype(float).reshape(grid[2], copies, result_rows, cols)
+    for value, to in zip(values, (y, other), strict=False):
+        value = np.stack([value[i : i + per].sum(0) for i in range(0, copies, per)]).reshape(-1, cols)
+        matrix(m, to, len(value), cols, cols, write=True)[:] = value
 
 
 def _chunks(m, x, elements, cols, x_ld, per, f):
