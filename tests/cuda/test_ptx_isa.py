@@ -63,7 +63,7 @@ def run_op(opcode: str, result: str, kinds: tuple[str, ...], rows: list[tuple]) 
     source = "%f10" if result == "f32" else f"{PREFIX[result]}19" if size == 8 else "%r19"
     lines += [f"mul.wide.u32 %rd30, %r0, {size};", f"add.s64 %rd30, %rd30, %rd{out};"]
     lines.append(f"st.global.{'f' if result in ('f32', 'f64') else 'u'}{8 * size} [%rd30], {source};")
-    device = sim.Device(program("\n".join(lines), out + 1), 1 << 14)
+    device = sim.Device(program("\n".join(lines), out + 1), 1 << 16)
     columns = [
         device.array(np.array(c, DTYPES[k]), DTYPES[k])
         for c, k in zip(zip(*rows, strict=True), kinds, strict=True)
@@ -298,7 +298,7 @@ SPECIAL = {
 
 def run(body: str, threads: int, inputs: list, out: tuple, shared: str = "", blocks: int = 1) -> np.ndarray:
     """Runs a body whose pointers %rd0 .. are the inputs and whose next pointer is the output."""
-    device = sim.Device(program(body, len(inputs) + 1, shared), 1 << 14)
+    device = sim.Device(program(body, len(inputs) + 1, shared), 1 << 16)
     buffers = [device.array(x, np.asarray(x).dtype) for x in inputs]
     y = device.empty(*out)
     device.launch("k", blocks, threads, *buffers, y)
@@ -485,7 +485,7 @@ st.global.u32 [%rd3+20], %r7;
 ret;
 }}
 """
-    device = sim.Device(sim.load(text), 1 << 14)
+    device = sim.Device(sim.load(text), 1 << 16)
     y = device.empty((12, 6), np.uint32)
     device.launch("k", (1, 1, 2), (3, 2), y, np.int32(-2), np.float32(1.5), np.float32(2))
     row = [MAX - 1, MAX, MAX - 1, 0x3FC00000, 0x40000000, 2]
@@ -826,6 +826,162 @@ def test_a_thread_that_leaves_copies_behind_is_found():
     body = "cp.async.ca.shared.global [buffer], [%rd0], 4, 4;\ncp.async.commit_group;"
     with pytest.raises(sim.Fault, match="exits with copies"):
         run(body, 1, [np.zeros(1, np.uint32)], ((1,), np.uint32), ".shared .align 4 .b8 buffer[4];")
+
+
+# ---- Products of warpgroups -----------------------------------------------------------------------------------------
+
+
+# CuTe's layouts of `wgmma`, an independent statement of who holds what: of a result of 64 rows, stored by columns, (extents
+# of thread and value, strides), and of a first factor in registers, a result of 16 columns. Source: CUTLASS,
+# include/cute/atom/mma_traits_sm90_gmma.hpp, CLayout_64xN, ALayout_64x16.
+def held_by_a_warpgroup(columns: int) -> np.ndarray:
+    """Places in the matrix, stored by columns, of each thread's values: [128, values]."""
+    thread, value = (4, 8, 4), (2, 2, columns // 8)
+    LAYOUTS["wgmma"] = ((thread, value), ((128, 1, 16), (64, 8, 512)))
+    return held("wgmma")
+
+
+# Where, in elements, the canonical layouts put element (row, k) of a factor; then Swizzle<3, 4, 3>, on bytes. Source: the
+# same file, "make_gmma_desc": K-major ((8, m), (T, 2)) : ((8 T, SBO), (1, T)), and MN-major
+# ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)), T = 8.
+def placed(x: np.ndarray, by_rows: bool, leading: int, stride: int, start: int) -> np.ndarray:
+    """An image in shared memory, 16 KB, of a factor x [rows, 16] whose element (0, 0) is `start` bytes in."""
+    image = np.full(8192, 0x7FC0, np.uint16)  # NaN where nothing lies
+    for row, k in np.ndindex(x.shape):
+        if by_rows:
+            at = row % 8 * 64 + row // 8 * stride // 2 + k
+        else:
+            at = row % 8 + row // 8 % 8 * 8 + row // 64 * leading // 2 + k % 8 * 64 + k // 8 * stride // 2
+        byte = 2 * at + start
+        image[(byte ^ (byte >> 3 & 0x70)) // 2] = as_bf16(x[row, k])
+    return image
+
+
+def described(at: int, leading: int, stride: int) -> int:
+    """A descriptor of 128-byte swizzle."""
+    return at >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 62
+
+
+# Two images go to shared memory, 128 threads copying 128 bytes of each; then what a case says is done.
+WGMMA = """
+    .reg .f32 %s<128>;
+    .reg .b32 %a<8>;
+    .reg .b64 %d<4>;
+    .shared .align 1024 .b8 buffer[32768];
+"""
+WGMMA_PARTS = {
+    "show": "fence.proxy.async.shared::cta;", "barrier": "bar.sync 0;", "fence": "wgmma.fence.sync.aligned;", "between": "",
+    "commit": "wgmma.commit_group.sync.aligned;", "wait": "wgmma.wait_group.sync.aligned 0;", "after": "", "before": "",
+}  # fmt: skip
+
+
+def warpgroup_product(
+    rng, columns=64, a_from="rows", b_by_rows=True, adds=1, leading=(8192, 8192), start=(0, 0), **changed
+):
+    """What one product gives, and what it should give."""
+    part = WGMMA_PARTS | changed
+    a, b = rng.integers(-9, 10, size=(64, 16)), rng.integers(-9, 10, size=(columns, 16))
+    c = rng.integers(-9, 10, size=(64, columns)).astype(np.float32)
+    images = [
+        placed(a, a_from != "columns", leading[0], 1024, start[0]),
+        placed(b, b_by_rows, leading[1], 1024, start[1]),
+    ]
+    if "stride" in changed:
+        images[1] = placed(b, b_by_rows, leading[1], 2048, start[1])
+    words = as_bf16(a.T.reshape(-1)[held_by_a_warpgroup(16)]).view(np.uint32)
+    held_by = held_by_a_warpgroup(columns)
+    count = columns // 2
+    lines = [
+        "mul.wide.u32 %rd20, %r0, 128;",
+        "shl.b32 %r5, %r0, 7;",
+        "mov.u32 %r6, buffer;",
+        "add.s32 %r7, %r6, %r5;",
+    ]
+    for image in range(2):
+        lines.append(f"add.s64 %rd21, %rd{image}, %rd20;")
+        for n in range(8):
+            lines.append(f"ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%rd21+{16 * n}];")
+            lines.append(f"st.shared.v4.u32 [%r7+{16384 * image + 16 * n}], {{%r1, %r2, %r3, %r4}};")
+    lines += ["mul.wide.u32 %rd22, %r0, 16;", "add.s64 %rd23, %rd2, %rd22;"]
+    lines.append("ld.global.v4.u32 {%a1, %a2, %a3, %a4}, [%rd23];")
+    lines += [
+        f"mul.wide.u32 %rd24, %r0, {4 * count};",
+        "add.s64 %rd25, %rd3, %rd24;",
+        "add.s64 %rd26, %rd4, %rd24;",
+    ]
+    lines += [f"ld.global.f32 %s{n}, [%rd25+{4 * n}];" for n in range(count)]
+    for image in range(2):  # the lower word of a descriptor holds the address
+        fields = described(
+            16384 * image + start[image], leading[image], 2048 if image and "stride" in changed else 1024
+        )
+        lines += [f"shr.u32 %r8, %r6, 4;", "cvt.u64.u32 %rd27, %r8;", f"add.s64 %d{image}, %rd27, {fields};"]
+    sums = ", ".join(f"%s{n}" for n in range(count))
+    first = "{%a1, %a2, %a3, %a4}" if a_from == "registers" else "%d0"
+    turned = ([str(int(a_from == "columns"))] if a_from != "registers" else []) + [str(int(not b_by_rows))]
+    opcode = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
+    product = f"{opcode} {{{sums}}}, {first}, %d1, {adds}, 1, 1, {', '.join(turned)};"
+    lines += [
+        part["show"],
+        part["barrier"],
+        part["before"],
+        part["fence"],
+        product,
+        part["between"],
+        part["commit"],
+    ]
+    lines += [part["wait"], part["after"]]
+    lines += [f"st.global.f32 [%rd26+{4 * n}], %s{n};" for n in range(count)]
+    values = c.T.reshape(-1)[held_by]
+    got = run("\n".join(lines), 128, [*images, words, values], ((128, count), np.float32), WGMMA)
+    return got, (a @ b.T + adds * c).T.reshape(-1)[held_by]
+
+
+@pytest.mark.parametrize("b_by_rows", [True, False], ids=["rows", "columns"])
+@pytest.mark.parametrize("a_from", ["rows", "columns", "registers"])
+@pytest.mark.parametrize("columns", [32, 64, 128])
+def test_wgmma(rng, columns, a_from, b_by_rows):
+    np.testing.assert_array_equal(*warpgroup_product(rng, columns, a_from, b_by_rows))
+
+
+def test_wgmma_begins_sums_and_begins_within_a_pattern(rng):
+    np.testing.assert_array_equal(*warpgroup_product(rng, adds=0, start=(32, 96)))
+    np.testing.assert_array_equal(*warpgroup_product(rng, stride=2048))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"show": ""}, "without a fence.proxy.async"),
+        ({"barrier": ""}, "race: read by a product"),
+        ({"show": "", "before": "fence.proxy.async.shared::cta;"}, "no barrier lies between"),
+        ({"fence": ""}, "since wgmma.fence"),
+        ({"before": "wgmma.fence.sync.aligned;\nmov.f32 %s3, 0f00000000;", "fence": ""}, "since wgmma.fence"),
+        ({"commit": ""}, "touches %s"),
+        ({"wait": ""}, "touches %s"),
+        ({"wait": "wgmma.wait_group.sync.aligned 1;"}, "touches %s"),
+        ({"between": "mov.f32 %s3, 0f00000000;"}, "touches %s3"),
+        ({"between": "mov.b32 %a2, 0;", "a_from": "registers"}, "touches %a2"),
+        ({"between": "st.shared.u32 [%r7+16384], %r1;"}, "write to shared memory that a product"),
+        ({"between": "cp.async.ca.shared.global [%r7+16384], [%rd0], 4, 4;"}, "write to shared memory that a product"),
+        ({"after": "xor.b32 %r5, %r5, 4096;\nadd.s32 %r7, %r6, %r5;\nst.shared.u32 [%r7+16384], %r1;"}, "write after a"),
+        ({"before": "add.s64 %d1, %d1, 8;"}, "does not begin at a multiple of 1024"),
+        ({"before": "add.s64 %d1, %d1, 1024;"}, "out of bounds"),
+        ({"before": "cvt.u64.u32 %rd28, %r0;\nadd.s64 %d1, %d1, %rd28;"}, "different descriptors"),
+    ],
+)  # fmt: skip
+def test_products_that_nothing_waits_for_are_found(rng, changed, message):
+    with pytest.raises(sim.Fault, match=message):
+        warpgroup_product(rng, **changed)
+
+
+def test_a_warpgroup_that_leaves_products_behind_is_found(rng):
+    with pytest.raises(sim.Fault, match="exits with products in flight"):
+        warpgroup_product(rng, wait="ret;")
+
+
+def test_only_swizzled_factors_are_known(rng):
+    with pytest.raises(sim.UnknownInstruction, match="another layout"):
+        warpgroup_product(rng, before="mov.u64 %rd28, 4611686018427387904;\nadd.s64 %d1, %d1, %rd28;")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from . import ops, tensor
 from .counter import Counter
 from .memory import BARRIER_SHIFT, BLOCK_SHIFT, HALF, POISON, THREAD_SHIFT, WORD, Fault, Memory
 from .ptx import DTYPES, Instruction, Kernel, UnknownInstruction, constant, parse, registers_of
+from .warpgroup import GROUP, MULTIPLY, Warpgroups, watched
 
 WARP = 32
 THREADS_AT_ONCE = (
@@ -85,6 +86,7 @@ class Machine:
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         self.memories = {"global": memory, "shared": self._shared(len(blocks))}
         self.registers = self._registers()
+        self.warpgroups = Warpgroups(self) if watched(self.kernel) else None
 
     def _shared(self, blocks: int) -> Memory:
         """One window a block. Arrays lie on odd multiples of their alignment: code that needs more is found out."""
@@ -148,6 +150,8 @@ class Machine:
         if self.counter:
             self.counter.access(self.memories[space], at, size, self.warp_of[i], write=True)
         try:
+            if self.warpgroups and space == "shared":
+                self.warpgroups.write(at, size)
             self.memories[space].store(at, stamps, data, size)
         except Fault as fault:
             raise self._located(fault, i, place) from None
@@ -170,6 +174,8 @@ class Machine:
         if self.counter:
             self.counter.access(shared, at, size, self.warp_of[i])
         try:
+            if self.warpgroups:
+                self.warpgroups.write(at, size)
             shared.store(at, self.stamps[i], np.full_like(data, POISON), size)
         except Fault as fault:
             raise self._located(fault, i, place) from None
@@ -191,6 +197,11 @@ class Machine:
             if not done.all():
                 moving.append((lanes[~done], group[~done], at[~done], data[~done]))
         self.copies = moving
+
+    def show(self, i: Any) -> None:
+        """What the threads `i` have written to shared memory may now be read by products of warpgroups."""
+        if self.warpgroups:
+            self.warpgroups.show(self.all[i])
 
     def _located(self, fault: Fault, i: Any, place: int) -> Fault:
         lane = np.atleast_1d(self.all[i])[fault.args[1] if len(fault.args) > 1 else 0]
@@ -214,12 +225,16 @@ class Machine:
             if block.body:
                 if self.counter:
                     self.counter.arithmetic(block.body, i.size)
+                if self.warpgroups:
+                    self.warpgroups.touch(self.warpgroups.body[n], i, block.body[0].where)
                 self.registers[f"block_{n}"](ALL if i.size == self.lanes else i)
             for target, lanes in self._end(n, block.end, i, parked):
                 if lanes.size:
                     ready[target] = np.concatenate((ready[target], lanes)) if target in ready else lanes
         if self.copies:
             raise Fault(f"{self._who(self.copies[0][0][0])} exits with copies on their way")
+        if self.warpgroups and self.warpgroups.reads:
+            raise Fault(f"{self._who(self.warpgroups.reads[0].lanes[0, 0])} exits with products in flight")
 
     def _end(
         self, n: int, end: Instruction | None, i: np.ndarray, parked: dict[int, np.ndarray]
@@ -227,6 +242,8 @@ class Machine:
         """Where the threads `i` go after block `n`."""
         if end is None:
             return [(n + 1, i)]
+        if self.warpgroups:
+            self.warpgroups.touch(self.warpgroups.ends[n], i, end.where)
         if end.opcode in ("bra", "bra.uni", "ret"):
             taken, rest = i, i[:0]
             if end.guard:
@@ -243,7 +260,10 @@ class Machine:
         if n in parked:
             i = np.concatenate((parked.pop(n), i))
         at_block = end.opcode in ("bar.sync", "bar.red.or.pred")
-        complete = self._block_barrier(end, i) if at_block else self._warp_operation(end, i)
+        if end.opcode.startswith("wgmma."):
+            complete = self._warpgroup_operation(end, i)
+        else:
+            complete = self._block_barrier(end, i) if at_block else self._warp_operation(end, i)
         if not complete.all():
             parked[n] = i[~complete]
         return [(n + 1, i[complete])]
@@ -293,6 +313,15 @@ class Machine:
             self.stamps[i] += 1
         elif i.size:
             raise UnknownInstruction(end.opcode)
+        return complete
+
+    def _warpgroup_operation(self, end: Instruction, i: np.ndarray) -> np.ndarray:
+        """Of `wgmma`: for the warps, or warpgroups, that are all here."""
+        size = GROUP if MULTIPLY.fullmatch(end.opcode) else WARP
+        team = self.all[i] // size
+        complete = np.bincount(team)[team] == size
+        if complete.any() and self.warpgroups:
+            self.warpgroups.run(end, np.sort(i[complete]))
         return complete
 
     def _value(self, operand: str, i: np.ndarray, kind: str = "b32") -> np.ndarray:

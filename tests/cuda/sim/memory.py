@@ -65,7 +65,14 @@ class Memory:
         #: What a twin's tensors are stored in: float32, float16, or bfloat16 as uint16.
         self.stored: type = np.float32
         self.writer = self.reader = self.other_reader = np.empty(0, np.int64)
+        #: How many writes there have been, and the number of each cell's last one, where somebody watches.
+        self.clock = 0
+        self.age: np.ndarray | None = None
         self.forget(cell)
+
+    def watch(self) -> None:
+        """Numbers all writes from here on."""
+        self.age = np.zeros(len(self.cells), np.int64)
 
     def forget(self, cell: int = WORD) -> None:
         """Orders all that happened before all that follows, as a launch does; its cells have so many bytes."""
@@ -151,3 +158,6 @@ class Memory:
         self.other_reader[words] = -1
         self.cells[words] = values
         self._written[words] = self.all_set
+        if self.age is not None:
+            self.clock += 1
+            self.age[words] = self.clock

@@ -498,6 +498,11 @@ def _(w: Writer, m: re.Match[str], left: str) -> None:
     w.lines.append(f"  machine.arrive({w.i}, {int(left)}, {len(w.places) - 1})")
 
 
+@rule(r"fence\.proxy\.async\.shared::cta")
+def _(w: Writer, m: re.Match[str]) -> None:
+    w.lines.append(f"  machine.show({w.i})")
+
+
 # ---- Whole kernels --------------------------------------------------------------------------------------------------
 
 

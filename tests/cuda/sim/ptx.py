@@ -51,7 +51,7 @@ class Kernel:
 
 
 # Instructions that threads cannot run each for itself, and jumps.
-ENDS = ("bra", "ret", "bar.", "shfl.", "vote.", "mma.", "ldmatrix.")
+ENDS = ("bra", "ret", "bar.", "shfl.", "vote.", "mma.", "ldmatrix.", "wgmma.")
 
 _LOC = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name [^,]+, inlined_at (\d+) (\d+) \d+)?")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\];")

@@ -29,13 +29,19 @@ def halves(words: np.ndarray, f16: bool) -> tuple[np.ndarray, np.ndarray]:
     return (words << np.uint32(16)).view(np.float32), (words & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, opcode: str) -> np.ndarray:
-    """a·b + c of each warp: a [K / 4, W, 32] and b [K / 8, W, 32] words, c and the result [4, W, 32] float32."""
-    warps, k, f16 = a.shape[1], 8 * len(b), ".f16." in opcode
-    left, right = np.empty((warps, 16, k)), np.empty((warps, k, 8))
+def first_factor(a: np.ndarray, f16: bool) -> np.ndarray:
+    """The first factor of each warp, [W, 16, K], of its lanes' words a [K / 4, W, 32]."""
+    left = np.empty((a.shape[1], 16, 4 * len(a)))
     for n, words in enumerate(np.ascontiguousarray(a)):
         for half, values in enumerate(halves(words, f16)):
             left[:, G + 8 * (n % 2), 2 * T + 8 * (n // 2) + half] = values
+    return left
+
+
+def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, opcode: str) -> np.ndarray:
+    """a·b + c of each warp: a [K / 4, W, 32] and b [K / 8, W, 32] words, c and the result [4, W, 32] float32."""
+    f16 = ".f16." in opcode
+    left, right = first_factor(a, f16), np.empty((a.shape[1], 8 * len(b), 8))
     for n, words in enumerate(np.ascontiguousarray(b)):
         for half, values in enumerate(halves(words, f16)):
             right[:, 2 * T + 8 * n + half, G] = values
