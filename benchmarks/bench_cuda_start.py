@@ -53,7 +53,11 @@ class Nothing:
         """Compiles or finds the binaries, as the real device does before it loads them."""
         from pyrformer import _core
 
-        files = [(name, text) for name, text, held in _core.cuda_sources() if not kernels.isdisjoint(held)]
+        files = [
+            (name, text)
+            for name, text, held, only in _core.cuda_sources()
+            if not only and not kernels.isdisjoint(held)
+        ]
         self.binaries.get(files)
 
     def __getattr__(self, name: str) -> Any:

@@ -23,19 +23,13 @@
 // through two stages, of which one fills while the other is used.
 // Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8", and Dao 2023, "FlashAttention-2", section 3.3.
 
-#define THREADS 128
 #define WARPS (THREADS / WARP)
-#define LOG2_E 1.44269504f
-#define LN_2 0.693147181f
 
 #ifdef F16
 #define FACTORS ".f32.f16.f16.f32 "
 #else
 #define FACTORS ".f32.bf16.bf16.f32 "
 #endif
-
-// From compute capability 8.0 on: products of 16 columns, and copies to shared memory that go on by themselves.
-#define AMPERE (__CUDA_ARCH__ >= 800)
 
 // Rows of tiles, by the widest head. What a block of float16 has fits into Turing's 64 KB, twice where that costs nothing:
 // one block computes while the other waits for copies. Those pass through registers there, which more scores would need.
@@ -81,35 +75,6 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const unsigned (&a)[4]
 #elif defined(F16)
     multiply(sum, a[0], a[1], b0);
     multiply(sum, a[2], a[3], b1);
-#endif
-}
-
-// ---- Copies to shared memory, which go on by themselves where that exists -----------------------------------------
-
-// 16 bytes of global memory, or 16 zeros.
-__device__ __forceinline__ void copy16(void* to, const void* from, bool inside) {
-#if AMPERE
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
-                 "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0) : "memory");
-#else
-    *reinterpret_cast<uint4*>(to) = inside ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
-#endif
-}
-
-__device__ __forceinline__ void copy4(void* to, const void* from, bool inside) {
-#if AMPERE
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
-                 "l"(__cvta_generic_to_global(from)), "r"(inside ? 4 : 0) : "memory");
-#else
-    *reinterpret_cast<float*>(to) = inside ? *reinterpret_cast<const float*>(from) : 0.f;
-#endif
-}
-
-// Until all copies of this thread have arrived.
-__device__ __forceinline__ void arrive() {
-#if AMPERE
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
 #endif
 }
 
@@ -274,17 +239,6 @@ __device__ __forceinline__ void store_sum(real* to, int ld, int rows, int width,
     }
 }
 
-// Sums and maxima over the four lanes that share a row.
-__device__ __forceinline__ float row_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-
-__device__ __forceinline__ float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
-
 // Bit 4 n + e of word m: whether element e of result (m, n) is `chosen`. In a loop that is not unrolled, since masks and
 // dropout would otherwise take the registers of the sums.
 template <int M, int N, class F>
@@ -296,8 +250,6 @@ __device__ __forceinline__ void choose(unsigned (&bits)[M], F chosen) {
         for (int i = 0; i < 4 * N; ++i) bits[m] |= (unsigned)chosen(16 * m + i / 2 % 2 * 8, i / 4 * 8 + i % 2) << i;
     }
 }
-
-__device__ __forceinline__ bool bit(unsigned bits, int n, int e) { return bits >> (4 * n + e) & 1; }
 
 // Zeros where a bit is not set.
 template <int M, int N>
@@ -318,26 +270,6 @@ __device__ __forceinline__ Weights<M, N> only(const Weights<M, N>& x, const unsi
 }
 
 // ---- Forward -------------------------------------------------------------------------------------------------------
-
-// The name of the word that says how many bytes of shared memory a kernel is launched with.
-#define WORD(kernel) WORD_OF(kernel)
-#define WORD_OF(kernel) kernel##_shared
-
-// The bytes of `own` tiles of `rows` rows, and of two stages of two tiles of `others` rows.
-template <int WIDTH>
-constexpr unsigned tiles_bytes(int own, int rows, int others) {
-    return 2 * WIDTH * (own * rows + 4 * others);
-}
-
-#define FORWARD_PARAMETERS                                                                                             \
-    const real* __restrict__ q, const real* __restrict__ k, const real* __restrict__ v,                                \
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,              \
-    const int* __restrict__ rng, real* __restrict__ out, float* __restrict__ lse, int batch, int tokens, int heads,    \
-    int kv_heads, int width, int q_ld, int k_ld, int v_ld, int out_ld, int causal, int window, float scale,            \
-    unsigned stream, float dropout_p, float dropout_scale
-#define FORWARD_ARGUMENTS                                                                                              \
-    q, k, v, segments, key_bias, prefix, rng, out, lse, batch, tokens, heads, kv_heads, width, q_ld, k_ld, v_ld,       \
-    out_ld, causal, window, scale, stream, dropout_p, dropout_scale
 
 template <int WIDTH, int M, int KEYS>
 __device__ __forceinline__ void forward(FORWARD_PARAMETERS) {
@@ -536,17 +468,6 @@ attention_delta_backward_f32(const real* __restrict__ dout, const real* __restri
     if (b < batch && threadIdx.x % 8 == 0) delta[n] = sum;
 }
 
-#define DQ_PARAMETERS                                                                                                  \
-    const real* __restrict__ dout, const real* __restrict__ q, const real* __restrict__ k,                             \
-    const real* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,                        \
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,              \
-    const int* __restrict__ rng, real* __restrict__ dq, int batch, int tokens, int heads, int kv_heads, int width,     \
-    int dout_ld, int q_ld, int k_ld, int v_ld, int dq_ld, int causal, int window, float scale, unsigned stream,        \
-    float dropout_p, float dropout_scale
-#define DQ_ARGUMENTS                                                                                                   \
-    dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dq, batch, tokens, heads, kv_heads, width, dout_ld,    \
-    q_ld, k_ld, v_ld, dq_ld, causal, window, scale, stream, dropout_p, dropout_scale
-
 // dq = scale * sum over j of p * (dp * keep - delta) * k[j]. A query that sees nothing is in no tile that all see, and its
 // probabilities, which depend on no score, are hidden there.
 template <int WIDTH, int M, int KEYS>
@@ -659,17 +580,6 @@ attention256_dq_backward_f32(DQ_PARAMETERS) {
     dq_backward<256, 1, 16>(DQ_ARGUMENTS);
 }
 #endif
-
-#define DKV_PARAMETERS                                                                                                 \
-    const real* __restrict__ dout, const real* __restrict__ q, const real* __restrict__ k,                             \
-    const real* __restrict__ v, const float* __restrict__ lse, const float* __restrict__ delta,                        \
-    const int* __restrict__ segments, const float* __restrict__ key_bias, const int* __restrict__ prefix,              \
-    const int* __restrict__ rng, real* __restrict__ dk, real* __restrict__ dv, int batch, int tokens, int heads,       \
-    int kv_heads, int width, int dout_ld, int q_ld, int k_ld, int v_ld, int dk_ld, int dv_ld, int causal, int window,  \
-    float scale, unsigned stream, float dropout_p, float dropout_scale
-#define DKV_ARGUMENTS                                                                                                  \
-    dout, q, k, v, lse, delta, segments, key_bias, prefix, rng, dk, dv, batch, tokens, heads, kv_heads, width,         \
-    dout_ld, q_ld, k_ld, v_ld, dk_ld, dv_ld, causal, window, scale, stream, dropout_p, dropout_scale
 
 // dk = scale * sum over i of p * (dp * keep - delta) * q[i], dv = sum over i of p * keep * dout[i], over all query heads of a
 // key-value head. Rows of a tile are keys here, columns queries. A block has COLS columns of the result, and scores anew for

@@ -188,14 +188,16 @@ def simd_levels() -> tuple[str, str]:
 def cuda_bars() -> str:
     """Registers by architecture and shared memory of each kernel, as TOML: the text of ``cuda/bars.toml``."""
 
-def cuda_dynamic_bytes(kernel: str) -> int:
-    """Bytes of shared memory that launches of a kernel ask for, beside what it declares."""
+def cuda_dynamic_bytes(kernel: str, only: str) -> int:
+    """Bytes of shared memory that launches of a kernel ask for, beside what it declares; ``only``: of the one for a
+    single target, or "" for the one for all."""
 
 def cuda_program(plan: Plan) -> str:
     """The launch records of a plan that was lowered for "cuda", as JSON."""
 
-def cuda_sources() -> list[tuple[str, str, list[str]]]:
-    """Each file of kernels: its name, its text for NVRTC, the kernels in it."""
+def cuda_sources() -> list[tuple[str, str, list[str], str]]:
+    """Each file of kernels: its name, its text for NVRTC, the kernels in it, and the only target it is for, as in
+    "sm_90a", where its kernels take the place of those of the same names before it; or ""."""
 
 # ---- rust/python/src/random.rs --------------------------------------------------------------------------------------
 

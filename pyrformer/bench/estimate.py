@@ -90,7 +90,8 @@ class Estimate:
 
 
 def bars() -> dict[str, dict[str, Any]]:
-    """Registers by architecture and shared memory of each kernel, as compiled: ``cuda/bars.toml``."""
+    """Registers by architecture and shared memory of each kernel, as compiled, and under the name of a target those of
+    the kernels that it has of its own: ``cuda/bars.toml``."""
     found: dict[str, dict[str, Any]] = tomllib.loads(_core.cuda_bars())
     return found
 
@@ -123,14 +124,16 @@ class Costed:
 
 def cost(record: dict[str, Any], gpu: Gpu, compiled: dict[str, dict[str, Any]]) -> Costed:
     """A launch record of ``_core.cuda_program`` on a GPU, given :func:`bars`."""
-    w = work.work(record)
+    w = work.work(record, gpu.arch)
     seconds = times(w, gpu)
     if "product" in record:
         return Costed(PRODUCTS, w, seconds, max(LEAST, max(seconds.values()) / REACHED_BY_PRODUCTS))
     name = record["launch"]["kernel"]
     x, y, z = record["launch"]["block"]
-    registers = compiled[name]["registers"][gpu.arch]
-    shared = compiled[name]["shared_bytes"] + compiled[name].get("dynamic_bytes", 0)
+    own = compiled.get(f"{gpu.arch}a", {})
+    bar, target = (own[name], f"{gpu.arch}a") if name in own else (compiled[name], gpu.arch)
+    registers = bar["registers"][target]
+    shared = bar["shared_bytes"] + bar.get("dynamic_bytes", 0)
     held = gpu.occupancy(x * y * z, registers, shared)
     taken = max(LEAST, *(seconds[r] / REACHED[r] for r in seconds))
     return Costed(name, w, seconds, taken, registers, held * -(-x * y * z // 32) / gpu.warps)

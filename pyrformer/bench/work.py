@@ -505,7 +505,7 @@ def attention_dkv_backward(
     return tiles + Work(unique, 2 * _sectors(b * t * kv, d) + 2 * _sectors(1, b * h * t), 0)
 
 
-# On tensor cores: the rules of attention_mma.cu. A block has four warps.
+# On tensor cores: the rules of attention_mma.cu, and of attention_wgmma.cu. A block has four warps.
 WARPS, HALF = 4, 2  # bytes of an element
 MMA_FLOPS = 2 * 16 * 8 * 16
 
@@ -529,12 +529,37 @@ class _Tensor:
         """Of a block."""
         return 16 * self.m * WARPS
 
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Rows that visit a tile together, or leave it out, and the warps that they belong to."""
+        return 16 * self.m, 1
+
     def tile_work(self) -> tuple[int, int]:
-        """Passes and products of a warp and a tile: of a dot, each step of 16 columns reads one factor for all of the
+        """Passes and FLOPs of a warp and a tile: of a dot, each step of 16 columns reads one factor for all of the
         warp's rows, the other for all of the tile's; of a sum, each pair of results reads the tile alone."""
         n, c = self.step // 8, self.cols // 8
         passes = self.dots * self.width // 16 * (4 * self.m + 2 * n) + self.sums * n * c
-        return passes, self.m * n * (self.dots * self.width // 16 + self.sums * c // 2)
+        return passes, MMA_FLOPS * self.m * n * (self.dots * self.width // 16 + self.sums * c // 2)
+
+
+class _Warpgroup(_Tensor):
+    """A kernel of attention_wgmma.cu: ``m`` times 64 rows a warpgroup, one after the other."""
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return 64 * self.m
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """64 rows, of all four warps."""
+        return 64, WARPS
+
+    def tile_work(self) -> tuple[int, int]:
+        """Of 64 rows and a tile: of a dot, each step of 16 columns reads 64 rows of one factor and all of the other; of
+        a sum, each 16 rows of the tile are read once."""
+        passes = (self.dots * self.width * (64 + self.step) + self.sums * self.step * self.cols) * HALF // 128
+        return passes, 2 * 64 * self.step * (self.dots * self.width + self.sums * self.cols)
 
 
 def _on_tensor_cores(
@@ -543,29 +568,31 @@ def _on_tensor_cores(
     """All blocks of ``heads`` heads that visit ``keys``, or queries: ``results`` matrices with a row for each of the
     block's own; ``score`` and ``row``: FLOPs of a score, and of a row and tile; ``numbers``: float32 numbers of each
     row that a tile brings along."""
-    tiles = warp_tiles = fetched = 0
+    tiles = visits = fetched = 0
+    unit, warps = k.unit
     own_rows = _ceil(mask.tokens, k.rows) * k.rows
     for at in range(0, mask.tokens, k.rows):
         first, last = mask.keys(at, k.rows) if keys else mask.queries(at, k.rows)
         starts = range(first, last, k.step)
         tiles += len(starts)
         fetched += min(first + k.step * len(starts), mask.tokens) - first
-        for mine in range(at, at + k.rows, 16 * k.m):
-            pairs = ((mine, 16 * k.m, other, k.step) for other in starts)
-            warp_tiles += sum(mask.some(*(p if keys else (*p[2:], *p[:2]))) for p in pairs)
+        for mine in range(at, at + k.rows, unit):
+            pairs = ((mine, unit, other, k.step) for other in starts)
+            visits += sum(mask.some(*(p if keys else (*p[2:], *p[:2]))) for p in pairs)
     passes, products = k.tile_work()
-    tensor = heads * warp_tiles * products * MMA_FLOPS
+    tensor = heads * visits * products
     # Two matrices of the other side pass through shared memory; the block's own and its results do once.
     width = k.width * HALF
     moved = 2 * tiles * k.step * width + k.own * own_rows * width + 2 * results * own_rows * k.cols * HALF
     line = _ceil(d * HALF, SECTOR)
     sectors = (2 * fetched + k.own * mask.tokens) * line + numbers * tiles * _ceil(k.step * WORD, SECTOR)
-    scores = warp_tiles * 16 * k.m * k.step
+    scores = visits * unit * k.step
     return Work(
         0,
         heads * (sectors + results * mask.tokens * _ceil(min(d, k.cols) * HALF, SECTOR)),
-        tensor + heads * (score * scores + row * warp_tiles * 16 * k.m + results * own_rows * k.cols),
-        heads * (moved / 128 + warp_tiles * (passes + numbers * k.step // 8) + numbers * tiles * k.step / 32),
+        tensor + heads * (score * scores + row * visits * unit + results * own_rows * k.cols),
+        heads
+        * (moved / 128 + visits * (passes + warps * numbers * k.step // 8) + numbers * tiles * k.step / 32),
         tensor,
     )
 
@@ -615,18 +642,24 @@ def _tensor_dkv(k: _Tensor) -> Rule:
     return rule
 
 
-for _half, _width, _ms, _steps in (
-    ("bf16", 64, (2, 2, 2), (64, 32, 32)),
-    ("bf16", 128, (2, 2, 1), (32, 32, 32)),
-    ("bf16", 256, (1, 1, 1), (32, 16, 16)),
-    ("f16", 64, (2, 2, 2), (32, 32, 32)),
-    ("f16", 128, (2, 1, 1), (32, 32, 16)),
+#: Of each target that has kernels of its own, their rules.
+OWN_RULES: dict[str, dict[str, Rule]] = {"sm_90a": {}}
+
+for _rules, _kind, _half, _width, _ms, _steps in (
+    (RULES, _Tensor, "bf16", 64, (2, 2, 2), (64, 32, 32)),
+    (RULES, _Tensor, "bf16", 128, (2, 2, 1), (32, 32, 32)),
+    (RULES, _Tensor, "bf16", 256, (1, 1, 1), (32, 16, 16)),
+    (RULES, _Tensor, "f16", 64, (2, 2, 2), (32, 32, 32)),
+    (RULES, _Tensor, "f16", 128, (2, 1, 1), (32, 32, 16)),
+    (OWN_RULES["sm_90a"], _Warpgroup, "bf16", 64, (2, 2, 2), (64, 64, 64)),
+    (OWN_RULES["sm_90a"], _Warpgroup, "bf16", 128, (2, 2, 1), (64, 32, 64)),
+    (OWN_RULES["sm_90a"], _Warpgroup, "bf16", 256, (1, 1, 1), (32, 64, 64)),
 ):
     _cols = min(_width, 128)
     _kernel = f"attention{_width}_{{}}_{_half}"
-    RULES[_kernel.format("forward")] = _tensor_forward(_Tensor(_width, _width, _ms[0], _steps[0], 1, 1, 1))
-    RULES[_kernel.format("dq_backward")] = _tensor_dq(_Tensor(_width, _width, _ms[1], _steps[1], 2, 1, 2))
-    RULES[_kernel.format("dkv_backward")] = _tensor_dkv(_Tensor(_width, _cols, _ms[2], _steps[2], 2, 2, 2))
+    _rules[_kernel.format("forward")] = _tensor_forward(_kind(_width, _width, _ms[0], _steps[0], 1, 1, 1))
+    _rules[_kernel.format("dq_backward")] = _tensor_dq(_kind(_width, _width, _ms[1], _steps[1], 2, 1, 2))
+    _rules[_kernel.format("dkv_backward")] = _tensor_dkv(_kind(_width, _cols, _ms[2], _steps[2], 2, 2, 2))
 
 
 def _delta_of_halves(
@@ -825,12 +858,14 @@ def product(p: dict[str, Any]) -> Work:
     return Work(unique, sectors, flops, tensor=flops if size == HALF else 0.0, blocks=blocks)
 
 
-def work(record: dict[str, Any]) -> Work:
-    """The work of a launch record of ``_core.cuda_program``."""
+def work(record: dict[str, Any], arch: str = "") -> Work:
+    """The work of a launch record of ``_core.cuda_program``; ``arch``, as in "sm_90", by the kernels that it has of its
+    own."""
     if "product" in record:
         return product(record["product"])
     launch = record["launch"]
     grid = launch["grid"]
     # A number, or a pointer's place, None where it is null.
     arguments = [next(iter(arg.values())) for arg in launch["args"]]
-    return replace(RULES[launch["kernel"]](grid, *arguments), blocks=grid[0] * grid[1] * grid[2])
+    rule = (RULES | OWN_RULES.get(f"{arch}a", {}))[launch["kernel"]]
+    return replace(rule(grid, *arguments), blocks=grid[0] * grid[1] * grid[2])

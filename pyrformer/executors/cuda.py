@@ -102,16 +102,18 @@ def compiler() -> Any:
     return nvrtc
 
 
-def compile_kernels(name: str, text: str, options: tuple[str, ...], arch: int) -> tuple[bytes, str]:
+def compile_kernels(
+    name: str, text: str, options: tuple[str, ...], arch: int, only: str = ""
+) -> tuple[bytes, str]:
     """Compiles a file of kernels for an architecture, 90 for sm_90, or for one that it runs code of, where the compiler
-    is older than the device; the binary, and "cubin" or "ptx".
+    is older than the device; ``only``: the target of a file that is for one alone. The binary, and "cubin" or "ptx".
 
     Raises:
         DeviceError: the compiler is missing, or refuses the text.
     """
     nvrtc = compiler()
     nearest = max((a for a in nvrtc.getSupportedArchs() if a <= arch), default=arch)
-    kind, target = ("cubin", f"sm_{arch}") if nearest == arch else ("ptx", f"compute_{nearest}")
+    kind, target = ("cubin", only or f"sm_{arch}") if nearest == arch else ("ptx", f"compute_{nearest}")
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, (f"-arch={target}", *options))
@@ -137,8 +139,12 @@ class _Memory:
 class CudaDevice:
     """The current CUDA device behind :class:`pyrformer.executors.device.Device`."""
 
-    def __init__(self, *, precision: str = "float32") -> None:
-        """Raises DeviceError: CUDA, or this precision, cannot be used here; the message says what is missing."""
+    def __init__(self, *, precision: str = "float32", general: bool = False) -> None:
+        """With ``general``, without the kernels that are for this device's architecture alone.
+
+        Raises:
+            DeviceError: CUDA, or this precision, cannot be used here; the message says what is missing.
+        """
         found = describe()
         if precision == "bfloat16" and found["capability"] < BF16:
             raise DeviceError(
@@ -148,14 +154,20 @@ class CudaDevice:
         self.runtime = self.cupy.cuda.runtime
         self.pool = self.cupy.cuda.MemoryPool()
         self.kernels: dict[str, Any] = {}
-        self.files = {
-            kernel: (name, text) for name, text, kernels in _core.cuda_sources() for kernel in kernels
-        }
         arch = 10 * found["capability"][0] + found["capability"][1]
+        #: Of each kernel: its file's name and text, and the shared memory that launches ask for.
+        self.files: dict[str, tuple[str, str]] = {}
+        self.shared: dict[str, int] = {}
+        targets: dict[str, str] = {}
+        for name, text, kernels, only in _core.cuda_sources():
+            if only in ("", "" if general else f"sm_{arch}a"):
+                targets[name] = only
+                self.files |= dict.fromkeys(kernels, (name, text))
+                self.shared |= {kernel: _core.cuda_dynamic_bytes(kernel, only) for kernel in kernels}
         self.binaries = Binaries(
             found["arch"],
             f"CuPy {found['cupy']} for CUDA {found['runtime_cuda']}",
-            lambda name, text, options: compile_kernels(name, text, options, arch),
+            lambda name, text, options: compile_kernels(name, text, options, arch, targets[name]),
         )
         self.modules: dict[str, Any] = {}
         self.workspace = self.memory(WORKSPACE)
@@ -235,7 +247,7 @@ class CudaDevice:
         if name not in self.kernels:
             self.prepare([name])
             function = self.modules[self.files[name][0]].get_function(name)
-            shared = _core.cuda_dynamic_bytes(name)
+            shared = self.shared[name]
             if shared:
                 function.max_dynamic_shared_size_bytes = shared  # beyond 48 KB it must be asked for
             self.kernels[name] = function, shared

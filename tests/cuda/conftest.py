@@ -71,16 +71,40 @@ def programs_75() -> dict[str, sim.Program]:
 
 
 @functools.cache
-def _hardware() -> Hardware:
+def _hopper() -> dict[str, sim.Program]:
+    return sim.load(nvrtc.ptx(nvrtc.unit(nvrtc.HOPPER), nvrtc.HOPPER, "90a"))
+
+
+@pytest.fixture(scope="session")
+def programs_90a() -> dict[str, sim.Program]:
+    """The kernels that compute capability 9.0 has of its own."""
+    return _hopper()
+
+
+@functools.cache
+def _hardware(*, general: bool = False) -> Hardware:
     from pyrformer.executors.cuda import CudaDevice
 
-    return Hardware(CudaDevice())
+    return Hardware(CudaDevice(general=general))
 
 
 @pytest.fixture
 def device(programs: dict[str, sim.Program]) -> sim.Device | Hardware:
     """An empty device with all kernels."""
     return _hardware().fresh() if ON_HARDWARE else sim.Device(programs)
+
+
+@pytest.fixture
+def tensor_device(request: pytest.FixtureRequest, programs: dict[str, sim.Program]) -> sim.Device | Hardware:
+    """The same, of attention on tensor cores with the kernels for every architecture ("mma"), or for 9.0 ("wgmma")."""
+    own = request.param == "wgmma"
+    if not ON_HARDWARE:
+        return sim.Device(programs | _hopper() if own else programs)
+    from pyrformer.executors.cuda import describe
+
+    if own and describe()["arch"] != "sm_90":
+        pytest.skip("for compute capability 9.0")
+    return _hardware(general=not own).fresh()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Every kernel compiles for every architecture as CuPy would compile it, and stays under its bars."""
 
+import itertools
 import re
 
 import pytest
@@ -20,16 +21,20 @@ NARROW = {
 
 
 @pytest.mark.parametrize(
-    "arch", bars.ARCHITECTURES if nvrtc.LONG else (75, 80, 90, 120), ids=lambda arch: f"sm_{arch}"
+    ("file", "arch"),
+    [
+        *itertools.product(nvrtc.files(), bars.ARCHITECTURES if nvrtc.LONG else (75, 80, 90, 120)),
+        (nvrtc.HOPPER, bars.OWN),
+    ],
 )
-@pytest.mark.parametrize("file", nvrtc.files())
 def test_registers_shared_and_local_memory(file, arch):
-    expected = {name: bar for name, bar in bars.read().items() if bar["file"] == file}
+    expected = bars.read(file)
     measured = bars.reports(file, arch)
     assert set(measured) == set(expected), "bars.toml lists other kernels: run kernels/bars.py"
     asked = {name: bar["dynamic_bytes"] for name, bar in expected.items() if "dynamic_bytes" in bar}
     assert bars.dynamic(file) == asked
     limit = bars.TURING_LIMIT if file.endswith("_f16") else bars.DYNAMIC_LIMIT
+    limit = bars.HOPPER_LIMIT if file == nvrtc.HOPPER else limit
     assert all(size <= limit for size in asked.values())
     for name, found in measured.items():
         assert found["local_bytes"] == 0, f"{name} spills, or indexes an array that is not in registers"
@@ -65,8 +70,31 @@ def test_tensor_cores_are_used_where_meant(half, arch):
         assert re.search(r"st\.global\.v4\.[bu]32", body), name
 
 
+def test_products_of_warpgroups_are_used_where_meant():
+    text = nvrtc.ptx(nvrtc.unit(nvrtc.HOPPER), nvrtc.HOPPER, bars.OWN)
+    kernels = re.findall(r"\.entry (attention\d+\w+)\(.*?\{(.*?)\n\}", text, re.DOTALL)
+    assert len(kernels) == 9
+    product = r"wgmma\.mma_async\.sync\.aligned\.m64n64k16\.f32\.bf16\.bf16 \{[^}]*\}, \{"  # from registers
+    for name, body in kernels:
+        assert "mma.sync" not in body, name
+        assert re.search(product, body), name
+        assert "cp.async.cg.shared.global" in body, name
+        assert re.search(r"st\.global\.v4\.[bu]32", body), name
+
+
+def test_products_that_the_compiler_must_wait_for_are_refused():
+    unit = nvrtc.unit(nvrtc.HOPPER)
+    forward = unit[: unit.index("// ---- Backward")]
+    assert len(bars.reports(nvrtc.HOPPER, bars.OWN, forward)) == 3
+    early = forward.replace("            wait<0>();\n            hold(p);", "            hold(p);")
+    assert early != forward
+    with pytest.raises(AssertionError, match="C75"):
+        bars.reports(nvrtc.HOPPER, bars.OWN, early)
+
+
 def test_the_embedded_list_names_the_same_kernels():
-    assert {kernel for _, _, kernels in _core.cuda_sources() for kernel in kernels} == set(bars.read())
+    for name, _, kernels, _ in _core.cuda_sources():
+        assert set(kernels) == set(bars.read(name)), name
 
 
 def test_an_error_names_the_file_and_the_line():

@@ -175,6 +175,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "and.pred": ("pred", ("pred", "pred"), [((1, 1), 1), ((1, 0), 0), ((0, 0), 0)]),
     "or.b32": ("u32", ("b32", "b32"), [((12, 10), 14)]),
     "or.pred": ("pred", ("pred", "pred"), [((1, 1), 1), ((1, 0), 1), ((0, 0), 0)]),
+    "xor.pred": ("pred", ("pred", "pred"), [((1, 1), 0), ((1, 0), 1), ((0, 0), 0)]),
     "xor.b16": ("u16", ("u16", "u16"), [((0xFF0F, 0x0FF0), 0xF0FF)]),
     "xor.b32": ("u32", ("b32", "b32"), [((12, 10), 6)]),
     "not.b32": ("u32", ("b32",), [((0,), MAX), ((MAX - 5,), 5)]),
@@ -281,6 +282,9 @@ SPECIAL = {
     "st.global.b32", "st.global.f32", "st.global.u32", "st.global.v2.b64", "st.global.v4.b32", "st.global.v4.f32",
     "st.shared.b32", "st.shared.f32", "st.shared.v4.b32", "st.shared.v4.f32", "vote.sync.ballot.b32",
     # Tested by name below.
+    "fence.proxy.async.shared::cta", "wgmma.commit_group.sync.aligned", "wgmma.fence.sync.aligned",
+    "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16",
+    "wgmma.wait_group.sync.aligned",
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
     *MMA, "st.global.v2.f32", "st.shared.v2.u32",
     "ld.global.nc.v2.b32", "st.global.v2.b32", "st.global.v2.u32", "st.shared.v2.b32",
@@ -596,6 +600,9 @@ LAYOUTS = {
     ("a", 8): (((4, 8), (2, 2)), ((32, 1), (16, 8))),
     ("b", 8): (((4, 8), (2,)), ((16, 1), (8,))),
     "c": (((4, 8), (2, 2)), ((32, 1), (16, 8))),
+    # Of `wgmma`: a result of 64 rows, and a first factor in registers, which lies like a result of 16 columns. Source:
+    # mma_traits_sm90_gmma.hpp, CLayout_64xN, ALayout_64x16.
+    **{("w", n): (((4, 8, 4), (2, 2, n // 8)), ((128, 1, 16), (64, 8, 512))) for n in (16, 32, 64, 128)},
 }
 
 
@@ -831,18 +838,8 @@ def test_a_thread_that_leaves_copies_behind_is_found():
 # ---- Products of warpgroups -----------------------------------------------------------------------------------------
 
 
-# CuTe's layouts of `wgmma`, an independent statement of who holds what: of a result of 64 rows, stored by columns, (extents
-# of thread and value, strides), and of a first factor in registers, a result of 16 columns. Source: CUTLASS,
-# include/cute/atom/mma_traits_sm90_gmma.hpp, CLayout_64xN, ALayout_64x16.
-def held_by_a_warpgroup(columns: int) -> np.ndarray:
-    """Places in the matrix, stored by columns, of each thread's values: [128, values]."""
-    thread, value = (4, 8, 4), (2, 2, columns // 8)
-    LAYOUTS["wgmma"] = ((thread, value), ((128, 1, 16), (64, 8, 512)))
-    return held("wgmma")
-
-
-# Where, in elements, the canonical layouts put element (row, k) of a factor; then Swizzle<3, 4, 3>, on bytes. Source: the
-# same file, "make_gmma_desc": K-major ((8, m), (T, 2)) : ((8 T, SBO), (1, T)), and MN-major
+# Where, in elements, the canonical layouts put element (row, k) of a factor; then Swizzle<3, 4, 3>, on bytes. Source:
+# the same file, "make_gmma_desc": K-major ((8, m), (T, 2)) : ((8 T, SBO), (1, T)), and MN-major
 # ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)), T = 8.
 def placed(x: np.ndarray, by_rows: bool, leading: int, stride: int, start: int) -> np.ndarray:
     """An image in shared memory, 16 KB, of a factor x [rows, 16] whose element (0, 0) is `start` bytes in."""
@@ -853,7 +850,7 @@ def placed(x: np.ndarray, by_rows: bool, leading: int, stride: int, start: int) 
         else:
             at = row % 8 + row // 8 % 8 * 8 + row // 64 * leading // 2 + k % 8 * 64 + k // 8 * stride // 2
         byte = 2 * at + start
-        image[(byte ^ (byte >> 3 & 0x70)) // 2] = as_bf16(x[row, k])
+        image[(byte ^ (byte >> 3 & 0x70)) // 2] = in_16_bits(x[row, k], "bf16")
     return image
 
 
@@ -870,8 +867,9 @@ WGMMA = """
     .shared .align 1024 .b8 buffer[32768];
 """
 WGMMA_PARTS = {
-    "show": "fence.proxy.async.shared::cta;", "barrier": "bar.sync 0;", "fence": "wgmma.fence.sync.aligned;", "between": "",
-    "commit": "wgmma.commit_group.sync.aligned;", "wait": "wgmma.wait_group.sync.aligned 0;", "after": "", "before": "",
+    "show": "fence.proxy.async.shared::cta;", "barrier": "bar.sync 0;", "before": "",
+    "fence": "wgmma.fence.sync.aligned;", "between": "", "commit": "wgmma.commit_group.sync.aligned;",
+    "wait": "wgmma.wait_group.sync.aligned 0;", "after": "",
 }  # fmt: skip
 
 
@@ -888,8 +886,8 @@ def warpgroup_product(
     ]
     if "stride" in changed:
         images[1] = placed(b, b_by_rows, leading[1], 2048, start[1])
-    words = as_bf16(a.T.reshape(-1)[held_by_a_warpgroup(16)]).view(np.uint32)
-    held_by = held_by_a_warpgroup(columns)
+    words = in_16_bits(a.T.reshape(-1)[held(("w", 16))], "bf16").view(np.uint32)
+    held_by = held(("w", columns))
     count = columns // 2
     lines = [
         "mul.wide.u32 %rd20, %r0, 128;",
@@ -914,7 +912,7 @@ def warpgroup_product(
         fields = described(
             16384 * image + start[image], leading[image], 2048 if image and "stride" in changed else 1024
         )
-        lines += [f"shr.u32 %r8, %r6, 4;", "cvt.u64.u32 %rd27, %r8;", f"add.s64 %d{image}, %rd27, {fields};"]
+        lines += ["shr.u32 %r8, %r6, 4;", "cvt.u64.u32 %rd27, %r8;", f"add.s64 %d{image}, %rd27, {fields};"]
     sums = ", ".join(f"%s{n}" for n in range(count))
     first = "{%a1, %a2, %a3, %a4}" if a_from == "registers" else "%d0"
     turned = ([str(int(a_from == "columns"))] if a_from != "registers" else []) + [str(int(not b_by_rows))]
@@ -963,7 +961,7 @@ def test_wgmma_begins_sums_and_begins_within_a_pattern(rng):
         ({"between": "mov.b32 %a2, 0;", "a_from": "registers"}, "touches %a2"),
         ({"between": "st.shared.u32 [%r7+16384], %r1;"}, "write to shared memory that a product"),
         ({"between": "cp.async.ca.shared.global [%r7+16384], [%rd0], 4, 4;"}, "write to shared memory that a product"),
-        ({"after": "xor.b32 %r5, %r5, 4096;\nadd.s32 %r7, %r6, %r5;\nst.shared.u32 [%r7+16384], %r1;"}, "write after a"),
+        ({"after": "xor.b32 %r5, %r5, 4096;\nadd.s32 %r7, %r6, %r5;\nst.shared.u32 [%r7+16384], %r1;"}, "after a read"),
         ({"before": "add.s64 %d1, %d1, 8;"}, "does not begin at a multiple of 1024"),
         ({"before": "add.s64 %d1, %d1, 1024;"}, "out of bounds"),
         ({"before": "cvt.u64.u32 %rd28, %r0;\nadd.s64 %d1, %d1, %rd28;"}, "different descriptors"),
@@ -997,9 +995,9 @@ def test_local_memory_raises():
         run("", 1, [], ((1,), np.uint32), ".local .align 4 .b8 depot[16];")
 
 
-def test_every_opcode_of_the_kernels_has_a_test(programs):
+def test_every_opcode_of_the_kernels_has_a_test(programs, programs_90a):
     used = set()
-    for p in programs.values():
+    for p in [*programs.values(), *programs_90a.values()]:
         for block in p.kernel.blocks:
             used |= {i.opcode for i in [*block.body, *([block.end] if block.end else [])]}
     missing = used - set(CASES) - SPECIAL

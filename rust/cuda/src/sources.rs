@@ -13,6 +13,9 @@ const COMMON: &str = include_str!("../../../cuda/common.cuh");
 /// What the files of attention share.
 const ATTENTION: &str = include_str!("../../../cuda/attention.cuh");
 
+/// What the files of attention on tensor cores share.
+const TENSOR: &str = include_str!("../../../cuda/tensor.cuh");
+
 /// What the files share that compute by tiles in float32.
 const TILES: &str = include_str!("../../../cuda/tiles.cuh");
 
@@ -32,6 +35,8 @@ pub struct Source {
     pub name: String,
     /// The `extern "C"` kernels it defines.
     pub kernels: Vec<String>,
+    /// The only target it is for, as in `sm_90a`, where its kernels take the place of those of the same names; else empty.
+    pub only: &'static str,
     file: &'static File,
     of: &'static str,
 }
@@ -41,15 +46,18 @@ pub struct Source {
 struct File {
     name: &'static str,
     text: &'static str,
+    /// The only target that it is for, or empty.
+    only: &'static str,
     /// Kernels, and the types of tensors that they are there for.
     kernels: &'static [(&'static [&'static str], &'static [&'static str])],
 }
 
-/// All files, by name.
+/// All files, by name. One that is for a single target comes behind those whose kernels it has.
 const FILES: &[File] = &[
     File {
         name: "attention",
         text: include_str!("../../../cuda/attention.cu"),
+        only: "",
         kernels: &[(
             WIDE,
             &[
@@ -63,6 +71,7 @@ const FILES: &[File] = &[
     File {
         name: "attention_mma",
         text: include_str!("../../../cuda/attention_mma.cu"),
+        only: "",
         kernels: &[
             (
                 HALVES,
@@ -79,10 +88,35 @@ const FILES: &[File] = &[
             (BRAIN, &["attention256_dkv_backward", "attention256_dq_backward", "attention256_forward"]),
         ],
     },
-    File { name: "best", text: include_str!("../../../cuda/best.cu"), kernels: &[(WIDE, &["best_forward"])] },
+    File {
+        name: "attention_wgmma",
+        text: include_str!("../../../cuda/attention_wgmma.cu"),
+        only: "sm_90a",
+        kernels: &[(
+            BRAIN,
+            &[
+                "attention128_dkv_backward",
+                "attention128_dq_backward",
+                "attention128_forward",
+                "attention256_dkv_backward",
+                "attention256_dq_backward",
+                "attention256_forward",
+                "attention64_dkv_backward",
+                "attention64_dq_backward",
+                "attention64_forward",
+            ],
+        )],
+    },
+    File {
+        name: "best",
+        text: include_str!("../../../cuda/best.cu"),
+        only: "",
+        kernels: &[(WIDE, &["best_forward"])],
+    },
     File {
         name: "cache",
         text: include_str!("../../../cuda/cache.cu"),
+        only: "",
         kernels: &[(
             ALL,
             &["cache_write_forward", "cached_attention_forward", "cached_attention_join_forward"],
@@ -91,6 +125,7 @@ const FILES: &[File] = &[
     File {
         name: "elementwise",
         text: include_str!("../../../cuda/elementwise.cu"),
+        only: "",
         kernels: &[
             (
                 ALL,
@@ -138,21 +173,25 @@ const FILES: &[File] = &[
     File {
         name: "loss",
         text: include_str!("../../../cuda/loss.cu"),
+        only: "",
         kernels: &[(ALL, &["cross_entropy_backward", "cross_entropy_forward"])],
     },
     File {
         name: "norm",
         text: include_str!("../../../cuda/norm.cu"),
+        only: "",
         kernels: &[(ALL, &["layer_norm_backward", "layer_norm_forward"])],
     },
     File {
         name: "optimizer",
         text: include_str!("../../../cuda/optimizer.cu"),
+        only: "",
         kernels: &[(ALL, &["adamw_forward"])],
     },
     File {
         name: "positions",
         text: include_str!("../../../cuda/positions.cu"),
+        only: "",
         kernels: &[
             (ALL, &["rope_forward"]),
             (WIDE, &["alibi_bias_forward", "iota_forward", "rope_table_forward"]),
@@ -161,6 +200,7 @@ const FILES: &[File] = &[
     File {
         name: "reduce",
         text: include_str!("../../../cuda/reduce.cu"),
+        only: "",
         kernels: &[
             (ALL, &["sum_forward", "sum_to_forward"]),
             (WIDE, &["clip_factor_forward", "global_norm_forward", "global_norm_parts_forward"]),
@@ -169,6 +209,7 @@ const FILES: &[File] = &[
     File {
         name: "relative",
         text: include_str!("../../../cuda/relative.cu"),
+        only: "",
         kernels: &[(
             WIDE,
             &[
@@ -183,6 +224,7 @@ const FILES: &[File] = &[
     File {
         name: "rows",
         text: include_str!("../../../cuda/rows.cu"),
+        only: "",
         kernels: &[
             (ALL, &["gather_forward", "scatter_add_forward"]),
             (WIDE, &["count_labels_forward"]),
@@ -198,13 +240,15 @@ pub static SOURCES: LazyLock<Vec<Source>> =
 /// The unit that defines `kernel`.
 #[must_use]
 pub fn of_kernel(kernel: &str) -> Option<&'static Source> {
-    SOURCES.iter().find(|s| s.kernels.iter().any(|k| k == kernel))
+    SOURCES.iter().find(|s| s.only.is_empty() && s.kernels.iter().any(|k| k == kernel))
 }
 
-/// Bytes of shared memory that launches of `kernel` ask for, beside what it declares.
+/// Bytes of shared memory that launches of `kernel` ask for, beside what it declares; of the one that is `only` for a target,
+/// where that is not empty.
 #[must_use]
-pub fn dynamic_bytes(kernel: &str) -> usize {
-    let bars = BARS.split_once(&format!("[{kernel}]\n")).map_or("", |(_, rest)| rest);
+pub fn dynamic_bytes(kernel: &str, only: &str) -> usize {
+    let head = if only.is_empty() { format!("[{kernel}]\n") } else { format!("[{only}.{kernel}]\n") };
+    let bars = BARS.split_once(&head).map_or("", |(_, rest)| rest);
     let line =
         bars.lines().take_while(|l| !l.starts_with('[')).find_map(|l| l.strip_prefix("dynamic_bytes = "));
     line.and_then(|bytes| bytes.parse().ok()).unwrap_or(0)
@@ -218,7 +262,7 @@ impl File {
         let mut kernels: Vec<String> = stems.map(|stem| format!("{stem}_{of}")).collect();
         kernels.sort();
         let name = if of == "f32" { self.name.to_owned() } else { format!("{}_{of}", self.name) };
-        (!kernels.is_empty()).then_some(Source { name, kernels, file: self, of })
+        (!kernels.is_empty()).then_some(Source { name, kernels, only: self.only, file: self, of })
     }
 }
 
@@ -237,8 +281,12 @@ impl Source {
         let file = self.file.name;
         let masks = file.starts_with("attention") || file == "relative";
         let tiles = matches!(file, "attention" | "relative");
-        let heads =
-            [("common.cuh", COMMON, true), ("attention.cuh", ATTENTION, masks), ("tiles.cuh", TILES, tiles)];
+        let heads = [
+            ("common.cuh", COMMON, true),
+            ("attention.cuh", ATTENTION, masks),
+            ("tensor.cuh", TENSOR, file.starts_with("attention_")),
+            ("tiles.cuh", TILES, tiles),
+        ];
         let own = format!("{file}.cu");
         for (name, text, _) in
             heads.into_iter().chain([(&own[..], self.file.text, true)]).filter(|part| part.2)
@@ -335,15 +383,21 @@ mod tests {
 
     #[test]
     fn launches_ask_for_what_a_kernel_s_word_says() {
-        assert_eq!(dynamic_bytes("attention64_forward_bf16"), 49152);
-        assert_eq!(dynamic_bytes("attention_forward_f32"), 0);
-        assert_eq!(dynamic_bytes("no_such_kernel"), 0);
+        assert_eq!(dynamic_bytes("attention256_dq_backward_bf16", ""), 98304);
+        assert_eq!(dynamic_bytes("attention256_dq_backward_bf16", "sm_90a"), 196_608);
+        assert_eq!(dynamic_bytes("attention_forward_f32", ""), 0);
+        assert_eq!(dynamic_bytes("no_such_kernel", ""), 0);
     }
 
     #[test]
     fn kernels_are_found_by_name_and_named_once() {
-        let all: Vec<&str> = SOURCES.iter().flat_map(|s| &s.kernels).map(String::as_str).collect();
+        let of = |only: &str| -> Vec<&str> {
+            SOURCES.iter().filter(|s| s.only == only).flat_map(|s| &s.kernels).map(String::as_str).collect()
+        };
+        let all = of("");
         assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
+        assert!(of("sm_90a").iter().all(|kernel| all.contains(kernel)));
+        assert_eq!(of_kernel("attention64_forward_bf16").map(|s| s.only), Some(""));
         assert_eq!(of_kernel("gelu_backward_f32").map(|s| &s.name[..]), Some("elementwise"));
         assert!(of_kernel("gelu").is_none());
     }

@@ -21,16 +21,16 @@ pub(crate) fn cuda_program(py: Python<'_>, plan: &Plan) -> PyResult<String> {
     })
 }
 
-/// Each file of kernels: its name, its text for NVRTC, the kernels in it.
+/// Each file of kernels: its name, its text for NVRTC, the kernels in it, and the only target it is for, or "".
 #[pyfunction]
-pub(crate) fn cuda_sources() -> Vec<(String, String, Vec<String>)> {
-    SOURCES.iter().map(|s| (s.name.clone(), s.unit(), s.kernels.clone())).collect()
+pub(crate) fn cuda_sources() -> Vec<(String, String, Vec<String>, &'static str)> {
+    SOURCES.iter().map(|s| (s.name.clone(), s.unit(), s.kernels.clone(), s.only)).collect()
 }
 
-/// Bytes of shared memory that launches of a kernel ask for, beside what it declares.
+/// Bytes of shared memory that launches of a kernel, for every target or for one, ask for beside what it declares.
 #[pyfunction]
-pub(crate) fn cuda_dynamic_bytes(kernel: &str) -> usize {
-    dynamic_bytes(kernel)
+pub(crate) fn cuda_dynamic_bytes(kernel: &str, only: &str) -> usize {
+    dynamic_bytes(kernel, only)
 }
 
 /// Registers and shared memory of each kernel, as TOML.

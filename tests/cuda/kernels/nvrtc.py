@@ -38,15 +38,21 @@ def unit(name: str) -> str:
     heads = ["common.cuh"]
     if file.startswith(("attention", "relative")):
         heads.append("attention.cuh")
+    if file.startswith("attention_"):
+        heads.append("tensor.cuh")
     if file in ("attention", "relative"):
         heads.append("tiles.cuh")
     texts = (f'#line 1 "{part}"\n{(KERNELS / part).read_text()}' for part in (*heads, f"{file}.cu"))
     return head + "".join(texts)
 
 
+#: The unit for compute capability 9.0 alone, where its kernels take the place of those of the same names.
+HOPPER = "attention_wgmma_bf16"
+
+
 def files() -> list[str]:
-    """The names of all translation units."""
-    return sorted(name for name, _, _ in _core.cuda_sources())
+    """The names of all translation units that are for every target."""
+    return sorted(name for name, _, _, only in _core.cuda_sources() if not only)
 
 
 @functools.cache
@@ -102,13 +108,13 @@ def build(source: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]
 
 
 @functools.cache
-def ptx(source: str, name: str, arch: int) -> str:
-    """PTX for compute_<arch>, with the lines it comes from."""
+def ptx(source: str, name: str, arch: int | str) -> str:
+    """PTX for compute_<arch>, 80 or "90a", with the lines it comes from."""
     code, _ = build(source, name, (f"-arch=compute_{arch}", "-lineinfo", *OPTIONS))
     return code.decode()
 
 
-def cubin(name: str, arch: int) -> str:
-    """Compiles a translation unit for sm_<arch>; gives ptxas's report on each kernel."""
-    _, log = build(unit(name), name, (f"-arch=sm_{arch}", "--ptxas-options=-v", *OPTIONS))
+def cubin(source: str, name: str, arch: int | str) -> str:
+    """Compiles a text for sm_<arch>; gives ptxas's report on each kernel."""
+    _, log = build(source, name, (f"-arch=sm_{arch}", "--ptxas-options=-v", *OPTIONS))
     return log

@@ -1,11 +1,12 @@
 """Products of warpgroups, which go on by themselves (`wgmma`): what they compute, and what must wait for them.
 
-Source: NVIDIA, "PTX ISA" 9.x, chapter 9.7, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions"; what a
-descriptor says: CUTLASS, include/cute/atom/mma_traits_sm90_gmma.hpp. The only layout here is that of 128-byte swizzle.
+Source: NVIDIA, "PTX ISA" 9.x, chapter 9.7, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions"; what
+a descriptor says: CUTLASS, include/cute/atom/mma_traits_sm90_gmma.hpp. The only layout here is that of 128-byte
+swizzle.
 
 A product is computed when it is issued. Until its group is waited for, its registers are `flying`, and what it reads of
-shared memory is `busy`: who touches either is found out. What it reads must have been written, shown to the asynchronous
-proxy by a fence of the thread that wrote it, and then passed a barrier.
+shared memory is `busy`: who touches either is found out. What it reads must have been written, shown to the
+asynchronous proxy by a fence of the thread that wrote it, and then passed a barrier.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def chunks(descriptor: np.ndarray, rows: int, turned: bool) -> np.ndarray:
     kind = descriptor >> np.uint64(62)
     if (kind != SWIZZLED_128).any() or (descriptor >> np.uint64(49) & np.uint64(7)).any():
         raise UnknownInstruction("a descriptor of another layout than that of 128-byte swizzle")
-    field = lambda at: ((descriptor >> np.uint64(at) & np.uint64(0x3FFF)) << np.uint64(4)).astype(np.int64)  # noqa: E731
-    start, leading, stride = (field(at)[:, None, None] for at in (0, 16, 32))
+    fields = (descriptor[:, None] >> np.array([0, 16, 32], np.uint64) & np.uint64(0x3FFF)) << np.uint64(4)
+    start, leading, stride = (field[:, None, None] for field in fields.astype(np.int64).T)
     if turned:
         part, column = np.arange(rows // 8)[:, None], np.arange(DEPTH)
         at = start + part // 8 * leading + part % 8 * 16 + column // 8 * stride + column % 8 * 128
@@ -174,8 +175,8 @@ class Warpgroups:
         turned = [flag == "1" for flag in more[2:]]
         if not self.fenced[i].all():
             raise Fault(f"{machine._who(i[~self.fenced[i]][0])} has touched registers since wgmma.fence")
-        own = {r: ("sum", columns) for r in registers_of(sums)}
-        own |= {r: ("factor", 0) for r in (registers_of(factor) if in_registers else ())}
+        own = dict.fromkeys(registers_of(sums), ("sum", columns))
+        own |= dict.fromkeys(registers_of(factor) if in_registers else (), ("factor", 0))
         if len(own) != columns // 2 + 4 * in_registers:
             raise UnknownInstruction(f"{end.opcode} with {len(own)} registers")
         for register, part in own.items():
