@@ -595,6 +595,47 @@ MUTANTS = [
     ("blind_tensor_cores", "attention_mma_bf16", "attention64_forward", "mask.blind_weight(largest[m][e / 2]", "mask.blind_weight(largest[m][e % 2]"),
     ("blind_tensor_cores", "attention_mma_bf16", "attention64_forward", "__syncthreads();  // the last values are used up", ""),
     ("blind_tensor_cores", "attention_mma_bf16", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
+    # The same by products of warpgroups.
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", 'asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");', ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", 'asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");', ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");', ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "        show();\n        __syncthreads();  // these keys and values are there, the last ones used up", "        __syncthreads();\n        show();"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
+    ("tensor_tiles", "attention_wgmma_bf16@90a", "attention64_forward", "__syncthreads();  // the queries are used up", ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "            wait<0>();\n            hold(sum[m]);\n        }\n    }\n    arrive();", "            hold(sum[m]);\n        }\n    }\n    arrive();"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "64ull << 32", "32ull << 32"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "(c % 8 ^ row % 8)", "(c % 8 ^ row % 4)"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;", "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "%32, %33, %34, 1, 1, 0, 0;", "%32, %33, %34, 1, 1, 0, 1;"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "{%32, %33, %34, %35}", "{%32, %34, %33, %35}"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "col % 64 * 2", "col % 64"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "x.factor(16 * k, col", "x.factor(8 * k, col"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "multiply<true>(product", "multiply<false>(product"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "sum[m][n / 8][n % 8][2 * r] *= correction;", ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "if (rng) weights = only(weights, kept);", ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "own = threadIdx.x / WARP * 16, g", "own = threadIdx.x / WARP * 8, g"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "    __syncwarp();\n#pragma unroll 4", "#pragma unroll 4"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_dq", "wait<1>();", "wait<2>();"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_dq", "dot_rows(y, douts, 64 * m, values);", "dot_rows(y, queries, 64 * m, values);"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_dq", "bit(kept, n, e) ? y[n][e] * dropout_scale : 0.f", "y[n][e]"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_dkv", "__syncthreads();  // these queries are there, the last ones used up", ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_dkv", "mask.sees(col + c, row + r)", "mask.sees(row + r, col + c)"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_dkv", "if (rng) p = only(p, kept);", ""),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_dkv", "rng ? dropout_scale : 1.f;", "1.f;"),
+    ("tensor_tiles", "attention_wgmma_bf16@90a", "attention64_dkv", "__syncthreads();  // the keys and values are used up", ""),
+    ("tensor_tiles", "attention_wgmma_bf16@90a", "attention64_forward", "mask.all(row0, 64, key0, KEYS)", "mask.all(row0, 32, key0, KEYS)"),
+    ("tensor_tiles", "attention_wgmma_bf16@90a", "attention64_forward", "mask.some(row0, 64, key0, KEYS)", "mask.some(query0, 64, key0, KEYS)"),
+    ("tensor_tiles", "attention_wgmma_bf16@90a", "attention64_dq", "if (key_bias) above -= bias[e % 2];", ""),
+    ("tensor_tiles", "attention_wgmma_bf16@90a", "attention64_dkv", "if (key_bias) shift -= bias[e / 2];", "if (key_bias) shift -= bias[e % 2];"),
+    ("tensor_tiles", "attention_wgmma_bf16@90a", "attention64_dkv", "const float* row_lse = sides + 2 * stage * QUERIES;", "const float* row_lse = sides;"),
+    ("wide_tensor_cores", "attention_wgmma_bf16@90a", "attention256_dkv", "blockIdx.z / batch * COLS", "blockIdx.z % batch * COLS"),
+    ("wide_tensor_cores", "attention_wgmma_bf16@90a", "attention256_dq", "(col / 64 * ROWS + row) * 128", "(col / 64 * 32 + row) * 128"),
+    ("wide_tensor_cores", "attention_wgmma_bf16@90a", "attention256_dq", "tiles_bytes<256>(2, 64, 64);", "tiles_bytes<256>(2, 64, 16);"),
+    ("wide_tensor_cores", "attention_wgmma_bf16@90a", "attention256_forward", "col + 64 * c));", "col));"),
+    ("blind_tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "__syncthreads();  // the last values are used up", ""),
+    ("blind_tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "values.fetch(vs, key0);\n            arrive();\n            show();", "values.fetch(vs, key0);\n            arrive();"),
+    ("blind_tensor_cores", "attention_wgmma_bf16@90a", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
     # In bfloat16.
     ("adamw", "optimizer_bf16", "adamw", "if (copy) store4(copy + at, ps, n);", "if (copy) store4(copy + c, ps, n);"),
     ("adamw", "optimizer_bf16", "adamw", "if (n > 2) put(p + 2, x.z);", "if (n > 3) put(p + 2, x.z);"),
@@ -668,7 +709,7 @@ def rebuilt(file, kernels, old, new):
     file, _, arch = file.partition("@")
     text = nvrtc.unit(file)
     assert not old or text.count(old) >= 1, "the text that this bug changes is gone"
-    return sim.load(nvrtc.ptx(only(text.replace(old, new), kernels), file, int(arch or 80)))
+    return sim.load(nvrtc.ptx(only(text.replace(old, new), kernels), file, arch or 80))
 
 
 @pytest.fixture
