@@ -10,7 +10,7 @@
 //   attention64_dkv_backward_bf16                                               grid = (tiles(128), K, B).
 //   attention128_dkv_backward_bf16                                              grid = (tiles(64), K, B).
 //   attention256_dkv_backward_bf16                                              grid = (tiles(64), K, 2 B).
-// Shared memory: dynamic; a word <kernel>_shared beside each kernel says how many bytes. At most 194 KB.
+// Shared memory: dynamic; a word <kernel>_shared beside each kernel says how many bytes. At most 193 KB.
 //
 // A block is a warpgroup, and has M times 64 rows of the result. Its products are wgmma.m64nNk16, which go on by themselves:
 // scores of 64 rows and a whole tile of the other side, then their sums with the tile's rows, 64 columns at a time. Both

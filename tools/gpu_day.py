@@ -18,7 +18,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -405,17 +405,21 @@ def day(out: Path, work: dict[str, Callable[[], Stage]]) -> list[Stage]:
 @click.option(
     "--stage", "chosen", multiple=True, type=click.Choice(STAGES), help="This one, and others so named."
 )
-def main(out: Path, steps: int, chosen: tuple[str, ...]) -> None:
+@click.option(
+    "--general", is_flag=True, help="With the kernels that every architecture has, without this one's own."
+)
+def main(out: Path, steps: int, chosen: tuple[str, ...], general: bool) -> None:
     """Check and time on this machine's GPU all that cannot be checked without one; write a report."""
     from pyrformer.executors.cuda import BF16, CudaDevice, describe
 
     try:
         facts = describe()
-        device = CudaDevice()
+        device = CudaDevice(general=general)
     except DeviceError as e:
         click.echo(f"gpu_day: error: {e}", err=True)
         sys.exit(2)
     gpu = gpu_of(facts["device"])
+    gpu = replace(gpu, general=general) if gpu else None
 
     work = {
         "doctor": doctor,

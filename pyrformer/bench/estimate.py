@@ -124,14 +124,14 @@ class Costed:
 
 def cost(record: dict[str, Any], gpu: Gpu, compiled: dict[str, dict[str, Any]]) -> Costed:
     """A launch record of ``_core.cuda_program`` on a GPU, given :func:`bars`."""
-    w = work.work(record, gpu.arch)
+    w = work.work(record, gpu.own)
     seconds = times(w, gpu)
     if "product" in record:
         return Costed(PRODUCTS, w, seconds, max(LEAST, max(seconds.values()) / REACHED_BY_PRODUCTS))
     name = record["launch"]["kernel"]
     x, y, z = record["launch"]["block"]
-    own = compiled.get(f"{gpu.arch}a", {})
-    bar, target = (own[name], f"{gpu.arch}a") if name in own else (compiled[name], gpu.arch)
+    own = compiled.get(gpu.own, {})
+    bar, target = (own[name], gpu.own) if name in own else (compiled[name], gpu.arch)
     registers = bar["registers"][target]
     shared = bar["shared_bytes"] + bar.get("dynamic_bytes", 0)
     held = gpu.occupancy(x * y * z, registers, shared)

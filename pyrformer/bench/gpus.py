@@ -23,7 +23,8 @@ class Gpu:
 
     ``lanes``: float32 multiply-adds a multiprocessor starts a clock; ``l1``: bytes a clock that its first-level cache
     and shared memory give; ``tensor``: FLOP/s of 16-bit floats on tensor cores; ``shared``: bytes of shared
-    memory; ``reserved``: bytes of it that each block costs besides its own; ``memory``: bytes.
+    memory; ``reserved``: bytes of it that each block costs besides its own; ``memory``: bytes;
+    ``general``: whether it has only the kernels that are for every architecture.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Gpu:
     blocks: int
     shared: int
     reserved: int
+    general: bool = False
+
+    @property
+    def own(self) -> str:
+        """The target that kernels may be for alone, unless it is taken with those that are ``general``."""
+        return "" if self.general else f"{self.arch}a"
 
     @property
     def flops(self) -> float:

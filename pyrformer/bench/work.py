@@ -858,14 +858,14 @@ def product(p: dict[str, Any]) -> Work:
     return Work(unique, sectors, flops, tensor=flops if size == HALF else 0.0, blocks=blocks)
 
 
-def work(record: dict[str, Any], arch: str = "") -> Work:
-    """The work of a launch record of ``_core.cuda_program``; ``arch``, as in "sm_90", by the kernels that it has of its
-    own."""
+def work(record: dict[str, Any], own: str = "") -> Work:
+    """The work of a launch record of ``_core.cuda_program``, by the kernels that a target such as "sm_90a" has of its
+    own, if any."""
     if "product" in record:
         return product(record["product"])
     launch = record["launch"]
     grid = launch["grid"]
     # A number, or a pointer's place, None where it is null.
     arguments = [next(iter(arg.values())) for arg in launch["args"]]
-    rule = (RULES | OWN_RULES.get(f"{arch}a", {}))[launch["kernel"]]
+    rule = (RULES | OWN_RULES.get(own, {}))[launch["kernel"]]
     return replace(rule(grid, *arguments), blocks=grid[0] * grid[1] * grid[2])

@@ -125,6 +125,16 @@ def compile_kernels(
         nvrtc.destroyProgram(program)
 
 
+def files_of(arch: int, *, general: bool = False) -> dict[str, tuple[str, str, str]]:
+    """Of each kernel on an architecture, 90 for sm_90: its file's name and text, and the target that the file is for
+    alone, or "". With ``general`` none is for one target alone."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for name, text, kernels, only in _core.cuda_sources():
+        if only == "" or (only == f"sm_{arch}a" and not general):
+            found |= dict.fromkeys(kernels, (name, text, only))
+    return found
+
+
 def _first(e: Exception) -> str:
     return str(e).splitlines()[0]
 
@@ -155,19 +165,12 @@ class CudaDevice:
         self.pool = self.cupy.cuda.MemoryPool()
         self.kernels: dict[str, Any] = {}
         arch = 10 * found["capability"][0] + found["capability"][1]
-        #: Of each kernel: its file's name and text, and the shared memory that launches ask for.
-        self.files: dict[str, tuple[str, str]] = {}
-        self.shared: dict[str, int] = {}
-        targets: dict[str, str] = {}
-        for name, text, kernels, only in _core.cuda_sources():
-            if only in ("", "" if general else f"sm_{arch}a"):
-                targets[name] = only
-                self.files |= dict.fromkeys(kernels, (name, text))
-                self.shared |= {kernel: _core.cuda_dynamic_bytes(kernel, only) for kernel in kernels}
+        self.files = files_of(arch, general=general)
+        only = {name: target for name, _, target in self.files.values()}
         self.binaries = Binaries(
             found["arch"],
             f"CuPy {found['cupy']} for CUDA {found['runtime_cuda']}",
-            lambda name, text, options: compile_kernels(name, text, options, arch, targets[name]),
+            lambda name, text, options: compile_kernels(name, text, options, arch, only[name]),
         )
         self.modules: dict[str, Any] = {}
         self.workspace = self.memory(WORKSPACE)
@@ -233,7 +236,8 @@ class CudaDevice:
         files = sorted({self.files[kernel] for kernel in kernels})
         new = [file for file in files if file[0] not in self.modules]
         with self._calls():
-            for (name, _), path in zip(new, self.binaries.get(new), strict=True):
+            paths = self.binaries.get([file[:2] for file in new])
+            for (name, *_), path in zip(new, paths, strict=True):
                 self.modules[name] = self.cupy.RawModule(path=str(path))
 
     def launch(
@@ -247,7 +251,7 @@ class CudaDevice:
         if name not in self.kernels:
             self.prepare([name])
             function = self.modules[self.files[name][0]].get_function(name)
-            shared = self.shared[name]
+            shared = _core.cuda_dynamic_bytes(name, self.files[name][2])
             if shared:
                 function.max_dynamic_shared_size_bytes = shared  # beyond 48 KB it must be asked for
             self.kernels[name] = function, shared

@@ -151,9 +151,21 @@ def test_kernels_are_compiled_for_the_device_or_the_newest_that_the_compiler_kno
     assert nvrtc.given == ("-arch=sm_90", "-x")
     assert cuda.compile_kernels("a", "text", ("-x",), 100) == (b"ptx", "ptx")
     assert nvrtc.given == ("-arch=compute_90", "-x")
+    assert cuda.compile_kernels("a", "text", ("-x",), 90, "sm_90a") == (b"cubin", "cubin")
+    assert nvrtc.given == ("-arch=sm_90a", "-x")
     with pytest.raises(DeviceError, match=r"^\[cuda\] a\.cu does not compile: a\.cu\(3\): error: #error$"):
         cuda.compile_kernels("a", "#error", (), 90)
-    assert nvrtc.programs == ["", "", ""]
+    assert nvrtc.programs == [""] * 4
+
+
+def test_an_architecture_takes_kernels_of_its_own() -> None:
+    own, other = cuda.files_of(90), cuda.files_of(100)
+    assert own.keys() == other.keys()
+    taken = {kernel for kernel in own if own[kernel] != other[kernel]}
+    assert "attention64_forward_bf16" in taken
+    assert {own[kernel][::2] for kernel in taken} == {("attention_wgmma_bf16", "sm_90a")}
+    assert {other[kernel][::2] for kernel in taken} == {("attention_mma_bf16", "")}
+    assert cuda.files_of(90, general=True) == other
 
 
 def missing(name: str) -> None:

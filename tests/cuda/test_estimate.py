@@ -20,8 +20,9 @@ from sim.card import Card
 
 from pyrformer import _core
 from pyrformer.bench import work
-from pyrformer.bench.estimate import bars, times
+from pyrformer.bench.estimate import bars, estimate, times
 from pyrformer.bench.gpus import GPUS
+from pyrformer.bench.train_step import Shape
 from pyrformer.cli.bench import command
 from pyrformer.executors.program import Executor, Store
 from pyrformer.model import Model
@@ -225,10 +226,22 @@ def test_attention_reaches_its_share_of_the_tensor_peak_on_paper(gpu: str, width
             grid = (-(-tokens // rows), heads, batch * slices)
             strides = [width] * {"forward": 4, "dq_backward": 5, "dkv_backward": 6}[way]
             args = [1] * pointers[0] + [None] * 4 + [1] * pointers[1] + [*sizes, *strides, *mask]
-            rules = work.RULES | work.OWN_RULES.get(f"{GPUS[gpu].arch}a", {})
+            rules = work.RULES | work.OWN_RULES.get(GPUS[gpu].own, {})
             said = rules[f"attention{width}_{way}_{half}"](grid, *args)
             bound = max(times(replace(said, blocks=math.prod(grid)), GPUS[gpu]).values())
             assert 2 * products * width * pairs / bound / GPUS[gpu].tensor >= share, (way, tokens)
+
+
+def test_an_architecture_is_estimated_by_kernels_of_its_own() -> None:
+    shape = Shape("gpt2", layers=1, width=512, heads=4, vocab=72, batch=4, seq=1024)
+    own, general = (
+        {k.name: k for k in estimate(shape, gpu, precision="bfloat16").kernels}
+        for gpu in (GPUS["h100"], replace(GPUS["h100"], general=True))
+    )
+    kernel = "attention128_dkv_backward_bf16"
+    assert own[kernel].ms < 0.6 * general[kernel].ms
+    assert own[kernel].registers == bars()["sm_90a"][kernel]["registers"]["sm_90a"]
+    assert general[kernel].registers == bars()[kernel]["registers"]["sm_90"]
 
 
 def test_every_kernel_has_a_rule_and_bars() -> None:
