@@ -398,7 +398,7 @@ __device__ __forceinline__ void forward(FORWARD_PARAMETERS) {
 
 // out = softmax(scale * q . k) * v, lse = log of the softmax's denominator.
 extern "C" __device__ unsigned WORD(attention64_forward_f32) = tiles_bytes<64>(1, 128, 64);
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 attention64_forward_f32(FORWARD_PARAMETERS) {
     forward<64, 2, 64>(FORWARD_ARGUMENTS);
 }
@@ -526,7 +526,7 @@ __device__ __forceinline__ void dq_backward(DQ_PARAMETERS) {
 }
 
 extern "C" __device__ unsigned WORD(attention64_dq_backward_f32) = tiles_bytes<64>(2, 128, 64);
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 attention64_dq_backward_f32(DQ_PARAMETERS) {
     dq_backward<64, 2, 64>(DQ_ARGUMENTS);
 }
@@ -538,7 +538,7 @@ attention128_dq_backward_f32(DQ_PARAMETERS) {
 }
 
 extern "C" __device__ unsigned WORD(attention256_dq_backward_f32) = tiles_bytes<256>(2, 64, 64);
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention256_dq_backward_f32(DQ_PARAMETERS) {
     dq_backward<256, 1, 64>(DQ_ARGUMENTS);
 }
@@ -723,7 +723,7 @@ attention128_dkv_backward_f32(DKV_PARAMETERS) {
 }
 
 extern "C" __device__ unsigned WORD(attention256_dkv_backward_f32) = tiles_bytes<256>(2, 64, 64) + 16 * 64;
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention256_dkv_backward_f32(DKV_PARAMETERS) {
     dkv_backward<256, 128, 1, 64>(DKV_ARGUMENTS);
 }
