@@ -11,6 +11,7 @@
 // - Results depend on shapes alone: no atomics, no order that depends on timing.
 // - Step-dependent scalars (learning rate, step, clip factor, random state) are read from device memory, so that a
 //   captured graph stays valid from step to step.
+// - A kernel for many tensors takes a table of them, in device memory: a struct of pointers and sizes for each.
 // - A kernel that may write a state behind a global norm takes `halt` last, and writes nothing where it is set.
 // - Memory that a result may share with an operand is not __restrict__; each element is read before it is written, by
 //   the same thread.
@@ -270,6 +271,27 @@ __device__ __forceinline__ float block_max(float x) {
 // Whether a global norm was not finite: what follows it then leaves all states as they are. halt [], optional.
 __device__ __forceinline__ bool halted(const int* halt) {
     return halt && *halt;
+}
+
+// ---- Launches for many tensors --------------------------------------------------------------------------------------
+
+// The number of this block's tensor, where tensor i of `tensors` has the blocks first[i] .. first[i + 1]. first
+// [tensors + 1]. All threads must call it.
+__device__ __forceinline__ int tensor_of_block(const int* first, int tensors) {
+    __shared__ int found;
+    int block = (int)blockIdx.x;
+    for (int i = (int)threadIdx.x; i < tensors; i += (int)blockDim.x) {
+        if (first[i] <= block && block < first[i + 1]) found = i;
+    }
+    __syncthreads();
+    return found;
+}
+
+// A pointer out of a table: the compiler cannot know by itself that it is one to global memory.
+template <class T>
+__device__ __forceinline__ T* from_table(T* p) {
+    __builtin_assume(__isGlobal(p));
+    return p;
 }
 
 // ---- Random numbers ------------------------------------------------------------------------------------------------

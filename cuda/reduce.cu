@@ -3,7 +3,8 @@
 //
 // Launch:
 //   sum_to_forward_f32                                    block = (32, 8), grid = (ceil(M * C / 32), chunks, sums).
-//   sum_forward_f32, global_norm_parts_forward_f32        block = 256, grid = chunks.
+//   sum_forward_f32                                       block = 256, grid = chunks.
+//   global_norm_parts_forward_f32                         block = 256, grid = chunks of all tensors.
 //   global_norm_forward_f32                               block = 256, grid = 1.
 //   clip_factor_forward_f32                               block = 1, grid = 1.
 // Shared memory: static, at most 1.1 KB.
@@ -39,10 +40,10 @@ sum_to_forward_f32(const real* __restrict__ x, float* __restrict__ y, float* __r
     }
 }
 
-// The sum of f(x) over the elements of chunk blockIdx.x, in every thread.
+// The sum of f(x) over the elements of a chunk, in every thread.
 template <bool SQUARES, class T>
-__device__ __forceinline__ float chunk_sum(const T* x, int elements, int cols, int x_ld, int per) {
-    int from = blockIdx.x * per, to = from + min(per, elements - from);
+__device__ __forceinline__ float chunk_sum(const T* x, int chunk, int elements, int cols, int x_ld, int per) {
+    int from = chunk * per, to = from + min(per, elements - from);
     float sum = 0.f;
     for (int i = from + threadIdx.x; i < to; i += THREADS) {
         float value = widen(x[(long long)(i / cols) * x_ld + i % cols]);
@@ -54,16 +55,24 @@ __device__ __forceinline__ float chunk_sum(const T* x, int elements, int cols, i
 // y[chunk] = sum of the chunk's elements. x [N, C], elements = N * C; a chunk has `per` elements, y [chunks].
 extern "C" __global__ void __launch_bounds__(THREADS)
 sum_forward_f32(const real* __restrict__ x, float* __restrict__ y, int elements, int cols, int x_ld, int per) {
-    float sum = chunk_sum<false>(x, elements, cols, x_ld, per);
+    float sum = chunk_sum<false>(x, blockIdx.x, elements, cols, x_ld, per);
     if (threadIdx.x == 0) y[blockIdx.x] = sum;
 }
 
 #ifndef HALF
-// The same of the squares: one launch for each gradient, each into its own part of the array of parts.
+// x [N, C], elements = N * C; a chunk has `per` of them.
+struct Gradient {
+    const float* x;
+    int elements, cols, x_ld, per;
+};
+
+// The same of the squares of many tensors, each chunk into its place among the chunks of all. gradients [count]; first
+// [count + 1]: see tensor_of_block; parts [chunks].
 extern "C" __global__ void __launch_bounds__(THREADS)
-global_norm_parts_forward_f32(const float* __restrict__ x, float* __restrict__ parts, int elements, int cols, int x_ld,
-                              int per) {
-    float sum = chunk_sum<true>(x, elements, cols, x_ld, per);
+global_norm_parts_forward_f32(const Gradient* gradients, const int* first, int count, float* __restrict__ parts) {
+    int number = tensor_of_block(first, count);
+    Gradient g = gradients[number];
+    float sum = chunk_sum<true>(from_table(g.x), blockIdx.x - first[number], g.elements, g.cols, g.x_ld, g.per);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
@@ -71,7 +80,7 @@ global_norm_parts_forward_f32(const float* __restrict__ x, float* __restrict__ p
 // it is, every norm is NaN: so are those of runs that were begun before the host has seen the first.
 extern "C" __global__ void __launch_bounds__(THREADS)
 global_norm_forward_f32(const float* __restrict__ parts, float* __restrict__ y, int count, int* __restrict__ halt) {
-    float sum = chunk_sum<false>(parts, count, count, count, count);
+    float sum = chunk_sum<false>(parts, 0, count, count, count, count);
     if (threadIdx.x != 0) return;
     float norm = halted(halt) ? NAN : sqrtf(sum);
     *y = norm;

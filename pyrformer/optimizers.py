@@ -122,10 +122,13 @@ class Optimizer:
             clip = F.clip_factor(norm, self.max_grad_norm) if self.max_grad_norm > 0 else trace.fill(1.0)
             if unscale is not None:
                 clip = clip * unscale
+            # All updates come first: those that follow one another may share a launch.
+            values = []
             for parameter, grad in zip(parameters, grads, strict=True):
                 p = trace.parameter(parameter)
-                new = self.rule(Step(trace, parameter, p, grad, clip, lr, self.decay(parameter)))
-                trace.update(p, new)
+                values.append(self.rule(Step(trace, parameter, p, grad, clip, lr, self.decay(parameter))))
+                trace.update(p, values[-1])
+            for parameter, new in zip(parameters, values, strict=True):
                 if self.ema_decay > 0:
                     ema = trace.state(AVERAGES + parameter.name, parameter.shape)
                     trace.update(ema, ema * self.ema_decay + new * (1.0 - self.ema_decay))

@@ -325,7 +325,30 @@ def _chunks(size: int, grid: list[int], x: Any, y: Any, elements: int, cols: int
 
 
 _enter("sum_forward", _chunks)
-RULES["global_norm_parts_forward_f32"] = partial(_chunks, 4)
+
+
+def _tensors(table: list[Any], cells: int) -> list[list[Any]]:
+    """What a launch for many tensors is given of each."""
+    return [table[at : at + cells] for at in range(0, len(table), cells)]
+
+
+def _dealt(blocks: int, bytes_: int, count: int, reads: int) -> Work:
+    """Each block of eight warps looks for its tensor among ``count``, of which a table has so many bytes, and each warp
+    reads of it so often."""
+    # A warp's lanes look at 32 tensors' first blocks and at their ends, which begin in the middle of a sector.
+    search = _ceil(count, 32) * 2 + 2 * _sectors(1, count)
+    return Work(bytes_ + WORD * (count + 1), blocks * (search + 8 * reads), 0)
+
+
+@_rule
+def global_norm_parts_forward(
+    grid: list[int], gradients: list[Any], first: Any, count: int, parts: Any
+) -> Work:
+    sums = [
+        _chunks(WORD, [_ceil(elements, per)], x, None, elements, cols)
+        for x, elements, cols, _, per in _tensors(gradients, 5)
+    ]
+    return sum(sums, _dealt(grid[0], 24 * count, count, 6))
 
 
 @_rule
@@ -339,16 +362,11 @@ def clip_factor_forward(grid: Any, norm: Any, y: Any, max_norm: float) -> Work:
 
 
 @_rule
-def adamw_forward(
-    grid: Any, p: Any, g: Any, m: Any, v: Any, clip: Any, lr: Any, step: Any, new_p: Any, new_m: Any, new_v: Any,
-    copy: Any, rows: int, cols: int, *more: Any,
-) -> Work:  # fmt: skip
-    operands = len({str(z) for z in (p, g, m, v, new_p, new_m, new_v)})
-    scalars = 3 * _ceil(rows * _ceil(cols, 4), 32)
-    flops = 28 * rows * cols
-    update = Work(WORD * (operands * rows * cols + 3), 7 * _sectors(rows, cols) + scalars, flops)
-    narrow = _alike(2, rows, cols, 0, copy)
-    return update + narrow + _heeding(more[-1], _warps(rows, cols))
+def adamw_forward(grid: list[int], tensors: list[Any], first: Any, count: int, *more: Any) -> Work:
+    total = _dealt(grid[0], 80 * count, count, 8 + 4 + 3) + Work(3 * WORD, 0, 0)
+    for *operands, copy, rows, cols, _, _ in _tensors(tensors, 12):
+        total += _alike(WORD, rows, cols, 28, *operands) + _alike(2, rows, cols, 0, copy)
+    return total + _heeding(more[-1], 8 * grid[0])
 
 
 RULES.update({f"adamw_forward_{half}": adamw_forward for half in HALVES})
@@ -858,6 +876,12 @@ def product(p: dict[str, Any]) -> Work:
     return Work(unique, sectors, flops, tensor=flops if size == HALF else 0.0, blocks=blocks)
 
 
+def _value(arg: dict[str, Any]) -> Any:
+    """A number; a pointer's place, None where it is null; of a table, those of all its cells."""
+    ((kind, value),) = arg.items()
+    return [_value(cell) for cell in value] if kind == "table" else value
+
+
 def work(record: dict[str, Any], own: str = "") -> Work:
     """The work of a launch record of ``_core.cuda_program``, by the kernels that a target such as "sm_90a" has of its
     own, if any."""
@@ -865,7 +889,6 @@ def work(record: dict[str, Any], own: str = "") -> Work:
         return product(record["product"])
     launch = record["launch"]
     grid = launch["grid"]
-    # A number, or a pointer's place, None where it is null.
-    arguments = [next(iter(arg.values())) for arg in launch["args"]]
+    arguments = [_value(arg) for arg in launch["args"]]
     rule = (RULES | OWN_RULES.get(own, {}))[launch["kernel"]]
     return replace(rule(grid, *arguments), blocks=grid[0] * grid[1] * grid[2])

@@ -39,7 +39,8 @@ HELD = {"bfloat16": "uint16"}
 ALIGNMENT = 256
 #: Device memory is given in pieces of so many bytes.
 PIECE = 512
-WORD = 4
+#: Bytes of a word and of an address, and what the places of tables in memory are multiples of.
+WORD, ADDRESS, TABLE = 4, 8, 16
 THREADS = 256
 #: How names of kernels for 16-bit floats end, and behind an @ those of states whose copy in such a type is meant.
 HALVES = {"bfloat16": "bf16", "float16": "f16"}
@@ -235,6 +236,14 @@ class Store:
             self.generation += 1
 
 
+def _table_bytes(records: list[tuple[int, dict[str, Any]]]) -> int:
+    """What the tables among the arguments of launches take in memory."""
+    arguments = (arg for _, record in records if "launch" in record for arg in record["launch"]["args"])
+    tables = (arg["table"] for arg in arguments if "table" in arg)
+    sizes = (sum(ADDRESS if "pointer" in cell else WORD for cell in table) for table in tables)
+    return sum(-(-size // TABLE) * TABLE for size in sizes)
+
+
 def _widened(copy: Array) -> Array:
     """A copy of an array; of 16-bit floats, or the bits of bfloat16, their values as float32."""
     if copy.dtype == np.float16:
@@ -351,13 +360,17 @@ class Executor:
             constants = np.array(program["constants"], np.uint32)
             kernels = {r["launch"]["kernel"] for _, r in self.records if "launch" in r}
             store.device.prepare(kernels | {_cast(name.rsplit("@", 1)[1]) for name in self.narrow})
-            store.reserve(plan, SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE)
+            table_bytes = _table_bytes(self.records)
+            own_bytes = SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE + table_bytes + PIECE
+            store.reserve(plan, own_bytes)
             self.states = [
                 store.state(name, dtype, tuple(shape), own=name in own) for name, dtype, shape in plan.states
             ]
             d = store.device
             self.constants = d.memory(constants.nbytes)
             store.write(self.constants, constants)
+            #: What launches for many tensors read of them; where it is put together, and how much of it is.
+            self.tables, self.table_host, self.filled = d.memory(table_bytes), d.pinned(table_bytes), 0
             halted = WORD if program["halts"] else 0
             self.slots = [
                 Slot(
@@ -382,8 +395,8 @@ class Executor:
         return self.start(inputs).result()
 
     def profile(self, inputs: dict[str, Array]) -> list[float]:
-        """Runs the plan once and gives the seconds of each step, launch and waiting included. Raises as
-        :meth:`run`."""
+        """Runs the plan once and gives the seconds of each step, launch and waiting included; those of steps that share
+        a launch are the first one's. Raises as :meth:`run`."""
         seconds = [0.0] * (1 + max((step for step, _ in self.records), default=-1))
         self.start(inputs, seconds).result()
         return seconds
@@ -457,7 +470,11 @@ class Executor:
         if self.generation == self.store.generation:
             return False
         self.generation, self.graph = self.store.generation, None
+        self.filled = 0
         self.calls = [self._call(record) for _, record in self.records]
+        if self.filled:
+            self.store.device.upload(self.store.compute, self.tables.address, self.table_host)
+            self.store.wait()
         return True
 
     def _address(self, place: dict[str, Any]) -> int:
@@ -483,6 +500,13 @@ class Executor:
         ((kind, value),) = arg.items()
         if kind == "pointer":
             return np.uint64(self._address(value) if value else 0)
+        if kind == "table":
+            at = self.filled
+            cells = b"".join(self._arg(cell).tobytes() for cell in value)
+            cells += bytes(-len(cells) % TABLE)
+            self.filled += len(cells)
+            self.table_host[at : self.filled] = np.frombuffer(cells, np.uint8)
+            return np.uint64(self.tables.address + at)
         if kind == "f32":
             return np.uint32(value).view(np.float32)
         return np.int32(value) if kind == "i32" else np.uint32(value)

@@ -12,12 +12,13 @@ from kernels.programs import CONFIGS, FAMILIES, OPTIMIZER, PROGRAMS, cases, inpu
 from sim.card import Card
 
 import pyrformer as pf
+from pyrformer.compile import Compiled
 from pyrformer.errors import DeviceError, InputError, StateError
 from pyrformer.executors.program import Executor, Store
 from pyrformer.generation import decoder, strategies
 from pyrformer.model import Model
 from pyrformer.optimizers import OPTIMIZERS
-from pyrformer.programs import train_step
+from pyrformer.programs import Sizes, train_step
 from pyrformer.serve.engine import Completion, Engine
 
 # float32 sums of some hundred terms in another order, after a few layers.
@@ -502,6 +503,28 @@ def test_a_larger_program_moves_the_arena_and_smaller_ones_still_run(rng: np.ran
     for rows in (1, 1, 1, 4, 1, 1, 1):
         one, two = (m(ids[:rows]) for m in (cpu, device))
         np.testing.assert_allclose(two.logits, one.logits, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_tables_of_tensors_follow_the_arena(rng: np.random.Generator) -> None:
+    cpu = model("gpt2")
+    device = on_card(cpu, Card(None))
+
+    def pair(s: Sizes) -> list[Compiled]:
+        return [train_step(m.family, s, OPTIMIZER).lower(m.device).compile(m.store) for m in (cpu, device)]
+
+    def run(programs: list[Compiled], step: int) -> None:
+        given = inputs(cpu, programs[0].plan, rng, step)
+        one, two = (program(**given) for program in programs)
+        assert_close(two, one)
+
+    small = pair(sizes(cpu))
+    for step in range(3):
+        run(small, step)
+    large = pair(Sizes(5, 19))  # its arena takes the place of the other one
+    for step in range(3, 6):
+        run(small, step)
+        run(large, step)
+    assert_close(states(device), states(cpu), 1e-4)
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------

@@ -178,7 +178,8 @@ def sum_to(device, rng, close):
 
 
 def global_norm(device, rng, close):
-    g = [normal(rng, 5, 70), normal(rng, 3, 3)]
+    # More tensors than a block has threads to look for its own.
+    g = [normal(rng, 5, 70), normal(rng, 3, 3), *(normal(rng, 1, 1) for _ in range(260))]
     want = np.sqrt(sum((x.astype(float) ** 2).sum() for x in g))
     norm = run.global_norm(device, g, 100, CROOKED)
     close(device.read(norm), [want])
@@ -198,12 +199,16 @@ def halt(device, rng, close):
 
 
 def adamw(device, rng, close):
-    p, g, m, v = (np.abs(normal(rng, 3, 7)) for _ in range(4))
-    settings = {"clip": 0.5, "lr": 0.01, "step": 3, "betas": (0.9, 0.999), "eps": 1e-3, "decay": 0.1}
-    got = run.adamw(device, p, g, m, v, **settings, layout=CROOKED, copy="bf16")
-    for x, y in zip(got, reference.adamw(p, g, m, v, **settings), strict=False):
-        close(x, y)
-    np.testing.assert_array_equal(got[3], run.rounded(got[0], "bf16"))
+    settings = {"clip": 0.5, "lr": 0.01, "step": 3, "betas": (0.9, 0.999), "eps": 1e-3}
+    # The second has more than one block.
+    tensors = [tuple(np.abs(normal(rng, *shape)) for _ in range(4)) for shape in ((3, 7), (600, 7), (2, 4))]
+    decays, copies = [0.1, 0.0, 0.3], ["bf16", "", "bf16"]
+    found = run.adamw_of_all(device, tensors, **settings, decays=decays, layout=CROOKED, copies=copies)
+    for got, tensor, decay, copy in zip(found, tensors, decays, copies, strict=True):
+        for x, y in zip(got, reference.adamw(*tensor, **settings, decay=decay), strict=False):
+            close(x, y)
+        if copy:
+            np.testing.assert_array_equal(got[3], run.rounded(got[0], "bf16"))
 
 
 def attention(device, rng, close, backward=False):
@@ -519,9 +524,16 @@ MUTANTS = [
     ("halt", "reduce", "global_norm_", "halted(halt) ? NAN : ", ""),
     ("halt", "elementwise", "BINARY(add", "g.n == 0 || halted(halt)", "g.n == 0"),
     ("halt", "elementwise", "broadcast_forward_f32", "g.n == 0 || halted(halt)", "g.n == 0"),
-    ("halt", "optimizer", "adamw_forward_f32", " || halted(halt)", ""),
+    ("halt", "optimizer", "adamw_forward_f32", "if (halted(halt)) return;", ""),
     ("adamw", "optimizer_bf16", "adamw", "-expm1f(t * log_beta2)", "-expm1f(t * log_beta1)"),
-    ("adamw", "optimizer_bf16", "adamw", "(long long)row * g_ld + c", "at"),
+    ("adamw", "optimizer_bf16", "adamw", "(long long)row * x.g_ld + c", "at"),
+    ("adamw", "optimizer_bf16", "adamw", "for (unsigned i = from + threadIdx.x; i < to;", "for (unsigned i = from + threadIdx.x; i < groups;"),
+    ("adamw", "optimizer_bf16", "adamw", "(blockIdx.x - first[number]) * GROUPS", "blockIdx.x * GROUPS"),
+    ("adamw", "optimizer_bf16", "adamw", "1.f - rate * x.weight_decay", "1.f - rate * tensors->weight_decay"),
+    ("adamw", "optimizer_bf16", "adamw", "first[i] <= block && block < first[i + 1]", "first[i] < block && block <= first[i + 1]"),
+    ("adamw", "optimizer_bf16", "adamw", "found = i;\n    }\n    __syncthreads();", "found = i;\n    }"),
+    ("global_norm", "reduce", "global_norm_", "chunk_sum<true>(from_table(g.x), blockIdx.x - first[number]", "chunk_sum<true>(from_table(g.x), 0"),
+    ("global_norm", "reduce", "global_norm_", "i += (int)blockDim.x", "i += tensors"),
     # Attention: masks and numbers.
     ("attention", "attention", FORWARD, "causal && j > i &&", "causal && j >= i &&"),
     ("attention", "attention", FORWARD, "i - j >= window", "i - j > window"),
@@ -637,7 +649,7 @@ MUTANTS = [
     ("blind_tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "values.fetch(vs, key0);\n            arrive();\n            show();", "values.fetch(vs, key0);\n            arrive();"),
     ("blind_tensor_cores", "attention_wgmma_bf16@90a", "attention64_dkv", "if (!__syncthreads_or(some)) continue;", "if (!some) continue; __syncthreads();"),
     # In bfloat16.
-    ("adamw", "optimizer_bf16", "adamw", "if (copy) store4(copy + at, ps, n);", "if (copy) store4(copy + c, ps, n);"),
+    ("adamw", "optimizer_bf16", "adamw", "store4(from_table(x.copy) + at, ps, n)", "store4(from_table(x.copy) + c, ps, n)"),
     ("adamw", "optimizer_bf16", "adamw", "if (n > 2) put(p + 2, x.z);", "if (n > 3) put(p + 2, x.z);"),
     ("adamw", "optimizer_bf16", "adamw", "make_uint2(narrow(x.x, x.y), narrow(x.z, x.w))", "make_uint2(narrow(x.x, x.y), narrow(x.w, x.z))"),
     ("in_bfloat16", "elementwise_bf16", ("BINARY", "narrow", "widen"), "make_uint4(narrow(v.x[0], v.x[1])", "make_uint4(narrow(v.x[1], v.x[0])"),

@@ -24,6 +24,19 @@ def test_adamw(device, rng, close, shape, step, half, layout):
             np.testing.assert_array_equal(got[3], run.rounded(got[0], half))
 
 
+def test_many_tensors_in_one_launch_get_the_bits_that_each_gets_alone(device, rng):
+    shapes = [(1, 1), (3, 1030), (1, 5000), (70, 61), (1, 4096), (2, 4)]
+    tensors = [tuple(np.abs(rng.normal(size=s)).astype(np.float32) for _ in range(4)) for s in shapes]
+    scalars = {"clip": 0.5, "lr": 0.01, "step": 7, "betas": (0.9, 0.999), "eps": 1e-8}
+    decays, copies = [0.1, 0.0, 0.2, 0.1, 0.0, 0.3], ["bf16", ""] * 3
+    for layout in run.LAYOUTS.values():
+        many = run.adamw_of_all(device, tensors, **scalars, decays=decays, layout=layout, copies=copies)
+        for got, tensor, decay, copy in zip(many, tensors, decays, copies, strict=True):
+            alone = run.adamw(device, *tensor, **scalars, decay=decay, layout=layout, copy=copy)
+            for x, y in zip(got, alone, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
 def test_the_first_step_moves_by_the_learning_rate(device, rng):
     """Bias correction makes m̂ / √v̂ = ±1 at step 1: 1 − β² ≈ 1e-3 must keep its digits."""
     g = rng.normal(size=(1, 100)).astype(np.float32)

@@ -37,6 +37,16 @@ def test_global_norm_and_clip_factor(device, rng, close, layout):
     close(device.read(run.clip_factor(device, norm, 1e6)), [1.0])
 
 
+def test_the_norm_of_many_tensors_adds_the_chunks_of_each_in_order(device, rng):
+    """More tensors than a block has threads to look for its own."""
+    sizes = [1000, *[3] * 300, 257, 12]
+    gradients = [rng.normal(size=(1, n)).astype(np.float32) for n in sizes]
+    squares = [float(device.read(run.global_norm(device, [g], 2**20))[0]) ** 2 for g in gradients]
+    assert device.read(run.global_norm(device, gradients, 256))[0] == pytest.approx(
+        np.sqrt(sum(squares)), rel=1e-6
+    )
+
+
 def test_a_norm_that_is_not_finite_is_not_hidden(device):
     for value, want in ((np.inf, 0.0), (np.nan, np.nan)):
         norm = run.global_norm(device, [np.array([[1, value]], np.float32)], 64)

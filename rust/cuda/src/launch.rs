@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 
 use crate::error::{Error, Result};
 use crate::limits::{Limit, limits};
-use crate::steps::record;
+use crate::steps::{record, together};
 
 /// A memory on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -45,7 +45,7 @@ pub struct Place {
 }
 
 /// A kernel's argument.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Arg {
     /// A pointer; `None` is null.
@@ -57,6 +57,8 @@ pub enum Arg {
     /// `float`; serialised as its bits, because JSON has no infinities.
     #[serde(serialize_with = "bits")]
     F32(f32),
+    /// A pointer to these in device memory, one behind the other: an array of structs, which have no gaps.
+    Table(Vec<Arg>),
 }
 
 fn bits<S: Serializer>(x: &f32, serializer: S) -> Result<S::Ok, S::Error> {
@@ -204,7 +206,7 @@ pub enum Record {
 /// A plan, ready for a device.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Program {
-    /// In order; each with the number of its step.
+    /// In order; each with the number of its step, the first where several share a launch.
     pub records: Vec<(usize, Record)>,
     /// 32-bit words that kernels read, uploaded once.
     pub constants: Vec<u32>,
@@ -230,9 +232,11 @@ pub struct Program {
 pub fn program(plan: &Plan) -> Result<Program> {
     let (mut records, mut constants) = (Vec::new(), Vec::new());
     let (mut halts, mut changed) = (false, false);
-    for (i, step) in plan.steps.iter().enumerate() {
-        let op = || step.op.name().to_owned();
-        for o in step.inputs.iter().chain(&step.outputs).chain(&step.scratch) {
+    let mut i = 0;
+    while i < plan.steps.len() {
+        let steps = &plan.steps[i..i + together(&plan.steps[i..])];
+        let op = || steps[0].op.name().to_owned();
+        for o in steps.iter().flat_map(|s| s.inputs.iter().chain(&s.outputs).chain(&s.scratch)) {
             let elements = o.ty.shape.rows() * o.row_stride.max(o.ty.shape.cols());
             if elements > i32::MAX as usize {
                 return Err(Error::TooLarge { step: i, op: op(), elements });
@@ -242,13 +246,14 @@ pub fn program(plan: &Plan) -> Result<Program> {
                 return Err(Error::Unsupported { step: i, op: op(), why });
             }
         }
-        halts |= step.op == Op::GlobalNorm && !changed;
-        let heeds = if step.op == Op::GlobalNorm { !changed } else { halts };
-        match record(step, heeds, &mut constants) {
+        let norm = steps[0].op == Op::GlobalNorm;
+        halts |= norm && !changed;
+        match record(steps, if norm { !changed } else { halts }, &mut constants) {
             Ok(made) => records.extend(made.into_iter().map(|r| (i, r))),
             Err(why) => return Err(Error::Unsupported { step: i, op: op(), why }),
         }
-        changed |= step.outputs.iter().any(|o| matches!(o.space, Space::State(_)));
+        changed |= steps.iter().flat_map(|s| &s.outputs).any(|o| matches!(o.space, Space::State(_)));
+        i += steps.len();
     }
     Ok(Program {
         records,

@@ -1,7 +1,10 @@
-//! One rule for each operation: step → launch records, and the work space they need.
+//! One rule for each operation: step → launch records, and the work space they need. Updates by AdamW that follow one
+//! another are one launch.
 //!
 //! Geometry and arguments are those that the heads of `cuda/*.cu` state. Sums go through chunks whose number depends on
 //! shapes alone. A contiguous tensor is given to elementwise kernels as one row.
+
+use std::collections::HashSet;
 
 use pyrformer_graph::op::DropoutSpec;
 use pyrformer_graph::{Binary, DType, Epilogue, LossSpec, Op, Space, Step, Target, TensorType, Unary};
@@ -29,6 +32,8 @@ const ELEMENTS_PER_PART: usize = 4096;
 const PARTS: usize = 256;
 /// Elements of a gradient whose squares one block adds up.
 const NORM_CHUNK: usize = 16384;
+/// Groups of four columns that one block of AdamW updates.
+const UPDATE_GROUPS: usize = 1024;
 
 /// Values that one partial sum has, given all of them.
 fn per_part(n: usize, least: usize) -> usize {
@@ -100,19 +105,43 @@ impl Target for Cuda {
     }
 }
 
-/// The records of a step, or what is missing for it; with `halts`, it sets the word that ends a program, or heeds it.
-pub(crate) fn record(step: &Step, halts: bool, constants: &mut Vec<u32>) -> Result<Vec<Record>, String> {
+/// How many of the first steps one launch makes: updates by AdamW that differ in their tensors and decay alone, of which
+/// none touches what another writes.
+pub(crate) fn together(steps: &[Step]) -> usize {
+    let shared = |step: &Step| match step.op {
+        Op::AdamW { beta1, beta2, eps, .. } => Some(([beta1, beta2, eps], step.inputs[4..7].to_vec())),
+        _ => None,
+    };
+    let Some(first) = shared(&steps[0]) else { return 1 };
+    let (mut written, mut touched) = (HashSet::new(), HashSet::new());
+    let joins = |step: &&Step| {
+        // States are memories of their own; what is in the arena may take the place of what was.
+        let apart = step.outputs.iter().all(|o| o.space != Space::Arena && !touched.contains(&o.space))
+            && step.inputs.iter().all(|o| !written.contains(&o.space));
+        written.extend(step.outputs.iter().map(|o| o.space));
+        touched.extend(step.inputs.iter().chain(&step.outputs).map(|o| o.space));
+        apart && shared(step).as_ref() == Some(&first)
+    };
+    steps.iter().take_while(joins).count().max(1)
+}
+
+/// The records of steps that share a launch, or what is missing for them; with `halts`, they set the word that ends a
+/// program, or heed it.
+pub(crate) fn record(steps: &[Step], halts: bool, constants: &mut Vec<u32>) -> Result<Vec<Record>, String> {
+    let step = &steps[0];
     let heeds = matches!(step.op, Op::Copy | Op::Broadcast | Op::Binary(_) | Op::AdamW { .. });
     if halts && !heeds && step.outputs.iter().any(|o| matches!(o.space, Space::State(_))) {
         return Err("it writes a state behind the global norm, whether that is finite or not".to_owned());
     }
-    let mut r = Recorder { step, halts, constants, records: Vec::new() };
+    let mut r = Recorder { step, steps, halts, constants, records: Vec::new() };
     r.step()?;
     Ok(r.records)
 }
 
 struct Recorder<'a> {
     step: &'a Step,
+    /// The step, and those that share its launch.
+    steps: &'a [Step],
     /// The step sets, or heeds, the word that ends a program.
     halts: bool,
     constants: &'a mut Vec<u32>,
@@ -406,17 +435,7 @@ impl Recorder<'_> {
                 let args = args![self.x(0), self.y(0), *max_norm];
                 self.launch("clip_factor_forward_f32", [1; 3], [1; 3], args);
             }
-            Op::AdamW { beta1, beta2, eps, weight_decay } => {
-                let [p, g, m, v] = flat([self.x(0), self.x(1), self.x(2), self.x(3)]);
-                let mut args =
-                    args![p, g, m, v, self.x(4), self.x(5), self.x(6), self.y(0), self.y(1), self.y(2)];
-                let copy = (step.inputs.len() == 8).then(|| self.y(3));
-                args.push(Arg::from(copy));
-                args.extend(args![p.rows, p.cols, g.ld, *beta1, *beta2, 1.0 - beta1, 1.0 - beta2]);
-                args.extend(args![beta1.ln(), beta2.ln(), *eps, *weight_decay, self.halt()]);
-                let kernel = format!("adamw_forward_{}", suffix(copy.map_or(DType::F32, |c| c.dtype)));
-                self.launch(kernel, groups(p), [256, 1, 1], args);
-            }
+            Op::AdamW { beta1, beta2, eps, .. } => self.adamw(*beta1, *beta2, *eps),
             _ => return Err("it has no kernel".to_owned()),
         }
         Ok(())
@@ -497,7 +516,7 @@ impl Recorder<'_> {
         }
         let product = if e.keep_pre { self.y(1) } else { y };
         self.records.push(Record::Product(Product { a, ta, b, tb, c: None, bias, y: product }));
-        let none = Arg::Pointer(None);
+        let none = None::<Matrix>;
         let ld = |m: Option<Matrix>| Arg::from(m.map_or(0, |m| m.ld));
         let mut args = args![product, none, x, residual, y, none, y.rows, y.cols, product.ld];
         args.extend([
@@ -590,7 +609,7 @@ impl Recorder<'_> {
         if count > MOST_BEST {
             return Err(format!("{count} of each row, its kernel finds up to {MOST_BEST}"));
         }
-        let (x, temperature, none) = (self.x(0), self.x(1), Arg::Pointer(None));
+        let (x, temperature, none) = (self.x(0), self.x(1), None::<Matrix>);
         let (rows, launches) = (x.rows, best_pieces(x.cols, count));
         let (mut from, mut at) = (args![x, none, none], 0);
         for (i, &(cols, piece)) in launches.iter().enumerate() {
@@ -607,7 +626,7 @@ impl Recorder<'_> {
             };
             let mut args = std::mem::replace(&mut from, to.map(Arg::from).to_vec());
             args.push(temperature.into());
-            args.extend(&from);
+            args.extend_from_slice(&from);
             args.extend(args![cols, stride, piece, count]);
             self.launch("best_forward_f32", [pieces, rows, 1], [512, 1, 1], args);
         }
@@ -615,19 +634,50 @@ impl Recorder<'_> {
     }
 
     fn global_norm(&mut self) -> Result<(), String> {
-        let count = |m: &Matrix| m.elements().div_ceil(NORM_CHUNK);
         let gradients: Vec<Matrix> = (0..self.step.inputs.len()).map(|i| self.x(i)).collect();
-        let total = gradients.iter().map(count).sum();
-        let parts = self.scratch(0, 1, total)?;
-        let mut at = 0;
-        for g in gradients {
-            let part = parts.part(at, 1, count(&g));
-            let args = args![g, part, g.elements(), g.cols, g.ld, NORM_CHUNK];
-            self.launch("global_norm_parts_forward_f32", [count(&g), 1, 1], [256, 1, 1], args);
-            at += count(&g);
-        }
-        let args = args![parts, self.y(0), total, self.halt()];
+        let first = first_blocks(gradients.iter().map(|g| g.elements().div_ceil(NORM_CHUNK)));
+        let (count, chunks) = (gradients.len(), first[gradients.len()]);
+        let table = gradients.iter().flat_map(|g| args![*g, g.elements(), g.cols, g.ld, NORM_CHUNK]);
+        let parts = self.scratch(0, 1, chunks)?;
+        let args = args![Arg::Table(table.collect()), numbers(&first), count, parts];
+        self.launch("global_norm_parts_forward_f32", [chunks, 1, 1], [256, 1, 1], args);
+        let args = args![parts, self.y(0), chunks, self.halt()];
         self.launch("global_norm_forward_f32", [1; 3], [256, 1, 1], args);
         Ok(())
     }
+
+    /// The updates of all steps.
+    fn adamw(&mut self, beta1: f64, beta2: f64, eps: f64) {
+        let (mut table, mut blocks, mut copies) = (Vec::new(), Vec::new(), DType::F32);
+        for step in self.steps {
+            let Op::AdamW { weight_decay, .. } = step.op else { continue };
+            let [p, g, m, v] = flat([0, 1, 2, 3].map(|i| Matrix::of(&step.inputs[i])));
+            let made = |i: usize| step.outputs.get(i).map(Matrix::of);
+            copies = made(3).map_or(copies, |copy| copy.dtype);
+            table.extend(args![p, g, m, v, made(0), made(1), made(2), made(3)]);
+            table.extend(args![p.rows, p.cols, g.ld, weight_decay]);
+            blocks.push((p.rows * p.cols.div_ceil(4)).div_ceil(UPDATE_GROUPS));
+        }
+        let first = first_blocks(blocks);
+        let count = self.steps.len();
+        let mut args = args![Arg::Table(table), numbers(&first), count, self.x(4), self.x(5), self.x(6)];
+        args.extend(args![beta1, beta2, 1.0 - beta1, 1.0 - beta2, beta1.ln(), beta2.ln(), eps, self.halt()]);
+        let kernel = format!("adamw_forward_{}", suffix(copies));
+        self.launch(kernel, [first[count], 1, 1], [256, 1, 1], args);
+    }
+}
+
+/// Of tensors with so many blocks each, the number of each one's first, and how many there are.
+fn first_blocks(blocks: impl IntoIterator<Item = usize>) -> Vec<usize> {
+    let mut first = vec![0];
+    first.extend(blocks.into_iter().scan(0, |end, n| {
+        *end += n;
+        Some(*end)
+    }));
+    first
+}
+
+/// Integers in device memory.
+fn numbers(x: &[usize]) -> Arg {
+    Arg::Table(x.iter().map(|&n| n.into()).collect())
 }

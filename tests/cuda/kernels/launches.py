@@ -412,17 +412,30 @@ def sum_all(device: Device, x: Array, chunk: int, layout: Layout = PLAIN) -> flo
     return float(device.read(y)[0])
 
 
+def table(device: Device, cells: list[Any]) -> Buffer:
+    """An array of structs: buffers, None and NumPy scalars, one behind the other."""
+    wide = (np.uint64(x.address if x else 0) if x is None or isinstance(x, Buffer) else x for x in cells)
+    return device.array(np.frombuffer(b"".join(x.tobytes() for x in wide), u32), u32)
+
+
+def first_blocks(counts: list[int]) -> list[np.int32]:
+    """Where the blocks of tensors with so many each begin, and how many there are."""
+    return list(np.cumsum([0, *counts], dtype=i32))
+
+
 def global_norm(
     device: Device, gradients: list[Array], chunk: int, layout: Layout = PLAIN, halt: Buffer | None = None
 ) -> Buffer:
     """√(Σ ‖g‖²), left on the device."""
-    counts = [ceil_div(g.size, chunk) for g in gradients]
-    parts, y = device.empty((sum(counts),)), device.empty((1,))
-    for g, count, part in zip(gradients, counts, parts.cut(counts), strict=True):
+    first = first_blocks([ceil_div(g.size, chunk) for g in gradients])
+    parts, y = device.empty((int(first[-1]),)), device.empty((1,))
+    cells: list[Any] = []
+    for g in gradients:
         gs = upload(device, g, layout)
-        sizes = (i32(g.size), i32(g.shape[1]), ld(gs), i32(chunk))
-        device.launch("global_norm_parts_forward_f32", count, 256, gs.at, part, *sizes)
-    device.launch("global_norm_forward_f32", 1, 256, parts, y, i32(sum(counts)), halt)
+        cells += [gs.at, i32(g.size), i32(g.shape[1]), ld(gs), i32(chunk)]
+    tables = table(device, cells), table(device, first), i32(len(gradients))
+    device.launch("global_norm_parts_forward_f32", int(first[-1]), 256, *tables, parts)
+    device.launch("global_norm_forward_f32", 1, 256, parts, y, first[-1], halt)
     return y
 
 
@@ -433,27 +446,59 @@ def clip_factor(device: Device, norm: Buffer, max_norm: float) -> Buffer:
     return y
 
 
+#: Groups of four columns that a block of AdamW updates.
+UPDATE_GROUPS = 1024
+
+
+def adamw_of_all(
+    device: Device, tensors: list[tuple[Array, ...]], clip: float, lr: float, step: int,
+    betas: tuple[float, float], eps: float, decays: list[float], layout: Layout = PLAIN, in_place: bool = True,
+    halt: Buffer | None = None, copies: list[str] | None = None,
+) -> list[tuple[Array, ...]]:  # fmt: skip
+    """Of each p, g, m, v with its decay: p, m, v after one update, and p in the type of `copies` ("bf16", "f16") if any:
+    those of a launch have one type."""
+    cells: list[Any] = []
+    made: list[tuple[Any, ...]] = []
+    for (p, g, m, v), decay, copy in zip(tensors, decays, copies or [""] * len(tensors), strict=True):
+        old = [device.array(z) for z in (p, m, v)]
+        new = old if in_place else [device.empty(p.shape) for _ in range(3)]
+        gs = upload(device, g, layout)
+        narrow = device.empty(p.shape, HALVES[copy]) if copy else None
+        cells += [
+            old[0],
+            gs.at,
+            old[1],
+            old[2],
+            *new,
+            narrow,
+            i32(p.shape[0]),
+            i32(p.shape[1]),
+            ld(gs),
+            f32(decay),
+        ]
+        made.append((*new, narrow))
+    first = first_blocks([ceil_div(p.shape[0] * ceil_div(p.shape[1], 4), UPDATE_GROUPS) for p, *_ in tensors])
+    tables = table(device, cells), table(device, first), i32(len(tensors))
+    scalars = device.array([clip]), device.array([lr]), device.array([step], i32)
+    hyper = map(f32, (*betas, 1 - betas[0], 1 - betas[1], np.log(betas[0]), np.log(betas[1]), eps))
+    kind = next(filter(None, copies or []), "f32")
+    device.launch(f"adamw_forward_{kind}", int(first[-1]), 256, *tables, *scalars, *hyper, halt)
+    return [
+        (*map(device.read, new), *([widened(device.read(narrow))] if narrow else []))
+        for *new, narrow in made
+    ]
+
+
 def adamw(
     device: Device, p: Array, g: Array, m: Array, v: Array, clip: float, lr: float, step: int,
     betas: tuple[float, float], eps: float, decay: float, layout: Layout = PLAIN, in_place: bool = True,
     halt: Buffer | None = None, copy: str = "",
 ) -> tuple[Array, ...]:  # fmt: skip
-    """p, m, v after one update, and with `copy` ("bf16", "f16") p in that type."""
-    old = [device.array(z) for z in (p, m, v)]
-    new = old if in_place else [device.empty(p.shape) for _ in range(3)]
-    gs = upload(device, g, layout)
-    scalars = device.array([clip]), device.array([lr]), device.array([step], i32)
-    hyper = tuple(
-        map(f32, (*betas, 1 - betas[0], 1 - betas[1], np.log(betas[0]), np.log(betas[1]), eps, decay))
-    )
-    sizes = (i32(p.shape[0]), i32(p.shape[1]), ld(gs))
-    inputs = (old[0], gs.at, old[1], old[2], *scalars)
-    narrow = device.empty(p.shape, HALVES[copy]) if copy else None
-    device.launch(
-        f"adamw_forward_{copy or 'f32'}", groups(*p.shape), 256, *inputs, *new, narrow, *sizes, *hyper, halt
-    )
-    found = [device.read(z) for z in new]
-    return tuple([*found, widened(device.read(narrow))] if narrow else found)
+    """The same of one tensor."""
+    tensor = (p, g, m, v)
+    return adamw_of_all(
+        device, [tensor], clip, lr, step, betas, eps, [decay], layout, in_place, halt, [copy]
+    )[0]
 
 
 # ---- positions.cu ---------------------------------------------------------------------------------------------------

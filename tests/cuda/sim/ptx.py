@@ -54,7 +54,7 @@ class Kernel:
 ENDS = ("bra", "ret", "bar.", "shfl.", "vote.", "mma.", "ldmatrix.", "wgmma.")
 
 _LOC = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:, function_name [^,]+, inlined_at (\d+) (\d+) \d+)?")
-_SHARED = re.compile(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\];")
+_SHARED = re.compile(r"\.shared \.align (\d+) \.[a-z](\d+) ([\w$]+)(?:\[(\d+)\])?;")
 # Shared memory whose size the launch says, and the word beside the kernel in which it is written.
 _DYNAMIC = re.compile(r"\.extern \.shared \.align (\d+) \.b8 ([\w$]+)\[\];")
 _BYTES = re.compile(r"\.global \.align 4 \.u32 (\w+)_shared = (\d+);")
@@ -81,7 +81,11 @@ def parse(text: str) -> dict[str, Kernel]:
         if ".local" in body:
             raise UnknownInstruction(f"{name} uses local memory")
         found = re.findall(r"\.param \.(\w+)(?: \.ptr)?(?: \.align \d+)? (\w+)", params)
-        shared = [(n, int(size), int(align)) for align, n, size in _SHARED.findall(head + body) if n in body]
+        shared = [
+            (n, int(bits) // 8 * int(count or 1), int(align))
+            for align, bits, n, count in _SHARED.findall(head + body)
+            if n in body
+        ]
         if name in sizes:
             shared += [(n, sizes[name], int(align)) for align, n in _DYNAMIC.findall(head)]
         kernels[name] = _kernel(name, [(n, t) for t, n in found], shared, body, names)

@@ -425,6 +425,21 @@ def _chunks(m, x, elements, cols, x_ld, per, f):
     return [value[i : i + per].sum() for i in range(0, elements, per)]
 
 
+def table(m: Memory, address: int, count: int, kind: str) -> list[tuple[Any, ...]]:
+    """An array of structs: of each cell a letter, p of a pointer, i of an int, f of a float."""
+    struct = np.dtype([(str(i), {"p": np.uint64, "i": i32, "f": f32}[k]) for i, k in enumerate(kind)])
+    words = struct.itemsize // 4
+    return matrix(m, address, count, words, words, np.uint32).copy().view(struct).reshape(-1).tolist()
+
+
+def check_blocks(m: Memory, grid: Any, first: int, counts: list[int]) -> None:
+    """That the blocks of a launch for many tensors are dealt out to them."""
+    if matrix(m, first, 1, len(counts) + 1, 0, i32)[0].tolist() != np.cumsum([0, *counts]).tolist() or grid[
+        0
+    ] != sum(counts):
+        raise Fault(f"{grid[0]} blocks for tensors that have {counts}")
+
+
 @twin
 def sum_forward(m, grid, x, y, elements, cols, x_ld, per):
     value = _chunks(m, x, elements, cols, x_ld, per, lambda z: z)
@@ -432,9 +447,10 @@ def sum_forward(m, grid, x, y, elements, cols, x_ld, per):
 
 
 @twin
-def global_norm_parts_forward(m, grid, x, parts, elements, cols, x_ld, per):
-    value = _chunks(m, x, elements, cols, x_ld, per, np.square)
-    matrix(m, parts, 1, len(value), 0, write=True)[:] = value
+def global_norm_parts_forward(m, grid, gradients, first, count, parts):
+    sums = [_chunks(m, *row, np.square) for row in table(m, gradients, count, "piiii")]
+    check_blocks(m, grid, first, [len(z) for z in sums])
+    matrix(m, parts, 1, grid[0], 0, write=True)[:] = np.concatenate(sums)
 
 
 @twin
@@ -452,23 +468,28 @@ def clip_factor_forward(m, grid, norm, y, max_norm):
 
 @twin
 def adamw_forward(
-    m, grid, p, g, first, second, clip, lr, step, new_p, new_first, new_second, copy, rows, cols, g_ld, beta1, beta2,
-    one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay, halt,
+    m, grid, tensors, first, count, clip, lr, step, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1,
+    log_beta2, eps, halt,
 ):  # fmt: skip
+    rows_of_all = table(m, tensors, count, "ppppppppiiif")
+    check_blocks(m, grid, first, [-(-rows * -(-cols // 4) // 1024) for *_, rows, cols, _, _ in rows_of_all])
     if halted(m, halt):
         return
-    old = [matrix(m, z, rows, cols, cols).astype(float) for z in (p, first, second)]
     factor, rate = (float(matrix(m, z, 1, 1, 0)[0, 0]) for z in (clip, lr))
     t = int(matrix(m, step, 1, 1, 0, i32)[0, 0])
-    gs = factor * matrix(m, g, rows, cols, g_ld).astype(float)
-    one = beta1 * old[1] + one_minus_beta1 * gs
-    two = beta2 * old[2] + one_minus_beta2 * gs * gs
     bias1, bias2 = -math.expm1(t * log_beta1), -math.expm1(t * log_beta2)
-    new = old[0] * (1 - rate * decay) - rate / bias1 * one / (np.sqrt(two / bias2) + eps)
-    for z, value in ((new_p, new), (new_first, one), (new_second, two)):
-        matrix(m, z, rows, cols, cols, write=True)[:] = value
-    if copy:
-        put(m, copy, rows, cols, cols, new)
+    for p, g, one, two, new_p, new_one, new_two, copy, rows, cols, g_ld, decay in rows_of_all:
+        old = [matrix(m, z, rows, cols, cols).astype(float) for z in (p, one, two)]
+        gs = factor * matrix(m, g, rows, cols, g_ld).astype(float)
+        first_moment = beta1 * old[1] + one_minus_beta1 * gs
+        second_moment = beta2 * old[2] + one_minus_beta2 * gs * gs
+        new = old[0] * (1 - rate * decay) - rate / bias1 * first_moment / (
+            np.sqrt(second_moment / bias2) + eps
+        )
+        for z, value in ((new_p, new), (new_one, first_moment), (new_two, second_moment)):
+            matrix(m, z, rows, cols, cols, write=True)[:] = value
+        if copy:
+            put(m, copy, rows, cols, cols, new)
 
 
 # ---- Positions ------------------------------------------------------------------------------------------------------
