@@ -150,7 +150,10 @@ def find(config: pf.TrainConfig, memory: str | None) -> None:
 @click.option(
     "--optimizer", "optim", help="adamw, sgd, rmsprop, adagrad, lion, adafactor, muon.  [default: adamw]"
 )
-@click.option("--optim-args", help="The optimizer's own arguments: momentum=0.9,nesterov=true")
+@click.option(
+    "--optim-args",
+    help="The optimizer's own arguments: momentum=0.9,nesterov=true (sgd), stochastic_rounding=true (adamw)",
+)
 @click.option("--weight-decay", type=float, help="On matrices only.")
 @click.option(
     "--weight-decay-group",

@@ -212,6 +212,19 @@ __device__ __forceinline__ void store4(float* p, float4 x, int n) {
 
 #ifdef HALF
 // The same in 64 bits.
+__device__ __forceinline__ float4 load4(const real* p, int n) {
+    if (n >= 4 && (reinterpret_cast<unsigned long long>(p) & 7) == 0) {
+        uint2 two = *reinterpret_cast<const uint2*>(p);
+        return make_float4(low_of(two.x), high_of(two.x), low_of(two.y), high_of(two.y));
+    }
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (n > 0) x.x = widen(p[0]);
+    if (n > 1) x.y = widen(p[1]);
+    if (n > 2) x.z = widen(p[2]);
+    if (n > 3) x.w = widen(p[3]);
+    return x;
+}
+
 __device__ __forceinline__ void store4(real* p, float4 x, int n) {
     if (n >= 4 && (reinterpret_cast<unsigned long long>(p) & 7) == 0) {
         *reinterpret_cast<uint2*>(p) = make_uint2(narrow(x.x, x.y), narrow(x.z, x.w));
@@ -309,26 +322,43 @@ __device__ __forceinline__ uint4 philox(uint2 key, uint4 counter) {
     return counter;
 }
 
-// The keep rule of one dropout site in one step: rust/cpu/src/kernels/dropout.rs.
-struct Keep {
+// What one site, a stream for a purpose, draws in one step: a word for each element.
+struct Draws {
     uint2 key;
     uint2 step;
+};
+
+// rng [4]: seed (low, high), step (low, high).
+__device__ __forceinline__ Draws draws_of(const int* rng, unsigned stream, unsigned purpose) {
+    return {make_uint2(rng[0], rng[1] ^ (stream * 0x9E3779B9u + purpose)), make_uint2(rng[2], rng[3])};
+}
+
+// The words of elements 4 * block .. 4 * block + 4.
+__device__ __forceinline__ uint4 words_of_block(const Draws& draws, unsigned long long block) {
+    return philox(draws.key, make_uint4((unsigned)block, (unsigned)(block >> 32), draws.step.x, draws.step.y));
+}
+
+// The words of elements first .. first + 4.
+__device__ __forceinline__ uint4 words_from(const Draws& draws, unsigned long long first) {
+    uint4 a = words_of_block(draws, first / 4);
+    int skip = (int)(first % 4);
+    if (skip == 0) return a;
+    uint4 b = words_of_block(draws, first / 4 + 1);
+    if (skip == 1) return make_uint4(a.y, a.z, a.w, b.x);
+    if (skip == 2) return make_uint4(a.z, a.w, b.x, b.y);
+    return make_uint4(a.w, b.x, b.y, b.z);
+}
+
+// The keep rule of one dropout site in one step: rust/cpu/src/kernels/dropout.rs.
+struct Keep {
+    Draws draws;
     float p;
     float scale;
 };
 
-// rng [4]: seed (low, high), step (low, high). scale is 1 / (1 - p).
+// scale is 1 / (1 - p).
 __device__ __forceinline__ Keep keep_rule(const int* rng, unsigned stream, float p, float scale) {
-    Keep keep;
-    keep.key = make_uint2(rng[0], rng[1] ^ (stream * 0x9E3779B9u + 0xD0D0u));
-    keep.step = make_uint2(rng[2], rng[3]);
-    keep.p = p;
-    keep.scale = scale;
-    return keep;
-}
-
-__device__ __forceinline__ uint4 keep_words(const Keep& keep, unsigned long long block) {
-    return philox(keep.key, make_uint4((unsigned)block, (unsigned)(block >> 32), keep.step.x, keep.step.y));
+    return {draws_of(rng, stream, 0xD0D0u), p, scale};
 }
 
 // 0 or 1 / (1 - p), from the upper 24 bits of a word.
@@ -338,14 +368,7 @@ __device__ __forceinline__ float keep_factor(const Keep& keep, unsigned word) {
 
 // The factors of elements first .. first + 4.
 __device__ __forceinline__ float4 keep4(const Keep& keep, unsigned long long first) {
-    uint4 a = keep_words(keep, first / 4);
-    int skip = (int)(first % 4);
-    if (skip != 0) {
-        uint4 b = keep_words(keep, first / 4 + 1);
-        if (skip == 1) a = make_uint4(a.y, a.z, a.w, b.x);
-        else if (skip == 2) a = make_uint4(a.z, a.w, b.x, b.y);
-        else a = make_uint4(a.w, b.x, b.y, b.z);
-    }
+    uint4 a = words_from(keep.draws, first);
     return make_float4(keep_factor(keep, a.x), keep_factor(keep, a.y), keep_factor(keep, a.z), keep_factor(keep, a.w));
 }
 
@@ -366,7 +389,7 @@ __device__ __forceinline__ Values keep_factors(const Keep& keep, unsigned long l
 // The factor of element `at` of a dropout site; 1 without one.
 __device__ __forceinline__ float keep1(const Keep& keep, const int* rng, unsigned long long at) {
     if (!rng) return 1.f;
-    uint4 words = keep_words(keep, at / 4);
+    uint4 words = words_of_block(keep.draws, at / 4);
     unsigned place = (unsigned)(at % 4);
     return keep_factor(keep, place == 0 ? words.x : place == 1 ? words.y : place == 2 ? words.z : words.w);
 }

@@ -10,12 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy.typing as npt
+
 from pyrformer.errors import ConfigError
+from pyrformer.executors.program import narrowed, widened
 from pyrformer.nn import Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
@@ -141,26 +145,50 @@ class Optimizer:
         """The values of further inputs at an update, counted from 1."""
         return {}
 
+    def first(self, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What the values of a parameter become before its first update."""
+        return value
+
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2), in one kernel. States: moments ``m``, ``v``."""
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2), in one kernel. States: moments ``m``, ``v``.
+
+    Attributes:
+        stochastic_rounding: weights have values of bfloat16, and with ``bf16`` a device keeps them in it without a copy
+            in float32. New ones are rounded up or down by chance, the likelier the nearer, so that small changes are
+            not lost on the average (Zamirai et al. 2020, "Revisiting BFloat16 Training"); those before the first update
+            are rounded to the nearest.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    stochastic_rounding: bool = False
 
     def rule(self, s: Step) -> Tensor:
         step = s.trace.input("step", "int32", ())
         m, v = s.state("m"), s.state("v")
-        hyper = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "weight_decay": s.decay}
-        p, new_m, new_v = F.adamw(s.p, s.raw, m, v, s.clip, s.lr, step, **hyper)
+        hyper: dict[str, Any] = {
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "eps": self.eps,
+            "weight_decay": s.decay,
+        }
+        rng = []
+        if self.stochastic_rounding:
+            # By name, so that bits do not depend on which parameters are trained, here or by other processes.
+            hyper["rounding"], rng = zlib.crc32(s.parameter.name.encode()), [s.trace.rng()]
+        p, new_m, new_v = F.adamw(s.p, s.raw, m, v, s.clip, s.lr, step, *rng, **hyper)
         s.trace.update(m, new_m)
         s.trace.update(v, new_v)
         return p
 
     def inputs(self, step: int) -> dict[str, Any]:
         return {"step": step}
+
+    def first(self, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return widened(narrowed(value)).astype(value.dtype) if self.stochastic_rounding else value
 
 
 @dataclass(frozen=True)
@@ -306,6 +334,8 @@ class Muon(AdamW):
             raise ConfigError(
                 f"[train] adjust_lr_fn must be 'match_rms_adamw' or 'original', got {self.adjust_lr_fn!r}"
             )
+        if self.stochastic_rounding:
+            raise ConfigError("[train] muon has no stochastic_rounding; use adamw")
 
     def rule(self, s: Step) -> Tensor:
         if not hidden_matrix(s.parameter):

@@ -364,12 +364,24 @@ def clip_factor_forward(grid: Any, norm: Any, y: Any, max_norm: float) -> Work:
 @_rule
 def adamw_forward(grid: list[int], tensors: list[Any], first: Any, count: int, *more: Any) -> Work:
     total = _dealt(grid[0], 80 * count, count, 8 + 4 + 3) + Work(3 * WORD, 0, 0)
-    for *operands, copy, rows, cols, _, _ in _tensors(tensors, 12):
-        total += _alike(WORD, rows, cols, 28, *operands) + _alike(2, rows, cols, 0, copy)
+    for p, g, m, v, new_p, new_m, new_v, copy, rows, cols, *_, narrow in _tensors(tensors, 14):
+        total += _alike(2 if narrow else WORD, rows, cols, 0, p, new_p) + _alike(2, rows, cols, 0, copy)
+        total += _alike(WORD, rows, cols, 28, g, m, v, new_m, new_v)
     return total + _heeding(more[-1], 8 * grid[0])
 
 
 RULES.update({f"adamw_forward_{half}": adamw_forward for half in HALVES})
+
+
+@_rule
+def adamw_rounded_forward(grid: list[int], tensors: list[Any], first: Any, count: int, *more: Any) -> Work:
+    # As dropout does, it reads the random state and runs Philox.
+    words = sum(rows * cols for *_, rows, cols, _, _, _, _ in _tensors(tensors, 14))
+    update: Work = adamw_forward(grid, tensors, first, count, *more)
+    return update + Work(4 * WORD + 8 * count, 8 * grid[0] * 6, 28 * words)
+
+
+RULES.update({f"adamw_rounded_forward_{half}": adamw_rounded_forward for half in HALVES})
 
 
 @_rule

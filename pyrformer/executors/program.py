@@ -8,9 +8,10 @@ A run uploads its inputs through pinned memory on a second stream while the run 
 outputs into pinned memory without waiting: :meth:`Executor.start` returns at once. Two sets of such memory (slots) take
 turns; a slot is used again when its run has ended.
 
-A state has one type, float32 or int32, and perhaps a copy in bfloat16 or float16 beside it, which programs read that
-have it in that type. The copy is made again in front of the first such program after the state has changed. A state
-that programs write in such a type, a cache of keys or values, has that type alone.
+A state has one type, and perhaps copies beside it, 16-bit floats of float32 or the other way round, which programs read
+that have it in that type. A copy is made again in front of the first such program after the state has changed. The type
+is float32 or int32 but where programs write the state in 16 bits: caches of keys and values, and weights that an
+optimizer rounds by chance to bfloat16. Such a weight becomes bfloat16 when the first program is made that updates it.
 """
 
 from __future__ import annotations
@@ -42,18 +43,27 @@ PIECE = 512
 #: Bytes of a word and of an address, and what the places of tables in memory are multiples of.
 WORD, ADDRESS, TABLE = 4, 8, 16
 THREADS = 256
-#: How names of kernels for 16-bit floats end, and behind an @ those of states whose copy in such a type is meant.
-HALVES = {"bfloat16": "bf16", "float16": "f16"}
-COPIES = tuple(f"@{half}" for half in HALVES.values())
+#: How names of kernels for a type of floats end, and behind an @ those of states whose copy in such a type is meant.
+KINDS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+ENDS = tuple(f"@{kind}" for kind in KINDS.values())
 SLOTS = 2
 
 
-def _is_copy(name: str) -> bool:
-    return name.endswith(COPIES)
+def copy_name(name: str, dtype: str) -> str:
+    """The name of a state's copy in a type of floats."""
+    return f"{name}@{KINDS[dtype]}"
 
 
-def _cast(half: str) -> str:
-    return f"narrow_forward_{half}"
+def _state_of(name: str) -> str:
+    """The name of the state that is meant, whether itself or as a copy."""
+    return next((name.removesuffix(end) for end in ENDS if name.endswith(end)), name)
+
+
+def _cast(held: str, dtype: str) -> str:
+    """The kernel that makes a copy in a type; empty where there is none."""
+    if held == "float32" and dtype in KINDS:
+        return f"narrow_forward_{KINDS[dtype]}"
+    return f"widen_forward_{KINDS[held]}" if dtype == "float32" and held in KINDS else ""
 
 
 class Store:
@@ -68,12 +78,12 @@ class Store:
         #: what was begun after a run that failed does nothing either.
         self.halt, self.running = device.memory(WORD, zero=True), device.pinned(WORD)
         self.running[:] = 0
-        #: Counts arenas: a graph made for another one must not run.
+        #: Counts what has moved, an arena or a state: a graph made before must not run.
         self.generation = 0
         self.lock = threading.RLock()
         self._states: dict[str, tuple[str, tuple[int, ...], Memory]] = {}
-        #: Copies in 16 bits by their names, and those that a state has changed behind.
-        self._narrow: dict[str, Memory] = {}
+        #: Copies in other types by their names, and those that a state has changed behind.
+        self._copies: dict[str, Memory] = {}
         self._stale: set[str] = set()
 
     def executor(self, plan: _core.Plan) -> Executor:
@@ -89,30 +99,49 @@ class Store:
         """Name, dtype and shape of each state."""
         return [(name, dtype, list(shape)) for name, (dtype, shape, _) in self._states.items()]
 
-    def state(self, name: str, dtype: str, shape: tuple[int, ...], *, own: bool = False) -> Memory:
-        """The memory of a state, or of its copy in 16 bits, made if there is none. With ``own``, the state itself is of
-        such a type."""
-        if dtype in HALVES and not own and self._states.get(name, ("",))[0] != dtype:
-            self.state(name.rsplit("@", 1)[0], "float32", shape)
-            if name not in self._narrow:
-                self._narrow[name] = self.device.memory(SIZES[dtype] * math.prod(shape))
-                self._stale.add(name)
-            return self._narrow[name]
-        if name not in self._states:
-            size = SIZES[dtype] * math.prod(shape)
-            self._states[name] = (dtype, shape, self.device.memory(size, zero=True))
-        has = self._states[name]
-        if has[:2] != (dtype, shape):
+    def state(self, name: str, dtype: str, shape: tuple[int, ...], *, written: bool = False) -> Memory:
+        """The memory of a state, or of its copy in a type, made if there is none. What is ``written`` is the state
+        itself, which becomes bfloat16 where that is the type."""
+        of = _state_of(name)
+        if of not in self._states:
+            held = dtype if of == name else "float32"
+            self._states[of] = (held, shape, self.device.memory(SIZES[held] * math.prod(shape), zero=True))
+        has = self._states[of]
+        if has[:2] == (dtype, shape):
+            return has[2]
+        cast, itself = _cast(has[0], dtype), written and of == name
+        if has[1] != shape or not cast or (itself and dtype != "bfloat16"):
             raise StateError(
                 f"[state] {name!r} is {has[0]}{list(has[1])} on the device, not {dtype}{list(shape)}"
             )
-        return has[2]
+        copy = copy_name(of, dtype)
+        if copy not in self._copies:
+            self.device.prepare({cast})
+            self._copies[copy] = self.device.memory(SIZES[dtype] * math.prod(shape))
+            self._stale.add(copy)
+        memory = self._copies[copy]
+        if itself:
+            self.refresh([copy])
+            self.wait()
+            self.remove(name)
+            self._states[name] = (dtype, shape, memory)
+            self.generation += 1
+        return memory
+
+    def read_as(self, name: str, dtype: str) -> str:
+        """The name of the copy that a program reads of a state in this type; empty where it reads the state itself."""
+        of = _state_of(name)
+        return "" if self._states[of][0] == dtype else copy_name(of, dtype)
 
     def set(self, name: str, value: Array) -> None:
-        """Copies an array to the device."""
+        """Copies an array to the device, rounded to the nearest where the state is bfloat16."""
         value = np.ascontiguousarray(value)
         with self.lock:
-            self.write(self.state(name, value.dtype.name, value.shape), value)
+            has = self._states.get(name)
+            if has and (has[0], value.dtype.name, value.shape) == ("bfloat16", "float32", has[1]):
+                self.write(has[2], narrowed(value))
+            else:
+                self.write(self.state(name, value.dtype.name, value.shape, written=True), value)
             self.changed([name])
 
     def changed(self, names: Iterable[str]) -> None:
@@ -120,19 +149,19 @@ class Store:
         self._stale.update(copy for name in names for copy in self._copies_of(name))
 
     def _copies_of(self, name: str) -> list[str]:
-        return [name + copy for copy in COPIES if name + copy in self._narrow]
+        return [copy for dtype in KINDS if (copy := copy_name(name, dtype)) in self._copies]
 
     def refresh(self, names: Iterable[str]) -> None:
         """Makes copies again, given by their names, whose states have changed."""
         for name in self._stale.intersection(names):
-            of, half = name.rsplit("@", 1)
-            shape, memory = self._states[of][1:]
+            held, shape, memory = self._states[_state_of(name)]
             elements = math.prod(shape)
             ints = (np.int32(n) for n in (1, elements, elements, elements))
-            args = (np.uint64(memory.address), np.uint64(self._narrow[name].address), *ints)
+            args = (np.uint64(memory.address), np.uint64(self._copies[name].address), *ints)
+            cast = _cast(held, next(dtype for dtype, kind in KINDS.items() if name.endswith(f"@{kind}")))
             # A thread has eight elements of one row.
             grid = [-(-elements // (8 * THREADS)), 1, 1]
-            self.device.launch(self.compute, _cast(half), grid, [THREADS, 1, 1], args)
+            self.device.launch(self.compute, cast, grid, [THREADS, 1, 1], args)
             self._stale.remove(name)
 
     def write(self, memory: Memory, value: Array) -> None:
@@ -168,7 +197,7 @@ class Store:
         def wait() -> dict[str, Array]:
             with self.lock:
                 self.device.synchronize(copied)
-            return {name: _widened(copy) for name, copy in copies.items()}
+            return {name: widened(copy) for name, copy in copies.items()}
 
         return wait
 
@@ -195,7 +224,7 @@ class Store:
         """Drops a state; programs that use it must be dropped too."""
         self._states.pop(name, None)
         for copy in self._copies_of(name):
-            del self._narrow[copy]
+            del self._copies[copy]
             self._stale.discard(copy)
 
     def go_on(self) -> None:
@@ -207,6 +236,16 @@ class Store:
         self.device.record(self.idle, self.compute)
         self.device.synchronize(self.idle)
 
+    def _missing(self, name: str, dtype: str, elements: int) -> int:
+        """Bytes that a state of a plan takes beside what is there; below 0, those that it frees."""
+        of, size = _state_of(name), _pieces(SIZES[dtype] * elements)
+        held = self._states.get(of, ("",))[0]
+        if held == dtype or (dtype in KINDS and copy_name(of, dtype) in self._copies):
+            size = 0
+        # It becomes bfloat16.
+        frees = of == name and (held, dtype) == ("float32", "bfloat16")
+        return size - (_pieces(SIZES[held] * elements) if frees else 0)
+
     def reserve(self, plan: _core.Plan, own: int) -> None:
         """Checks that states and arena of a plan fit, and its executor's ``own`` bytes, then makes the arena at least
         as large as the plan's.
@@ -214,11 +253,7 @@ class Store:
         Raises:
             DeviceError: they do not fit.
         """
-        missing = sum(
-            -(-SIZES[dtype] * math.prod(shape) // PIECE) * PIECE
-            for name, dtype, shape in plan.states
-            if name not in self._narrow and self._states.get(name, ("",))[0] != dtype
-        )
+        missing = sum(self._missing(name, dtype, math.prod(shape)) for name, dtype, shape in plan.states)
         grow = plan.arena_bytes if plan.arena_bytes > self.arena.size else 0
         work = grow + own
         # A larger arena takes the place of the old one, once that has no graph left.
@@ -236,6 +271,13 @@ class Store:
             self.generation += 1
 
 
+def narrowed(value: Array) -> Array:
+    """The bits of the nearest bfloat16, ties to even; of finite values and infinities."""
+    bits = value.astype(np.float32).view(np.uint32)
+    nearest: Array = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return nearest.astype(np.uint16)
+
+
 def _table_bytes(records: list[tuple[int, dict[str, Any]]]) -> int:
     """What the tables among the arguments of launches take in memory."""
     arguments = (arg for _, record in records if "launch" in record for arg in record["launch"]["args"])
@@ -244,7 +286,7 @@ def _table_bytes(records: list[tuple[int, dict[str, Any]]]) -> int:
     return sum(-(-size // TABLE) * TABLE for size in sizes)
 
 
-def _widened(copy: Array) -> Array:
+def widened(copy: Array) -> Array:
     """A copy of an array; of 16-bit floats, or the bits of bfloat16, their values as float32."""
     if copy.dtype == np.float16:
         return copy.astype(np.float32)
@@ -252,6 +294,11 @@ def _widened(copy: Array) -> Array:
         return np.array(copy)
     wide: Array = (copy.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return wide
+
+
+def _pieces(size: int) -> int:
+    """Of the bytes of a request, those that it takes."""
+    return -(-size // PIECE) * PIECE
 
 
 def _size(n: int) -> str:
@@ -348,24 +395,21 @@ class Executor:
         self.limits: list[dict[str, Any]] = program["limits"]
         self.inputs, input_bytes = _ports(program["inputs"])
         self.outputs, output_bytes = _ports(program["outputs"])
-        #: The states that are read as copies, and those whose copies a run leaves behind.
-        narrow = [name for name, dtype, _ in plan.states if dtype in HALVES]
+        #: The states, whether it writes each, and those whose copies a run leaves behind.
         written = [plan.states[i][0] for i in program["written"]]
-        # What is written in 16 bits and is no copy is a cache.
-        own = {name for name in narrow if name in written and not _is_copy(name)}
-        self.narrow = [name for name in narrow if name not in own]
-        copied = {name.rsplit("@", 1)[0] for name in written if _is_copy(name)}
-        self.written = [name for name in written if name not in copied and not _is_copy(name)]
+        self.types: list[tuple[str, str, tuple[int, ...], bool]] = [
+            (name, dtype, tuple(shape), name in written) for name, dtype, shape in plan.states
+        ]
+        beside = {_state_of(name) for name in written if _state_of(name) != name}
+        self.written = [name for name in written if name not in beside and _state_of(name) == name]
         with store.lock:
             constants = np.array(program["constants"], np.uint32)
             kernels = {r["launch"]["kernel"] for _, r in self.records if "launch" in r}
-            store.device.prepare(kernels | {_cast(name.rsplit("@", 1)[1]) for name in self.narrow})
+            store.device.prepare(kernels)
             table_bytes = _table_bytes(self.records)
             own_bytes = SLOTS * (input_bytes + PIECE) + constants.nbytes + PIECE + table_bytes + PIECE
             store.reserve(plan, own_bytes)
-            self.states = [
-                store.state(name, dtype, tuple(shape), own=name in own) for name, dtype, shape in plan.states
-            ]
+            self._find_states()
             d = store.device
             self.constants = d.memory(constants.nbytes)
             store.write(self.constants, constants)
@@ -380,7 +424,7 @@ class Executor:
                 for _ in range(SLOTS)
             ]  # fmt: skip
         self.turn = 0
-        #: The arena that the calls' addresses lie in, by the store's count.
+        #: When the calls' addresses were true, by the store's count of what has moved.
         self.generation = -1
         self.calls: list[tuple[Any, ...]] = []
         self.graph: Any = None
@@ -418,7 +462,7 @@ class Executor:
             d.record(slot.uploaded, store.copies)
             d.wait(store.compute, slot.uploaded)
             first = self._resolve()
-            store.refresh(self.narrow)
+            store.refresh(self.copied)
             for port in self.inputs:
                 d.copy(store.compute, self._address(port.place), slot.staging.address + port.at, port.span)
             if seconds is not None:
@@ -466,9 +510,10 @@ class Executor:
     # -- Records with addresses -------------------------------------------------------------------------------------
 
     def _resolve(self) -> bool:
-        """Puts addresses into the records if the arena has changed; tells whether it has."""
+        """Puts addresses into the records if something has moved; tells whether it has."""
         if self.generation == self.store.generation:
             return False
+        self._find_states()
         self.generation, self.graph = self.store.generation, None
         self.filled = 0
         self.calls = [self._call(record) for _, record in self.records]
@@ -476,6 +521,14 @@ class Executor:
             self.store.device.upload(self.store.compute, self.tables.address, self.table_host)
             self.store.wait()
         return True
+
+    def _find_states(self) -> None:
+        """Finds the states' memories, those first that change their type: what they leave is free for others then."""
+        order = sorted(self.types, key=lambda state: not (state[3] and state[1] == "bfloat16"))
+        found = {n: self.store.state(n, dtype, shape, written=written) for n, dtype, shape, written in order}
+        self.states = [found[name] for name, *_ in self.types]
+        #: The copies that it reads.
+        self.copied = [copy for name, dtype, *_ in self.types if (copy := self.store.read_as(name, dtype))]
 
     def _address(self, place: dict[str, Any]) -> int:
         space = place["space"]

@@ -6,6 +6,7 @@ Letters: B batch, T tokens, C width, H query heads, K key-value heads, D head wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pyrformer.errors import ConfigError
 from pyrformer.nn.trace import Tensor, Trace
@@ -344,7 +345,16 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def adamw(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, clip: Tensor, lr: Tensor, step: Tensor, **hyper: float
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    clip: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    *rng: Tensor,
+    **hyper: Any,
 ) -> list[Tensor]:
-    """New p, m, v of AdamW (Loshchilov and Hutter 2019, algorithm 2); ``hyper``: beta1, beta2, eps, weight_decay."""
-    return p.trace.apply({"adamw": hyper}, p, g, m, v, clip, lr, step)
+    """New p, m, v of AdamW (Loshchilov and Hutter 2019, algorithm 2); ``hyper``: beta1, beta2, eps, weight_decay. With
+    ``rounding``, a stream of bits of ``rng int32[4]``, p is rounded by chance to values of bfloat16."""
+    return p.trace.apply({"adamw": hyper}, p, g, m, v, clip, lr, step, *rng)

@@ -46,7 +46,8 @@ class TrainConfig:
         learning_rate, min_learning_rate, warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: see
             :func:`pyrformer.schedules.learning_rate`.
         optim: "adamw", "sgd", "rmsprop", "adagrad", "lion", "adafactor" or "muon"; see :mod:`pyrformer.optimizers`.
-        optim_args: the optimizer's own arguments.
+        optim_args: the optimizer's own arguments, such as ``stochastic_rounding`` of AdamW; see
+            :mod:`pyrformer.optimizers`.
         adam_beta1, adam_beta2, adam_epsilon: of AdamW (also in Muon); Lion takes the betas.
         weight_decay, weight_decay_groups, max_grad_norm, ema_decay: see :class:`pyrformer.optimizers.Optimizer`. With a
             running average, that is what is evaluated and what the run folder's model holds.
@@ -76,9 +77,9 @@ class TrainConfig:
         seed: of weights, order, masks and dropout.
         device: "cpu" or "cuda".
         bf16: on "cuda", keep activations, their gradients and the weights that products read in bfloat16, and compute
-            on tensor cores; weights as the optimizer has them, its states, sums and losses are float32. On "cpu", keep
-            in bfloat16 what the forward pass leaves to the backward pass, and compute in float32: less memory, the same
-            losses from the same weights, gradients of rounded activations.
+            on tensor cores; weights as the optimizer has them, unless it rounds them by chance, its states, sums and
+            losses are float32. On "cpu", keep in bfloat16 what the forward pass leaves to the backward pass, and
+            compute in float32: less memory, the same losses from the same weights, gradients of rounded activations.
         fp16: on "cuda", as ``bf16``, but in float16, which older GPUs have tensor cores for. Losses are scaled, for
             small gradients are zero in it; see :class:`pyrformer.training.loss_scale.LossScale`.
         threads: 0: ``PYRFORMER_NUM_THREADS``, or all the machine has.

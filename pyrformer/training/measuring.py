@@ -30,6 +30,8 @@ class Measuring:
 
     def __init__(self, config: TrainConfig, updates: Updates, evaluation: AnyBatches):
         self.config, self.updates, self.evaluation = config, updates, evaluation
+        #: Averages in the place of weights that are kept in bfloat16, as they are without rounding.
+        self.exact: dict[str, Any] = {}
         self.set_state({})
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -111,9 +113,14 @@ class Measuring:
         """Exchanges the weights with their running average, if there is one."""
         if self.config.ema_decay > 0:
             updates, store = self.updates, self.updates.model.store
+            narrow = {name for name, dtype, _ in store.types() if dtype == "bfloat16"}
             for name in updates.mine():
-                weights, average = store.get(name), store.get(AVERAGES + name)
-                store.set(name, average)
-                store.set(AVERAGES + name, weights)
+                held, other = store.get(name), store.get(AVERAGES + name)
+                if name in self.exact:
+                    held = self.exact.pop(name)
+                elif name in narrow:
+                    self.exact[name] = other
+                store.set(name, other)
+                store.set(AVERAGES + name, held)
             if updates.sharing:
                 updates.sharing.publish(updates.model)

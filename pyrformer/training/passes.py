@@ -117,16 +117,14 @@ class Passes:
         """The program of a pass, and its inputs.
 
         Args:
-            draw: the batch's number in the run, by which dropout is drawn.
+            draw: the batch's number in the run, by which dropout is drawn; that of an update which is one batch, too.
         """
         scales = {programs.SCALES[name]: update.scale / update.counts[name] for name in self.losses}
         inputs: dict[str, Any] = {**self.arrays(batch), **scales}
         program = self._pass(batch)
         if not self.several:
             inputs |= self._rates(program, update)
-        if any(name == "rng" for name, _, _ in program.plan.inputs):
-            inputs["rng"] = np.array([self.config.seed, draw], np.uint64).view(np.int32)
-        return program, inputs
+        return program, inputs | self._random(program, draw)
 
     def end(self, update: Update, norm: float | None = None) -> tuple[Compiled, dict[str, Any]]:
         """The program of the optimizer's step behind several passes, and its inputs.
@@ -135,8 +133,8 @@ class Passes:
             norm: of all processes' gradients as they are, scaled, where there are others.
         """
         program = self._apply()
-        rates = self._rates(program, update)
-        return program, rates if norm is None else {**rates, "norm": norm}
+        inputs = self._rates(program, update) | self._random(program, update.step)
+        return program, inputs if norm is None else {**inputs, "norm": norm}
 
     def clear(self) -> None:
         """Sets the sums of gradients to zero, as they are between updates."""
@@ -182,7 +180,19 @@ class Passes:
             return 0
         there = {name for name, _, _ in lowered.plan.states}
         apply = self._trace_apply().lower(self.model.device, precision=self.model.precision).plan
-        return 4 * sum(math.prod(shape) for name, _, shape in apply.states if name not in there)
+        # A weight that is bfloat16 itself is what passes read as a copy.
+        narrow = {name for name, dtype, _ in apply.states if dtype == "bfloat16"}
+        own = ((name, shape) for name, _, shape in apply.states if name not in there)
+        return sum(
+            (2 if name in narrow else 4) * math.prod(shape)
+            for name, shape in own
+            if not (name in narrow and f"{name}@bf16" in there)
+        )
+
+    def _random(self, program: Compiled, draw: int) -> dict[str, Any]:
+        """What a program's draws are keyed by, where it draws: the run's seed, the number of a batch or an update."""
+        draws = any(name == "rng" for name, _, _ in program.plan.inputs)
+        return {"rng": np.array([self.config.seed, draw], np.uint64).view(np.int32)} if draws else {}
 
     def _rates(self, program: Compiled, update: Update) -> dict[str, Any]:
         """Those of the optimizer's inputs that a program has: one of several rules may need none of one's."""

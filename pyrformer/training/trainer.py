@@ -179,6 +179,9 @@ class Trainer:
             self._restore(self.start)
         if what := self.updates.passes.predict(self._first_batch):
             self._note(what)
+        if not before:
+            # Once: what a checkpoint holds has come of it.
+            self.updates.first()
         if not before and config.ema_decay > 0:
             for name in self.updates.mine():
                 self.model.store.set(AVERAGES + name, self.model.store.get(name))

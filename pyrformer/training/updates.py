@@ -97,6 +97,14 @@ class Updates:
         names = [p.name for p in programs.trainable(self.model.family)]
         return [n for n in names if n in self.sharing.owned] if self.sharing else names
 
+    def first(self) -> None:
+        """Sets all trained parameters to what they are before the first update, in every process."""
+        store, optimizer = self.model.store, self.passes.optimizer
+        for parameter in programs.trainable(self.model.family):
+            value = store.get(parameter.name)
+            if (new := optimizer.first(value)) is not value:
+                store.set(parameter.name, new)
+
     def batches_of(self, step: int) -> range:
         """The numbers of the batches of a step, in the run."""
         parts = self.config.gradient_accumulation_steps

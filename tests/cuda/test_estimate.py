@@ -40,7 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "which", ["train_step", "train_step in bfloat16", "decode_step", "decode_step in bfloat16"]
+    "which",
+    ["train_step", "train_step in bfloat16", "train_step rounded", "decode_step", "decode_step in bfloat16"],
 )
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rules_say_what_the_kernels_do(
@@ -48,12 +49,13 @@ def test_rules_say_what_the_kernels_do(
 ) -> None:
     model = Model.from_config(CONFIGS[name])
     card = Card(programs_80, 1 << 21, how="interpreter")
-    half = which.endswith("bfloat16")
+    rounded = which.endswith("rounded")
+    half = which.endswith("bfloat16") or rounded
     store = Store(card)
     for state, _, _ in model.store.types():
         store.set(state, model.store.get(state))
     traced = (
-        train_step(model.family, Sizes(B, T), AdamW())
+        train_step(model.family, Sizes(B, T), AdamW(stochastic_rounding=rounded))
         if which.startswith("train_step")
         else decode_step(model.family, 2, 1, (2, 256), "cache", best=40)
     )
@@ -79,7 +81,7 @@ def test_rules_say_what_the_kernels_do(
     launches = [record for _, record in executor.records if "launch" in record]
     # Copies in bfloat16 are made before.
     counted, copies = counted[-len(launches) :], counted[: -len(launches)]
-    assert {kernel for kernel, _ in copies} == ({"narrow_forward_bf16"} if half else set())
+    assert {kernel for kernel, _ in copies} == ({"narrow_forward_bf16"} if half and not rounded else set())
     for record, (kernel, found) in zip(launches, counted, strict=True):
         if which.startswith("decode_step") and not kernel.startswith(("best", "cache")):
             continue  # of two rows
@@ -93,7 +95,7 @@ def test_rules_say_what_the_kernels_do(
             exact = 0.1 if kernel.endswith("_bf16") else 0
             assert said.passes == pytest.approx(found.passes, rel=exact), where
             assert said.flops == pytest.approx(found.flops + found.tensor, rel=0.12), where
-        elif not kernel.startswith("dropout"):  # whose integers are counted as FLOPs
+        elif not kernel.startswith(("dropout", "adamw_rounded")):  # whose integers are counted as FLOPs
             assert found.flops / 2 <= said.flops <= 2 * found.flops, where
         # What memory gives and takes is what the kernel is for: no sectors of which a part is used, but for scalars.
         assert found.moved <= 1.1 * found.least_moved + 8 * sim.counter.SECTOR, where

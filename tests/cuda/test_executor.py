@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ from kernels.programs import CONFIGS, FAMILIES, OPTIMIZER, PROGRAMS, cases, inpu
 from sim.card import Card
 
 import pyrformer as pf
+from pyrformer import _core
 from pyrformer.compile import Compiled
 from pyrformer.errors import DeviceError, InputError, StateError
-from pyrformer.executors.program import Executor, Store
+from pyrformer.executors.program import SIZES, Executor, Store
 from pyrformer.generation import decoder, strategies
 from pyrformer.model import Model
-from pyrformer.optimizers import OPTIMIZERS
-from pyrformer.programs import Sizes, train_step
+from pyrformer.optimizers import OPTIMIZERS, AdamW
+from pyrformer.programs import Sizes, accumulate_step, apply_step, train_step
 from pyrformer.serve.engine import Completion, Engine
+from pyrformer.training.passes import Passes
 
 # float32 sums of some hundred terms in another order, after a few layers.
 TOLERANCE = 2e-5
@@ -271,6 +274,133 @@ def test_copies_in_16_bits_follow_their_weights(precision: str, rng: np.random.G
     assert f"transformer.wte.weight@{HALVES[precision][0]}" in narrow
     assert not any("ln_f" in name for name in narrow)
     assert device.store.get("transformer.wte.weight").dtype == np.float32
+
+
+ROUNDED = AdamW(weight_decay=0.1, max_grad_norm=0.5, ema_decay=0.9, stochastic_rounding=True)
+
+
+def with_rounded_weights(name: str) -> Model:
+    """A model whose weights are those that a run with stochastic rounding begins with."""
+    cpu = model(name)
+    for state, _, _ in cpu.store.types():
+        cpu.store.set(state, ROUNDED.first(cpu.store.get(state)))
+    return cpu
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "xlnet"])
+def test_weights_that_are_rounded_by_chance_are_bfloat16_alone(
+    name: str, parts: bool, rng: np.random.Generator
+) -> None:
+    """What products read is the weight itself; programs in float32 read copies of it. Against the CPU's with the
+    device's weights, and near the CPU's own."""
+    cpu, card = with_rounded_weights(name), Card(None)
+    device = on_card(cpu, card, precision="bfloat16")
+    whole = train_step(cpu.family, sizes(cpu), ROUNDED)
+    traced = [accumulate_step(cpu.family, sizes(cpu)), apply_step(cpu.family, ROUNDED)] if parts else [whole]
+    pairs = [
+        [t.lower(m.device, precision=m.precision).compile(m.store) for m in (cpu, device)] for t in traced
+    ]
+    watched = PROGRAMS["evaluate"](cpu)
+    measure = [watched.lower("cpu").compile(model(name).store)]
+    measure += [watched.lower("cuda", precision=p).compile(device.store) for p in ("bfloat16", "float32")]
+    assert isinstance(measure[0].executor, _core.Executor)
+    given = {k: v for p in pairs for k, v in inputs(cpu, p[0].plan, rng).items()}
+    text = inputs(cpu, watched.lower("cpu").plan, rng)
+    for step in range(4):
+        given |= {"step": np.array(step + 1, np.int32), "rng": np.array([5, -7, step, 0], np.int32)}
+        for pair in pairs:
+            one, two = (
+                {k: v for k, v in given.items() if k in {n for n, _, _ in p.plan.inputs}} for p in pair
+            )
+            want, got = pair[0](**one), pair[1](**two)
+            for key in ("loss", "grad_norm"):
+                if key in want:
+                    np.testing.assert_allclose(got[key], want[key], rtol=5e-2)
+        here = Model(cpu.family, store=_core.Store())
+        for state, _, _ in cpu.store.types():
+            here.store.set(state, device.store.get(state))
+        want = watched.lower("cpu").compile(here.store)(**text)["loss"]
+        np.testing.assert_allclose(measure[1](**text)["loss"], want, rtol=5e-3)
+        np.testing.assert_allclose(measure[2](**text)["loss"], want, rtol=1e-5)
+    kinds = {state: dtype for state, dtype, _ in device.store.types()}
+    parameters = {p: x.shape for p, x in cpu.family.named_parameters()}
+    for p, shape in parameters.items():
+        value = device.store.get(p)
+        assert not (value.view(np.uint32) & 0xFFFF).any(), p
+        assert kinds[f"optimizer.m.{p}"] == kinds[f"ema.{p}"] == "float32"
+        assert apart(value, cpu.store.get(p)) < 0.2, p
+        # Norms read float32; without a pass in the program that updates, vectors stay so, too.
+        if "norm" in p or "ln_" in p or (parts and len(shape) == 1):
+            assert kinds[p] == "float32", p
+        elif name != "xlnet":
+            assert kinds[p] == "bfloat16", p
+    if not parts:
+        plain = train_step(cpu.family, sizes(cpu), replace(ROUNDED, stochastic_rounding=False))
+        plan = plain.lower("cuda", precision="bfloat16").plan
+        copied = {state.removesuffix("@bf16") for state, dtype, _ in plan.states if dtype == "bfloat16"}
+        saved = plan.state_bytes - pairs[0][1].plan.state_bytes
+        # Tables of which rows are read have no copies.
+        narrow = [p for p in parameters if kinds[p] == "bfloat16"]
+        assert saved == sum(np.prod(parameters[p]) * (4 if p in copied else 2) for p in narrow)
+        assert len(copied.intersection(narrow)) >= 8
+
+
+def test_rounding_by_chance_by_the_compiled_kernels(
+    programs: dict[str, sim.Program], rng: np.random.Generator
+) -> None:
+    """Of weights in float32 the CPU's bits: but where updates differ in their last bits, and rounding with them."""
+    cpu = with_rounded_weights("llama")  # without biases of keys, whose gradients are 0 but for rounding
+    traced = train_step(cpu.family, sizes(cpu), ROUNDED)
+    one = traced.lower("cpu").compile(cpu.store)
+    given = inputs(cpu, one.plan, rng)
+    for precision in ("bfloat16", "float16", "float32"):
+        card = Card(programs, 1 << 19, how="both")
+        device = on_card(cpu, card, precision=precision)
+        traced.lower("cuda", precision=precision).compile(device.store)(**given)
+        assert any(kernel.startswith("adamw_rounded_forward") for kernel in card.kernels)
+    one(**given)
+    for p, _ in cpu.family.named_parameters():
+        assert np.mean(device.store.get(p) != cpu.store.get(p)) < 0.01, p
+
+
+@pytest.mark.parametrize("rounding", [False, True], ids=["masters", "rounded"])
+def test_states_take_the_bytes_that_are_predicted(rounding: bool) -> None:
+    """Of an update over several batches, whose programs share weights, copies and sums of gradients."""
+    cpu = model("gpt2")
+    device = on_card(cpu, Card(None), precision="bfloat16")
+    config = pf.TrainConfig(
+        files=["text"], out="run", gradient_accumulation_steps=2, optim_args={"stochastic_rounding": rounding},
+        device="cuda", bf16=True,
+    )  # fmt: skip
+    passes, store = Passes(device, config), device.store
+    lowered = accumulate_step(cpu.family, sizes(cpu)).lower("cuda", precision="bfloat16")
+    predicted = lowered.plan.state_bytes + passes.apart(lowered)
+    for program in (lowered, apply_step(cpu.family, config.optimizer()).lower("cuda", precision="bfloat16")):
+        program.compile(store)
+    held = sum(SIZES[dtype] * int(np.prod(shape)) for _, dtype, shape in store.types())
+    assert held + sum(copy.size for copy in store._copies.values()) == predicted
+
+
+def test_a_weight_in_bfloat16_takes_what_it_is_set_to_and_refuses_what_writes_float32(
+    rng: np.random.Generator,
+) -> None:
+    cpu = model("llama")
+    device = on_card(cpu, Card(None), precision="bfloat16")
+    free = device.store.device.free_bytes()
+    train_step(cpu.family, sizes(cpu), ROUNDED).lower("cuda", precision="bfloat16").compile(device.store)
+    name = "model.layers.0.mlp.down_proj.weight"
+    value = rng.normal(size=(16, 20)).astype(np.float32)
+    np.testing.assert_array_equal(device.store.get(name), ROUNDED.first(cpu.store.get(name)))
+    device.store.set(name, value)
+    np.testing.assert_array_equal(device.store.get(name), ROUNDED.first(value))
+    with pytest.raises(StateError, match=r"is bfloat16\[16, 20\] on the device, not float32\[20, 16\]"):
+        device.store.set(name, value.T)
+    with pytest.raises(StateError, match=r"is bfloat16.* on the device, not float32"):
+        train_step(cpu.family, sizes(cpu), OPTIMIZER).lower("cuda", precision="bfloat16").compile(
+            device.store
+        )
+    assert free > device.store.device.free_bytes()
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])

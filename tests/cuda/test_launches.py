@@ -139,7 +139,7 @@ def test_what_writes_a_state_behind_the_norm_heeds_the_halt(optimizer: str) -> N
                 continue
             if launch["kernel"] == "adamw_forward_f32":  # p, m and v of each tensor
                 table = launch["args"][0]["table"]
-                results = [table[row + i]["pointer"] for row in range(0, len(table), 12) for i in (4, 5, 6)]
+                results = [table[row + i]["pointer"] for row in range(0, len(table), 14) for i in (4, 5, 6)]
             else:
                 results = [pointers[1 if launch["kernel"] == "broadcast_forward_f32" else 2]]
             written |= {result["space"]["state"] for result in results}
@@ -177,7 +177,7 @@ def test_updates_share_a_launch_up_to_one_that_touches_what_another_writes() -> 
     assert [launch["args"][2]["i32"] for launch in adamw] == [2, 1, 1, 2]
     first, *_ = adamw
     assert [cell["i32"] for cell in first["args"][1]["table"]] == [0, 1, 2]
-    decays = [np.uint32(first["args"][0]["table"][i]["f32"]).view(np.float32) for i in (11, 23)]
+    decays = [np.uint32(first["args"][0]["table"][i]["f32"]).view(np.float32) for i in (11, 25)]
     assert decays == [0.0, np.float32(0.1)]
 
 

@@ -211,6 +211,23 @@ def adamw(device, rng, close):
             np.testing.assert_array_equal(got[3], run.rounded(got[0], "bf16"))
 
 
+def rounded_adamw(device, rng, close):
+    settings = {"clip": 0.5, "lr": 0.01, "step": 3, "betas": (0.9, 0.999), "eps": 1e-3}
+    tensors = [tuple(np.abs(normal(rng, *shape)) for _ in range(4)) for shape in ((60, 7), (9, 8), (5, 6))]
+    tensors = [(run.rounded(p, "bf16"), g, m, v) for p, g, m, v in tensors]
+    tensors[1][2][0, :4] = np.inf  # so that weights become infinite, or no number
+    tensors[1][2][1, :4] = np.nan
+    state, streams = np.array([5, 6, 7, 8], np.int32), [1, 2, 3]
+    for layout in (run.PLAIN, CROOKED):
+        plain = run.adamw_of_all(device, tensors, **settings, decays=[0.1] * 3, layout=layout)
+        for narrow in ([True, False, True], [False, True, False]):
+            options = {"layout": layout, "chance": run.Chance(state, streams, narrow)}
+            found = run.adamw_of_all(device, tensors, **settings, decays=[0.1] * 3, **options)
+            for got, exact, stream in zip(found, plain, streams, strict=True):
+                words = reference.words(state, stream, 0xB16F, exact[0].size).reshape(exact[0].shape)
+                np.testing.assert_array_equal(got[0], reference.by_chance(exact[0], words))
+
+
 def attention(device, rng, close, backward=False):
     site = run.Site(np.array([1, 2, 3, 4]), 9, 0.2)
     segments = np.array([[1] * 20 + [0] * 2 + [1] * 40 + [2] * 7])
@@ -402,7 +419,7 @@ def smoothed(device, rng, close):
 
 CASES = {f.__name__: f for f in (
     elementwise, gelu_tanh, gated, dropout, layer_norm, layer_norm_grad, gather, scatter_add, count_labels, cross_entropy, sum_to,
-    global_norm, halt, adamw, attention, attention_grad, blind, tensor_cores,
+    global_norm, halt, adamw, rounded_adamw, attention, attention_grad, blind, tensor_cores,
     blind_tensor_cores, tensor_tiles, wide_tensor_cores, attention_of_wide_heads, best, cache_write, cached,
     cached_spans, cached_bias, rms_norm, rope, alibi, iota, key_bias, both_ways, activations, relative, relative_long,
     relative_queries, relative_spread, relative_wide, roots_and_signs, smoothed, in_bfloat16,
@@ -430,7 +447,7 @@ MUTANTS = [
     ("gated", "elementwise", "gated_backward_f32", "through * apply_slope(act, x)", "d * apply_slope(act, x)"),
     ("dropout", "elementwise", "dropout_forward_f32", "round < 10", "round < 9"),
     ("dropout", "elementwise", "dropout_forward_f32", "make_uint4(a.z, a.w, b.x, b.y)", "make_uint4(a.z, a.w, b.y, b.x)"),
-    ("dropout", "elementwise", "dropout_forward_f32", "keep_words(keep, first / 4 + 1)", "keep_words(keep, first / 4)"),
+    ("dropout", "elementwise", "dropout_forward_f32", "words_of_block(draws, first / 4 + 1)", "words_of_block(draws, first / 4)"),
     ("dropout", "elementwise", "dropout_forward_f32", "(unsigned long long)g.row * cols + g.col", "(unsigned long long)g.row * x_ld + g.col"),
     ("dropout", "elementwise", "dropout_forward_f32", "if (residual) value = value + load(at(residual, g.row, residual_ld, g.col), g.n);", "if (residual) value = value + load(at(residual, g.row, residual_ld, 0), g.n);"),
     ("dropout", "elementwise", "dropout_forward_f32", "    store(at(y, g.row, y_ld, g.col), value, g.n);\n}\n\n// ---- The epi", "    store(at(y, g.row, y_ld, g.col), value, g.n);\n    if (residual) store(at(y, g.row, y_ld, g.col), value + load(at(residual, g.row, residual_ld, g.col), g.n), g.n);\n}\n\n// ---- The epi"),
@@ -525,13 +542,20 @@ MUTANTS = [
     ("halt", "elementwise", "BINARY(add", "g.n == 0 || halted(halt)", "g.n == 0"),
     ("halt", "elementwise", "broadcast_forward_f32", "g.n == 0 || halted(halt)", "g.n == 0"),
     ("halt", "optimizer", "adamw_forward_f32", "if (halted(halt)) return;", ""),
-    ("adamw", "optimizer_bf16", "adamw", "-expm1f(t * log_beta2)", "-expm1f(t * log_beta1)"),
+    ("adamw", "optimizer_bf16", "adamw", "-expm1f(t * common.log_beta2)", "-expm1f(t * common.log_beta1)"),
     ("adamw", "optimizer_bf16", "adamw", "(long long)row * x.g_ld + c", "at"),
     ("adamw", "optimizer_bf16", "adamw", "for (unsigned i = from + threadIdx.x; i < to;", "for (unsigned i = from + threadIdx.x; i < groups;"),
     ("adamw", "optimizer_bf16", "adamw", "(blockIdx.x - first[number]) * GROUPS", "blockIdx.x * GROUPS"),
     ("adamw", "optimizer_bf16", "adamw", "1.f - rate * x.weight_decay", "1.f - rate * tensors->weight_decay"),
     ("adamw", "optimizer_bf16", "adamw", "first[i] <= block && block < first[i + 1]", "first[i] < block && block <= first[i + 1]"),
     ("adamw", "optimizer_bf16", "adamw", "found = i;\n    }\n    __syncthreads();", "found = i;\n    }"),
+    ("rounded_adamw", "optimizer_bf16", "adamw_rounded", "bits + (word >> 16)", "bits + (word >> 17)"),
+    ("rounded_adamw", "optimizer_bf16", "adamw_rounded", "x.stream, 0xB16Fu), at)", "x.stream, 0xB16Fu), c)"),
+    ("rounded_adamw", "optimizer_bf16", "adamw_rounded", "draws_of(rng, x.stream", "draws_of(rng, tensors->stream"),
+    ("rounded_adamw", "optimizer_bf16", "adamw_rounded", "narrow ? load4((const real*)p + at, n) : ", ""),
+    ("rounded_adamw", "optimizer_bf16", "adamw_rounded", "low_of(two.x), high_of(two.x), low_of(two.y)", "low_of(two.x), high_of(two.x), high_of(two.y)"),
+    ("rounded_adamw", "optimizer_bf16", "adamw_rounded", "if (n > 1) x.y = widen(p[1]);", "if (n > 2) x.y = widen(p[1]);"),
+    ("rounded_adamw", "optimizer_bf16", "adamw_rounded", "if (skip == 1) return make_uint4(a.y, a.z, a.w, b.x)", "if (skip == 1) return make_uint4(a.y, a.z, a.w, b.y)"),
     ("global_norm", "reduce", "global_norm_", "chunk_sum<true>(from_table(g.x), blockIdx.x - first[number]", "chunk_sum<true>(from_table(g.x), 0"),
     ("global_norm", "reduce", "global_norm_", "i += (int)blockDim.x", "i += tensors"),
     # Attention: masks and numbers.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from sim.card import Card
 
 import pyrformer as pf
@@ -158,6 +159,77 @@ def test_a_card_that_is_too_small_is_told_before_anything_is_written(
         train("run", Card(None, words), gradient_accumulation_steps=parts)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("where", "parts"), [("cpu", 2), ("float32", 1), ("bfloat16", 1), ("bfloat16", 2)], ids=str
+)
+def test_a_run_that_rounds_by_chance_goes_on_with_the_same_bits(
+    train: Any, tmp_path: Path, where: str, parts: int
+) -> None:
+    """Its weights are values of bfloat16 in every checkpoint, and its averages are not; measuring those changes
+    nothing."""
+
+    def stop(kind: str, numbers: dict[str, Any]) -> None:
+        if kind == "step" and numbers["step"] == 3:
+            raise KeyboardInterrupt
+
+    def run(name: str, on_event: Any = None, **more: Any) -> Path:
+        card = None if where == "cpu" else Card(None, 1 << 20)
+        options: dict[str, Any] = {
+            "optim_args": {"stochastic_rounding": True}, "ema_decay": 0.9, "gradient_accumulation_steps": parts,
+            "bf16": where == "bfloat16", "eval_every": 2, "save_total_limit": 0, "log_every": 1,
+            "learning_rate": 1e-2, "warmup_steps": 0,
+        }  # fmt: skip
+        train(name, card, on_event, **options | more)
+        return tmp_path / name
+
+    straight = run("straight")
+    with pytest.raises(KeyboardInterrupt):
+        run("run", stop)
+    assert everything(run("run", resume=True)) == everything(straight)
+    for step in (3, 6, 8):
+        weights = load_file(straight / f"checkpoint-{step}" / "model.safetensors")
+        assert not any((x.view(np.uint32) & 0xFFFF).any() for x in weights.values())
+    averages = load_file(straight / "checkpoint-8" / "optimizer.safetensors")
+    assert all((averages[f"ema.{name}"].view(np.uint32) & 0xFFFF).any() for name in weights)
+    quiet = run("quiet", eval_every=0)
+    assert (
+        everything(quiet)["checkpoint-8/model.safetensors"]
+        == everything(straight)["checkpoint-8/model.safetensors"]
+    )
+    want = load_file(quiet / "checkpoint-8" / "optimizer.safetensors")
+    for name, value in averages.items():
+        np.testing.assert_array_equal(value, want[name], err_msg=name)
+
+
+def test_rounding_by_chance_follows_the_run_with_masters_and_leaves_frozen_weights(
+    train: Any, tmp_path: Path
+) -> None:
+    rounding = {"optim_args": {"stochastic_rounding": True}}
+    plain = {"learning_rate": 1e-2, "warmup_steps": 0, "max_steps": 30, "log_every": 1}
+    for device, options in {"cpu": {}, "float32": {}, "bfloat16": {"bf16": True}}.items():
+        card = None if device == "cpu" else Card(None, 1 << 20)
+        for name, more in {"plain": {}, "rounded": rounding}.items():
+            train(f"{device}-{name}", card and Card(None, 1 << 20), **plain, **options, **more)
+        one, two = (losses(tmp_path / f"{device}-{name}") for name in ("plain", "rounded"))
+        np.testing.assert_allclose(two, one, rtol=5e-2)
+        assert two[-1] < 0.9 * two[0]
+    base = load_file(tmp_path / "cpu-plain" / "model.safetensors")
+    for device in ("cpu", "gpu"):
+        card = None if device == "cpu" else Card(None, 1 << 20)
+        options = {
+            "init_from": str(tmp_path / "cpu-plain"),
+            "model": {},
+            "max_steps": 3,
+            "bf16": device == "gpu",
+        }
+        train(f"{device}-frozen", card, **rounding, freeze=["*.mlp.*"], **options)
+        got = load_file(tmp_path / f"{device}-frozen" / "model.safetensors")
+        for name, value in got.items():
+            frozen = ".mlp." in name
+            assert (value == base[name]).all() == frozen, name
+            assert (value.view(np.uint32) & 0xFFFF).any() == frozen, name
 
 
 # ---- One update ahead -----------------------------------------------------------------------------------------------

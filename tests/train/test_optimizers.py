@@ -241,6 +241,9 @@ def test_a_gpu_has_kernels_for_every_update(name: str) -> None:
         ("adafactor", {"decay_rate": 0.8}, "decay_rate"),
         ("lion", {"beta1": float("nan")}, "beta1"),
         ("sgd", {"weight_decay": 0.1}, "no argument 'weight_decay'"),
+        ("adamw", {"stochastic_rounding": 1}, "stochastic_rounding of the optimizer must be true or false"),
+        ("lion", {"stochastic_rounding": True}, "lion has no argument 'stochastic_rounding'"),
+        ("muon", {"stochastic_rounding": True}, "muon has no stochastic_rounding; use adamw"),
     ],
 )
 def test_what_is_refused(name: str, arguments: dict[str, Any], word: str) -> None:

@@ -122,12 +122,13 @@ def test_two_and_four_processes_give_the_same_bits(text: Path, tmp_path: Path, o
             assert (folders[n] / last / file).read_bytes() == (folders[1] / last / file).read_bytes()
 
 
-@pytest.mark.parametrize("optim", ["muon", "adafactor"])
-def test_optimizers_of_whole_matrices_and_averages_are_shared_out(
+@pytest.mark.parametrize("optim", ["muon", "adafactor", "adamw"])
+def test_optimizers_of_whole_matrices_averages_and_rounding_by_chance_are_shared_out(
     text: Path, tmp_path: Path, optim: str
 ) -> None:
     folders = {n: tmp_path / f"run-{n}" for n in (1, 2)}
     more = {"optim": optim, "ema_decay": 0.9, "sample_prompts": ["a"], "sample_every": 3}
+    more["optim_args"] = {"stochastic_rounding": True} if optim == "adamw" else {}
     pf.train(pf.TrainConfig(**options(text, folders[1], **more)))
     assert run(2, options(text, folders[2], **more)) == (0, "")
     assert weights(folders[2]) == weights(folders[1])

@@ -19,6 +19,7 @@ use crate::kernels::loss::{self, Gradients, Head, linear_cross_entropy};
 use crate::kernels::matmul::{Fused, matmul};
 use crate::kernels::optimizer::{self, AdamW};
 use crate::kernels::relative::{self, Relative};
+use crate::kernels::rounding::Rounding;
 use crate::kernels::{cache, cast, elementwise, norm, positions, rows};
 use crate::memory::{Block, Form, PerWorker, State, Store};
 use crate::real::Real;
@@ -528,9 +529,13 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn keep(&self, spec: &DropoutSpec, operand: usize) -> Keep {
+    fn rng(&self, operand: usize) -> [i32; 4] {
         let rng = self.ints(operand);
-        Keep::new(spec, [rng[0], rng[1], rng[2], rng[3]])
+        [rng[0], rng[1], rng[2], rng[3]]
+    }
+
+    fn keep(&self, spec: &DropoutSpec, operand: usize) -> Keep {
+        Keep::new(spec, self.rng(operand))
     }
 
     fn mask<T>(&self, spec: &AttentionSpec, fixed: usize) -> Mask<'a, T> {
@@ -784,7 +789,7 @@ impl<'a> Run<'a> {
                 let factor = (max_norm / (self.scalar::<T>(0) + 1e-6)).min(1.0);
                 elementwise::fill::<T>(pool, factor, self.y(0));
             }
-            Op::AdamW { beta1, beta2, eps, weight_decay } => {
+            Op::AdamW { beta1, beta2, eps, weight_decay, rounding } => {
                 let h = AdamW {
                     beta1: *beta1,
                     beta2: *beta2,
@@ -793,6 +798,7 @@ impl<'a> Run<'a> {
                     clip: self.scalar::<T>(4),
                     lr: self.scalar::<T>(5),
                     step: self.ints(6)[0],
+                    rounding: rounding.map(|stream| Rounding::new(stream, self.rng(7))),
                 };
                 let y = [self.y(0), self.y(1), self.y(2)];
                 optimizer::adamw::<T>(pool, h, [self.x(0), self.x(1), self.x(2), self.x(3)], y);

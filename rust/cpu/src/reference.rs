@@ -10,6 +10,7 @@ use pyrformer_graph::{Binary, DType, Graph, Op, Shape, Unary};
 
 use crate::kernels::cast::round_bf16;
 use crate::kernels::dropout::Keep;
+use crate::kernels::rounding::Rounding;
 
 /// A tensor in plain memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -325,7 +326,7 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
             one(vec![ins.iter().map(|g| g.1.floats().iter().map(|x| x * x).sum::<f64>()).sum::<f64>().sqrt()])
         }
         Op::ClipFactor { max_norm } => one(vec![(max_norm / (f(0)[0] + 1e-6)).min(1.0)]),
-        Op::AdamW { beta1, beta2, eps, weight_decay } => {
+        Op::AdamW { beta1, beta2, eps, weight_decay, rounding } => {
             let (clip, lr, step) = (f(4)[0], f(5)[0], n(6)[0]);
             let (mut p, mut m, mut v) = (f(0).to_vec(), f(2).to_vec(), f(3).to_vec());
             for i in 0..p.len() {
@@ -336,7 +337,10 @@ fn apply(op: &Op, ins: &[(&Shape, &Tensor)], outs: &[&Shape]) -> Vec<Tensor> {
                 let (mh, vh) = (m[i] / (1.0 - beta1.powi(step)), v[i] / (1.0 - beta2.powi(step)));
                 p[i] -= lr * mh / (vh.sqrt() + eps);
             }
-            let copy = (ins.len() == 8).then(|| Tensor::Float(p.clone()));
+            if let Some(stream) = rounding {
+                Rounding::new(*stream, [n(7)[0], n(7)[1], n(7)[2], n(7)[3]]).apply(&mut p, 0);
+            }
+            let copy = (ins.len() == 8 + usize::from(rounding.is_some())).then(|| Tensor::Float(p.clone()));
             [Tensor::Float(p), Tensor::Float(m), Tensor::Float(v)].into_iter().chain(copy).collect()
         }
     }

@@ -186,7 +186,7 @@ const FILES: &[File] = &[
         name: "optimizer",
         text: include_str!("../../../cuda/optimizer.cu"),
         only: "",
-        kernels: &[(ALL, &["adamw_forward"])],
+        kernels: &[(ALL, &["adamw_forward", "adamw_rounded_forward"])],
     },
     File {
         name: "positions",

@@ -109,7 +109,10 @@ impl Target for Cuda {
 /// none touches what another writes.
 pub(crate) fn together(steps: &[Step]) -> usize {
     let shared = |step: &Step| match step.op {
-        Op::AdamW { beta1, beta2, eps, .. } => Some(([beta1, beta2, eps], step.inputs[4..7].to_vec())),
+        Op::AdamW { beta1, beta2, eps, rounding, .. } => {
+            let scalars = &step.inputs[4..7 + usize::from(rounding.is_some())];
+            Some(([beta1, beta2, eps], scalars.to_vec()))
+        }
         _ => None,
     };
     let Some(first) = shared(&steps[0]) else { return 1 };
@@ -435,7 +438,10 @@ impl Recorder<'_> {
                 let args = args![self.x(0), self.y(0), *max_norm];
                 self.launch("clip_factor_forward_f32", [1; 3], [1; 3], args);
             }
-            Op::AdamW { beta1, beta2, eps, .. } => self.adamw(*beta1, *beta2, *eps),
+            Op::AdamW { beta1, beta2, eps, rounding, .. } => {
+                let rng = rounding.map(|_| self.x(7));
+                self.adamw(*beta1, *beta2, *eps, rng);
+            }
             _ => return Err("it has no kernel".to_owned()),
         }
         Ok(())
@@ -646,23 +652,27 @@ impl Recorder<'_> {
         Ok(())
     }
 
-    /// The updates of all steps.
-    fn adamw(&mut self, beta1: f64, beta2: f64, eps: f64) {
-        let (mut table, mut blocks, mut copies) = (Vec::new(), Vec::new(), DType::F32);
+    /// The updates of all steps; with `rng`, new weights are rounded by chance.
+    fn adamw(&mut self, beta1: f64, beta2: f64, eps: f64, rng: Option<Matrix>) {
+        let (mut table, mut blocks, mut stored) = (Vec::new(), Vec::new(), DType::F32);
         for step in self.steps {
-            let Op::AdamW { weight_decay, .. } = step.op else { continue };
+            let Op::AdamW { weight_decay, rounding, .. } = step.op else { continue };
             let [p, g, m, v] = flat([0, 1, 2, 3].map(|i| Matrix::of(&step.inputs[i])));
             let made = |i: usize| step.outputs.get(i).map(Matrix::of);
-            copies = made(3).map_or(copies, |copy| copy.dtype);
+            let half = made(3).map_or(p.dtype, |copy| copy.dtype);
+            stored = if half.is_half() { half } else { stored };
             table.extend(args![p, g, m, v, made(0), made(1), made(2), made(3)]);
-            table.extend(args![p.rows, p.cols, g.ld, weight_decay]);
+            let (stream, narrow) = (rounding.unwrap_or(0), p.dtype == DType::Bf16);
+            table.extend(args![p.rows, p.cols, g.ld, weight_decay, stream, narrow]);
             blocks.push((p.rows * p.cols.div_ceil(4)).div_ceil(UPDATE_GROUPS));
         }
         let first = first_blocks(blocks);
         let count = self.steps.len();
         let mut args = args![Arg::Table(table), numbers(&first), count, self.x(4), self.x(5), self.x(6)];
+        args.extend(rng.map(Arg::from));
         args.extend(args![beta1, beta2, 1.0 - beta1, 1.0 - beta2, beta1.ln(), beta2.ln(), eps, self.halt()]);
-        let kernel = format!("adamw_forward_{}", suffix(copies));
+        let kind = if rng.is_some() { "adamw_rounded" } else { "adamw" };
+        let kernel = format!("{kind}_forward_{}", suffix(stored));
         self.launch(kernel, [first[count], 1, 1], [256, 1, 1], args);
     }
 }

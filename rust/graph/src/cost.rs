@@ -62,7 +62,7 @@ pub fn cost(op: &Op, inputs: &[&TensorType], outputs: &[&TensorType]) -> Cost {
         Op::Gather => 2 * bytes(outputs) + inputs[1].bytes() as u64,
         Op::CacheWrite => 2 * inputs[1].bytes() as u64,
         // The old copy is not read.
-        Op::AdamW { .. } if inputs.len() == 8 => moved - inputs[7].bytes() as u64,
+        Op::AdamW { .. } if outputs.len() == 4 => moved - outputs[3].bytes() as u64,
         Op::ScatterAdd { .. } if inputs.len() == 3 => 3 * inputs[0].bytes() as u64,
         _ => moved,
     };

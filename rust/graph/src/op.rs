@@ -403,9 +403,9 @@ pub enum Op {
         /// The bound on the global norm.
         max_norm: f64,
     },
-    /// `p, g, m, v, clip [], lr [], step i32[], (copy) → p, m, v, (copy)`; step counts from 1; the copy is the new p in
-    /// bf16 or f16, whatever the old one is. Source: Loshchilov and Hutter 2019, algorithm 2, in torch.optim.AdamW's order (decay
-    /// by lr·weight_decay first).
+    /// `p, g, m, v, clip [], lr [], step i32[], (rng i32[4]), (copy) → p, m, v, (copy)`; step counts from 1; the copy is the
+    /// new p in bf16 or f16, whatever the old one is. Source: Loshchilov and Hutter 2019, algorithm 2, in torch.optim.AdamW's
+    /// order (decay by lr·weight_decay first).
     #[serde(rename = "adamw")]
     AdamW {
         /// Decay of the first moment.
@@ -416,6 +416,11 @@ pub enum Op {
         eps: f64,
         /// Decoupled weight decay.
         weight_decay: f64,
+        /// The new p is rounded by chance to a value of bf16, as which p may be kept then: 16 random bits, a pure function
+        /// of (rng, this stream, element), are added below the bits that stay. Source: Zamirai et al. 2020, "Revisiting
+        /// BFloat16 Training", section 4.1.
+        #[serde(default)]
+        rounding: Option<u32>,
     },
 }
 
@@ -496,7 +501,9 @@ impl Op {
             Self::MatMul { epilogue: e, .. } if e.residual && e.act.is_none() && e.act_grad.is_none() => {
                 vec![(2 + usize::from(e.bias), 0)]
             }
-            Self::AdamW { .. } => vec![(0, 0), (2, 1), (3, 2), (7, 3)],
+            Self::AdamW { rounding, .. } => {
+                vec![(0, 0), (2, 1), (3, 2), (7 + usize::from(rounding.is_some()), 3)]
+            }
             _ => vec![],
         }
     }
@@ -880,15 +887,19 @@ impl Check<'_> {
                 self.require(is(0, &[]), "norm []")?;
                 Ok(vec![like(0)])
             }
-            Op::AdamW { .. } => {
-                self.count(7, 8)?;
-                self.dtypes(&[0, 1, 2, 3, 4, 5], &[6])?;
-                let fits = (1..4).chain(7..all.len()).all(|i| self.shape(i) == self.shape(0))
-                    && (4..7).all(|i| is(i, &[]));
-                self.require(fits, "p, g, m, v, copy of one shape, clip [], lr [], step i32[]")?;
-                let half = self.operands.get(7).map_or(DType::Bf16, |copy| copy.dtype);
+            Op::AdamW { rounding, .. } => {
+                let copy = 7 + usize::from(rounding.is_some());
+                self.count(copy, copy + 1)?;
+                let floats = if self.operands[0].dtype == DType::Bf16 && rounding.is_some() { 1 } else { 0 };
+                self.dtypes(&all[floats..6], &all[6..copy])?;
+                let fits = (1..4).chain(copy..all.len()).all(|i| self.shape(i) == self.shape(0))
+                    && (4..7).all(|i| is(i, &[]))
+                    && (7..copy).all(|i| is(i, &[4]));
+                let expected = "p, g, m, v, copy of one shape, clip [], lr [], step i32[], rng i32[4]";
+                self.require(fits, expected)?;
+                let half = self.operands.get(copy).map_or(DType::Bf16, |copy| copy.dtype);
                 self.require(half.is_half(), "a copy in bf16 or f16")?;
-                Ok([0, 2, 3].into_iter().chain(7..all.len()).map(like).collect())
+                Ok([0, 2, 3].into_iter().chain(copy..all.len()).map(like).collect())
             }
         }
     }

@@ -95,8 +95,9 @@ fn attributes(op: &Op) -> Vec<String> {
         }
         Op::Best { count } => out.push(count.to_string()),
         Op::ClipFactor { max_norm } => out.push(format!("max_norm={max_norm}")),
-        Op::AdamW { beta1, beta2, eps, weight_decay } => {
+        Op::AdamW { beta1, beta2, eps, weight_decay, rounding } => {
             out.push(format!("betas={beta1}/{beta2}, eps={eps:e}, weight_decay={weight_decay}"));
+            out.extend(rounding.map(|stream| format!("rounding={stream}")));
         }
         Op::Reshape
         | Op::Concat

@@ -320,7 +320,7 @@ fn adamw_writes_the_copy_that_products_read() {
     let grad = gradients(&mut g, loss, &[w]).unwrap()[0];
     let [clip, lr] = ["clip", "lr"].map(|n| g.input(n, f32(&[])).unwrap());
     let step = g.input("step", TensorType::new(DType::I32, [])).unwrap();
-    let op = Op::AdamW { beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0 };
+    let op = Op::AdamW { beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, rounding: None };
     let new = g.add(op, &[w, grad, m, v, clip, lr, step]).unwrap();
     for (state, value) in [w, m, v].into_iter().zip(new) {
         g.update(state, value).unwrap();
@@ -343,5 +343,54 @@ fn adamw_writes_the_copy_that_products_read() {
         assert_eq!(spaces, [0, 2, 3, 1].map(Space::State));
         assert_eq!(adamw.cost.bytes, 16 * (7 * 4 + 2) + 12);
         assert!(p.steps.iter().all(|s| s.op != Op::Copy));
+    }
+}
+
+#[test]
+fn a_weight_that_is_rounded_by_chance_is_kept_in_bfloat16_alone() {
+    let mut g = Graph::new();
+    let x = g.input("x", f32(&[6, 4])).unwrap();
+    let rng = g.input("rng", TensorType::new(DType::I32, [4])).unwrap();
+    let [clip, lr] = ["clip", "lr"].map(|n| g.input(n, f32(&[])).unwrap());
+    let step = g.input("step", TensorType::new(DType::I32, [])).unwrap();
+    // One that a product reads, one that a norm reads, and a matrix and a vector that are updated only.
+    let shapes = [("w", vec![4, 4]), ("norm", vec![4]), ("table", vec![5, 4]), ("bias", vec![4])];
+    let weights: Vec<_> = shapes.iter().map(|(n, dims)| g.state(n, f32(dims)).unwrap()).collect();
+    let y = g.add1(matmul(true), &[x, weights[0]]).unwrap();
+    let y = g.add(Op::LayerNorm { eps: 1e-5, center: false }, &[y, weights[1]]).unwrap()[0];
+    let loss = g.add_as(Op::SumTo, &[y], f32(&[])).unwrap();
+    let grads = gradients(&mut g, loss, &weights[..2]).unwrap();
+    let average = g.state("average", f32(&[4, 4])).unwrap();
+    for (i, (name, dims)) in shapes.iter().enumerate() {
+        let ty = f32(dims);
+        let [m, v] = ["m", "v"].map(|kind| g.state(&format!("{kind}.{name}"), ty.clone()).unwrap());
+        let grad = if i < 2 { grads[i] } else { g.input(&format!("g.{name}"), ty).unwrap() };
+        let op = Op::AdamW { beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, rounding: Some(i as u32) };
+        let new = g.add(op, &[weights[i], grad, m, v, clip, lr, step, rng]).unwrap();
+        for (state, value) in [weights[i], m, v].into_iter().zip(&new) {
+            g.update(state, *value).unwrap();
+        }
+        if i == 0 {
+            let mean = g.add1(Op::Binary(Binary::Add), &[average, new[0]]).unwrap();
+            g.update(average, mean).unwrap();
+        }
+    }
+    g.output("loss", loss).unwrap();
+    let g = passes::narrow(&passes::optimise(&g).unwrap(), DType::Bf16).unwrap();
+    verify(&g).unwrap();
+    let p = lower(&g, &NoScratch).unwrap();
+    let dtype = |name: &str| p.states.iter().find(|s| s.name == name).map(|s| s.ty.dtype);
+    for (name, wanted) in
+        [("w", DType::Bf16), ("table", DType::Bf16), ("norm", DType::F32), ("bias", DType::F32)]
+    {
+        assert_eq!(dtype(name), Some(wanted), "{name}");
+        assert_eq!(dtype(&format!("{name}@bf16")), None, "{name}");
+        assert_eq!(dtype(&format!("m.{name}")), Some(DType::F32), "{name}");
+    }
+    assert_eq!(dtype("average"), Some(DType::F32));
+    assert!(p.steps.iter().all(|s| s.op != Op::Copy));
+    // Each updates its weight where it is.
+    for s in p.steps.iter().filter(|s| matches!(s.op, Op::AdamW { .. })) {
+        assert_eq!(s.inputs[0], s.outputs[0]);
     }
 }

@@ -450,43 +450,53 @@ def clip_factor(device: Device, norm: Buffer, max_norm: float) -> Buffer:
 UPDATE_GROUPS = 1024
 
 
+@dataclass(frozen=True)
+class Chance:
+    """How AdamW rounds new weights: the random state, each one's stream, and whether it is stored as bfloat16."""
+
+    rng: Array
+    streams: list[int]
+    narrow: list[bool]
+
+
 def adamw_of_all(
     device: Device, tensors: list[tuple[Array, ...]], clip: float, lr: float, step: int,
     betas: tuple[float, float], eps: float, decays: list[float], layout: Layout = PLAIN, in_place: bool = True,
-    halt: Buffer | None = None, copies: list[str] | None = None,
+    halt: Buffer | None = None, copies: list[str] | None = None, chance: Chance | None = None,
 ) -> list[tuple[Array, ...]]:  # fmt: skip
-    """Of each p, g, m, v with its decay: p, m, v after one update, and p in the type of `copies` ("bf16", "f16") if any:
+    """Of each p, g, m, v with its decay: p, m, v after one update, and p in the type of `copies`, "bf16" or "f16":
     those of a launch have one type."""
+    copies = copies or [""] * len(tensors)
     cells: list[Any] = []
     made: list[tuple[Any, ...]] = []
-    for (p, g, m, v), decay, copy in zip(tensors, decays, copies or [""] * len(tensors), strict=True):
-        old = [device.array(z) for z in (p, m, v)]
-        new = old if in_place else [device.empty(p.shape) for _ in range(3)]
+    streams, narrow = (
+        (chance.streams, chance.narrow) if chance else ([0] * len(tensors), [False] * len(tensors))
+    )
+    each = zip(tensors, decays, copies, streams, narrow, strict=True)
+    for (p, g, m, v), decay, copy, stream, small in each:
+        kinds = (HALVES["bf16"] if small else f32, f32, f32)
+        values = (narrowed(p, kinds[0]) if small else p, m, v)
+        old = [device.array(z, kind) for z, kind in zip(values, kinds, strict=True)]
+        new = old if in_place else [device.empty(p.shape, kind) for kind in kinds]
         gs = upload(device, g, layout)
-        narrow = device.empty(p.shape, HALVES[copy]) if copy else None
-        cells += [
-            old[0],
-            gs.at,
-            old[1],
-            old[2],
-            *new,
-            narrow,
-            i32(p.shape[0]),
-            i32(p.shape[1]),
-            ld(gs),
-            f32(decay),
-        ]
-        made.append((*new, narrow))
+        beside = device.empty(p.shape, HALVES[copy]) if copy else None
+        cells += [old[0], gs.at, old[1], old[2], *new, beside, i32(p.shape[0]), i32(p.shape[1]), ld(gs)]
+        cells += [f32(decay), u32(stream), i32(small)]
+        made.append((*new, *([beside] if copy else [])))
     first = first_blocks([ceil_div(p.shape[0] * ceil_div(p.shape[1], 4), UPDATE_GROUPS) for p, *_ in tensors])
-    tables = table(device, cells), table(device, first), i32(len(tensors))
-    scalars = device.array([clip]), device.array([lr]), device.array([step], i32)
-    hyper = map(f32, (*betas, 1 - betas[0], 1 - betas[1], np.log(betas[0]), np.log(betas[1]), eps))
-    kind = next(filter(None, copies or []), "f32")
-    device.launch(f"adamw_forward_{kind}", int(first[-1]), 256, *tables, *scalars, *hyper, halt)
-    return [
-        (*map(device.read, new), *([widened(device.read(narrow))] if narrow else []))
-        for *new, narrow in made
-    ]
+    args = [table(device, cells), table(device, first), i32(len(tensors))]
+    args += [device.array([clip]), device.array([lr]), device.array([step], i32)]
+    args += [device.array(chance.rng, i32)] if chance else []
+    args += map(f32, (*betas, 1 - betas[0], 1 - betas[1], np.log(betas[0]), np.log(betas[1]), eps))
+    kind = "bf16" if any(narrow) else next(filter(None, copies), "f32")
+    kernel = f"adamw_rounded_forward_{kind}" if chance else f"adamw_forward_{kind}"
+    device.launch(kernel, int(first[-1]), 256, *args, halt)
+
+    def read(buffer: Buffer) -> Array:
+        found = device.read(buffer)
+        return found if found.dtype == f32 else widened(found)
+
+    return [tuple(map(read, buffers)) for buffers in made]
 
 
 def adamw(

@@ -25,17 +25,31 @@ def philox(key: tuple[int, int], counter: list[Array]) -> list[Array]:
     return c
 
 
-def keep(rng: Array, stream: int, p: float, elements: int) -> Array:
-    """What each element of a dropout site is multiplied by: 0 or 1 / (1 − p)."""
+def words(rng: Array, stream: int, purpose: int, elements: int) -> Array:
+    """The random words of a site's elements."""
     seed_low, seed_high, step_low, step_high = (int(x) & 0xFFFFFFFF for x in rng)
-    key = seed_low, seed_high ^ ((stream * 0x9E3779B9 + 0xD0D0) & 0xFFFFFFFF)
+    key = seed_low, seed_high ^ ((stream * 0x9E3779B9 + purpose) & 0xFFFFFFFF)
     block = np.arange(-(-elements // 4), dtype=np.uint64)
-    words = philox(
+    found = philox(
         key,
         [block & np.uint64(0xFFFFFFFF), block >> np.uint64(32), np.uint64(step_low), np.uint64(step_high)],
     )
-    unit = (np.stack(words, axis=1).reshape(-1)[:elements] >> np.uint64(8)) / 2.0**24
+    return np.stack(found, axis=1).reshape(-1)[:elements]
+
+
+def keep(rng: Array, stream: int, p: float, elements: int) -> Array:
+    """What each element of a dropout site is multiplied by: 0 or 1 / (1 − p)."""
+    unit = (words(rng, stream, 0xD0D0, elements) >> np.uint64(8)) / 2.0**24
     return np.where(unit < np.float32(p), 0.0, 1.0 / (1.0 - p))
+
+
+def by_chance(x: Array, word: Array) -> Array:
+    """float32 rounded to one of the two values of bfloat16 beside it: up where the upper half of a word and what is cut
+    off together reach the last bit that stays."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    up = (bits & np.uint64(0xFFFF)) + (word >> np.uint64(16)) >= 0x10000
+    rounded = (bits & np.uint64(0xFFFF0000)) + np.where(up, np.uint64(0x10000), np.uint64(0))
+    return np.where(np.isfinite(x), rounded.astype(np.uint32).view(np.float32), x)
 
 
 # ---- Elementwise ----------------------------------------------------------------------------------------------------

@@ -426,8 +426,9 @@ def _chunks(m, x, elements, cols, x_ld, per, f):
 
 
 def table(m: Memory, address: int, count: int, kind: str) -> list[tuple[Any, ...]]:
-    """An array of structs: of each cell a letter, p of a pointer, i of an int, f of a float."""
-    struct = np.dtype([(str(i), {"p": np.uint64, "i": i32, "f": f32}[k]) for i, k in enumerate(kind)])
+    """An array of structs: of each cell a letter, p of a pointer, i of an int, u of an unsigned, f of a float."""
+    types = {"p": np.uint64, "i": i32, "u": np.uint32, "f": f32}
+    struct = np.dtype([(str(i), types[k]) for i, k in enumerate(kind)])
     words = struct.itemsize // 4
     return matrix(m, address, count, words, words, np.uint32).copy().view(struct).reshape(-1).tolist()
 
@@ -466,30 +467,50 @@ def clip_factor_forward(m, grid, norm, y, max_norm):
     matrix(m, y, 1, 1, 0, write=True)[:] = np.minimum(1, max_norm / (matrix(m, norm, 1, 1, 0) + 1e-6))
 
 
+def by_chance(m: Memory, rng: int, stream: int, x: np.ndarray) -> np.ndarray:
+    """Rounded by the words of a stream to values of bfloat16."""
+    from kernels import reference
+
+    words = reference.words(matrix(m, rng, 1, 4, 0, i32)[0], stream, 0xB16F, x.size)
+    return reference.by_chance(x, words.reshape(x.shape))
+
+
 @twin
 def adamw_forward(
     m, grid, tensors, first, count, clip, lr, step, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1,
-    log_beta2, eps, halt,
+    log_beta2, eps, halt, rng=0,
 ):  # fmt: skip
-    rows_of_all = table(m, tensors, count, "ppppppppiiif")
-    check_blocks(m, grid, first, [-(-rows * -(-cols // 4) // 1024) for *_, rows, cols, _, _ in rows_of_all])
+    rows_of_all = table(m, tensors, count, "ppppppppiiifui")
+    check_blocks(
+        m, grid, first, [-(-rows * -(-cols // 4) // 1024) for *_, rows, cols, _, _, _, _ in rows_of_all]
+    )
     if halted(m, halt):
         return
     factor, rate = (float(matrix(m, z, 1, 1, 0)[0, 0]) for z in (clip, lr))
     t = int(matrix(m, step, 1, 1, 0, i32)[0, 0])
     bias1, bias2 = -math.expm1(t * log_beta1), -math.expm1(t * log_beta2)
-    for p, g, one, two, new_p, new_one, new_two, copy, rows, cols, g_ld, decay in rows_of_all:
-        old = [matrix(m, z, rows, cols, cols).astype(float) for z in (p, one, two)]
+    half = m.stored
+    for p, g, one, two, new_p, new_one, new_two, copy, rows, cols, g_ld, decay, stream, narrow in rows_of_all:
+        m.stored = half if narrow else f32
+        old = real(m, p, rows, cols, cols).astype(float)
+        moments = [matrix(m, z, rows, cols, cols).astype(float) for z in (one, two)]
         gs = factor * matrix(m, g, rows, cols, g_ld).astype(float)
-        first_moment = beta1 * old[1] + one_minus_beta1 * gs
-        second_moment = beta2 * old[2] + one_minus_beta2 * gs * gs
-        new = old[0] * (1 - rate * decay) - rate / bias1 * first_moment / (
-            np.sqrt(second_moment / bias2) + eps
-        )
-        for z, value in ((new_p, new), (new_one, first_moment), (new_two, second_moment)):
+        first_moment = beta1 * moments[0] + one_minus_beta1 * gs
+        second_moment = beta2 * moments[1] + one_minus_beta2 * gs * gs
+        new = old * (1 - rate * decay) - rate / bias1 * first_moment / (np.sqrt(second_moment / bias2) + eps)
+        if rng:
+            new = by_chance(m, rng, stream, new.astype(f32))
+        put(m, new_p, rows, cols, cols, new)
+        for z, value in ((new_one, first_moment), (new_two, second_moment)):
             matrix(m, z, rows, cols, cols, write=True)[:] = value
         if copy:
+            m.stored = half
             put(m, copy, rows, cols, cols, new)
+
+
+@twin
+def adamw_rounded_forward(m, grid, tensors, first, count, clip, lr, step, rng, *hyper):
+    adamw_forward(m, grid, tensors, first, count, clip, lr, step, *hyper, rng=rng)
 
 
 # ---- Positions ------------------------------------------------------------------------------------------------------

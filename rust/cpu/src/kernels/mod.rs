@@ -12,6 +12,7 @@ pub(crate) mod norm;
 pub(crate) mod optimizer;
 pub(crate) mod positions;
 pub(crate) mod relative;
+pub mod rounding;
 pub(crate) mod rows;
 
 use crate::threads::Pool;

@@ -1,6 +1,7 @@
 //! The update: global gradient norm, clipping, AdamW.
 
 use crate::kernels::elementwise::in_place;
+use crate::kernels::rounding::Rounding;
 use crate::kernels::{for_rows, rows_per_task};
 use crate::real::Real;
 use crate::simd::sum_sq;
@@ -70,6 +71,8 @@ pub(crate) struct AdamW {
     pub(crate) lr: f64,
     /// Counts from 1.
     pub(crate) step: i32,
+    /// How new values are rounded, if they are.
+    pub(crate) rounding: Option<Rounding>,
 }
 
 simd_fn! {
@@ -104,5 +107,8 @@ pub(crate) fn adamw<T: Real>(
         in_place(&m, r, nm);
         in_place(&v, r, nv);
         adamw_row(h, g.row(r), np, nm, nv);
+        if let Some(rounding) = h.rounding {
+            rounding.apply(np, (r * p.cols) as u64);
+        }
     });
 }

@@ -5,7 +5,8 @@
 //!
 //! A weight that a program only multiplies by, or takes rows of, is a state in the narrow type, and so is a cache of keys or
 //! values. A weight that AdamW updates has such a state beside it, with `@bf16` or `@f16` behind its name, which AdamW
-//! writes along with it. Others are cast when they are first read.
+//! writes along with it; in bfloat16, where AdamW rounds by chance, the weight is such a state itself. Others are cast when
+//! they are first read.
 //!
 //! The pass comes last: rules of derivatives and fusion are those of one type.
 
@@ -201,8 +202,37 @@ fn kept_twice(graph: &Graph, half: DType) -> HashMap<NodeId, ValueId> {
         .collect()
 }
 
+/// The states that AdamW rounds by chance and that are otherwise only cast, or read by rows, by the node that does. Of
+/// those that a program only updates, matrices: what other programs multiply by, or take rows of.
+fn rounded(graph: &Graph, half: DType) -> HashMap<NodeId, ValueId> {
+    let by_chance = |&(state, v): &(ValueId, ValueId)| {
+        let id = graph.value(v).node;
+        let node = graph.node(id);
+        let rounds = half == DType::Bf16
+            && matches!(node.op, Op::AdamW { rounding: Some(_), .. })
+            && graph.value(v).slot == 0;
+        let reads = |n: &&Node| n.inputs.contains(&state);
+        let mut readers = graph.nodes().iter().filter(reads).filter(|n| !std::ptr::eq(*n, node)).peekable();
+        let suits = readers.peek().is_some() || graph.ty(state).shape.rank() > 1;
+        let fits = suits && readers.all(|n| reads_narrow(graph, n, state, half));
+        let given = graph.outputs().iter().any(|(_, x)| [state, v].contains(x));
+        let alone = node.inputs.iter().position(|x| *x == state) == Some(0);
+        (rounds && alone && fits && !given && graph.ty(state).dtype == DType::F32).then_some((id, state))
+    };
+    graph.updates().iter().filter_map(by_chance).collect()
+}
+
+/// Whether an operation does nothing with a state but what can be done with it in `half`.
+fn reads_narrow(graph: &Graph, node: &Node, state: ValueId, half: DType) -> bool {
+    node.inputs.iter().enumerate().filter(|(_, v)| **v == state).all(|(i, _)| match node.op {
+        Op::Cast(_) => true,
+        Op::Gather => i == 0 && graph.ty(node.outputs[0]).dtype == half,
+        _ => false,
+    })
+}
+
 /// Makes states in `half` of those that are not updated and only cast, or read by rows that are, and beside those that
-/// AdamW updates.
+/// AdamW updates, or in their place.
 fn store(graph: &Graph, half: DType) -> Result<Graph> {
     let mut narrow = vec![false; graph.value_count()];
     for node in graph.nodes().iter().filter(|n| matches!(n.op, Op::State { .. })) {
@@ -210,20 +240,24 @@ fn store(graph: &Graph, half: DType) -> Result<Graph> {
         narrow[v.0 as usize] = graph.ty(v).dtype == DType::F32 && graph.updates().iter().all(|u| u.0 != v);
     }
     for node in graph.nodes() {
-        for (i, v) in node.inputs.iter().enumerate() {
-            let cast = match node.op {
-                Op::Cast(_) => true,
-                Op::Gather => i == 0 && graph.ty(node.outputs[0]).dtype == half,
-                _ => false,
-            };
-            narrow[v.0 as usize] &= cast;
+        for v in &node.inputs {
+            narrow[v.0 as usize] &= reads_narrow(graph, node, *v, half);
         }
     }
     graph.ends().for_each(|v| narrow[v.0 as usize] = false);
-    let twice = kept_twice(graph, half);
+    let once = rounded(graph, half);
+    let mut twice = kept_twice(graph, half);
+    twice.retain(|id, _| !once.contains_key(id));
+    let is_once = |v: ValueId| once.values().any(|&state| state == v);
     let mut copies: HashMap<ValueId, ValueId> = HashMap::new();
     let mut updates = Vec::new();
+    let mut casts = Casts { half, known: HashMap::new() };
     let mut stored = graph.rewrite(|rw, id, node| match &node.op {
+        Op::State { name } if is_once(node.outputs[0]) => {
+            let shape = graph.ty(node.outputs[0]).shape.clone();
+            Ok(Some(vec![rw.to.state(name, TensorType::new(half, shape))?]))
+        }
+        Op::Cast(_) if is_once(node.inputs[0]) => Ok(Some(vec![rw.get(node.inputs[0])?])),
         Op::State { name } if twice.values().any(|&v| v == node.outputs[0]) => {
             let made = rw.copy(node)?;
             let shape = graph.ty(node.outputs[0]).shape.clone();
@@ -245,6 +279,14 @@ fn store(graph: &Graph, half: DType) -> Result<Graph> {
             Ok(Some(vec![rw.to.state(&copy_of(name, half), TensorType::new(half, shape))?]))
         }
         Op::Cast(_) if narrow[node.inputs[0].0 as usize] => Ok(Some(vec![rw.get(node.inputs[0])?])),
+        // Who reads the new value, such as an average, computes in float32.
+        _ if node.inputs.iter().any(|v| once.contains_key(&graph.value(*v).node)) => {
+            let mut operands = rw.operands(node)?;
+            for (x, old) in operands.iter_mut().zip(&node.inputs) {
+                *x = casts.cast(&mut rw.to, *x, graph.ty(*old).dtype)?;
+            }
+            Ok(Some(rw.to.add_all_as(node.op.clone(), &operands, graph.ty(node.outputs[0]))?))
+        }
         _ => Ok(None),
     })?;
     updates.into_iter().try_for_each(|(copy, value)| stored.update(copy, value))?;
