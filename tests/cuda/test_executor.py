@@ -260,13 +260,13 @@ def test_copies_in_16_bits_follow_their_weights(precision: str, rng: np.random.G
     same, text = inputs(cpu, step.plan, rng), inputs(cpu, measure[0].plan, rng)
     losses = []
     for number in range(4):
-        step(**same | {"step": np.array(number + 1, np.int32), "lr": np.array(0.05, np.float32)})
+        step(**same | {"step": np.array(number + 1, np.int32), "lr": np.array(0.03, np.float32)})
         for name, _, _ in cpu.store.types():
             cpu.store.set(name, device.store.get(name))
         losses.append([float(program(**text)["loss"]) for program in measure])
     want, got = np.array(losses).T
-    np.testing.assert_allclose(got, want, rtol=3e-3)
-    assert (np.abs(np.diff(want)) > 1e-2 * want[1:]).all()
+    np.testing.assert_allclose(got, want, rtol=2e-3)
+    assert (np.abs(np.diff(want)) > 6e-3 * want[1:]).all()
     device.store.set("transformer.wte.weight", np.zeros((37, 12), np.float32))
     labels = int((text["labels"] >= 0).sum())
     assert measure[1](**text)["loss"] == pytest.approx(labels * np.log(37), rel=1e-5)
