@@ -29,9 +29,9 @@ PRODUCT_TILE, SMALL_TILE = 128, 64
 
 @dataclass(frozen=True)
 class Work:
-    """One record's work. ``unique``: distinct bytes that it reads or writes; ``sectors``: pieces of 32 bytes that its
-    warps ask of the cache; ``flops``: in float32; ``tensor``: of them on tensor cores; ``passes``: rows of 128 bytes
-    that shared memory delivers; ``blocks``: pieces that run independently of each other."""
+    """One record's work. ``unique``: distinct bytes that it reads, and distinct ones that it writes; ``sectors``: pieces
+    of 32 bytes that its warps ask of the cache; ``flops``: in float32; ``tensor``: of them on tensor cores; ``passes``:
+    rows of 128 bytes that shared memory delivers; ``blocks``: pieces that run independently of each other."""
 
     unique: int
     sectors: int
@@ -80,10 +80,9 @@ def _streams(reads: list[tuple[int, int]], writes: list[tuple[int, int]], flops:
 
 
 def _alike(size: int, rows: int, cols: int, flops: float, *places: Any) -> Work:
-    """Matrices of one shape, read or written once, of which some may be the same memory; null ones are absent."""
-    present = [str(place) for place in places if place]
-    unique = size * rows * cols * len(set(present))
-    return Work(unique, len(present) * _sectors(rows, cols, size), flops * rows * cols)
+    """Matrices of one shape, read or written once; null ones are absent."""
+    present = sum(map(bool, places))
+    return Work(size * present * rows * cols, present * _sectors(rows, cols, size), flops * rows * cols)
 
 
 # ---- Rules: each takes the kernel's own arguments; a pointer is true where there is one -----------------------------
@@ -234,9 +233,7 @@ def layer_norm_backward(
 ) -> Work:  # fmt: skip
     warps, chunks, wide = more[-1], grid[0], _not_held(cols)
     tensors = 3 + bool(residual)
-    # dy may be the memory of the result, and so may the residual.
-    operands = len({str(z) for z in (dy, x, residual, dx) if z})
-    unique = size * operands * rows * cols + WORD * (cols + 2 * rows + 2 * chunks * cols)
+    unique = size * tensors * rows * cols + WORD * (cols + 2 * rows + 2 * chunks * (cols + wide))
     # The weight is read twice; so is what is not held of x and dy, whose sums are read and written with each row.
     again = rows * 2 * (_sectors(1, wide, size) + 2 * _beside(1, wide, size))
     sums = 2 * _sectors(chunks, cols - wide)
@@ -271,7 +268,7 @@ def scatter_add_forward(
     warps = rows * _ceil(size * cols, 512)
     scan = warps * _sectors(1, rows)
     sectors = _sectors(rows, cols, size) + 2 * _beside(touched, cols, size) + scan
-    return Work(size * rows * cols + WORD * (touched * cols + rows), sectors, warps * 512 // size)
+    return Work(size * rows * cols + WORD * (2 * touched * cols + rows), sectors, warps * 512 // size)
 
 
 @_rule
@@ -304,7 +301,7 @@ def cross_entropy_backward(
     *_: Any,
 ) -> Work:
     rows = grid[0]
-    unique = size * rows * classes + WORD * (bool(bias) * classes + 2 * rows + 1)
+    unique = 2 * size * rows * classes + WORD * (bool(bias) * classes + 2 * rows + 1)
     flops = rows * (26 * classes + 26 * THREADS)
     sectors = 3 * _sectors(rows, classes, size) + 2 * bool(bias) * _beside(rows, classes, size) + 25 * rows
     return Work(unique, sectors, flops)
@@ -873,15 +870,14 @@ def product(p: dict[str, Any]) -> Work:
     are taken to be those of large ones, its blocks those of small ones that share out an inner dimension beyond 512."""
     m, n = p["y"]["rows"], p["y"]["cols"]
     k = p["a"]["rows"] if p["ta"] else p["a"]["cols"]
-    # What is added may be the result's own memory.
-    added = p["c"] is not None and p["c"]["place"] != p["y"]["place"]
+    added = p["c"] is not None
     size, made = BYTES[p["a"]["dtype"]], BYTES[p["y"]["dtype"]]
     unique = size * (m * k + k * n) + made * ((1 + added) * m * n + (p["bias"] is not None) * n)
     down, across = _ceil(m, PRODUCT_TILE), _ceil(n, PRODUCT_TILE)
     sectors = (
         _sectors(1, m * k, size) * across
         + _sectors(1, k * n, size) * down
-        + (1 + (p["c"] is not None)) * _sectors(m, n, made)
+        + (1 + added) * _sectors(m, n, made)
     )
     blocks = _ceil(m, SMALL_TILE) * _ceil(n, SMALL_TILE) * max(1, k // 512)
     flops = 2.0 * m * n * k

@@ -87,9 +87,10 @@ def test_rules_say_what_the_kernels_do(
             continue  # of two rows
         said = work.work(record)
         where = f"{kernel} {record['launch']['grid']}: {said}"
-        # Rows that a table is not asked for are in the rule's bytes, threads that leave early in its sectors.
-        lookup = kernel.startswith(("gather", "scatter"))
-        assert found.unique <= said.unique <= (1.5 if lookup else 1) * found.unique, where
+        # Rows that a table is not asked for, or that have no label, are in the rule's bytes, threads that leave early in
+        # its sectors.
+        partly = kernel.startswith(("gather", "scatter", "cross_entropy_backward"))
+        assert found.unique <= said.unique <= (1.5 if partly else 1) * found.unique, where
         assert found.sectors / 1.2 <= said.sectors <= 1.4 * found.sectors + 2, where
         if kernel.startswith("attention"):
             exact = 0.1 if kernel.endswith("_bf16") else 0
@@ -98,7 +99,7 @@ def test_rules_say_what_the_kernels_do(
         elif not kernel.startswith(("dropout", "adamw_rounded")):  # whose integers are counted as FLOPs
             assert found.flops / 2 <= said.flops <= 2 * found.flops, where
         # What memory gives and takes is what the kernel is for: no sectors of which a part is used, but for scalars.
-        assert found.moved <= 1.1 * found.least_moved + 8 * sim.counter.SECTOR, where
+        assert found.moved <= 1.1 * found.unique + 8 * sim.counter.SECTOR, where
 
 
 class Watched(sim.Device):
@@ -276,7 +277,7 @@ def test_a_product_is_counted_with_what_it_adds() -> None:
     assert work.work({"product": narrow}).tensor == 2 * 5 * 7 * 9
     assert work.work({"product": narrow}).unique == 2 * (45 + 63) + 4 * 35
     onto, added = {**p, "c": p["y"]}, {**p, "c": matrix(5, 7, 512), "bias": p["y"]["place"]}
-    assert work.work({"product": onto}).unique == 4 * (45 + 63 + 35)
+    assert work.work({"product": onto}).unique == 4 * (45 + 63 + 70)  # read, and written
     assert work.work({"product": added}).unique == 4 * (45 + 63 + 70 + 7)
 
 

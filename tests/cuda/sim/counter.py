@@ -26,12 +26,7 @@ class Counter:
 
     @property
     def unique(self) -> int:
-        """Distinct bytes of global memory."""
-        return int(self.touched.any(0).sum()) * HALF
-
-    @property
-    def least_moved(self) -> int:
-        """Distinct bytes that are read, and distinct bytes that are written."""
+        """Distinct bytes of global memory that are read, and distinct ones that are written."""
         return int(self.touched.sum()) * HALF
 
     @property
