@@ -29,9 +29,11 @@ PRODUCT_TILE, SMALL_TILE = 128, 64
 
 @dataclass(frozen=True)
 class Work:
-    """One record's work. ``unique``: distinct bytes that it reads, and distinct ones that it writes; ``sectors``: pieces
-    of 32 bytes that its warps ask of the cache; ``flops``: in float32; ``tensor``: of them on tensor cores; ``passes``:
-    rows of 128 bytes that shared memory delivers; ``blocks``: pieces that run independently of each other."""
+    """One record's work.
+
+    ``unique``: distinct bytes that it reads, and distinct ones that it writes; ``sectors``: pieces of 32 bytes that its
+    warps ask of the cache; ``flops``: in float32; ``tensor``: of them on tensor cores; ``passes``: rows of 128 bytes
+    that shared memory delivers; ``blocks``: pieces that run independently of each other."""
 
     unique: int
     sectors: int

@@ -87,8 +87,8 @@ def test_rules_say_what_the_kernels_do(
             continue  # of two rows
         said = work.work(record)
         where = f"{kernel} {record['launch']['grid']}: {said}"
-        # Rows that a table is not asked for, or that have no label, are in the rule's bytes, threads that leave early in
-        # its sectors.
+        # Rows that a table is not asked for, or that have no label, are in the rule's bytes, threads that leave early
+        # in its sectors.
         partly = kernel.startswith(("gather", "scatter", "cross_entropy_backward"))
         assert found.unique <= said.unique <= (1.5 if partly else 1) * found.unique, where
         assert found.sectors / 1.2 <= said.sectors <= 1.4 * found.sectors + 2, where

@@ -166,6 +166,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], list[tuple[tuple, object]]]] = {
     "rem.s32": ("s32", ("s32", "s32"), [((7, 2), 1), ((-7, 2), -1), ((7, -2), 1)]),
     "rem.u32": ("u32", ("u32", "u32"), [((MAX, 10), 5)]),
     "min.s32": ("s32", ("s32", "s32"), [((-1, 2), -1)]),
+    "min.u32": ("u32", ("u32", "u32"), [((MAX, 1), 1), ((2, 3), 2)]),
     "max.s32": ("s32", ("s32", "s32"), [((-1, 2), 2)]),
     "max.relu.s32": ("s32", ("s32", "s32"), [((-5, 3), 3), ((-5, -7), 0)]),
     "abs.s32": ("s32", ("s32",), [((-5,), 5), ((5,), 5), ((-(2**31),), -(2**31))]),
@@ -294,7 +295,7 @@ SPECIAL = {
     "ld.global.nc.v4.u32", "ld.shared.v4.u32", "st.global.v4.u32", "st.shared.v4.u32", "bar.warp.sync",
     "ld.shared.s32", "ld.shared.v2.u32",
     "cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group",
-    "ld.global.v4.u32",
+    "ld.global.v4.u32", "ld.global.u64", "ld.global.nc.u64", "ld.global.v2.u32",
     *(f"{load}.{v}{kind}" for load in ("ld.global", "ld.global.nc", "st.global", "ld.shared", "st.shared")
       for v in ("", "v2.", "v4.") for kind in ("b16", "u16")),
 }  # fmt: skip
@@ -339,6 +340,18 @@ def test_halves_of_64_bits():
     """
     got = run(body, 1, [np.array([0x1122334455667788], np.uint64)], ((3,), np.uint64))
     assert got.tolist() == [0x5566778811223344, 0x1122334455667788, 0x1122334411223344]
+
+
+@pytest.mark.parametrize("load", ["ld.global", "ld.global.nc"])
+def test_pointers_and_sizes_out_of_a_table(load):
+    body = f"""
+    {load}.u64 %rd20, [%rd0+8];
+    {load}.v2.u32 {{%r1, %r2}}, [%rd0];
+    st.global.v2.b64 [%rd1], {{%rd20, %rd20}};
+    st.global.v2.u32 [%rd1+16], {{%r2, %r1}};
+    """
+    got = run(body, 1, [np.array([7 << 32 | 5, 0x1122334455667788], np.uint64)], ((3,), np.uint64))
+    assert got.tolist() == [0x1122334455667788, 0x1122334455667788, 5 << 32 | 7]
 
 
 def test_halves_of_32_bits():
