@@ -53,9 +53,9 @@ ELSEWHERE := work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; cd "$$work"
 PYTEST := $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
 
 .PHONY: test-python
-test-python: $(READY) ## Python tests only, against what is installed
+test-python: $(READY) ## Python tests only, on all cores, against what is installed
 	$(ELSEWHERE); $(BIN)/python -m mypy.stubtest pyrformer._core
-	$(ELSEWHERE); $(PYTEST) $(CURDIR)/tests
+	$(ELSEWHERE); $(PYTEST) -n auto $(CURDIR)/tests
 
 .PHONY: fuzz
 fuzz: $(READY) ## A million damaged files; tokenizers against the `tokenizers` library on 120,000 generated strings
