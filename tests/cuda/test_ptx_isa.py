@@ -295,7 +295,8 @@ SPECIAL = {
     "ld.global.nc.v4.u32", "ld.shared.v4.u32", "st.global.v4.u32", "st.shared.v4.u32", "bar.warp.sync",
     "ld.shared.s32", "ld.shared.v2.u32",
     "cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group",
-    "ld.global.v4.u32", "ld.global.u64", "ld.global.nc.u64", "ld.global.v2.u32",
+    "ld.global.v4.u32",
+    *(f"{load}.{kind}" for load in ("ld.global", "ld.global.nc") for kind in ("u64", "b64", "v2.u32", "v2.b32")),
     *(f"{load}.{v}{kind}" for load in ("ld.global", "ld.global.nc", "st.global", "ld.shared", "st.shared")
       for v in ("", "v2.", "v4.") for kind in ("b16", "u16")),
 }  # fmt: skip
@@ -343,10 +344,11 @@ def test_halves_of_64_bits():
 
 
 @pytest.mark.parametrize("load", ["ld.global", "ld.global.nc"])
-def test_pointers_and_sizes_out_of_a_table(load):
+@pytest.mark.parametrize("kind", ["u", "b"])
+def test_pointers_and_sizes_out_of_a_table(load, kind):
     body = f"""
-    {load}.u64 %rd20, [%rd0+8];
-    {load}.v2.u32 {{%r1, %r2}}, [%rd0];
+    {load}.{kind}64 %rd20, [%rd0+8];
+    {load}.v2.{kind}32 {{%r1, %r2}}, [%rd0];
     st.global.v2.b64 [%rd1], {{%rd20, %rd20}};
     st.global.v2.u32 [%rd1+16], {{%r2, %r1}};
     """
