@@ -60,6 +60,18 @@ def begin_get(store: AnyStore, names: Sequence[str]) -> Callable[[], dict[str, A
     return store.begin_get(names)
 
 
+def check_device(device: str, precision: str) -> None:
+    """Finds at once what keeps a device from being used, before anything else is done for it.
+
+    Raises:
+        DeviceError: as :func:`open_store`.
+    """
+    if device == "cuda":
+        from pyrformer.executors import cuda
+
+        cuda.require(precision)
+
+
 def open_store(device: str, *, precision: str = "float32") -> AnyStore:
     """An empty store on a device; one that computes in ``precision`` (on the CPU it changes nothing).
 

@@ -86,6 +86,20 @@ def describe() -> dict[str, Any]:
     }
 
 
+def require(precision: str) -> dict[str, Any]:
+    """What :func:`describe` finds, where that computes in ``precision``.
+
+    Raises:
+        DeviceError: CUDA, or this precision, cannot be used here; the message says what is missing.
+    """
+    found = describe()
+    if precision == "bfloat16" and found["capability"] < BF16:
+        raise DeviceError(
+            f"[cuda] {found['device']} ({found['arch']}) has no bfloat16; use float16 (--fp16), or float32"
+        )
+    return found
+
+
 def compiler() -> Any:
     """CuPy's NVRTC.
 
@@ -153,13 +167,9 @@ class CudaDevice:
         """With ``general``, without the kernels that are for this device's architecture alone.
 
         Raises:
-            DeviceError: CUDA, or this precision, cannot be used here; the message says what is missing.
+            DeviceError: as :func:`require`.
         """
-        found = describe()
-        if precision == "bfloat16" and found["capability"] < BF16:
-            raise DeviceError(
-                f"[cuda] {found['device']} ({found['arch']}) has no bfloat16; use float16 (--fp16), or float32"
-            )
+        found = require(precision)
         self.cupy = _import()
         self.runtime = self.cupy.cuda.runtime
         self.pool = self.cupy.cuda.MemoryPool()

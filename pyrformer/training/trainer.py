@@ -31,6 +31,7 @@ from pyrformer.batch import Batch
 from pyrformer.checkpoint import CONFIG, read_json, write_json
 from pyrformer.doctor import environment
 from pyrformer.errors import ConfigError, DeviceError, Error, FileError, NonFiniteError, Stopped
+from pyrformer.executors import check_device
 from pyrformer.fields import checked
 from pyrformer.model import Model
 from pyrformer.models import build
@@ -141,6 +142,7 @@ class Trainer:
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(self.folder, config.save_total_limit)
         self.start = share(comm, lambda: first_step(config, self.checkpoints, self._note))
+        check_device(config.device, config.precision)
         if not self.start:
             check_model(config)
         before = self.checkpoints.path(self.start) if self.start else None

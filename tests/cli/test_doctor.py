@@ -235,6 +235,12 @@ def test_asking_for_a_missing_device_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("pyrformer: error: [cuda] ")
     assert len(done.stderr.splitlines()) == 1
+    (tmp_path / "t.txt").write_text("one or two words, over and over. " * 20)
+    done = run("train", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r"), "--device", "cuda")
+    assert done.returncode == 2
+    assert done.stderr.startswith("pyrformer: error: [cuda] ")  # and before the text was read
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "r").exists()
     with pytest.raises(ValueError, match="device must be one of"):
         pf.load(tmp_path / "m", device="tpu")
     assert np.isfinite(pf.load(tmp_path / "m")(np.array([[1]])).logits).all()

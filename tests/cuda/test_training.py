@@ -53,6 +53,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(name: str, card: Card | None = None, on_event: Any = None, **options: Any) -> pf.Run:
         monkeypatch.setattr(cuda, "CudaDevice", lambda **_: card)
+        monkeypatch.setattr(cuda, "require", lambda _: {})
         config: dict[str, Any] = {
             "files": [str(text)], "out": str(tmp_path / name), "tokenizer": {"kind": "char"}, "max_steps": 8,
             "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}, "batch_size": 2, "seq_len": 8,
