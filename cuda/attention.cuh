@@ -1,4 +1,4 @@
-// What attention.cu and attention_mma.cu share: heads, masks.
+// What the files of attention share: heads, masks.
 
 #define TILE 64  // visits of keys and of queries begin at multiples of it
 
