@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from pyrformer import bfloat16
 from pyrformer.errors import ConfigError
-from pyrformer.executors.program import narrowed, widened
 from pyrformer.nn import Parameter, Tensor, Trace
 from pyrformer.nn import functional as F
 
@@ -188,7 +188,9 @@ class AdamW(Optimizer):
         return {"step": step}
 
     def first(self, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return widened(narrowed(value)).astype(value.dtype) if self.stochastic_rounding else value
+        if not self.stochastic_rounding:
+            return value
+        return bfloat16.widened(bfloat16.narrowed(value)).astype(value.dtype)
 
 
 @dataclass(frozen=True)

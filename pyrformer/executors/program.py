@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyrformer import _core
+from pyrformer import _core, bfloat16
 from pyrformer.errors import DeviceError, InputError, StateError
 from pyrformer.executors.device import Bytes, Device, Matrix, Memory, Product
 
@@ -139,7 +139,7 @@ class Store:
         with self.lock:
             has = self._states.get(name)
             if has and (has[0], value.dtype.name, value.shape) == ("bfloat16", "float32", has[1]):
-                self.write(has[2], narrowed(value))
+                self.write(has[2], bfloat16.narrowed(value))
             else:
                 self.write(self.state(name, value.dtype.name, value.shape, written=True), value)
             self.changed([name])
@@ -197,7 +197,7 @@ class Store:
         def wait() -> dict[str, Array]:
             with self.lock:
                 self.device.synchronize(copied)
-            return {name: widened(copy) for name, copy in copies.items()}
+            return {name: _read(copy) for name, copy in copies.items()}
 
         return wait
 
@@ -271,13 +271,6 @@ class Store:
             self.generation += 1
 
 
-def narrowed(value: Array) -> Array:
-    """The bits of the nearest bfloat16, ties to even; of finite values and infinities."""
-    bits = value.astype(np.float32).view(np.uint32)
-    nearest: Array = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    return nearest.astype(np.uint16)
-
-
 def _table_bytes(records: list[tuple[int, dict[str, Any]]]) -> int:
     """What the tables among the arguments of launches take in memory."""
     arguments = (arg for _, record in records if "launch" in record for arg in record["launch"]["args"])
@@ -286,14 +279,11 @@ def _table_bytes(records: list[tuple[int, dict[str, Any]]]) -> int:
     return sum(-(-size // TABLE) * TABLE for size in sizes)
 
 
-def widened(copy: Array) -> Array:
+def _read(copy: Array) -> Array:
     """A copy of an array; of 16-bit floats, or the bits of bfloat16, their values as float32."""
-    if copy.dtype == np.float16:
-        return copy.astype(np.float32)
-    if copy.dtype != np.uint16:
-        return np.array(copy)
-    wide: Array = (copy.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return wide
+    if copy.dtype == np.uint16:
+        return bfloat16.widened(copy)
+    return copy.astype(np.float32) if copy.dtype == np.float16 else np.array(copy)
 
 
 def _pieces(size: int) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pyrformer import bfloat16
+
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
@@ -142,7 +144,7 @@ def _iq4_xs(raw: Array) -> Floats:
 
 
 def _bf16(raw: Array) -> Floats:
-    return (np.ascontiguousarray(raw).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return bfloat16.widened(np.ascontiguousarray(raw).view(np.uint16))
 
 
 @dataclass(frozen=True)
