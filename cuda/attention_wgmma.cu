@@ -168,6 +168,18 @@ __device__ __forceinline__ void add_weighted(float (&sum)[C][8][4], const Weight
     }
 }
 
+// The same, until the sum is there.
+template <int N, int C, int WIDTH>
+__device__ __forceinline__ void add_now(float (&sum)[C][8][4], Weights<N>& weights, const Tile<WIDTH, 8 * N>& x, int col = 0) {
+    weights.hold();
+    hold(sum);
+    begin();
+    add_weighted(sum, weights, x, col);
+    commit();
+    wait<0>();
+    hold(sum);
+}
+
 template <int C>
 __device__ __forceinline__ void clear(float (&sum)[C][8][4]) {
 #pragma unroll
@@ -252,20 +264,20 @@ __device__ __forceinline__ void forward(FORWARD_PARAMETERS) {
         denominator[m][0] = denominator[m][1] = 0.f;
     }
     int first = mask.first_key(query0), end = mask.end_key(query0 + ROWS);
+    auto fetch = [&](int key0, int stage) {
+        uint4* at = stages + 2 * stage * SIDE;
+        Tile<WIDTH, KEYS>{at}.fetch(ks, key0);
+        Tile<WIDTH, KEYS>{at + SIDE}.fetch(vs, key0);
+    };
     queries.fetch(head_rows(q, q_ld, b, head, tokens, width), query0);
-    Tile<WIDTH, KEYS>{stages}.fetch(ks, first);
-    Tile<WIDTH, KEYS>{stages + SIDE}.fetch(vs, first);
+    fetch(first, 0);
 #pragma unroll 1
     for (int key0 = first, stage = 0; key0 < end; key0 += KEYS, stage ^= 1) {
         Tile<WIDTH, KEYS> keys = {stages + 2 * stage * SIDE}, values = {keys.at + SIDE};
         arrive();
         show();
         __syncthreads();  // these keys and values are there, the last ones used up
-        if (key0 + KEYS < end) {
-            uint4* next = stages + 2 * (stage ^ 1) * SIDE;
-            Tile<WIDTH, KEYS>{next}.fetch(ks, key0 + KEYS);
-            Tile<WIDTH, KEYS>{next + SIDE}.fetch(vs, key0 + KEYS);
-        }
+        if (key0 + KEYS < end) fetch(key0 + KEYS, stage ^ 1);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             int row0 = query0 + 64 * m, row = row0 + own, col = key0 + 2 * t;
@@ -325,13 +337,7 @@ __device__ __forceinline__ void forward(FORWARD_PARAMETERS) {
             }
             Weights<N> weights(p);
             if (rng) weights = only(weights, kept);
-            weights.hold();
-            hold(sum[m]);
-            begin();
-            add_weighted(sum[m], weights, values);
-            commit();
-            wait<0>();
-            hold(sum[m]);
+            add_now(sum[m], weights, values);
         }
     }
     arrive();
@@ -367,13 +373,7 @@ __device__ __forceinline__ void forward(FORWARD_PARAMETERS) {
                     }
                 }
                 Weights<2> weights(p);
-                weights.hold();
-                hold(sum[m]);
-                begin();
-                add_weighted(sum[m], weights, values);
-                commit();
-                wait<0>();
-                hold(sum[m]);
+                add_now(sum[m], weights, values);
             }
         }
     }
@@ -444,21 +444,21 @@ __device__ __forceinline__ void dq_backward(DQ_PARAMETERS) {
         }
     }
     int first = mask.first_key(query0), end = mask.end_key(query0 + ROWS);
+    auto fetch = [&](int key0, int stage) {
+        uint4* at = stages + 2 * stage * SIDE;
+        Tile<WIDTH, KEYS>{at}.fetch(ks, key0);
+        Tile<WIDTH, KEYS>{at + SIDE}.fetch(vs, key0);
+    };
     queries.fetch(head_rows(q, q_ld, b, head, tokens, width), query0);
     douts.fetch(head_rows(dout, dout_ld, b, head, tokens, width), query0);
-    Tile<WIDTH, KEYS>{stages}.fetch(ks, first);
-    Tile<WIDTH, KEYS>{stages + SIDE}.fetch(vs, first);
+    fetch(first, 0);
 #pragma unroll 1
     for (int key0 = first, stage = 0; key0 < end; key0 += KEYS, stage ^= 1) {
         Tile<WIDTH, KEYS> keys = {stages + 2 * stage * SIDE}, values = {keys.at + SIDE};
         arrive();
         show();
         __syncthreads();  // these keys and values are there, the last ones used up
-        if (key0 + KEYS < end) {
-            uint4* next = stages + 2 * (stage ^ 1) * SIDE;
-            Tile<WIDTH, KEYS>{next}.fetch(ks, key0 + KEYS);
-            Tile<WIDTH, KEYS>{next + SIDE}.fetch(vs, key0 + KEYS);
-        }
+        if (key0 + KEYS < end) fetch(key0 + KEYS, stage ^ 1);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             int row0 = query0 + 64 * m, row = row0 + own, col = key0 + 2 * t;
@@ -507,13 +507,7 @@ __device__ __forceinline__ void dq_backward(DQ_PARAMETERS) {
                 }
             }
             Weights<N> weights(y);
-            weights.hold();
-            hold(sum[m]);
-            begin();
-            add_weighted(sum[m], weights, keys);
-            commit();
-            wait<0>();
-            hold(sum[m]);
+            add_now(sum[m], weights, keys);
         }
     }
     arrive();
@@ -689,13 +683,7 @@ __device__ __forceinline__ void dkv_backward(DKV_PARAMETERS) {
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 Weights<2> weights(p[m]);
-                weights.hold();
-                hold(dvs[m]);
-                begin();
-                add_weighted(dvs[m], weights, douts, col0);
-                commit();
-                wait<0>();
-                hold(dvs[m]);
+                add_now(dvs[m], weights, douts, col0);
             }
         }
     }

@@ -639,7 +639,7 @@ MUTANTS = [
     ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "        show();\n        __syncthreads();  // these keys and values are there, the last ones used up", "        __syncthreads();\n        show();"),
     ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "__syncthreads();  // these keys and values are there, the last ones used up", ""),
     ("tensor_tiles", "attention_wgmma_bf16@90a", "attention64_forward", "__syncthreads();  // the queries are used up", ""),
-    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "            wait<0>();\n            hold(sum[m]);\n        }\n    }\n    arrive();", "            hold(sum[m]);\n        }\n    }\n    arrive();"),
+    ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "    commit();\n    wait<0>();\n    hold(sum);", "    commit();\n    hold(sum);"),
     ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "64ull << 32", "32ull << 32"),
     ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "(c % 8 ^ row % 8)", "(c % 8 ^ row % 4)"),
     ("tensor_cores", "attention_wgmma_bf16@90a", "attention64_forward", "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;", "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"),
