@@ -14,6 +14,7 @@ from pyrformer import programs
 from pyrformer.batch import Batch
 from pyrformer.checkpoint import parsed_size
 from pyrformer.compile import Array, Compiled, Lowered, Traced
+from pyrformer.executors.program import SIZES, copy_name
 from pyrformer.model import Model
 from pyrformer.training.config import TrainConfig
 
@@ -181,12 +182,10 @@ class Passes:
         there = {name for name, _, _ in lowered.plan.states}
         apply = self._trace_apply().lower(self.model.device, precision=self.model.precision).plan
         # A weight that is bfloat16 itself is what passes read as a copy.
-        narrow = {name for name, dtype, _ in apply.states if dtype == "bfloat16"}
-        own = ((name, shape) for name, _, shape in apply.states if name not in there)
         return sum(
-            (2 if name in narrow else 4) * math.prod(shape)
-            for name, shape in own
-            if not (name in narrow and f"{name}@bf16" in there)
+            SIZES[dtype] * math.prod(shape)
+            for name, dtype, shape in apply.states
+            if name not in there and not (dtype == "bfloat16" and copy_name(name, dtype) in there)
         )
 
     def _random(self, program: Compiled, draw: int) -> dict[str, Any]:
