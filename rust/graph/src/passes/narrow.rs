@@ -211,13 +211,16 @@ fn rounded(graph: &Graph, half: DType) -> HashMap<NodeId, ValueId> {
         let rounds = half == DType::Bf16
             && matches!(node.op, Op::AdamW { rounding: Some(_), .. })
             && graph.value(v).slot == 0;
+        if !rounds {
+            return None;
+        }
         let reads = |n: &&Node| n.inputs.contains(&state);
         let mut readers = graph.nodes().iter().filter(reads).filter(|n| !std::ptr::eq(*n, node)).peekable();
         let suits = readers.peek().is_some() || graph.ty(state).shape.rank() > 1;
         let fits = suits && readers.all(|n| reads_narrow(graph, n, state, half));
         let given = graph.outputs().iter().any(|(_, x)| [state, v].contains(x));
         let alone = node.inputs.iter().position(|x| *x == state) == Some(0);
-        (rounds && alone && fits && !given && graph.ty(state).dtype == DType::F32).then_some((id, state))
+        (alone && fits && !given && graph.ty(state).dtype == DType::F32).then_some((id, state))
     };
     graph.updates().iter().filter_map(by_chance).collect()
 }
